@@ -1,0 +1,1 @@
+"""safetensors and JSON on disk, with a manifest."""

@@ -1,0 +1,172 @@
+"""Run settings: pydantic models that refuse unknown keys, read from YAML with "optim.lr=1e-4" overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar, get_args, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from modalora.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class Settings(BaseModel):
+    """Base of every group of settings: frozen, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class OptimConfig(Settings):
+    """The optimiser and its schedule: linear warm-up, then cosine down to final_lr_ratio."""
+
+    name: Literal["adamw", "muon"] = "adamw"  # muon: hidden matrices by Muon, the rest by AdamW
+    lr: float = Field(1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_steps: int = Field(50, ge=0)
+    final_lr_ratio: float = Field(0.1, ge=0, le=1)
+    clip_norm: float = Field(1.0, gt=0)
+    lr_scale: dict[str, float] = Field(default_factory=dict)  # part -> factor on lr
+
+
+class SourceConfig(Settings):
+    """One source of a mixture."""
+
+    source: str
+    weight: float = Field(1.0, gt=0)
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class RunConfig(Settings):
+    """One training run."""
+
+    init: str  # a folder to start from, or a name of models/sizes.py for fresh weights
+    output: str
+    take: dict[str, str] = Field(default_factory=dict)  # part pattern -> folder that gives its weights
+    int8: bool = False  # store the matrices of the written model as int8
+    train: list[str]  # parts that train, e.g. "decoder", "image.*", "adapter.vision"; all others are frozen
+    mixture: list[SourceConfig] = Field(min_length=1)
+    objective: Literal["next_token", "ctc", "cells"] = "next_token"
+    rows: int = Field(16, ge=1)  # conversations or windows per micro-batch
+    accumulate: int = Field(1, ge=1)  # micro-batches per step
+    window: int = Field(256, ge=8)  # tokens of a plain text window
+    steps: int = Field(ge=1)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    seed: int = 0
+    log_every: int = Field(10, ge=1)
+    save_every: int = Field(200, ge=1)
+    keep: int = Field(2, ge=1)  # resume checkpoints kept
+    threads: int = Field(0, ge=0)  # 0: torch's default
+    data: str = "../shared/data"  # the folder of docs/nano.md
+    cache: str = "runs/cache"
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+
+
+class _Strict(Settings, Generic[T]):
+    """Holds a value to be read: the plain dataclasses in it inherit that unknown keys are refused."""
+
+    fields: T
+
+
+def parse(kind: type[T], fields: Any, where: str) -> T:
+    """Return `fields` as a `kind` (dataclass or Settings), strictly. Raises ConfigError naming key, value and rule."""
+    try:
+        return _Strict[kind].model_validate({"fields": fields}).fields  # type: ignore[valid-type]
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {'; '.join(_explain(error, kind))}") from None
+
+
+def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe and apply "key.sub=value" overrides (values are YAML)."""
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"recipe {path} does not exist; bundled ones are named by `modalora train --help`") from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ConfigError(f"recipe {path} is not YAML: {error}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"recipe {path} must be a mapping of settings; it holds {type(fields).__name__}")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {override!r} must look like key=value, e.g. optim.lr=1e-4")
+        try:
+            _set(fields, key.split("."), _number(yaml.safe_load(value)), override)
+        except yaml.YAMLError:
+            raise ConfigError(f"override {override!r}: {value!r} is not YAML; quote text that holds symbols") from None
+    return parse(RunConfig, fields, str(path))
+
+
+def dump(settings: BaseModel) -> str:
+    """Return the settings as YAML."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+
+
+def _number(value: Any) -> Any:
+    # YAML 1.1 reads 1e-4 as text
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _set(fields: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    inner: Any = fields
+    for key in keys[:-1]:
+        inner = inner.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override {override!r}: {key!r} is not a group of settings")
+    inner[keys[-1]] = value
+
+
+def _explain(error: ValidationError, kind: Any) -> list[str]:
+    lines: dict[tuple[str, ...], list[str]] = {}  # by the members of unions that an error went through
+    for item in error.errors():
+        *path, last = item["loc"][1:] or ("",)
+        groups, taken, keys = _groups(kind), [], []
+        for piece in path:
+            named = [group for group in groups if group.__name__ == piece]
+            if len(groups) > 1 and named:
+                groups = named
+                taken.append(str(piece))
+            else:
+                groups = [inner for group in groups for inner in _groups(_keys(group).get(str(piece)))] or groups
+                keys.append(str(piece))
+        key = ".".join([*keys, str(last)])
+        if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            known = sorted({name for group in groups for name in _keys(group)})
+            close = get_close_matches(str(last), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+            line = f"unknown key {key!r}; {hint}"
+        elif item["type"] in ("missing", "missing_argument"):
+            line = f"{key} is missing"
+        else:
+            line = f"{key or 'the whole'}={item['input']!r:.60}: {item['msg']}"
+        lines.setdefault(tuple(taken), []).append(line)
+    # Of a union, the member that was meant is the one that knows the most of the keys.
+    members = [own for taken, own in lines.items() if taken]
+    members.sort(key=lambda own: (sum(line.startswith("unknown") for line in own), len(own)))
+    return lines.get((), []) + (members[0] if members else [])
+
+
+def _groups(kind: Any) -> list[type]:
+    """Return the groups of settings that a value of this type may hold: X in X | None, list[X], Mapping[str, X]."""
+    if isinstance(kind, type) and (is_dataclass(kind) or issubclass(kind, BaseModel)):
+        return [kind]
+    return [group for inner in get_args(kind) for group in _groups(inner)]
+
+
+def _keys(group: type) -> dict[str, Any]:
+    if issubclass(group, BaseModel):
+        return {name: field.annotation for name, field in group.model_fields.items()}
+    types = get_type_hints(group)
+    return {field.name: types[field.name] for field in fields(group)}

@@ -1,0 +1,165 @@
+"""The nouns that rooms exchange, and the token arithmetic that both sides of a placeholder share.
+
+Axes: batch = rows, time = tokens, frames = 10 ms log-mel steps, crops = square tiles of one image.
+Rows are padded on the right: a causal decoder never sees padding, so a row's numbers do not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import ceil
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # label of a token that is not trained on, as torch's cross_entropy has it
+
+Message = Mapping[str, Any]  # {"role": "user", "content": text or a list of parts}, as OpenAI and transformers have it
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which LoRA adapter each row uses: one name, or None for the frozen decoder alone.
+
+    A routed Linear computes an adapter for the rows that name it and for no other row.
+    """
+
+    adapters: tuple[str | None, ...]
+
+    @cached_property
+    def groups(self) -> tuple[tuple[str, Tensor | None], ...]:
+        """(adapter, its row indices) for each adapter in use; the indices are None when every row uses it."""
+        names = dict.fromkeys(name for name in self.adapters if name is not None)
+        found: list[tuple[str, Tensor | None]] = []
+        for name in names:
+            rows = [row for row, used in enumerate(self.adapters) if used == name]
+            found.append((name, None if len(rows) == len(self.adapters) else torch.tensor(rows)))
+        return tuple(found)
+
+    def select(self, rows: Sequence[int]) -> Route:
+        """Return the route of some of the rows."""
+        return Route(tuple(self.adapters[row] for row in rows))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rule:
+    """What the media of a row are routed to: an adapter, and a projector branch per modality."""
+
+    adapter: str | None
+    branches: Mapping[str, str] = field(default_factory=dict)
+
+
+class Cache(Protocol):
+    """Keys and values of the tokens that a decoder has read, one length per row."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens held per row, (batch,)."""
+        ...
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store this call's keys and values behind each row's own; return all held."""
+        ...
+
+    def advance(self, lengths: Tensor) -> None:
+        """Count this call's real tokens, (batch,), once every layer has written."""
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one decoder call needs besides its embeddings.
+
+    lengths: (batch,) real tokens of this call; what follows them in a row is padding.
+    long: (batch,) whether a row uses the rotary table for long windows.
+    """
+
+    lengths: Tensor
+    route: Route
+    long: Tensor
+    cache: Cache | None = None
+
+
+@dataclass(frozen=True)
+class Media:
+    """One image or sound of a batch: its features and the token span that it fills.
+
+    features: named tensors that the modality's encoder takes (see processing/).
+    branch: which projector of the modality is used ("speech" or "vision" for sound).
+    """
+
+    modality: str
+    features: Mapping[str, Tensor]
+    row: int
+    start: int
+    tokens: int
+    branch: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of any mix of modalities.
+
+    input_ids: (batch, time), padded on the right. lengths: (batch,). labels: (batch, time) or None, IGNORED = untrained.
+    """
+
+    input_ids: Tensor
+    lengths: Tensor
+    route: Route
+    media: tuple[Media, ...] = ()
+    labels: Tensor | None = None
+    texts: tuple[str, ...] = field(default=(), repr=False)  # the rendered prompts, for explanations
+
+    def select(self, rows: Sequence[int]) -> Batch:
+        """Return a batch of some of the rows, in the order given."""
+        index = torch.tensor(list(rows))
+        time = int(self.lengths[index].max())
+        media = [
+            replace(item, row=new)
+            for new, old in enumerate(rows)
+            for item in self.media
+            if item.row == old
+        ]
+        return Batch(
+            input_ids=self.input_ids[index, :time],
+            lengths=self.lengths[index],
+            route=self.route.select(rows),
+            media=tuple(media),
+            labels=None if self.labels is None else self.labels[index, :time],
+            texts=tuple(self.texts[row] for row in rows) if self.texts else (),
+        )
+
+    def to(self, device: str | torch.device) -> Batch:
+        """Return the batch with every tensor on the device."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            lengths=self.lengths.to(device),
+            labels=None if self.labels is None else self.labels.to(device),
+            media=tuple(
+                replace(item, features={name: value.to(device) for name, value in item.features.items()})
+                for item in self.media
+            ),
+        )
+
+
+def subsampled(frames: int, rate: int = 8) -> int:
+    """Return the encoder frames that log-mel frames become; each is one token of sound.
+
+    Three stride-2 convolutions of padding 1 round up, which equals one ceil (arXiv:2503.01743, section 2.2).
+    """
+    return ceil(frames / rate)
+
+
+def image_tokens(valid_rows: int, valid_columns: int, side: int) -> int:
+    """Return the tokens of an image.
+
+    valid_rows, valid_columns: patches of the crop grid that hold picture, not padding. side: patches along one crop.
+    The crops give ceil(rows / 2) lines of ceil(columns / 2) tokens, the global view side / 2 lines of as many; every line
+    ends with a separator, and one token stands between the two. For side 32: 273 + R * (C + 1).
+    """
+    rows, columns, pooled = ceil(valid_rows / 2), ceil(valid_columns / 2), side // 2
+    return rows * (columns + 1) + 1 + pooled * (pooled + 1)

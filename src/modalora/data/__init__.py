@@ -1,0 +1,1 @@
+"""Corpora and conversations: what the recipes read."""

@@ -1,0 +1,159 @@
+"""Weighted mixtures of sources, drawn so that batch number N of a run is always the same.
+
+A source draws one training row: a conversation, or a window of running text.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from modalora.config import SourceConfig
+from modalora.contracts import Batch
+from modalora.data.nlvr import nlvr_scenes
+from modalora.data.rows import (
+    Conversation,
+    cells,
+    drawn_picture,
+    heard_digits,
+    heard_sentence,
+    number_and_picture,
+    real_scene,
+    spoken_question,
+)
+from modalora.data.scenes import free_scene, nlvr_like
+from modalora.data.speech import Clip, augment, spoken_digits
+from modalora.data.text import token_stream, windows
+from modalora.data.voices import digit_voices, sentence_voices
+from modalora.errors import ConfigError
+from modalora.processing.processor import Processor, Row
+
+Source = Callable[[np.random.Generator], Row]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What sources are made from. folder: the data of docs/nano.md. cache: where derived files are kept."""
+
+    folder: Path
+    cache: Path
+    processor: Processor
+    window: int
+
+
+class Mixture:
+    """Batches of rows drawn from weighted sources."""
+
+    def __init__(self, context: Context, sources: Sequence[SourceConfig], *, rows: int, accumulate: int, seed: int) -> None:
+        self.context, self.rows, self.accumulate, self.seed = context, rows, accumulate, seed
+        weights = np.array([source.weight for source in sources])
+        self.shares = weights / weights.sum()
+        self.sources = [make_source(context, source) for source in sources]
+
+    def __call__(self, step: int) -> list[Batch]:
+        """Return the micro-batches of a step."""
+        return [self._micro(np.random.default_rng((self.seed, step, number))) for number in range(self.accumulate)]
+
+    def _micro(self, rng: np.random.Generator) -> Batch:
+        drawn = [self.sources[rng.choice(len(self.sources), p=self.shares)](rng) for _ in range(self.rows)]
+        return self.context.processor.collate(drawn)
+
+
+def make_source(context: Context, config: SourceConfig) -> Source:
+    """Return the source that a recipe names. Raises ConfigError for an unknown name or option."""
+    if config.source not in SOURCES:
+        raise ConfigError(f"unknown source {config.source!r}; known are {', '.join(sorted(SOURCES))}")
+    try:
+        return SOURCES[config.source](context, **config.options)
+    except TypeError as error:
+        raise ConfigError(f"source {config.source!r} does not take these options: {error}") from None
+
+
+def _books(context: Context, split: str = "train") -> Source:
+    stream = token_stream(context.folder, split, context.processor.tokenizer, context.cache)
+
+    def draw(rng: np.random.Generator) -> Row:
+        (ids,) = windows(stream, context.window, 1, rng)
+        return Row(ids=ids, labels=list(ids))
+
+    return draw
+
+
+def _cells(context: Context, nlvr: float = 0.2) -> Source:
+    real = nlvr_scenes(context.folder, "train")
+    image = context.processor.image
+    if image is None:
+        raise ConfigError("source 'cells' needs a model with a picture encoder")
+
+    def draw(rng: np.random.Generator) -> Row:
+        if rng.random() < nlvr:
+            scene = real[rng.integers(len(real))].scene
+        else:
+            scene = nlvr_like(rng, 0.4) if rng.random() < 0.6 else free_scene(rng)
+        row = context.processor.row([{"role": "user", "content": [{"type": "image", "image": scene.image}]}])
+        features = row.media[0][1]
+        features["cells"] = cells(scene.shapes, scene.image.size, features, image.patch)
+        return row
+
+    return draw
+
+
+def _pictures(context: Context, turns: int = 6) -> Source:
+    return _conversations(context, lambda rng: drawn_picture(rng, turns))
+
+
+def _nlvr(context: Context, turns: int = 6) -> Source:
+    rows = nlvr_scenes(context.folder, "train")
+    return _conversations(context, lambda rng: real_scene(rows[rng.integers(len(rows))], rng, turns))
+
+
+def _digits(context: Context, transcribe_only: bool = False, without: str | None = None, real: int = 2) -> Source:
+    rows = real * spoken_digits(context.folder, "train", without=without) + digit_voices(context.cache)
+    return _conversations(context, lambda rng: heard_digits(rows, rng, transcribe_only=transcribe_only))
+
+
+def _sentences(context: Context) -> Source:
+    clips = sentence_voices(context.cache)
+
+    def converse(rng: np.random.Generator) -> Conversation:
+        clip = clips[rng.integers(len(clips))]
+        return heard_sentence(replace(clip, wave=augment(clip.wave, clip.rate, rng)))
+
+    return _conversations(context, converse)
+
+
+def _seen_and_heard(context: Context, spoken: float = 0.25, without: str | None = None) -> Source:
+    digits: dict[str, list[Clip]] = defaultdict(list)
+    for clip in 2 * spoken_digits(context.folder, "train", without=without) + digit_voices(context.cache):
+        digits[clip.words[0]].append(clip)
+    bank: dict[str, list[Clip]] = defaultdict(list)
+    for clip in sentence_voices(context.cache):
+        bank[clip.text].append(clip)
+    real = nlvr_scenes(context.folder, "train")
+
+    def converse(rng: np.random.Generator) -> Conversation:
+        draw = rng.random()
+        scene = real[rng.integers(len(real))].scene if draw < 0.4 else nlvr_like(rng) if draw < 0.8 else free_scene(rng)
+        asked = spoken_question(scene, bank, rng) if rng.random() < spoken else None
+        return asked or number_and_picture(scene, digits, rng)
+
+    return _conversations(context, converse)
+
+
+def _conversations(context: Context, converse: Callable[[np.random.Generator], Conversation]) -> Source:
+    return lambda rng: context.processor.row(converse(rng), answer=False)
+
+
+SOURCES: dict[str, Callable[..., Source]] = {
+    "books": _books,
+    "cells": _cells,
+    "digits": _digits,
+    "nlvr": _nlvr,
+    "pictures": _pictures,
+    "seen_and_heard": _seen_and_heard,
+    "sentences": _sentences,
+}

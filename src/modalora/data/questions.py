@@ -1,0 +1,507 @@
+"""Questions about scenes, each with exactly one right answer that is computed from the shapes.
+
+They ask after counts, colours, places, sizes, presence, comparisons, shapes and walls. Answers are short and lower
+case, numbers are words up to twelve. A question is only asked where the picture settles it: things named with "the" are
+unique, and places and sizes differ clearly. Yes and no, and the values of what is asked for, are kept in balance.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from random import Random
+from typing import NamedTuple
+
+import numpy as np
+
+from modalora.data.scenes import (
+    BOX_NAMES,
+    BOX_SIDE,
+    BOX_STEP,
+    COLORS,
+    KINDS,
+    NLVR_COLORS,
+    NLVR_KINDS,
+    SIZES,
+    Scene,
+    Shape,
+    dice,
+)
+
+QUESTION_KINDS = ("count", "color", "position", "size", "presence", "comparison", "shape", "touch")
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+_LIFTS = ("bottom", "second", "third", "fourth")  # blocks of a tower, from the base
+_MANY_TRIES = 6
+
+
+class Question(NamedTuple):
+    """A question about a picture, what kind it is, and its answer."""
+
+    kind: str
+    question: str
+    answer: str
+
+
+class Pick(NamedTuple):
+    """Which shapes are meant: those that agree with everything that is not None."""
+
+    size: str | None = None
+    color: str | None = None
+    kind: str | None = None
+    box: int | None = None
+
+    def fits(self, shape: Shape) -> bool:
+        """Return whether the shape is one of those meant."""
+        return (
+            (self.box is None or shape.box == self.box)
+            and (self.color is None or shape.color == self.color)
+            and (self.kind is None or shape.kind == self.kind)
+            and (self.size is None or shape.size == self.size)
+        )
+
+    def count(self, shapes: Iterable[Shape]) -> int:
+        """Return how many of the shapes are meant."""
+        return sum(map(self.fits, shapes))
+
+    def words(self, noun: str, many: bool = False) -> str:
+        """Return the shapes in words, without the box; noun stands in for a kind that is left open."""
+        end = "s" if many else ""
+        return " ".join(word for word in (self.size, self.color, (self.kind or noun) + end) if word)
+
+
+def kind_questions(
+    scene: Scene,
+    rng: np.random.Generator,
+    count: int,
+    kinds: Sequence[str] = QUESTION_KINDS,
+) -> list[Question]:
+    """Return different questions about the scene, the kinds in turn.
+
+    There are fewer than count where the scene does not give rise to so many of these kinds.
+    """
+    roll = dice(rng)
+    open_kinds = list(kinds)
+    roll.shuffle(open_kinds)
+    failures: Counter[str] = Counter()
+    found: dict[str, Question] = {}
+    turn = 0
+    while open_kinds and len(found) < count:
+        kind = open_kinds[turn % len(open_kinds)]
+        pair = _MAKERS[kind](scene, roll)
+        turn += 1
+        if pair is not None and pair[0] not in found:
+            found[pair[0]] = Question(kind, pair[0], pair[1])
+            continue
+        failures[kind] += 1
+        if failures[kind] > 2 * _MANY_TRIES:
+            open_kinds.remove(kind)
+    return list(found.values())
+
+
+def questions(
+    scene: Scene,
+    rng: np.random.Generator,
+    count: int,
+    kinds: Sequence[str] = QUESTION_KINDS,
+) -> list[tuple[str, str]]:
+    """Return different (question, answer) pairs about the scene; kind_questions without the kinds."""
+    return [(made.question, made.answer) for made in kind_questions(scene, rng, count, kinds)]
+
+
+Pair = tuple[str, str]
+_PLAIN = ("object", "object", "object", "thing", "item", "shape")
+
+
+def _noun(roll: Random, scene: Scene) -> str:
+    return "block" if scene.towers and roll.random() < 0.5 else roll.choice(_PLAIN)
+
+
+def _a(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def _yes(true: bool) -> str:
+    return "yes" if true else "no"
+
+
+def _palette(scene: Scene) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return (NLVR_COLORS, NLVR_KINDS) if scene.boxes > 1 else (COLORS, KINDS)
+
+
+def _random_pick(roll: Random, scene: Scene, boxed: float = 0.4) -> Pick:
+    """Return shapes to ask after: often such as are there, else any."""
+    colors, kinds = _palette(scene)
+    like = roll.choice(scene.shapes) if roll.random() < 0.6 else None
+    color = (like.color if like else roll.choice(colors)) if roll.random() < 0.6 else None
+    kind = (like.kind if like else roll.choice(kinds)) if roll.random() < 0.5 else None
+    size = (like.size if like else roll.choice(SIZES)) if roll.random() < 0.15 else None
+    if scene.towers:
+        kind, size = ("square" if roll.random() < 0.15 else None), None
+    box = roll.randrange(scene.boxes) if scene.boxes > 1 and roll.random() < boxed else None
+    return Pick(size, color, kind, box)
+
+
+def _even(roll: Random, made: Sequence[tuple[Pick, str]]) -> tuple[Pick, str]:
+    """Return one of the candidates such that rare answers are as likely as common ones."""
+    answer = roll.choice(sorted({answer for _, answer in made}))
+    return roll.choice([one for one in made if one[1] == answer])
+
+
+def _count(scene: Scene, roll: Random) -> Pair | None:
+    if scene.boxes > 1 and roll.random() < 0.1:
+        return _count_boxes(scene, roll)
+    if roll.random() < 0.04:
+        colors = len({shape.color for shape in scene.shapes})
+        return f"How many {roll.choice(('different ', ''))}colors are there?", NUMBERS[colors]
+    made = []
+    for _ in range(_MANY_TRIES):
+        pick = _random_pick(roll, scene)
+        total = pick.count(scene.shapes)
+        if total < len(NUMBERS):
+            made.append((pick, NUMBERS[total]))
+    if not made:
+        return None
+    pick, answer = _even(roll, made)
+    many = pick.words(_noun(roll, scene), many=True)
+    if pick.box is None:
+        forms: tuple[str, ...] = ("How many {} are there?",) * 4 + (
+            "How many {} can you see?", "How many {} are in the picture?", "How many {} does the image show?",
+            "Count the {}.", "What is the number of {}?",
+        )  # fmt: skip
+        return roll.choice(forms).format(many), answer
+    box = BOX_NAMES[pick.box]
+    if scene.towers and roll.random() < 0.4:
+        box = box.replace("box", "tower")
+    forms = ("How many {} are in the {}?",) * 4 + (
+        "How many {} are there in the {}?", "Count the {} in the {}.", "What is the number of {} in the {}?",
+    )  # fmt: skip
+    if roll.random() < 0.15:
+        return f"How many {many} does the {box} have?", answer
+    return roll.choice(forms).format(many, box), answer
+
+
+def _count_boxes(scene: Scene, roll: Random) -> Pair:
+    pick = _random_pick(roll, scene, boxed=0.0)
+    total = len({shape.box for shape in scene.shapes if pick.fits(shape)})
+    verb = roll.choice(("contain", "have"))
+    return f"How many boxes {verb} {_a(pick.words(_noun(roll, scene)))}?", NUMBERS[total]
+
+
+def _references(scene: Scene, shape: Shape, noun: str, hidden: str = "", boxed: bool = True) -> list[str]:
+    """Return the ways to name this shape and no other, without the hidden attribute ("color", "kind" or "size")."""
+    found = []
+    for box in (None, shape.box) if boxed and scene.boxes > 1 else (None,):
+        for color in (None, shape.color):
+            for kind in (None, shape.kind):
+                for size in (None,) if scene.towers or hidden == "size" else (None, shape.size):
+                    if (color and hidden == "color") or (kind and hidden == "kind"):
+                        continue
+                    pick = Pick(size, color, kind, box)
+                    if pick.count(scene.shapes) == 1:
+                        where = "" if box is None else f" in the {BOX_NAMES[box]}"
+                        found.append(pick.words(noun) + where)
+    return found
+
+
+def _refer(scene: Scene, shape: Shape, roll: Random, hidden: str = "", boxed: bool = True) -> str | None:
+    """Return a way to name the shape, the short ones more often, or None where there is none."""
+    found = _references(scene, shape, _noun(roll, scene), hidden, boxed)
+    found.sort(key=lambda words: words.count(" "))
+    return found[min(roll.randrange(len(found)), roll.randrange(len(found)))] if found else None
+
+
+def _box_shapes(scene: Scene, box: int) -> list[Shape]:
+    """Return the shapes of a box, the lowest first."""
+    return sorted((shape for shape in scene.shapes if shape.box == box), key=lambda shape: -shape.y)
+
+
+def _block(scene: Scene, roll: Random) -> tuple[str, Shape]:
+    """Return a block of a tower by its place in it."""
+    box = roll.choice(scene.shapes).box
+    blocks = _box_shapes(scene, box)
+    lift = roll.randrange(len(blocks))
+    name = "top" if lift == len(blocks) - 1 and roll.random() < 0.7 else _LIFTS[lift]
+    if name in _LIFTS[1:]:
+        return f"{name} block from the bottom in the {BOX_NAMES[box]}", blocks[lift]
+    return f"{name} block in the {BOX_NAMES[box]}", blocks[lift]
+
+
+_EXTREMES: tuple[tuple[str, Callable[[Shape], float], float], ...] = (
+    ("biggest", lambda one: -one.width, 0.06),  # the last number: by how much of the box it must be so
+    ("smallest", lambda one: one.width, 0.06),
+    ("leftmost", lambda one: one.x, 0.08),
+    ("rightmost", lambda one: -one.x, 0.08),
+    ("highest", lambda one: one.y, 0.08),
+    ("lowest", lambda one: -one.y, 0.08),
+)
+
+
+def _extreme(scene: Scene, roll: Random) -> tuple[str, Shape] | None:
+    """Return a scattered or free shape by being the largest or the outermost, where that is clear."""
+    if scene.towers:
+        return None
+    box = roll.randrange(scene.boxes)
+    shapes = _box_shapes(scene, box)
+    if len(shapes) < 2:
+        return None
+    side = BOX_SIDE if scene.boxes > 1 else min(scene.image.size)
+    word, key, least = roll.choice(_EXTREMES)
+    shapes.sort(key=key)
+    if key(shapes[1]) - key(shapes[0]) < least * side:
+        return None
+    where = f" in the {BOX_NAMES[box]}" if scene.boxes > 1 else ""
+    return f"{word} {roll.choice(_PLAIN)}{where}", shapes[0]
+
+
+def _attribute(scene: Scene, roll: Random, hidden: str, placed: float) -> tuple[str, Shape] | None:
+    """Return a way to name a shape without the attribute that is asked for; its values are equally likely."""
+    if roll.random() < placed:
+        return _block(scene, roll) if scene.towers else _extreme(scene, roll)
+    value = roll.choice(sorted({str(getattr(shape, hidden)) for shape in scene.shapes}))
+    for _ in range(_MANY_TRIES):
+        shape = roll.choice(scene.shapes)
+        if getattr(shape, hidden) == value and (words := _refer(scene, shape, roll, hidden)):
+            return words, shape
+    return None
+
+
+def _color(scene: Scene, roll: Random) -> Pair | None:
+    if scene.boxes == 1 and roll.random() < 0.15:
+        places = [_place(scene, shape) for shape in scene.shapes]
+        chosen = roll.randrange(len(places))
+        place = places[chosen]
+        if place is None or None in places or places.count(place) > 1:
+            return None
+        where = "at the center" if place == "center" else f"in the {place}"
+        return f"What color is the {roll.choice(_PLAIN)} {where}?", scene.shapes[chosen].color
+    named = _attribute(scene, roll, "color", 0.8 if scene.towers else 0.15)
+    if named is None:
+        return None
+    forms = ("What color is the {}?",) * 4 + (
+        "Which color is the {}?", "What is the color of the {}?", "Tell me the color of the {}.",
+    )  # fmt: skip
+    return roll.choice(forms).format(named[0]), named[1].color
+
+
+def _shape(scene: Scene, roll: Random) -> Pair | None:
+    if scene.towers:
+        return None
+    named = _attribute(scene, roll, "kind", 0.15)
+    if named is None or any(kind in named[0].split() for kind in KINDS):
+        return None
+    words = named[0].replace("shape", "object")
+    return roll.choice(("What shape is the {}?", "What shape is the {}?", "Which shape is the {}?")).format(
+        words
+    ), named[1].kind
+
+
+def _place(scene: Scene, shape: Shape) -> str | None:
+    """Return the box, or the corner of a free canvas (or its centre), that the shape is in; None where unclear."""
+    if scene.boxes > 1:
+        return BOX_NAMES[shape.box]
+    columns, rows = scene.image.size
+    x, y = shape.x / columns - 0.5, shape.y / rows - 0.5
+    if abs(x) < 0.09 and abs(y) < 0.09:
+        return "center"
+    if abs(x) < 0.13 or abs(y) < 0.13:
+        return None
+    return f"{'top' if y < 0 else 'bottom'} {'left' if x < 0 else 'right'}"
+
+
+def _position(scene: Scene, roll: Random) -> Pair | None:
+    draw = roll.random()
+    if scene.towers and draw < 0.35:
+        return _tower_place(scene, roll)
+    if draw > (0.55 if scene.towers else 0.7):
+        return _relation(scene, roll)
+    boxes = [shape for shape in scene.shapes if _refer(scene, shape, roll, boxed=False)]
+    places = sorted({place for shape in boxes if (place := _place(scene, shape))})
+    if not places:
+        return None
+    place = roll.choice(places)
+    shape = roll.choice([shape for shape in boxes if _place(scene, shape) == place])
+    words = _refer(scene, shape, roll, boxed=False)
+    if words is None:
+        return None
+    if scene.boxes > 1:
+        forms: tuple[str, ...] = ("Where is the {}?",) * 3 + ("Which box is the {} in?", "In which box is the {}?")
+    else:
+        forms = ("Where is the {}?",) * 4 + ("Where is the {} in the picture?", "In which part is the {}?")
+    return roll.choice(forms).format(words), place
+
+
+def _tower_place(scene: Scene, roll: Random) -> Pair | None:
+    towers = [_box_shapes(scene, box) for box in range(scene.boxes)]
+    kind, color, height = roll.randrange(3), roll.choice(NLVR_COLORS), roll.randint(1, 4)
+    if kind == 2:
+        fits = [len(tower) == height for tower in towers]
+        words = f"tower of {NUMBERS[height]} block{'s' if height > 1 else ''}"
+    else:
+        fits = [bool(tower) and tower[-kind].color == color for tower in towers]
+        words = f"tower with a {color} block at the {('base', 'top')[kind]}"
+    if sum(fits) != 1:
+        return None
+    return f"Where is the {words}?", BOX_NAMES[fits.index(True)]
+
+
+def _relation(scene: Scene, roll: Random) -> Pair | None:
+    """Return a yes/no question on how two shapes of one box lie."""
+    box = roll.randrange(scene.boxes)
+    shapes = _box_shapes(scene, box)
+    if len(shapes) < 2:
+        return None
+    first, second = roll.sample(shapes, 2)
+    side = BOX_SIDE if scene.boxes > 1 else min(scene.image.size)
+    across, down = second.x - first.x, second.y - first.y
+    word, gap = roll.choice(
+        (("to the left of", across), ("to the right of", -across), ("above", down), ("below", -down))
+    )
+    if abs(gap) < 0.12 * side:
+        return None
+    part = Scene(scene.image, tuple(shapes), 1) if scene.boxes > 1 else scene
+    noun = "block" if scene.towers else roll.choice(_PLAIN)
+    one, other = _references(part, first, noun, boxed=False), _references(part, second, noun, boxed=False)
+    if not one or not other:
+        return None
+    where = f" in the {BOX_NAMES[box]}" if scene.boxes > 1 else ""
+    one_words, other_words = min(one, key=len), min(other, key=len)
+    return f"Is the {one_words} {word} the {other_words}{where}?", _yes(gap > 0)
+
+
+def _size(scene: Scene, roll: Random) -> Pair | None:
+    if scene.towers:
+        return _heights(scene, roll)
+    if roll.random() < 0.25:
+        named = _attribute(scene, roll, "size", 0.0)
+        form = roll.choice(("What size is the {}?", "How big is the {}?"))
+        return None if named is None else (form.format(named[0]), named[1].size)
+    if len(scene.shapes) < 2:
+        return None
+    first, second = roll.sample(scene.shapes, 2)
+    if first.size == second.size:
+        return None
+    boxed = scene.boxes > 1 and first.box == second.box and roll.random() < 0.5
+    part = Scene(scene.image, tuple(_box_shapes(scene, first.box)), 1) if boxed else scene
+    noun = roll.choice(_PLAIN)
+    one = [_references(part, shape, noun, hidden="size", boxed=False) for shape in (first, second)]
+    if not all(one):
+        return None
+    names = [min(words, key=len) for words in one]
+    where = f" in the {BOX_NAMES[first.box]}" if boxed else ""
+    words, sign = roll.choice((("bigger", 1), ("bigger", 1), ("larger", 1), ("smaller", -1)))
+    wins = (first.width - second.width) * sign > 0
+    if roll.random() < 0.5:
+        return f"Is the {names[0]} {words} than the {names[1]}{where}?", _yes(wins)
+    form = roll.choice(("Which is {0}, the {1} or the {2}{3}?", "Which one is {0}, the {1} or the {2}{3}?"))
+    return form.format(words, *names, where), names[0] if wins else names[1]
+
+
+def _heights(scene: Scene, roll: Random) -> Pair | None:
+    first, second = roll.sample(range(scene.boxes), 2)
+    tall = [len(_box_shapes(scene, box)) for box in (first, second)]
+    if tall[0] == tall[1]:
+        return None
+    names = [BOX_NAMES[box].split()[0] for box in (first, second)]
+    word, sign = roll.choice((("taller", 1), ("taller", 1), ("shorter", -1)))
+    wins = (tall[0] - tall[1]) * sign > 0
+    if roll.random() < 0.5:
+        return f"Is the {names[0]} tower {word} than the {names[1]} tower?", _yes(wins)
+    return f"Which tower is {word}, the {names[0]} or the {names[1]} one?", names[0] if wins else names[1]
+
+
+def _presence(scene: Scene, roll: Random) -> Pair | None:
+    target = roll.random() < 0.5
+    every = scene.boxes > 1 and roll.random() < 0.25
+    for _ in range(2 * _MANY_TRIES):
+        pick = _random_pick(roll, scene, boxed=0.0 if every else 0.4)
+        if pick.color is None and pick.kind is None and pick.size is None:
+            continue
+        held = {shape.box for shape in scene.shapes if pick.fits(shape)}
+        if (len(held) == scene.boxes if every else bool(held)) != target:
+            continue
+        words = _a(pick.words(_noun(roll, scene)))
+        if every:
+            forms = ("Do all boxes contain {}?", "Does every box contain {}?", "Does each box have {}?")
+            return roll.choice(forms).format(words), _yes(target)
+        where = "" if pick.box is None else f" in the {BOX_NAMES[pick.box]}"
+        if roll.random() < 0.2:
+            where = where or " in the picture"
+            return f"Can you see {words}{where}?", _yes(target)
+        return f"Is there {words}{where}?", _yes(target)
+    return None
+
+
+def _comparison(scene: Scene, roll: Random) -> Pair | None:
+    if scene.boxes > 1 and roll.random() < 0.6:
+        pick = _random_pick(roll, scene, boxed=0.0)
+        counts = [Pick(pick.size, pick.color, pick.kind, box).count(scene.shapes) for box in range(scene.boxes)]
+        word, best = roll.choice((("most", max(counts)), ("most", max(counts)), ("fewest", min(counts))))
+        if counts.count(best) > 1:
+            return None
+        verb = roll.choice(("has", "has", "contains"))
+        many = pick.words(_noun(roll, scene), many=True)
+        return f"Which box {verb} the {word} {many}?", BOX_NAMES[counts.index(best)]
+    colors, kinds = _palette(scene)
+    if scene.towers or roll.random() < 0.5:
+        noun = _noun(roll, scene)
+        first, second = (Pick(color=color) for color in roll.sample(colors, 2))
+    else:
+        noun = ""
+        first, second = (Pick(kind=kind) for kind in roll.sample(kinds, 2))
+    gap = first.count(scene.shapes) - second.count(scene.shapes)
+    if gap == 0:
+        return None
+    if (gap > 0) != (roll.random() < 0.5):
+        first, second, gap = second, first, -gap
+    word = "more"
+    if roll.random() < 0.25:
+        first, second, word = second, first, "fewer"
+    names = [pick.words(noun, many=True) for pick in (first, second)]
+    return f"Are there {word} {names[0]} than {names[1]}?", _yes(gap > 0)
+
+
+def wall_gaps(shape: Shape) -> tuple[float, float, float, float]:
+    """Return the pixels between an NLVR shape and its box's walls: left, top, right, bottom."""
+    left, top = shape.x - shape.width / 2 - shape.box * BOX_STEP, shape.y - shape.width / 2
+    return left, top, BOX_SIDE - left - shape.width, BOX_SIDE - top - shape.width
+
+
+def _touch(scene: Scene, roll: Random) -> Pair | None:
+    if scene.boxes == 1 or scene.towers:
+        return None
+    wall = roll.choice(("a wall", "a wall", "an edge", "the bottom", "the right wall"))
+    side = {"the bottom": slice(3, 4), "the right wall": slice(2, 3)}.get(wall, slice(0, 4))
+    gaps: list[float] = [min(list(wall_gaps(shape))[side]) for shape in scene.shapes]
+    asked = roll.random() < 0.5
+    target = roll.random() < 0.5
+    made = []
+    for _ in range(_MANY_TRIES):
+        pick = _random_pick(roll, scene)
+        near = [gap for gap, shape in zip(gaps, scene.shapes, strict=True) if pick.fits(shape)]
+        if any(0 < gap < 3 for gap in near):
+            continue  # a pixel or two of air: too close to call
+        total = sum(gap == 0 for gap in near)
+        if asked and (total > 0) == target:
+            made.append((pick, _yes(target)))
+        elif not asked and total < len(NUMBERS):
+            made.append((pick, NUMBERS[total]))
+    if not made:
+        return None
+    pick, answer = _even(roll, made)
+    where = "" if pick.box is None else f" in the {BOX_NAMES[pick.box]}"
+    noun = roll.choice(_PLAIN)
+    if asked:
+        return f"Is there {_a(pick.words(noun))} touching {wall}{where}?", answer
+    return f"How many {pick.words(noun, many=True)} are touching {wall}{where}?", answer
+
+
+_MAKERS: dict[str, Callable[[Scene, Random], Pair | None]] = {
+    "count": _count,
+    "color": _color,
+    "position": _position,
+    "size": _size,
+    "presence": _presence,
+    "comparison": _comparison,
+    "shape": _shape,
+    "touch": _touch,
+}

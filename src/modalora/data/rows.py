@@ -1,0 +1,158 @@
+"""Training rows from scenes, pictures and sound: what the sources of a mixture draw.
+
+A conversation puts its media before the first question; further questions follow as turns, so that one picture or clip
+pays for several answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modalora.contracts import IGNORED, Message
+from modalora.data.nlvr import NlvrRow
+from modalora.data.pictures import chart_picture, word_picture
+from modalora.data.questions import questions
+from modalora.data.scenes import Scene, Shape, caption, cell_labels, free_scene, nlvr_like
+from modalora.data.speech import DIGITS, TRANSCRIBE, Clip, digit_string, speech_questions
+from modalora.data.statements import nlvr_case, statement
+
+Rng = np.random.Generator
+Pairs = Sequence[tuple[str, str]]
+Conversation = list[Message]
+
+DESCRIBE = ("Describe the image.", "What is in the picture?", "List the shapes.")
+TRUE_OR_FALSE = " True or false?"
+
+
+def conversation(media: Sequence[tuple[str, Any]], pairs: Pairs) -> Conversation:
+    """Return a conversation: media (modality, payload) and the first question, then the other questions as turns."""
+    messages: Conversation = []
+    for number, (question, answer) in enumerate(pairs):
+        parts = [{"type": kind, kind: payload} for kind, payload in media] if number == 0 else []
+        content = [*parts, {"type": "text", "text": question}] if question else parts
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    return messages
+
+
+def scene_conversation(scene: Scene, rng: Rng, turns: int) -> Conversation:
+    """Return questions, statements or a caption about a scene."""
+    draw = rng.random()
+    if draw < 0.15:
+        pairs = [(str(rng.choice(DESCRIBE)), caption(scene, rng))]
+    elif draw < 0.45 and scene.boxes > 1:
+        pairs = [_judged(*statement(scene, rng)) for _ in range(turns)]
+    else:
+        pairs = list(questions(scene, rng, turns))
+    return conversation([("image", scene.image)], pairs)
+
+
+def drawn_picture(rng: Rng, turns: int) -> Conversation:
+    """Return a conversation about a generated picture: NLVR-like or free scenes, words, charts, or a written case."""
+    draw = rng.random()
+    if draw < 0.12:
+        image, pairs = word_picture(rng) if rng.random() < 0.6 else chart_picture(rng)
+        return conversation([("image", image)], pairs[:turns])
+    if draw < 0.32:
+        scene, sentence, truth = nlvr_case(rng)
+        rest = [*questions(scene, rng, turns - 2), _judged(*statement(scene, rng))]
+        return conversation([("image", scene.image)], [_judged(sentence, truth), *rest])
+    scene = free_scene(rng) if draw < 0.5 else nlvr_like(rng)
+    return scene_conversation(scene, rng, turns)
+
+
+def real_scene(row: NlvrRow, rng: Rng, turns: int) -> Conversation:
+    """Return a conversation about a real NLVR picture that opens with its human sentence."""
+    scene = row.scene
+    rest = list(questions(scene, rng, turns - 2)) + [_judged(*statement(scene, rng))]
+    rng.shuffle(rest)
+    return conversation([("image", scene.image)], [_judged(row.sentence, row.label), *rest])
+
+
+def heard_digits(rows: Sequence[Clip], rng: Rng, *, transcribe_only: bool = False) -> Conversation:
+    """Return a conversation about one to seven spoken digits, the transcription among the questions."""
+    clip = digit_string(rows, rng)
+    pairs = speech_questions(clip, rng)
+    if transcribe_only:
+        pairs = pairs[:1]
+    else:
+        order = rng.permutation(len(pairs))[:3]
+        pairs = pairs[:1] if rng.random() < 0.5 else [pairs[index] for index in order]
+    return conversation([("audio", (clip.wave, clip.rate))], pairs)
+
+
+def heard_sentence(clip: Clip) -> Conversation:
+    """Return the transcription of a spoken sentence."""
+    return conversation([("audio", (clip.wave, clip.rate))], [(TRANSCRIBE, clip.text)])
+
+
+SAME_NUMBER = (
+    "Is the spoken number the number of {things}?",
+    "Does the picture show as many {things} as the number you hear?",
+    "Compare the spoken number with the number of {things}. Are they equal?",
+)
+
+
+def number_and_picture(scene: Scene, digits: dict[str, list[Clip]], rng: Rng, *, augmented: bool = True) -> Conversation:
+    """Return a picture with a spoken digit, asked whether that many things are shown; yes and no equally often."""
+    counted = [pair for pair in questions(scene, rng, 8, ("count",)) if pair[0].startswith("How many ")]
+    things, many = "objects", len(scene.shapes)
+    for question, answer in counted:
+        phrase = question.removeprefix("How many ").removesuffix("?").removesuffix(" there").removesuffix(" are")
+        if answer in DIGITS and " are " not in phrase and " does " not in phrase and " do " not in phrase:
+            things, many = phrase, DIGITS.index(answer)
+            break
+    if many > 9:
+        things, many = "green shapes", sum(shape.color == "green" for shape in scene.shapes)
+    same = bool(rng.random() < 0.5)
+    near = [value for value in range(max(0, many - 3), min(9, many + 3) + 1) if value != many]
+    said = DIGITS[many if same else int(rng.choice(near))]
+    clips = digits[said]
+    row = clips[int(rng.integers(len(clips)))]
+    clip = digit_string([row], rng, 1, 1, augmented)
+    media = [("image", scene.image), ("audio", (clip.wave, clip.rate))]
+    first = (str(rng.choice(SAME_NUMBER)).format(things=things), "yes" if same else "no")
+    more = [("What number is spoken?", said)] if rng.random() < 0.3 else []
+    return conversation(media, [first, *more])
+
+
+def spoken_question(scene: Scene, bank: dict[str, list[Clip]], rng: Rng) -> Conversation | None:
+    """Return a picture with a question that is only spoken, or None when the bank has no question for the scene."""
+    pairs = list(questions(scene, rng, 24, ("count", "color", "position")))
+    for question, answer in pairs:
+        clips = bank.get(question.lower().rstrip("?"))
+        if clips:
+            clip = clips[int(rng.integers(len(clips)))]
+            return conversation([("image", scene.image), ("audio", (clip.wave, clip.rate))], [("", answer)])
+    return None
+
+
+def cells(shapes: Sequence[Shape], size: tuple[int, int], features: dict[str, Tensor], patch: int) -> Tensor:
+    """Return what each token of a picture covers, (tokens, 3): kind, colour, size counted from 1; 0 empty; IGNORED separators.
+
+    size: width and height of the picture in pixels. features: what image_features gave for it.
+    """
+    mask = features["mask"]
+    rows, columns = (int(value) for value in features["grid"])
+    side = mask.shape[-1]
+    crop = side * patch
+    scale = min(columns * crop / size[0], rows * crop / size[1])
+    full = mask[1:].unflatten(0, (rows, columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    lines, across = (int(full[:, 0].sum()) + 1) // 2, (int(full[0].sum()) + 1) // 2
+    cell = 2 * patch / scale
+    fine = cell_labels(shapes, 0, 0, cell, cell, across, lines)
+    coarse = cell_labels(shapes, 0, 0, columns * cell, rows * cell, side // 2, side // 2)
+    return torch.cat((_with_ends(fine), torch.full((1, 3), IGNORED), _with_ends(coarse)))
+
+
+def _with_ends(labels: np.ndarray) -> Tensor:
+    table = torch.from_numpy(labels) + 1
+    return torch.cat((table, torch.full((len(table), 1, 3), IGNORED)), dim=1).flatten(0, 1)
+
+
+def _judged(sentence: str, truth: bool) -> tuple[str, str]:
+    return sentence + TRUE_OR_FALSE, "true" if truth else "false"

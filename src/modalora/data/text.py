@@ -1,0 +1,65 @@
+"""Plain text to windows of token ids for language pretraining."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as parquet
+
+from modalora.errors import DataError
+from modalora.processing.tokenizer import END_OF_TEXT, TextTokenizer
+
+
+def books(folder: Path, split: str) -> Iterator[str]:
+    """Yield the whole texts of folder/books/SPLIT.parquet (columns name, title, text). Raises DataError when absent."""
+    path = folder / "books" / f"{split}.parquet"
+    if not path.is_file():
+        raise DataError(f"{path} is missing; `data` must name a folder with books/{split}.parquet (see docs/nano.md)")
+    for batch in parquet.ParquetFile(path).iter_batches(batch_size=1, columns=["text"]):
+        yield from batch.column(0).to_pylist()
+
+
+def token_stream(folder: Path, split: str, tokenizer: TextTokenizer, cache: Path) -> np.ndarray:
+    """Return all books of a split as one uint16 row of ids, each book ended by <|endoftext|>; kept in cache."""
+    key = hashlib.sha256(tokenizer.definition.encode()).hexdigest()[:12]
+    path = cache / f"books-{split}-{key}.npy"
+    if not path.exists():
+        end = tokenizer.control(END_OF_TEXT)
+        parts: list[np.ndarray] = []
+        for text in books(folder, split):
+            paragraphs = text.split("\n\n")
+            whole = [paragraph + "\n\n" for paragraph in paragraphs[:-1]] + paragraphs[-1:]
+            for ids in tokenizer.encode_many(whole):
+                parts.append(np.array(ids, dtype=np.uint16))
+            parts.append(np.array([end], dtype=np.uint16))
+        cache.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".draft.npy")
+        np.save(draft, np.concatenate(parts))
+        draft.replace(path)
+    return np.asarray(np.load(path, mmap_mode="r"))
+
+
+def windows(stream: np.ndarray, length: int, rows: int, rng: np.random.Generator) -> list[list[int]]:
+    """Return `rows` random windows of `length` ids."""
+    starts = rng.integers(0, len(stream) - length, size=rows)
+    return [stream[start : start + length].tolist() for start in starts]
+
+
+ANSWER_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty thirty forty fifty sixty hundred first last yes no true false none left middle right top "
+    "bottom center above below red green blue yellow black white purple orange gray brown circle circles square squares "
+    "triangle triangles star stars small medium large box boxes tower towers color colors shape shapes object objects item "
+    "items bar bars block blocks touching edge wall corner exactly many what where which there bigger smaller tallest shortest "
+    "picture image number numbers word words digit digits spoken transcribe audio clip text"
+).split()
+
+
+def tokenizer_corpus(folder: Path) -> Iterator[str]:
+    """Yield what the bundled model's BPE is learnt from: the books, and often enough the words that its answers need."""
+    yield from books(folder, "train")
+    for word in ANSWER_WORDS:
+        yield f"{word}\n {word}\n" * 2000

@@ -1,0 +1,1 @@
+"""The networks: each file holds a config, the module and its source."""

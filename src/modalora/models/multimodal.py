@@ -1,0 +1,154 @@
+"""The whole model: a decoder, an encoder per modality, projector branches, and adapters chosen per row.
+
+A modality is one row of MODALITIES: what encodes it and which projector branches it has. The rest of the model only knows that
+media of a batch become features which fill a span of their row.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from modalora.contracts import IGNORED, Batch, Cache, Step
+from modalora.errors import ShapeError
+from modalora.models.decoder import Decoder, DecoderConfig
+from modalora.models.speech import SpeechConfig, SpeechEncoder
+from modalora.models.vision import ImageEmbedder, VisionConfig
+from modalora.nn.lora import LoraConfig
+from modalora.nn.mlp import Projector
+from modalora.nn.rope import is_long
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Everything that config.json of a modalora folder tells about the networks."""
+
+    decoder: DecoderConfig
+    vision: VisionConfig | None = None
+    speech: SpeechConfig | None = None
+    adapters: Mapping[str, LoraConfig] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Modality:
+    """How one kind of media becomes features of the decoder's width."""
+
+    encoder: Callable[[ModelConfig], nn.Module | None]
+    width: Callable[[ModelConfig], int]
+    branches: tuple[str, ...]  # projectors
+
+
+MODALITIES: dict[str, Modality] = {
+    "image": Modality(
+        encoder=lambda config: config.vision and ImageEmbedder(config.vision),
+        width=lambda config: config.vision.hidden_size if config.vision else 0,
+        branches=("vision",),
+    ),
+    "audio": Modality(
+        encoder=lambda config: config.speech and SpeechEncoder(config.speech),
+        width=lambda config: config.speech.hidden_size if config.speech else 0,
+        branches=("speech", "vision"),
+    ),
+}
+
+
+class Multimodal(nn.Module):
+    """A decoder that reads text, and any modality whose encoder its config names."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.decoder = Decoder(config.decoder)
+        self.encoders, self.projectors = nn.ModuleDict(), nn.ModuleDict()
+        for name, modality in MODALITIES.items():
+            encoder = modality.encoder(config)
+            if encoder is not None:
+                self.encoders[name] = encoder
+                width = modality.width(config)
+                self.projectors[name] = nn.ModuleDict(
+                    {branch: Projector(width, config.decoder.hidden_size) for branch in modality.branches}
+                )
+        for name, lora in config.adapters.items():
+            self.decoder.add_adapter(name, lora)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that the decoder holds."""
+        return tuple(self.config.adapters)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Return the decoder's input, (batch, time, width): token embeddings, media spans filled with features."""
+        hidden: Tensor = self.decoder.embed_tokens(batch.input_ids)
+        if not batch.media:
+            return hidden
+        features: list[Tensor] = []
+        rows: list[Tensor] = []
+        columns: list[Tensor] = []
+        for name in dict.fromkeys(item.modality for item in batch.media):
+            items = [item for item in batch.media if item.modality == name]
+            encoded = self.encoders[name]([dict(item.features) for item in items])
+            by_branch: dict[str, list[int]] = defaultdict(list)
+            for index, item in enumerate(items):
+                if len(encoded[index]) != item.tokens:
+                    raise ShapeError(f"{name} gave {len(encoded[index])} features for {item.tokens} placeholder tokens")
+                by_branch[item.branch].append(index)
+            for branch, chosen in by_branch.items():
+                features.append(self.projectors[name][branch](torch.cat([encoded[index] for index in chosen])))
+                for index in chosen:
+                    item = items[index]
+                    rows.append(torch.full((item.tokens,), item.row))
+                    columns.append(torch.arange(item.start, item.start + item.tokens))
+        at = (torch.cat(rows).to(hidden.device), torch.cat(columns).to(hidden.device))
+        return hidden.index_put(at, torch.cat(features).to(hidden.dtype))
+
+    def hidden(self, batch: Batch, cache: Cache | None = None) -> Tensor:
+        """Return the decoder's final states, (batch, time, width), of whole rows from their first token on."""
+        lengths = batch.lengths.tolist()
+        long = torch.tensor(is_long(self.config.decoder.rope, lengths), device=batch.input_ids.device)
+        step = Step(lengths=batch.lengths, route=batch.route, long=long, cache=cache)
+        states: Tensor = self.decoder(self.embed(batch), step)
+        return states
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return logits, (batch, time, vocab)."""
+        return self.decoder.head(self.hidden(batch))
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the next-token losses of the labelled tokens and the row that each belongs to, both (labelled,).
+
+        Only labelled positions go through the output projection.
+        """
+        if batch.labels is None:
+            raise ShapeError("loss needs a batch with labels; build it with Processor.training_batch")
+        targets = batch.labels[:, 1:]
+        rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
+        logits = self.decoder.head(self.hidden(batch)[rows, columns])
+        return nn.functional.cross_entropy(logits.float(), targets[rows, columns], reduction="none"), rows
+
+
+def part_of(name: str) -> str:
+    """Return the part that a parameter belongs to, the unit of freezing.
+
+    Parts are "decoder", "adapter.NAME", "MODALITY.encoder" and "MODALITY.projector.BRANCH".
+    """
+    pieces = name.split(".")
+    for marker in ("lora_A", "lora_B"):
+        if marker in pieces:
+            return f"adapter.{pieces[pieces.index(marker) + 1]}"
+    if pieces[0] == "encoders":
+        return f"{pieces[1]}.encoder"
+    if pieces[0] == "projectors":
+        return f"{pieces[1]}.projector.{pieces[2]}"
+    return "decoder"
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """Return the numbers stored per part, buffers of the state dict included."""
+    counts: dict[str, int] = defaultdict(int)
+    for name, tensor in model.state_dict().items():
+        counts[part_of(name)] += tensor.numel()
+    return dict(counts)

@@ -1,0 +1,45 @@
+"""Which adapter and which projectors a row uses, by the media it holds (Phi-4-Multimodal, arXiv:2503.01743, section 2.2).
+
+One adapter at a time, for every token of the row: adapters are never summed and never mixed inside a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from modalora.contracts import Rule
+from modalora.errors import RouteError
+
+
+ROUTES: dict[frozenset[str], Rule] = {
+    frozenset(): Rule(adapter=None),
+    frozenset({"image"}): Rule(adapter="vision", branches={"image": "vision"}),
+    frozenset({"audio"}): Rule(adapter="speech", branches={"audio": "speech"}),
+    frozenset({"image", "audio"}): Rule(adapter="vision", branches={"image": "vision", "audio": "vision"}),
+}
+
+
+def route(modalities: Collection[str], requested: str = "auto", adapters: Collection[str] = ()) -> Rule:
+    """Return the rule for a row that holds these modalities.
+
+    requested: "auto" follows ROUTES; "none" or an adapter's name overrides the adapter and keeps the projectors.
+    adapters: the adapters that the model has. Raises RouteError for an unknown route or a combination without a rule.
+    """
+    rule = ROUTES.get(frozenset(modalities))
+    if rule is None:
+        known = ", ".join(" + ".join(sorted(names)) or "text" for names in ROUTES)
+        raise RouteError(f"no route for {' + '.join(sorted(modalities))}; there are routes for {known}")
+    if requested == "auto":
+        adapter = rule.adapter
+    elif requested == "none":
+        adapter = None
+    else:
+        adapter = requested
+        if adapter not in adapters:
+            raise RouteError(f"unknown route {requested!r}; use one of {', '.join(['auto', 'none', *sorted(adapters)])}")
+    if adapter is not None and adapter not in adapters:
+        raise RouteError(
+            f"{' + '.join(sorted(modalities))} needs the adapter {adapter!r}, which this model does not have "
+            f"(it has {', '.join(sorted(adapters)) or 'none'}); load one with load_adapter, or use --route none"
+        )
+    return Rule(adapter=adapter, branches=rule.branches)

@@ -1,0 +1,1 @@
+"""Tensor mathematics that has never heard of Phi."""

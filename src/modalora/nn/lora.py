@@ -1,0 +1,70 @@
+"""Linear layers that hold several LoRA adapters and apply to each row the one that its route names.
+
+y = W x + (alpha / rank) B A dropout(x), LoRA: arXiv:2106.09685. An adapter is computed for the rows routed to it and for no
+other: skipped, never multiplied by zero, so not even a NaN in an idle adapter reaches a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from modalora.contracts import Route
+from modalora.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """Size of one adapter (names as in PEFT)."""
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ConfigError(f"r={self.r} must be at least 1; Phi-4-Multimodal uses 256 and 320")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout={self.lora_dropout} must lie in [0, 1); Phi-4-Multimodal uses 0 and 0.01")
+
+    @property
+    def scaling(self) -> float:
+        """What B A x is multiplied by."""
+        return self.lora_alpha / self.r
+
+
+class RoutedLinear(nn.Module):
+    """A bias-free Linear with any number of named adapters."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.lora_A = nn.ParameterDict()
+        self.lora_B = nn.ParameterDict()
+        self.adapters: dict[str, LoraConfig] = {}
+        nn.init.normal_(self.weight, std=in_features**-0.5)
+
+    def add_adapter(self, name: str, config: LoraConfig) -> None:
+        """Add an adapter that starts as no change: A is Kaiming-uniform, B is zero, as in PEFT."""
+        out_features, in_features = self.weight.shape
+        down = torch.empty(config.r, in_features, device=self.weight.device)
+        nn.init.kaiming_uniform_(down, a=sqrt(5))
+        self.lora_A[name] = nn.Parameter(down)
+        self.lora_B[name] = nn.Parameter(torch.zeros(out_features, config.r, device=self.weight.device))
+        self.adapters[name] = config
+
+    def forward(self, x: Tensor, route: Route) -> Tensor:
+        """x: (batch, time, in_features) -> (batch, time, out_features)."""
+        y = functional.linear(x, self.weight)
+        for name, rows in route.groups:
+            config = self.adapters[name]
+            index = None if rows is None else rows.to(x.device)
+            own = x if index is None else x.index_select(0, index)
+            own = functional.dropout(own, config.lora_dropout, self.training) if config.lora_dropout else own
+            change = functional.linear(functional.linear(own, self.lora_A[name]), self.lora_B[name]) * config.scaling
+            y = y + change if index is None else y.index_add(0, index, change.to(y.dtype))
+        return y

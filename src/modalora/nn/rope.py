@@ -1,0 +1,141 @@
+"""Rotary positions, plain or rescaled for long windows (RoFormer, arXiv:2104.09864; LongRoPE, arXiv:2402.13753).
+
+Angles are radians, windows are tokens, x is (batch, time, heads, head_dim).
+A scaling method is a small frozen dataclass; every one gives `frequencies(head_dim, long)` and `attention_factor`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log, sqrt
+
+import torch
+from torch import Tensor
+
+from modalora.errors import ConfigError, ShapeError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plain:
+    """Unscaled rotary positions. Paper symbols in brackets."""
+
+    theta: float = 10_000.0  # base of the frequencies [θ]
+    rotated: float = 1.0  # share of each head that turns, (0, 1]
+    window: int = 4096  # tokens that the model may read
+
+    def __post_init__(self) -> None:
+        _check_base(self.theta, self.rotated, self.window)
+
+    @property
+    def attention_factor(self) -> float:
+        """What cos and sin are multiplied by."""
+        return 1.0
+
+    @property
+    def switch(self) -> int | None:
+        """Length in tokens beyond which the long table applies; None: there is one table."""
+        return None
+
+    def frequencies(self, head_dim: int, *, long: bool = False) -> Tensor:
+        """Return radians per token of each rotated pair, fastest first, (pairs,) float32."""
+        return _frequencies(self.theta, self.rotated, head_dim)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LongRope:
+    """One divisor per rotated pair, in two sets: up to the original window, and beyond it.
+
+    Source: arXiv:2402.13753 and 2502.20082; served as in the Phi-4-Mini config ("longrope").
+    """
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    theta: float = 10_000.0
+    rotated: float = 1.0
+    window: int = 131_072
+    original_window: int = 4096
+
+    def __post_init__(self) -> None:
+        _check_base(self.theta, self.rotated, self.window)
+        if len(self.short_factor) != len(self.long_factor):
+            raise ConfigError(
+                f"short_factor has {len(self.short_factor)} entries and long_factor {len(self.long_factor)}; "
+                "both need one per rotated pair (Phi-4-Mini: 48)"
+            )
+        if min(*self.short_factor, *self.long_factor) <= 0:
+            raise ConfigError("short_factor and long_factor must be positive; 1.0 leaves a pair unscaled")
+        if not 1 < self.original_window <= self.window:
+            raise ConfigError(f"original_window={self.original_window} must lie in (1, window={self.window}]")
+
+    @property
+    def attention_factor(self) -> float:
+        """sqrt(1 + ln(s) / ln(original window)), s = window / original window, in both regimes."""
+        stretch = self.window / self.original_window
+        return sqrt(1 + log(stretch) / log(self.original_window))
+
+    @property
+    def switch(self) -> int | None:
+        """Length in tokens beyond which the long table applies to every position of a row."""
+        return self.original_window
+
+    def frequencies(self, head_dim: int, *, long: bool = False) -> Tensor:
+        """Return radians per token of each rotated pair, fastest first, (pairs,) float32.
+
+        Raises ShapeError when the factor lists do not have one entry per rotated pair.
+        """
+        base = _frequencies(self.theta, self.rotated, head_dim)
+        factors = self.long_factor if long else self.short_factor
+        if len(factors) != len(base):
+            raise ShapeError(
+                f"{len(factors)} rope factors for {len(base)} rotated pairs (head_dim={head_dim}, rotated="
+                f"{self.rotated}); give one factor per pair"
+            )
+        return base / torch.tensor(factors, dtype=torch.float32)
+
+
+Rope = Plain | LongRope
+
+
+def rotation(rope: Rope, head_dim: int, positions: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cos and sin, each (batch, time, pairs) float32, for positions (batch, time) and long (batch,) bool."""
+    short_table = rope.frequencies(head_dim).to(positions.device)
+    table = short_table
+    if rope.switch is not None and bool(long.any()):
+        long_table = rope.frequencies(head_dim, long=True).to(positions.device)
+        table = torch.where(long[:, None, None], long_table, short_table)
+    angles = positions[..., None].float() * table
+    return angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the first 2 * pairs channels of each head; channel i pairs with channel i + pairs, the rest passes through.
+
+    x: (batch, time, heads, head_dim); cos, sin: (batch, time, pairs).
+    """
+    pairs = cos.shape[-1]
+    cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
+    first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat((*turned, rest) if rest.shape[-1] else turned, dim=-1)
+
+
+def is_long(rope: Rope, lengths: Sequence[int]) -> list[bool]:
+    """Tell for each row length whether the long table applies (Phi-3: length > original window)."""
+    return [rope.switch is not None and length > rope.switch for length in lengths]
+
+
+def _frequencies(theta: float, rotated: float, head_dim: int) -> Tensor:
+    turning = head_dim * rotated
+    if turning % 2:
+        raise ShapeError(f"head_dim={head_dim} x rotated={rotated} is {turning}; it must be an even whole number")
+    return 1.0 / theta ** (torch.arange(0, int(turning), 2, dtype=torch.float32) / int(turning))
+
+
+def _check_base(theta: float, rotated: float, window: int) -> None:
+    if theta <= 1:
+        raise ConfigError(f"theta={theta} must be above 1; Phi-4-Mini uses 10000")
+    if not 0 < rotated <= 1:
+        raise ConfigError(f"rotated={rotated} must lie in (0, 1]; Phi-4-Mini uses 0.75")
+    if window < 1:
+        raise ConfigError(f"window={window} must be at least 1 token; Phi-4-Mini uses 131072")

@@ -1,0 +1,1 @@
+"""Bytes, text, pictures and sound into a Batch."""

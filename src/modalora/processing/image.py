@@ -1,0 +1,249 @@
+"""Pictures into crops, a patch mask and a token count (Phi-4-Multimodal, arXiv:2503.01743, section 2.2.1).
+
+A picture is scaled onto a grid of square crops, padded with white on the right and below, and cut; one further view
+shows the whole grid in a single square. Sizes are pixels, (width, height) as Pillow has them; tensors are (crops, 3,
+height, width) in [-1, 1], and the global view comes first. Its bicubic values pass 1 a little and are kept so, as in
+the released model.
+"""
+
+from __future__ import annotations
+
+import io
+import stat
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional
+
+from modalora.contracts import image_tokens
+from modalora.errors import ConfigError, MediaError
+
+# Formats read: each is decoded inside Pillow, none starts another program (EPS would).
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+THINNEST = 10  # pixels: a picture whose short side would be scaled below this is refused
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageConfig:
+    """How pictures are cut, and which are refused unread. The defaults are those of Phi-4-Multimodal."""
+
+    crop: int = 448  # pixels along one crop
+    patch: int = 14  # pixels along one patch of the vision encoder
+    max_crops: int = 36  # crops of the grid, the global view not counted [M]
+    min_side: int = 8  # pixels
+    max_pixels: int = 50_000_000
+    max_bytes: int = 50_000_000
+
+    def __post_init__(self) -> None:
+        """Check every rule."""
+        for name in ("patch", "max_crops", "min_side", "max_pixels", "max_bytes"):
+            if getattr(self, name) < 1:
+                default = ImageConfig.__dataclass_fields__[name].default
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1; {default} works")
+        if self.crop < 1 or self.crop % (2 * self.patch):
+            works = max(1, round(self.crop / (2 * self.patch))) * 2 * self.patch
+            raise ConfigError(
+                f"crop={self.crop} must be a positive multiple of 2 * patch = {2 * self.patch}, because patches are "
+                f"averaged two by two; {works} works"
+            )
+
+    @property
+    def side(self) -> int:
+        """Patches along one crop."""
+        return self.crop // self.patch
+
+
+def read_source(source: str | Path | bytes, noun: str, max_bytes: int) -> tuple[str, bytes]:
+    """Return what to call a file or a byte string in messages, and its bytes; the size is checked before reading.
+
+    noun: "image" or "audio". Raises MediaError when there is nothing to read or too much of it.
+    """
+    if isinstance(source, bytes):
+        name, size = f"{noun} bytes", len(source)
+    elif isinstance(source, str | Path):
+        name = repr(str(source))
+        if "://" in name or name.startswith(("'data:", '"data:')):
+            short = name if len(name) <= 80 else name[:76] + "...'"
+            raise MediaError(f"{short} is a URL, and {noun} sources are files or bytes; load it and give its bytes")
+        try:
+            status = Path(source).stat()
+        except FileNotFoundError as error:
+            raise MediaError(
+                f"{name} does not exist (seen from '{Path.cwd()}'); give the path of an {noun} file"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise MediaError(f"{name} cannot be reached ({error}); give the path of an {noun} file") from error
+        if not stat.S_ISREG(status.st_mode):
+            what = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+            raise MediaError(f"{name} is {what}; give the path of one {noun} file")
+        size = status.st_size
+    else:
+        what = type(source).__name__
+        raise MediaError(f"an {noun} was given as {what}; give a path, the bytes of a file or decoded {noun}")
+    if not size:
+        raise MediaError(f"{name}: empty, 0 bytes; give an {noun} file with content")
+    if size > max_bytes:
+        raise MediaError(f"{name}: {size:,} bytes, and at most {max_bytes:,} are read; compress it or raise max_bytes")
+    if isinstance(source, bytes):
+        return name, source
+    try:
+        return name, Path(source).read_bytes()
+    except OSError as error:
+        raise MediaError(f"{name} cannot be read ({error.strerror}); check its permissions") from error
+
+
+def open_image(source: str | Path | bytes | Image.Image, config: ImageConfig) -> Image.Image:
+    """Return a picture as fully decoded 8-bit RGB, upright, with transparency on white.
+
+    source: a path, the bytes of a file, or a Pillow image (left unchanged). Of an animation, the first frame. The
+    limits of the config are checked before decoding. 16-bit grey is scaled to 8 bits; colour profiles are left out.
+    Raises MediaError when the source is missing, not a picture, damaged, too small or too large.
+    """
+    with warnings.catch_warnings():  # Pillow warns of large pictures and odd metadata; the config decides instead
+        warnings.simplefilter("ignore")
+        if isinstance(source, Image.Image):
+            name, image = "the given image", source
+        else:
+            name, data = read_source(source, "image", config.max_bytes)
+            image = _read_header(name, data, config)
+        width, height = image.size
+        if min(width, height) < config.min_side:
+            raise MediaError(
+                f"{name}: {width}x{height} pixels, and each side must have at least {config.min_side}; "
+                "give a larger picture"
+            )
+        if width * height > config.max_pixels:
+            raise MediaError(
+                f"{name}: {width}x{height} pixels, and at most {config.max_pixels:,} in all are read; "
+                "scale it down or raise max_pixels"
+            )
+        try:
+            return _to_rgb(name, ImageOps.exif_transpose(image))
+        except MediaError:
+            raise
+        except Exception as error:  # decoders fail in many ways on damaged data
+            raise MediaError(
+                f"{name} cannot be decoded ({error}), it is damaged or cut short; export it again"
+            ) from error
+
+
+def _read_header(name: str, data: bytes, config: ImageConfig) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise MediaError(
+            f"{name} has too many pixels: {error}; at most {config.max_pixels:,} are read by the config; scale it down"
+        ) from error
+    except Exception as error:  # hostile headers fail in many ways
+        raise MediaError(
+            f"{name} is not an image Pillow can read (first bytes {data[:8]!r}); "
+            "give a PNG, JPEG, WebP, GIF, BMP, TIFF, PPM, JPEG 2000 or AVIF file"
+        ) from error
+
+
+def _to_rgb(name: str, image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit greyscale, in Pillow also as 32-bit integers
+        levels = np.asarray(image).astype(np.int32)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise MediaError(
+                f"{name} has grey levels from {levels.min()} to {levels.max()}, and they must lie in 0 to 65535; "
+                "convert it to 8 or 16 bit"
+            )
+        if isinstance(clear := image.info.get("transparency"), int):
+            levels[levels == clear] = 65535
+        return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise MediaError(f"{name} has floating-point pixels, which have no agreed white; convert it to 8 bit")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")
+
+
+@cache
+def _grids(max_crops: int) -> tuple[tuple[int, int], ...]:
+    """Return every (columns, rows) of at most max_crops crops, fewest crops first.
+
+    Grids of equal size stay in the order of the set, which these loops fix: it decides exact ties as in the
+    released code.
+    """
+    found = {
+        (columns, rows)
+        for most in range(1, max_crops + 1)
+        for columns in range(1, most + 1)
+        for rows in range(1, most + 1)
+        if columns * rows <= max_crops
+    }
+    return tuple(sorted(found, key=lambda grid: grid[0] * grid[1]))
+
+
+def grid(width: int, height: int, config: ImageConfig) -> tuple[int, int]:
+    """Return (columns, rows) of crops for a picture of width x height pixels.
+
+    The crops that cover the picture, or, when those are more than max_crops, the grid nearest in aspect ratio.
+    Source: arXiv:2503.01743, section 2.2.1; InternVL 1.5, arXiv:2404.16821, section 3.3.
+    """
+    columns, rows = ceil(width / config.crop), ceil(height / config.crop)
+    if columns * rows <= config.max_crops:
+        return columns, rows
+    nearest, best = (1, 1), float("inf")
+    for candidate in _grids(config.max_crops):
+        distance = abs(width / height - candidate[0] / candidate[1])
+        cells = candidate[0] * candidate[1]
+        if distance < best or (distance == best and width * height > 0.5 * config.crop**2 * cells):
+            nearest, best = candidate, distance
+    return nearest
+
+
+def image_features(image: Image.Image, config: ImageConfig) -> tuple[dict[str, Tensor], int]:
+    """Return the features of one picture and the tokens that it fills.
+
+    image: RGB, as open_image returns it. With side = crop / patch and a grid of w columns and h rows, the features are
+    "pixels" float32 (1 + h * w, 3, crop, crop), the global view first, then the crops row by row; "mask" bool
+    (1 + h * w, side, side), true where a patch holds picture, be it in part (the global view is all true); "grid" int64
+    (2,), h and w.
+    Raises MediaError when the picture is not RGB or so narrow that its short side would be scaled below 10 pixels.
+    Source: arXiv:2503.01743, section 2.2.1.
+    """
+    if image.mode != "RGB":
+        raise MediaError(f"an image of mode {image.mode!r} must be RGB here; pass it through open_image first")
+    crop, side = config.crop, config.side
+    columns, rows = grid(*image.size, config)
+    full_width, full_height = crop * columns, crop * rows
+    stretch_width, stretch_height = full_width / image.width, full_height / image.height
+    if stretch_width < stretch_height:
+        width, height = full_width, int(image.height * stretch_width)
+    else:
+        width, height = int(image.width * stretch_height), full_height
+    if min(width, height) < THINNEST:
+        raise MediaError(
+            f"an image of {image.width}x{image.height} pixels would be scaled to {width}x{height}, and each side must "
+            f"keep at least {THINNEST}; cut it into pieces of a less extreme shape"
+        )
+    valid_rows = rows * side - (full_height - height) // config.patch
+    valid_columns = columns * side - (full_width - width) // config.patch
+
+    padded = np.full((full_height, full_width, 3), 255, dtype=np.uint8)
+    padded[:height, :width] = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    pixels = torch.from_numpy(padded).permute(2, 0, 1).contiguous().float().div_(255).sub_(0.5).div_(0.5)
+    whole = functional.interpolate(
+        pixels[None], size=(crop, crop), mode="bicubic", align_corners=False, antialias=False
+    )
+    tiles = pixels.view(3, rows, crop, columns, crop).permute(1, 3, 0, 2, 4).reshape(-1, 3, crop, crop)
+
+    valid = torch.zeros(rows * side, columns * side, dtype=torch.bool)
+    valid[:valid_rows, :valid_columns] = True
+    mask = valid.view(rows, side, columns, side).transpose(1, 2).reshape(-1, side, side)
+    features = {
+        "pixels": torch.cat((whole, tiles)),
+        "mask": torch.cat((torch.ones(1, side, side, dtype=torch.bool), mask)),
+        "grid": torch.tensor([rows, columns]),
+    }
+    return features, image_tokens(valid_rows, valid_columns, side)

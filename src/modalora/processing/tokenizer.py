@@ -1,0 +1,128 @@
+"""Byte-level BPE with control tokens that text can never produce (tokenizers library; o200k-style splitting).
+
+The rule: `encode` sees text only, so "<|end|>" typed by a user becomes ordinary tokens. Control ids come from `control`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from modalora.errors import CheckpointError, PromptError
+
+END_OF_TEXT = "<|endoftext|>"
+END = "<|end|>"
+ASSISTANT = "<|assistant|>"
+PLACEHOLDERS = {"image": "<|endoftext10|>", "audio": "<|endoftext11|>"}  # one per media token in the rendered prompt
+
+# Phi's control tokens in the order of their published ids.
+CONTROL_TOKENS = (
+    END_OF_TEXT,
+    *PLACEHOLDERS.values(),
+    "<|endofprompt|>",
+    ASSISTANT,
+    END,
+    "<|user|>",
+    "<|system|>",
+    "<|tool|>",
+    "<|/tool|>",
+    "<|tool_call|>",
+    "<|/tool_call|>",
+    "<|tool_response|>",
+    "<|tag|>",
+)
+
+# Word pieces that know case and contractions, digits in groups of one to three, punctuation runs, newlines, spaces.
+_SPLIT = "|".join(
+    (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+
+
+class TextTokenizer:
+    """Text to ids and back."""
+
+    def __init__(self, definition: str) -> None:
+        """definition: the text of a tokenizer.json."""
+        fields = json.loads(definition)
+        self._full = Tokenizer.from_str(definition)
+        self._control = {token["content"]: int(token["id"]) for token in fields["added_tokens"]}
+        # Encoding runs on a copy without added tokens: nothing in the text can match one.
+        self._plain = Tokenizer.from_str(json.dumps({**fields, "added_tokens": [], "post_processor": None}))
+        self.definition = definition
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> TextTokenizer:
+        """Read folder/tokenizer.json. Raises CheckpointError when it is absent or broken."""
+        path = folder / "tokenizer.json"
+        try:
+            return cls(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing; a model folder needs its tokenizer.json") from None
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise CheckpointError(f"{path} is not a tokenizer that the tokenizers library reads: {error}") from error
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> TextTokenizer:
+        """Learn merges from the texts; the control tokens take the last ids of vocab_size."""
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - len(CONTROL_TOKENS),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        tokenizer.add_special_tokens(list(CONTROL_TOKENS))
+        return cls(tokenizer.to_str(pretty=False))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, control tokens included."""
+        return int(self._full.get_vocab_size())
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of the text, which is never read as a control token."""
+        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return `encode` of each text, on all cores."""
+        return [item.ids for item in self._plain.encode_batch(list(texts), add_special_tokens=False)]
+
+    def control(self, token: str) -> int:
+        """Return the id of a control token. Raises PromptError when the vocabulary has none of that name."""
+        if token not in self._control:
+            raise PromptError(f"this tokenizer has no control token {token!r}; it has {', '.join(self._control)}")
+        return self._control[token]
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Ids that only the chat template writes."""
+        return frozenset(self._control.values())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of the ids, control tokens left out."""
+        hidden = self.control_ids
+        text: str = self._full.decode([index for index in ids if index not in hidden], skip_special_tokens=False)
+        return text
+
+    def show(self, index: int) -> str:
+        """Return how one id is written in explanations."""
+        return str(self._full.id_to_token(index))

@@ -1,0 +1,1 @@
+"""One loop; what changes between stages is what trains, the loss and the data."""

@@ -1,0 +1,114 @@
+"""What trains and how: parts chosen by pattern, AdamW (or Muon for matrices), warm-up and cosine."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from math import cos, pi
+
+import torch
+from torch import nn
+
+from modalora.config import OptimConfig
+from modalora.errors import ConfigError
+from modalora.models.multimodal import part_of
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Let the parts that match a pattern train and freeze all others; return the trained parameters by name.
+
+    A pattern is a part name of `part_of`, with * for any text. Raises ConfigError when a pattern matches nothing.
+    """
+    parts = sorted({part_of(name) for name, _ in model.named_parameters()})
+    for pattern in patterns:
+        if not any(fnmatchcase(part, pattern) for part in parts):
+            raise ConfigError(f"train: {pattern!r} matches no part of this model; its parts are {', '.join(parts)}")
+    trained: dict[str, nn.Parameter] = {}
+    idle = _never_run(model)
+    for name, parameter in model.named_parameters():
+        chosen = any(fnmatchcase(part_of(name), pattern) for pattern in patterns) and id(parameter) not in idle
+        parameter.requires_grad_(chosen)
+        if chosen:
+            trained[name] = parameter
+    return trained
+
+
+def _never_run(model: nn.Module) -> set[int]:
+    """Parameters that no forward pass reads: the tower's last layer, norm and head, kept for the published layout."""
+    from modalora.models.vision import VisionTower
+
+    idle: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, VisionTower):
+            for unused in (module.layers[-1], module.post_layernorm, module.head):
+                if unused is not None:
+                    idle |= {id(parameter) for parameter in unused.parameters()}
+    return idle
+
+
+class Optimizer:
+    """One or two torch optimisers over the trained parameters, stepped as one with a schedule."""
+
+    def __init__(self, trained: dict[str, nn.Parameter], config: OptimConfig, steps: int) -> None:
+        self.config, self.steps = config, steps
+        self.names = {id(parameter): name for name, parameter in trained.items()}
+        muon: dict[float, list[nn.Parameter]] = defaultdict(list)
+        adam: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+        for name, parameter in trained.items():
+            factor = _factor(part_of(name), config)
+            matrix = parameter.ndim == 2 and "embed" not in name and "lora" not in name and "bias" not in name
+            if config.name == "muon" and matrix:
+                muon[factor].append(parameter)
+            else:
+                adam[factor, config.weight_decay if parameter.ndim >= 2 else 0.0].append(parameter)
+        self.parts: list[torch.optim.Optimizer] = []
+        if adam:
+            groups = [{"params": own, "factor": f, "weight_decay": decay} for (f, decay), own in adam.items()]
+            self.parts.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps))
+        if muon:
+            groups = [{"params": own, "factor": f} for f, own in muon.items()]
+            self.parts.append(
+                torch.optim.Muon(groups, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+            )
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        config = self.config
+        if step < config.warmup_steps:
+            return config.lr * (step + 1) / config.warmup_steps
+        span = max(1, self.steps - config.warmup_steps)
+        down = 0.5 * (1 + cos(pi * min(1.0, (step - config.warmup_steps) / span)))
+        return config.lr * (config.final_lr_ratio + (1 - config.final_lr_ratio) * down)
+
+    def step(self, step: int) -> None:
+        """Update every parameter and clear its gradient."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = self.rate(step) * group["factor"]
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the moments by parameter name."""
+        tensors: dict[str, torch.Tensor] = {}
+        for part in self.parts:
+            for parameter, moments in part.state.items():
+                for key, value in moments.items():
+                    tensors[f"optim.{self.names[id(parameter)]}.{key}"] = torch.as_tensor(value)
+        return tensors
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take back what `state` returned."""
+        for part in self.parts:
+            for group in part.param_groups:
+                for parameter in group["params"]:
+                    prefix = f"optim.{self.names[id(parameter)]}."
+                    found = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+                    if found:
+                        part.state[parameter] = {key: value.clone() for key, value in found.items()}
+
+
+def _factor(part: str, config: OptimConfig) -> float:
+    factors = [factor for pattern, factor in config.lr_scale.items() if fnmatchcase(part, pattern)]
+    return factors[-1] if factors else 1.0

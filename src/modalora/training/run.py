@@ -1,0 +1,90 @@
+"""A recipe from start to end: weights, tokenizer, data, training, and the folder that comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+
+from modalora.assistant import find_model, make_processor
+from modalora.checkpoint.store import load_model, save_model
+from modalora.config import RunConfig
+from modalora.contracts import Batch
+from modalora.data.mixture import Context, Mixture
+from modalora.data.text import tokenizer_corpus
+from modalora.errors import CheckpointError
+from modalora.models.multimodal import Multimodal, part_of
+from modalora.models.sizes import SIZES
+from modalora.models.speech import SpeechEncoder
+from modalora.processing.tokenizer import TextTokenizer
+from modalora.training.loop import Metrics, train
+
+
+def run_recipe(run: RunConfig, report: Callable[[Metrics], None] = lambda metrics: None) -> Path:
+    """Carry out a run and return the model folder that it wrote, run.output/model.
+
+    A finished run (its model folder exists) is returned as it is.
+    """
+    target = Path(run.output) / "model"
+    if target.exists():
+        return target
+    data, cache = Path(run.data), Path(run.cache)
+    torch.manual_seed(run.seed)
+    if run.init in SIZES:
+        model = Multimodal(SIZES[run.init]())
+        tokenizer = _fresh_tokenizer(data, cache, model.config.decoder.vocab_size)
+    else:
+        loaded = load_model(find_model(run.init))
+        model, tokenizer = loaded.model, loaded.tokenizer
+    _take_parts(model, run.take)
+    processor = make_processor(model.config, tokenizer)
+    context = Context(folder=data, cache=cache, processor=processor, window=run.window)
+    batches = Mixture(context, run.mixture, rows=run.rows, accumulate=run.accumulate, seed=run.seed)
+    if "audio.encoder" in run.train:
+        _set_mel_statistics(model, batches)
+    metrics = train(run, model, batches, report)
+    save_model(model, tokenizer, target, int8=run.int8, notes={"trained": run.model_dump(mode="json"), "last": metrics})
+    return target
+
+
+def _fresh_tokenizer(data: Path, cache: Path, vocab_size: int) -> TextTokenizer:
+    path = cache / f"bpe-{vocab_size}.json"
+    if not path.exists():
+        tokenizer = TextTokenizer.train(tokenizer_corpus(data), vocab_size)
+        cache.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".draft")
+        draft.write_text(tokenizer.definition, encoding="utf-8")
+        draft.replace(path)
+    return TextTokenizer(path.read_text(encoding="utf-8"))
+
+
+def _take_parts(model: Multimodal, take: dict[str, str]) -> None:
+    """Copy the parts that match a pattern from other model folders."""
+    tensors = model.state_dict()
+    for pattern, folder in take.items():
+        given = load_model(find_model(folder)).model.state_dict()
+        chosen = [name for name in given if fnmatchcase(part_of(name), pattern)]
+        if not chosen:
+            raise CheckpointError(f"take: {folder} has no part that matches {pattern!r}")
+        for name in chosen:
+            if name not in tensors or tensors[name].shape != given[name].shape:
+                raise CheckpointError(f"take: {name} of {folder} does not fit this model; both must be of one size")
+            with torch.no_grad():
+                tensors[name].copy_(given[name])
+
+
+def _set_mel_statistics(model: Multimodal, batches: Callable[[int], list[Batch]], steps: int = 20) -> None:
+    """Give a fresh sound encoder the mean and inverse deviation of each mel channel, from the first batches with sound."""
+    if "audio" not in model.encoders:
+        return
+    encoder = model.encoders["audio"]
+    assert isinstance(encoder, SpeechEncoder)
+    if not torch.equal(encoder.global_mean, torch.zeros_like(encoder.global_mean)):
+        return
+    media = [item for step in range(steps) for batch in batches(step) for item in batch.media if item.modality == "audio"]
+    if media:
+        mel = torch.cat([item.features["mel"] for item in media])
+        encoder.global_mean.copy_(mel.mean(0))
+        encoder.global_invstd.copy_(1 / mel.std(0).clamp(min=1.0))

@@ -1,0 +1,127 @@
+"""Attention: every backend equals the float64 reference, and nothing unseen has an influence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from modalora.errors import ConfigError, ShapeError
+from modalora.nn.attend import BACKENDS, attend
+from modalora.nn.mask import Mask
+
+# worst seen 1e-6 in float32 over a few dozen keys; a bf16 slip (1e-2) must fail
+TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Tensor | None, scale: float) -> Tensor:
+    """Attention of one query at a time, as the definition says."""
+    batch, time, heads, _ = q.shape
+    repeat = heads // k.shape[2]
+    out = torch.zeros_like(q)
+    for b in range(batch):
+        for t in range(time):
+            place = t + (int(mask.offsets[b]) if mask.offsets is not None else 0)
+            real = int(mask.lengths[b]) if mask.lengths is not None else k.shape[1]
+            seen = [j for j in range(k.shape[1]) if j < real and (not mask.causal or j <= place)]
+            for h in range(heads if seen else 0):
+                logits = torch.stack([(q[b, t, h] * k[b, j, h // repeat]).sum() * scale for j in seen])
+                if bias is not None:
+                    logits = logits + bias[b if len(bias) > 1 else 0, h, t, seen]
+                out[b, t, h] = logits.softmax(0) @ v[b, seen, h // repeat]
+    return out
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Mask, Tensor | None]:
+    batch, kv_heads, repeat = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    time, keys, head_dim = draw(st.integers(1, 6)), draw(st.integers(1, 9)), draw(st.sampled_from([2, 8]))
+    torch.manual_seed(draw(st.integers(0, 99)))
+    q = torch.randn(batch, time, kv_heads * repeat, head_dim, dtype=torch.float64)
+    k, v = (torch.randn(batch, keys, kv_heads, head_dim, dtype=torch.float64) for _ in range(2))
+    numbers = st.lists(st.integers(0, keys), min_size=batch, max_size=batch)
+    mask = Mask(
+        causal=draw(st.booleans()),
+        offsets=torch.tensor(draw(numbers)) if draw(st.booleans()) else None,
+        lengths=torch.tensor(draw(numbers)) if draw(st.booleans()) else None,
+    )
+    bias = None
+    if draw(st.booleans()):
+        bias = torch.randn(draw(st.sampled_from([1, batch])), kv_heads * repeat, time, keys, dtype=torch.float64)
+    return q, k, v, mask, bias
+
+
+@settings(deadline=None, max_examples=150)
+@given(calls())
+def test_every_backend_equals_the_definition(call: tuple[Tensor, Tensor, Tensor, Mask, Tensor | None]) -> None:
+    q, k, v, mask, bias = call
+    told = by_hand(q, k, v, mask, bias, q.shape[-1] ** -0.5)
+    exact = attend(q, k, v, mask=mask, pair_bias=bias, backend="eager")
+    torch.testing.assert_close(exact, told, atol=1e-12, rtol=1e-12)  # float64 rounding
+    for backend in BACKENDS:
+        close = attend(
+            q.float(), k.float(), v.float(), mask=mask, pair_bias=None if bias is None else bias.float(), backend=backend
+        )
+        assert close.dtype == torch.float32
+        torch.testing.assert_close(close.double(), told, **TOLERANCE)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_query_that_sees_no_key_gets_zeros_and_finite_gradients(backend: str, biased: bool) -> None:
+    q = torch.randn(2, 3, 4, 8, requires_grad=True)
+    k, v = (torch.randn(2, 5, 2, 8, requires_grad=True) for _ in range(2))
+    bias = torch.randn(2, 4, 3, 5, requires_grad=True) if biased else None
+    out = attend(q, k, v, mask=Mask(lengths=torch.tensor([0, 4])), pair_bias=bias, backend=backend)
+    out.square().sum().backward()
+    assert not out[0].any()
+    assert bool(out[1].all())
+    assert q.grad is not None
+    assert not q.grad[0].any()
+    assert all(x.grad is not None and bool(x.grad.isfinite().all()) for x in (q, k, v))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keys_behind_the_query_or_the_length_have_no_influence_on_any_bit(backend: str) -> None:
+    q, k, v = (torch.randn(1, 6, 2, 8) for _ in range(3))
+    mask = Mask(causal=True, lengths=torch.tensor([5]))
+    before = attend(q, k, v, mask=mask, backend=backend)
+    k[:, 3:], v[:, 3:] = 1e4, -1e4
+    after = attend(q, k, v, mask=mask, backend=backend)
+    assert torch.equal(before[:, :3], after[:, :3])
+    assert not torch.equal(before[:, 3:], after[:, 3:])
+    k[:, 5:], v[:, 5:] = -7.0, 3.0
+    assert torch.equal(after, attend(q, k, v, mask=mask, backend=backend))
+
+
+def test_backends_agree_in_gradients() -> None:
+    grads = []
+    for backend, dtype in (("eager", torch.float64), ("sdpa", torch.float32)):
+        torch.manual_seed(0)
+        q = torch.randn(2, 7, 4, 8).to(dtype).requires_grad_()
+        k, v = (torch.randn(2, 7, 2, 8).to(dtype).requires_grad_() for _ in range(2))
+        bias = torch.randn(1, 4, 7, 7).to(dtype).requires_grad_()
+        mask = Mask(causal=True, lengths=torch.tensor([7, 4]))
+        attend(q, k, v, mask=mask, pair_bias=bias, backend=backend).square().sum().backward()
+        grads.append([q.grad, k.grad, v.grad, bias.grad])
+    for exact, close in zip(*grads, strict=True):
+        assert exact is not None
+        assert close is not None
+        torch.testing.assert_close(close.double(), exact, **TOLERANCE)
+
+
+def test_offsets_place_the_queries_behind_what_a_cache_holds() -> None:
+    q, k, v = (torch.randn(1, 6, 2, 8) for _ in range(3))
+    whole = attend(q, k, v, mask=Mask(causal=True))
+    last = attend(q[:, 4:], k, v, mask=Mask(causal=True, offsets=torch.tensor([4])))
+    torch.testing.assert_close(last, whole[:, 4:], **TOLERANCE)
+
+
+def test_heads_that_do_not_divide_and_unknown_backends_are_refused() -> None:
+    q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 2, 4)
+    with pytest.raises(ShapeError, match="3 query heads are not a multiple of 2"):
+        attend(q, k, k, mask=Mask())
+    with pytest.raises(ConfigError, match="'flash' is unknown; known are eager, sdpa"):
+        attend(k, k, k, mask=Mask(), backend="flash")

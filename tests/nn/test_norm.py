@@ -1,0 +1,29 @@
+"""RMS normalisation, down to the order of its casts."""
+
+from __future__ import annotations
+
+import torch
+
+from modalora.nn.norm import RMSNorm
+
+
+def test_it_divides_by_the_root_mean_square() -> None:
+    norm = RMSNorm(4, eps=0.0)
+    out = norm(torch.tensor([3.0, -3.0, 3.0, -3.0]))
+    torch.testing.assert_close(out, torch.tensor([1.0, -1.0, 1.0, -1.0]))
+
+
+def test_bf16_is_divided_in_float32_and_cast_before_the_weight() -> None:
+    torch.manual_seed(0)
+    norm = RMSNorm(64).bfloat16()
+    norm.weight.data.normal_()
+    x = torch.randn(8, 64).bfloat16()
+    exact = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-5)
+    assert torch.equal(norm(x), norm.weight * exact.bfloat16())
+    assert not torch.equal(norm(x), (norm.weight.float() * exact).bfloat16())
+
+
+def test_float64_stays_exact() -> None:
+    x = torch.randn(5, 16, dtype=torch.float64)
+    told = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(RMSNorm(16).double()(x), told, atol=1e-14, rtol=1e-14)  # float64 rounding
