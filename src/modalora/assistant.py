@@ -2,18 +2,236 @@
 
 from __future__ import annotations
 
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from modalora.errors import CheckpointError
-from modalora.models.multimodal import ModelConfig
-from modalora.models.router import route
+import torch
+from torch import Tensor
+
+from modalora.checkpoint.adapters import load_adapter
+from modalora.checkpoint.store import load_model, save_model
+from modalora.contracts import Batch, Message
+from modalora.errors import CheckpointError, ConfigError, PromptError
+from modalora.generation.engine import generate
+from modalora.generation.sampling import Sampling
+from modalora.models.multimodal import ModelConfig, Multimodal
+from modalora.models.router import route as route_of
 from modalora.processing.audio import AudioConfig
+from modalora.processing.chat import as_text
 from modalora.processing.image import ImageConfig
 from modalora.processing.processor import Processor
-from modalora.processing.tokenizer import TextTokenizer
+from modalora.processing.tokenizer import END, END_OF_TEXT, TextTokenizer
 
 BUNDLED = Path(__file__).parent / "bundled"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Media = Any  # a path, bytes, a PIL image, or (samples, sample_rate)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said.
+
+    finish_reason: "stop" or "length". route: the row's record of `explain`. usage: token counts as OpenAI names them.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: str
+    route: Mapping[str, Any]
+    usage: Mapping[str, int]
+    seconds: float
+
+
+@dataclass
+class Assistant:
+    """A loaded model with its processor."""
+
+    model: Multimodal
+    processor: Processor
+    name: str
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def ask(
+        self,
+        question: str | Sequence[Message],
+        *,
+        image: Media | Sequence[Media] = (),
+        audio: Media | Sequence[Media] = (),
+        max_tokens: int = 128,
+        route: str = "auto",
+        stop: Sequence[str] = (),
+        **sampling: Any,
+    ) -> Answer:
+        """Answer a question, or go on from a list of messages.
+
+        image, audio: one or several (paths, bytes, PIL images, (samples, rate)); they stand before the text unless it
+        has tags such as <|image_1|>. route: "auto", "none" or an adapter. sampling: fields of
+        generation.sampling.Sampling.
+        Raises PromptError, MediaError, RouteError, ConfigError.
+        """
+        messages = question_messages(question, image, audio) if isinstance(question, str) else list(question)
+        return self.ask_many([messages], max_tokens=max_tokens, route=route, stop=stop, **sampling)[0]
+
+    def ask_many(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        max_tokens: int = 128,
+        route: str = "auto",
+        stop: Sequence[str] = (),
+        **sampling: Any,
+    ) -> list[Answer]:
+        """Answer several conversations in one batch, whatever media each holds; each answer is what it would be
+        alone."""
+        started = time.perf_counter()
+        batch = self._prompt(conversations, max_tokens, route)
+        ids: list[list[int]] = [[] for _ in conversations]
+        finish = ["stop"] * len(conversations)
+        for token in self._generate(batch, max_tokens, stop, sampling):
+            if token.finish != "stop" or token.id not in self._stop_ids:
+                ids[token.row].append(token.id)
+            finish[token.row] = token.finish or finish[token.row]
+        seconds = time.perf_counter() - started
+        answers: list[Answer] = []
+        for row, new in enumerate(ids):
+            prompt = int(batch.lengths[row])
+            usage = {"prompt_tokens": prompt, "completion_tokens": len(new), "total_tokens": prompt + len(new)}
+            text = _cut(self.processor.tokenizer.decode(new), stop)
+            answers.append(Answer(text, tuple(new), finish[row], self.explain(batch)[row], usage, seconds))
+        return answers
+
+    def stream(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        max_tokens: int = 128,
+        route: str = "auto",
+        stop: Sequence[str] = (),
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """Yield the answer in pieces of whole characters as they come; the pieces together are `ask`'s text."""
+        conversation = question_messages(messages) if isinstance(messages, str) else messages
+        batch = self._prompt([conversation], max_tokens, route)
+        ids: list[int] = []
+        sent = ""
+        held_back = max((len(word) for word in stop), default=1) - 1  # a stop string may have begun
+        for token in self._generate(batch, max_tokens, stop, sampling):
+            if token.id not in self._stop_ids:
+                ids.append(token.id)
+            text = _cut(self.processor.tokenizer.decode(ids), stop)
+            if token.finish is None:
+                text = text.rstrip("\ufffd")  # the rest of a character is still to come
+                text = text[: max(len(sent), len(text) - held_back)]
+            if len(text) > len(sent):
+                yield text[len(sent) :]
+                sent = text
+
+    @torch.inference_mode()
+    def logits(self, messages: str | Sequence[Message], *, route: str = "auto") -> Tensor:
+        """Return logits, (time, vocab) float32, of the rendered prompt including its media spans."""
+        conversation = question_messages(messages) if isinstance(messages, str) else messages
+        batch = self.processor([conversation], route=route).to(self.device)
+        return self.model(batch)[0].float()
+
+    def explain(self, batch: Batch) -> list[dict[str, Any]]:
+        """Return per row: adapter and scale, projector branches, rotary regime, and what each token range is."""
+        return [self._explain(batch, row) for row in range(len(batch.input_ids))]
+
+    def load_adapter(self, folder: str | Path, name: str) -> None:
+        """Add a PEFT LoRA folder to the decoder under a name that `route` takes. Raises CheckpointError."""
+        load_adapter(self.model, Path(folder), name)
+        self.processor = make_processor(self.model.config, self.processor.tokenizer)
+
+    def save(self, folder: str | Path, layout: str = "modalora") -> None:
+        """Write the model to a new folder. Raises ConfigError for a layout that this version does not write."""
+        if layout != "modalora":
+            raise ConfigError(f"layout={layout!r} cannot be written yet; use 'modalora'")
+        save_model(self.model, self.processor.tokenizer, Path(folder), notes=self.notes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.decoder.embed_tokens.weight.device
+
+    @property
+    def _stop_ids(self) -> frozenset[int]:
+        return frozenset(self.processor.tokenizer.control(token) for token in (END, END_OF_TEXT))
+
+    def _prompt(self, conversations: Sequence[Sequence[Message]], max_tokens: int, route: str) -> Batch:
+        batch = self.processor(conversations, route=route)
+        longest = int(batch.lengths.max())
+        if longest + max_tokens > self.processor.window:
+            raise PromptError(
+                f"a prompt of {longest} tokens and max_tokens={max_tokens} exceed this model's window of "
+                f"{self.processor.window}; lower max_tokens to {self.processor.window - longest} or shorten the prompt"
+            )
+        return batch.to(self.device)
+
+    def _generate(
+        self, batch: Batch, max_tokens: int, stop: Sequence[str], sampling: Mapping[str, Any]
+    ) -> Iterator[Any]:
+        decode = self.processor.tokenizer.decode
+
+        def stops(row: int, ids: list[int]) -> bool:
+            text = decode(ids)
+            return any(word in text for word in stop)
+
+        try:
+            chosen = Sampling(**sampling)
+        except TypeError:
+            known = ", ".join(Sampling.__dataclass_fields__)
+            raise ConfigError(f"unknown sampling setting in {sorted(sampling)}; known are {known}") from None
+        return generate(self.model, batch, sampling=chosen, max_tokens=max_tokens, stop_ids=self._stop_ids, stops=stops)
+
+    def _explain(self, batch: Batch, row: int) -> dict[str, Any]:
+        tokenizer = self.processor.tokenizer
+        length = int(batch.lengths[row])
+        ids = batch.input_ids[row, :length].tolist()
+        media = {item.start: item for item in batch.media if item.row == row}
+        spans: list[dict[str, Any]] = []
+        at = 0
+        while at < length:
+            if at in media:
+                item = media[at]
+                spans.append({"kind": item.modality, "start": at, "stop": at + item.tokens, "projector": item.branch})
+                at += item.tokens
+                continue
+            control = ids[at] in tokenizer.control_ids
+            end = at + 1
+            while not control and end < length and end not in media and ids[end] not in tokenizer.control_ids:
+                end += 1
+            text = tokenizer.show(ids[at]) if control else tokenizer.decode(ids[at:end])
+            spans.append({"kind": "control" if control else "text", "start": at, "stop": end, "text": text})
+            at = end
+        name = batch.route.adapters[row]
+        return {
+            "modalities": sorted({item.modality for item in media.values()}) or ["text"],
+            "adapter": name,
+            "scale": self.model.config.adapters[name].scaling if name else None,
+            "projectors": {item.modality: item.branch for item in media.values()},
+            "rope": "long" if self.model.is_long(length) else "short",
+            "tokens": length,
+            "spans": spans,
+        }
+
+
+def load(model: str | Path, *, dtype: str = "float32", device: str = "cpu") -> Assistant:
+    """Load a model folder, or a bundled model by name, with its adapters.
+
+    dtype: float32, bfloat16 or float16. device: a torch device. Raises CheckpointError or ConfigError.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+    folder = find_model(model)
+    loaded = load_model(folder, dtype=DTYPES[dtype], device=device)
+    processor = make_processor(loaded.model.config, loaded.tokenizer)
+    return Assistant(loaded.model, processor, folder.name, loaded.notes)
 
 
 def find_model(name: str | Path) -> Path:
@@ -23,8 +241,10 @@ def find_model(name: str | Path) -> Path:
         return path
     if (BUNDLED / str(name)).is_dir():
         return BUNDLED / str(name)
-    bundled = ", ".join(sorted(folder.name for folder in BUNDLED.glob("*") if folder.is_dir())) or "none"
-    raise CheckpointError(f"no model folder {str(name)!r}; give a folder, or the name of a bundled model ({bundled})")
+    bundled = ", ".join(sorted(folder.name for folder in BUNDLED.glob("*/") if (folder / "config.json").exists()))
+    raise CheckpointError(
+        f"no model folder {str(name)!r}; give a folder, or a bundled model ({bundled or 'none here'})"
+    )
 
 
 def make_processor(config: ModelConfig, tokenizer: TextTokenizer) -> Processor:
@@ -35,5 +255,62 @@ def make_processor(config: ModelConfig, tokenizer: TextTokenizer) -> Processor:
         image=ImageConfig(crop=vision.crop, patch=vision.patch, max_crops=vision.max_crops) if vision else None,
         audio=AudioConfig(mels=config.speech.mels) if config.speech else None,
         window=config.decoder.rope.window,
-        router=partial(route, adapters=tuple(config.adapters)),
+        router=partial(route_of, adapters=tuple(config.adapters)),
     )
+
+
+_TAG = re.compile(r"<\|(image|audio)_\d+\|>")
+
+
+def question_messages(
+    question: str, image: Media | Sequence[Media] = (), audio: Media | Sequence[Media] = ()
+) -> list[Message]:
+    """Return one user message with its media: at their tags (<|image_1|>, in reading order), or before the text.
+
+    Raises PromptError when the text has tags of a kind and their number is not that of the media.
+    """
+    media = {"image": _listed(image), "audio": _listed(audio)}
+    tags = [match.group(1) for match in _TAG.finditer(question)]
+    parts: list[dict[str, Any]] = []
+    for kind, given in media.items():
+        if kind not in tags:
+            parts += [{"type": kind, kind: item} for item in given]
+        elif tags.count(kind) != len(given):
+            raise PromptError(
+                f"the text has {tags.count(kind)} {kind} placeholder(s) and {len(given)} {kind}(s) were given; give as "
+                f"many as there are <|{kind}_N|> tags, or write no tags to put the media first"
+            )
+    waiting = {kind: iter(given) for kind, given in media.items()}
+    at = 0
+    for match in _TAG.finditer(question):
+        kind = match.group(1)
+        if question[at : match.start()]:
+            parts.append({"type": "text", "text": question[at : match.start()]})
+        parts.append({"type": kind, kind: next(waiting[kind])})
+        at = match.end()
+    if question[at:]:
+        parts.append({"type": "text", "text": question[at:]})
+    if not parts:
+        raise PromptError("the question is empty and there are no media; write a question, or give an image or audio")
+    return [{"role": "user", "content": parts}]
+
+
+def as_prompt(messages: Sequence[Message]) -> str:
+    """Return the prompt that messages render to, media as numbered tags."""
+    from modalora.processing.chat import render
+
+    return as_text(render(messages))
+
+
+def _listed(media: Media | Sequence[Media]) -> list[Media]:
+    if isinstance(media, list):
+        return media
+    if isinstance(media, tuple):
+        # (samples, rate) is one sound; any other tuple is several media
+        return [media] if len(media) == 2 and isinstance(media[1], int) else list(media)
+    return [media]
+
+
+def _cut(text: str, stop: Sequence[str]) -> str:
+    ends = [text.find(word) for word in stop if word in text]
+    return text[: min(ends)] if ends else text

@@ -83,6 +83,14 @@ def parse(kind: type[T], fields: Any, where: str) -> T:
         raise ConfigError(f"{where}: {'; '.join(_explain(error, kind))}") from None
 
 
+def check_sizes(config: Any) -> None:
+    """Refuse a size below 1 among the whole numbers of a dataclass. Raises ConfigError naming the field."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if type(value) is int and value < 1:
+            raise ConfigError(f"{field.name}={value} must be at least 1")
+
+
 def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe and apply "key.sub=value" overrides (values are YAML)."""
     try:
@@ -165,7 +173,7 @@ def _groups(kind: Any) -> list[type]:
     return [group for inner in get_args(kind) for group in _groups(inner)]
 
 
-def _keys(group: type) -> dict[str, Any]:
+def _keys(group: Any) -> dict[str, Any]:
     if issubclass(group, BaseModel):
         return {name: field.annotation for name, field in group.model_fields.items()}
     types = get_type_hints(group)

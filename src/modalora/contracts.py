@@ -103,7 +103,8 @@ class Media:
 class Batch:
     """Rows of any mix of modalities.
 
-    input_ids: (batch, time), padded on the right. lengths: (batch,). labels: (batch, time) or None, IGNORED = untrained.
+    input_ids: (batch, time), padded on the right. lengths: (batch,). labels: (batch, time) or None, IGNORED =
+    untrained.
     """
 
     input_ids: Tensor
@@ -117,12 +118,7 @@ class Batch:
         """Return a batch of some of the rows, in the order given."""
         index = torch.tensor(list(rows))
         time = int(self.lengths[index].max())
-        media = [
-            replace(item, row=new)
-            for new, old in enumerate(rows)
-            for item in self.media
-            if item.row == old
-        ]
+        media = [replace(item, row=new) for new, old in enumerate(rows) for item in self.media if item.row == old]
         return Batch(
             input_ids=self.input_ids[index, :time],
             lengths=self.lengths[index],
@@ -158,8 +154,8 @@ def image_tokens(valid_rows: int, valid_columns: int, side: int) -> int:
     """Return the tokens of an image.
 
     valid_rows, valid_columns: patches of the crop grid that hold picture, not padding. side: patches along one crop.
-    The crops give ceil(rows / 2) lines of ceil(columns / 2) tokens, the global view side / 2 lines of as many; every line
-    ends with a separator, and one token stands between the two. For side 32: 273 + R * (C + 1).
+    The crops give ceil(rows / 2) lines of ceil(columns / 2) tokens, the global view side / 2 lines of as many; every
+    line ends with a separator, and one token stands between the two. For side 32: 273 + R * (C + 1).
     """
     rows, columns, pooled = ceil(valid_rows / 2), ceil(valid_columns / 2), side // 2
     return rows * (columns + 1) + 1 + pooled * (pooled + 1)

@@ -9,7 +9,7 @@ from modalora.contracts import Route
 from modalora.errors import ConfigError
 from modalora.nn.lora import LoraConfig, RoutedLinear
 
-# float32 sums over 16 channels; worst seen 5e-7
+# float32 sums over 16 channels; worst seen 8e-7
 TOLERANCE = {"atol": 3e-6, "rtol": 1e-5}
 
 
@@ -34,7 +34,7 @@ def test_a_fresh_adapter_changes_no_value() -> None:
     layer = linear(moved=False)
     x = torch.randn(2, 5, 16)
     assert torch.equal(layer(x, Route(("a", "a"))), layer(x, Route((None, None))))
-    assert float(layer.lora_A["a"].abs().max()) <= 16**-0.5  # Kaiming-uniform with a = sqrt(5)
+    assert float(layer.lora_A["a"].detach().abs().max()) <= 16**-0.5  # Kaiming-uniform with a = sqrt(5)
 
 
 def test_an_adapter_equals_its_merged_weight() -> None:

@@ -30,7 +30,8 @@ def save_state(run: Path, step: int, tensors: Mapping[str, Tensor], fields: Mapp
 
 
 def load_state(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Return the newest whole state of a run, or None when there is none; an altered one is passed over for the one before."""
+    """Return the newest whole state of a run, or None when there is none; an altered one is passed over for the one
+    before."""
     problems: list[str] = []
     for folder in reversed(states(run)):
         try:
@@ -40,7 +41,9 @@ def load_state(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
             continue
         return load_file(folder / _TENSORS), read_json(folder / _STATE)
     if problems:
-        raise CheckpointError(f"no state under {run / 'resume'} is whole: {problems[0]}; remove the folder to start anew")
+        raise CheckpointError(
+            f"no state under {run / 'resume'} is whole: {problems[0]}; remove the folder to start anew"
+        )
     return None
 
 

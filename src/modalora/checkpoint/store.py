@@ -1,7 +1,7 @@
 """Folders of safetensors and JSON with a manifest: written whole or not at all, checked before anything is allocated.
 
-A folder holds model.safetensors, config.json, tokenizer.json and manifest.json, which has size and SHA-256 of every other file.
-Matrices may be stored as int8 with one float32 scale per row ("NAME.scale"); they are expanded when loaded.
+A folder holds model.safetensors, config.json, tokenizer.json and manifest.json, which has size and SHA-256 of every
+other file. Matrices may be stored as int8 with one float32 scale per row ("NAME.scale"); they are expanded when loaded.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from modalora.config import parse
 from modalora.errors import CheckpointError
-from modalora.models.multimodal import ModelConfig, Multimodal
+from modalora.models.multimodal import ModelConfig, Multimodal, parameter_counts
 from modalora.processing.tokenizer import TextTokenizer
 
 FORMAT = 1
@@ -64,15 +64,19 @@ def write_folder(folder: Path, fill: Callable[[Path], None], *, replace: bool = 
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def check_manifest(folder: Path) -> None:
-    """Compare every file with the manifest. Raises CheckpointError naming each file that is missing, altered or extra."""
+def check_manifest(folder: Path, needed: Sequence[str] = ()) -> None:
+    """Compare every file that the manifest lists with it; the needed ones must be listed.
+
+    Raises CheckpointError naming each file that is missing, altered, unlisted or outside the folder.
+    """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give a model folder or the name of a bundled model")
     manifest = read_json(folder / MANIFEST)
-    files = manifest.get("files")
-    if manifest.get("format") != FORMAT or not isinstance(files, dict):
+    files: Any = manifest.get("files")
+    listed = isinstance(files, dict) and all(isinstance(told, dict) for told in files.values())
+    if manifest.get("format") != FORMAT or not listed:
         raise CheckpointError(f"{folder / MANIFEST} is not a manifest of format {FORMAT}")
-    wrong: list[str] = []
+    wrong = [f"{name} is not in the manifest" for name in needed if name not in files]
     for name, told in files.items():
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()):
@@ -88,7 +92,8 @@ def check_manifest(folder: Path) -> None:
 
 
 def save_model(
-    model: Multimodal, tokenizer: TextTokenizer, folder: Path, *, int8: bool = False, notes: Mapping[str, Any] | None = None
+    model: Multimodal, tokenizer: TextTokenizer, folder: Path, *, int8: bool = False, notes: Mapping[str, Any] | None
+    = None
 ) -> None:
     """Write a model folder. int8 stores every matrix as int8 with a scale per row (see `to_int8`)."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -130,7 +135,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, Mapping[str, Any]]:
 
 def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Loaded:
     """Read a model folder, checking manifest, names, shapes and dtypes against the config before allocating."""
-    check_manifest(folder)
+    check_manifest(folder, (CONFIG, WEIGHTS, TOKENIZER))
     config, notes = read_config(folder)
     with torch.device("meta"):
         model = Multimodal(config)
@@ -140,10 +145,39 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str 
     return Loaded(model=model.eval(), tokenizer=TextTokenizer.from_folder(folder), notes=notes)
 
 
+def describe(folder: Path) -> dict[str, Any]:
+    """Return what a model folder holds, after checking its manifest and tensors; no weights are allocated."""
+    check_manifest(folder, (CONFIG, WEIGHTS, TOKENIZER))
+    config, notes = read_config(folder)
+    with torch.device("meta"):
+        model = Multimodal(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        _check_tensors(folder / WEIGHTS, file, set(file.keys()), expected)
+    parts = parameter_counts(model)
+    return {
+        "folder": str(folder),
+        "layout": "modalora",
+        "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        "tensors": len(expected),
+        "parameters": sum(parts.values()),
+        "parts": parts,
+        "adapters": {name: asdict(lora) for name, lora in config.adapters.items()},
+        "window": config.decoder.rope.window,
+        "vocab_size": config.decoder.vocab_size,
+        "config": asdict(config),
+        "notes": dict(notes),
+    }
+
+
 def to_int8(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Return int8 values and one float32 scale per row (first axis), (rows, 1, ...); error is at most half a scale."""
+    """Return int8 values and one float32 scale per row (first axis), (rows, 1, ...); error is at most half a scale.
+
+    Scales have bf16's eight bits: the largest value of a row is then 127 x scale without rounding, so storing an
+    expanded matrix again gives the same bits.
+    """
     flat = tensor.float().flatten(1)
-    scale = flat.abs().amax(1).clamp(min=1e-12) / 127
+    scale = (flat.abs().amax(1).clamp(min=1e-12) / 127).bfloat16().float()
     values = (flat / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
     return values.view(tensor.shape), scale.view(-1, *[1] * (tensor.ndim - 1))
 
@@ -180,7 +214,8 @@ def write_json(path: Path, fields: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+def _read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: str) -> dict[str,
+Tensor]:
     try:
         with safe_open(path, framework="pt", device=device) as file:
             names = set(file.keys())

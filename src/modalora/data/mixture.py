@@ -14,6 +14,7 @@ import numpy as np
 
 from modalora.config import SourceConfig
 from modalora.contracts import Batch
+from modalora.data.instruct import instruct
 from modalora.data.nlvr import nlvr_scenes
 from modalora.data.rows import (
     Conversation,
@@ -48,7 +49,9 @@ class Context:
 class Mixture:
     """Batches of rows drawn from weighted sources."""
 
-    def __init__(self, context: Context, sources: Sequence[SourceConfig], *, rows: int, accumulate: int, seed: int) -> None:
+    def __init__(
+        self, context: Context, sources: Sequence[SourceConfig], *, rows: int, accumulate: int, seed: int
+    ) -> None:
         self.context, self.rows, self.accumulate, self.seed = context, rows, accumulate, seed
         weights = np.array([source.weight for source in sources])
         self.shares = weights / weights.sum()
@@ -144,6 +147,12 @@ def _seen_and_heard(context: Context, spoken: float = 0.25, without: str | None 
     return _conversations(context, converse)
 
 
+def _instruct(context: Context) -> Source:
+    tokenizer = context.processor.tokenizer
+    stream = token_stream(context.folder, "train", tokenizer, context.cache)
+    return _conversations(context, instruct(stream, tokenizer))
+
+
 def _conversations(context: Context, converse: Callable[[np.random.Generator], Conversation]) -> Source:
     return lambda rng: context.processor.row(converse(rng), answer=False)
 
@@ -152,6 +161,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "books": _books,
     "cells": _cells,
     "digits": _digits,
+    "instruct": _instruct,
     "nlvr": _nlvr,
     "pictures": _pictures,
     "seen_and_heard": _seen_and_heard,

@@ -15,7 +15,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as parquet  # type: ignore[import-untyped]
+import pyarrow.parquet as parquet
 from PIL import Image
 
 from modalora.data.scenes import BOX_NAMES, BOX_STEP, SIZES, Scene, Shape

@@ -97,7 +97,9 @@ SAME_NUMBER = (
 )
 
 
-def number_and_picture(scene: Scene, digits: dict[str, list[Clip]], rng: Rng, *, augmented: bool = True) -> Conversation:
+def number_and_picture(
+    scene: Scene, digits: dict[str, list[Clip]], rng: Rng, *, augmented: bool = True
+) -> Conversation:
     """Return a picture with a spoken digit, asked whether that many things are shown; yes and no equally often."""
     counted = [pair for pair in questions(scene, rng, 8, ("count",)) if pair[0].startswith("How many ")]
     things, many = "objects", len(scene.shapes)
@@ -132,7 +134,8 @@ def spoken_question(scene: Scene, bank: dict[str, list[Clip]], rng: Rng) -> Conv
 
 
 def cells(shapes: Sequence[Shape], size: tuple[int, int], features: dict[str, Tensor], patch: int) -> Tensor:
-    """Return what each token of a picture covers, (tokens, 3): kind, colour, size counted from 1; 0 empty; IGNORED separators.
+    """Return what each token of a picture covers, (tokens, 3): kind, colour, size counted from 1; 0 empty; IGNORED
+    separators.
 
     size: width and height of the picture in pixels. features: what image_features gave for it.
     """

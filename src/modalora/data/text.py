@@ -49,17 +49,19 @@ def windows(stream: np.ndarray, length: int, rows: int, rng: np.random.Generator
 
 
 ANSWER_WORDS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty thirty forty fifty sixty hundred first last yes no true false none left middle right top "
-    "bottom center above below red green blue yellow black white purple orange gray brown circle circles square squares "
-    "triangle triangles star stars small medium large box boxes tower towers color colors shape shapes object objects item "
-    "items bar bars block blocks touching edge wall corner exactly many what where which there bigger smaller tallest shortest "
-    "picture image number numbers word words digit digits spoken transcribe audio clip text"
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen twenty thirty forty fifty sixty hundred first last yes no true false none left "
+    "middle right top bottom center above below red green blue yellow black white purple orange gray brown circle "
+    "circles square squares triangle triangles star stars small medium large box boxes tower towers color colors "
+    "shape shapes object objects item items bar bars block blocks touching edge wall corner exactly many what "
+    "where which there bigger smaller tallest shortest picture image number numbers word words digit digits "
+    "spoken transcribe audio clip text "
 ).split()
 
 
 def tokenizer_corpus(folder: Path) -> Iterator[str]:
-    """Yield what the bundled model's BPE is learnt from: the books, and often enough the words that its answers need."""
+    """Yield what the bundled model's BPE is learnt from: the books, and often enough the words that its answers
+    need."""
     yield from books(folder, "train")
     for word in ANSWER_WORDS:
         yield f"{word}\n {word}\n" * 2000

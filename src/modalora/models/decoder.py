@@ -1,4 +1,5 @@
-"""The language model: a pre-norm decoder with grouped-query attention and routed adapters (Phi-4-Mini, arXiv:2503.01743, 2.1).
+"""The language model: a pre-norm decoder with grouped-query attention and routed adapters (Phi-4-Mini,
+arXiv:2503.01743, 2.1).
 
 hidden is (batch, time, width). Rows are padded on the right, so positions count from 0 in every row.
 """
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from modalora.config import check_sizes
 from modalora.contracts import Step
 from modalora.errors import ConfigError
 from modalora.nn.attend import attend
@@ -34,6 +36,7 @@ class DecoderConfig:
     rope: Plain | LongRope = field(default_factory=Plain)
 
     def __post_init__(self) -> None:
+        check_sizes(self)
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}; "
@@ -44,6 +47,7 @@ class DecoderConfig:
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}; Phi-4-Mini uses 24 and 8"
             )
+        self.rope.frequencies(self.head_dim)  # refuses factors that do not fit the heads
 
     @property
     def head_dim(self) -> int:
@@ -124,9 +128,9 @@ class Decoder(nn.Module):
         shrink = (2 * self.config.num_hidden_layers) ** -0.5
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
         with torch.no_grad():
-            for layer in self.layers:
-                layer.self_attn.o_proj.weight.mul_(shrink)
-                layer.mlp.down_proj.weight.mul_(shrink)
+            for name, parameter in self.layers.named_parameters():
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    parameter.mul_(shrink)
 
     def add_adapter(self, name: str, config: LoraConfig) -> None:
         """Add a named adapter to the four Linears of every layer."""

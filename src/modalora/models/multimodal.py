@@ -1,7 +1,7 @@
 """The whole model: a decoder, an encoder per modality, projector branches, and adapters chosen per row.
 
-A modality is one row of MODALITIES: what encodes it and which projector branches it has. The rest of the model only knows that
-media of a batch become features which fill a span of their row.
+A modality is one row of MODALITIES: what encodes it and which projector branches it has. The rest of the model only
+knows that media of a batch become features which fill a span of their row.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from modalora.contracts import IGNORED, Batch, Cache, Step
+from modalora.contracts import IGNORED, Batch, Cache, Route, Step
 from modalora.errors import ShapeError
 from modalora.models.decoder import Decoder, DecoderConfig
 from modalora.models.speech import SpeechConfig, SpeechEncoder
 from modalora.models.vision import ImageEmbedder, VisionConfig
+from modalora.nn.cache import KVCache
 from modalora.nn.lora import LoraConfig
 from modalora.nn.mlp import Projector
 from modalora.nn.rope import is_long
@@ -44,12 +45,12 @@ class Modality:
 
 MODALITIES: dict[str, Modality] = {
     "image": Modality(
-        encoder=lambda config: config.vision and ImageEmbedder(config.vision),
+        encoder=lambda config: ImageEmbedder(config.vision) if config.vision else None,
         width=lambda config: config.vision.hidden_size if config.vision else 0,
         branches=("vision",),
     ),
     "audio": Modality(
-        encoder=lambda config: config.speech and SpeechEncoder(config.speech),
+        encoder=lambda config: SpeechEncoder(config.speech) if config.speech else None,
         width=lambda config: config.speech.hidden_size if config.speech else 0,
         branches=("speech", "vision"),
     ),
@@ -97,7 +98,9 @@ class Multimodal(nn.Module):
                     raise ShapeError(f"{name} gave {len(encoded[index])} features for {item.tokens} placeholder tokens")
                 by_branch[item.branch].append(index)
             for branch, chosen in by_branch.items():
-                features.append(self.projectors[name][branch](torch.cat([encoded[index] for index in chosen])))
+                features.append(
+                    self.projectors.get_submodule(f"{name}.{branch}")(torch.cat([encoded[index] for index in chosen]))
+                )
                 for index in chosen:
                     item = items[index]
                     rows.append(torch.full((item.tokens,), item.row))
@@ -116,6 +119,27 @@ class Multimodal(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Return logits, (batch, time, vocab)."""
         return self.decoder.head(self.hidden(batch))
+
+    def new_cache(self, batch: int) -> KVCache:
+        """Return an empty cache for this many rows."""
+        return KVCache(self.config.decoder.num_hidden_layers, batch, self.decoder.embed_tokens.weight.device)
+
+    def read(self, batch: Batch, cache: Cache) -> Tensor:
+        """Read whole prompts into an empty cache; return logits of each row's last token, (batch, vocab)."""
+        states = self.hidden(batch, cache)
+        rows = torch.arange(len(states), device=states.device)
+        return self.decoder.head(states[rows, batch.lengths - 1])
+
+    def read_next(self, ids: Tensor, route: Route, cache: Cache) -> Tensor:
+        """Read one more token per row, ids (batch,); return logits, (batch, vocab)."""
+        lengths = [length + 1 for length in cache.lengths.tolist()]
+        long = torch.tensor(is_long(self.config.decoder.rope, lengths), device=ids.device)
+        step = Step(lengths=torch.ones_like(ids), route=route, long=long, cache=cache)
+        return self.decoder.head(self.decoder(self.decoder.embed_tokens(ids[:, None]), step)[:, 0])
+
+    def is_long(self, length: int) -> bool:
+        """Tell whether a row of this length uses the rotary table for long windows."""
+        return is_long(self.config.decoder.rope, [length])[0]
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the next-token losses of the labelled tokens and the row that each belongs to, both (labelled,).

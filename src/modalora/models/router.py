@@ -1,4 +1,5 @@
-"""Which adapter and which projectors a row uses, by the media it holds (Phi-4-Multimodal, arXiv:2503.01743, section 2.2).
+"""Which adapter and which projectors a row uses, by the media it holds (Phi-4-Multimodal, arXiv:2503.01743, section
+2.2).
 
 One adapter at a time, for every token of the row: adapters are never summed and never mixed inside a row.
 """
@@ -9,7 +10,6 @@ from collections.abc import Collection
 
 from modalora.contracts import Rule
 from modalora.errors import RouteError
-
 
 ROUTES: dict[frozenset[str], Rule] = {
     frozenset(): Rule(adapter=None),
@@ -36,7 +36,9 @@ def route(modalities: Collection[str], requested: str = "auto", adapters: Collec
     else:
         adapter = requested
         if adapter not in adapters:
-            raise RouteError(f"unknown route {requested!r}; use one of {', '.join(['auto', 'none', *sorted(adapters)])}")
+            raise RouteError(
+                f"unknown route {requested!r}; use one of {', '.join(['auto', 'none', *sorted(adapters)])}"
+            )
     if adapter is not None and adapter not in adapters:
         raise RouteError(
             f"{' + '.join(sorted(modalities))} needs the adapter {adapter!r}, which this model does not have "

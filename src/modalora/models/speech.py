@@ -1,7 +1,8 @@
-"""The sound encoder: a conformer over log-mel frames, eight frames to one token (Phi-4-Multimodal, arXiv:2503.01743, 2.2).
+"""The sound encoder: a conformer over log-mel frames, eight frames to one token (Phi-4-Multimodal, arXiv:2503.01743,
+2.2).
 
-mel is (batch, frames, mels) at 100 frames a second; tokens are 80 ms. Frames behind a row's length are kept at zero through the
-subsampling, so that a row in a batch gives what it gives alone.
+mel is (batch, frames, mels) at 100 frames a second; tokens are 80 ms. Frames behind a row's length are kept at zero
+through the subsampling, so that a row in a batch gives what it gives alone.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from modalora.config import check_sizes
 from modalora.contracts import subsampled
 from modalora.errors import ConfigError
 from modalora.nn.attend import attend
@@ -33,6 +35,7 @@ class SpeechConfig:
     segment: int = 500  # encoder frames attended together; longer sound is cut into independent segments
 
     def __post_init__(self) -> None:
+        check_sizes(self)
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}; "
@@ -58,7 +61,6 @@ class Subsampling(nn.Module):
             nn.Conv2d(channels, channels, 1),
             nn.ReLU(),
         )
-        self.conv.to(memory_format=torch.channels_last)
         self.out = nn.Linear(channels * subsampled(config.mels), config.hidden_size)
 
     def forward(self, mel: Tensor, lengths: list[int]) -> Tensor:
@@ -70,7 +72,7 @@ class Subsampling(nn.Module):
 
     def _convolve(self, x: Tensor, lengths: list[int]) -> Tensor:
         for layer in self.conv:
-            x = layer(x)
+            x = layer(x).contiguous(memory_format=torch.channels_last)
             if isinstance(layer, nn.ReLU):  # padding must stay zero: a row alone ends there too
                 lengths = [subsampled(length, 2) for length in lengths]
                 x = x * _real(lengths, x.shape[2], x)[:, None, :, None]
@@ -179,7 +181,8 @@ class SpeechEncoder(nn.Module):
         return self._blocks(features, [subsampled(length) for length in lengths])
 
     def _blocks(self, features: Tensor, lengths: list[int]) -> list[Tensor]:
-        # A sound over the segment length is cut; its last segment is filled with zeros that are attended to, as published.
+        # A sound over the segment length is cut; its last segment is filled with zeros that are attended to, as
+        # published.
         segment = self.config.segment
         pieces: list[Tensor] = []
         real: list[int] = []

@@ -1,6 +1,7 @@
 """The picture encoder: a SigLIP tower over square crops, then 2x2 pooling and learned separators.
 
-Phi-4-Multimodal, arXiv:2503.01743, section 2.2; SigLIP, arXiv:2303.15343. patches = (crop / patch) ** 2, side = crop / patch.
+Phi-4-Multimodal, arXiv:2503.01743, section 2.2; SigLIP, arXiv:2303.15343. patches = (crop / patch) ** 2, side = crop
+/ patch.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from modalora.config import check_sizes
 from modalora.errors import ConfigError
 from modalora.nn.attend import attend
 from modalora.nn.mask import Mask
@@ -31,6 +33,7 @@ class VisionConfig:
     max_crops: int = 36
 
     def __post_init__(self) -> None:
+        check_sizes(self)
         if self.crop % (2 * self.patch):
             raise ConfigError(f"crop={self.crop} must be a multiple of 2 x patch={self.patch}; SigLIP uses 448 and 14")
         if self.num_hidden_layers < 2:
@@ -137,8 +140,8 @@ class VisionTower(nn.Module):
 def positions(mask: Tensor) -> Tensor:
     """Return the position id of each patch, (crops, patches), for mask (crops, side, side).
 
-    Patch (i, j) of a crop with r valid rows and c valid columns gets floor(side i / r) * side + floor(side j / c): the learned
-    table is stretched over the picture part. Padded patches get 0.
+    Patch (i, j) of a crop with r valid rows and c valid columns gets floor(side i / r) * side + floor(side j / c):
+    the learned table is stretched over the picture part. Padded patches get 0.
     """
     side = mask.shape[-1]
     rows = mask[:, :, 0].sum(1)[:, None].clamp(min=1)

@@ -1,8 +1,8 @@
 """The one attention function, over interchangeable backends.
 
 q is (batch, time, heads, head_dim); k and v are (batch, keys, kv_heads, head_dim) with heads a multiple of kv_heads:
-query head h reads key head h // (heads / kv_heads). `pair_bias`, (1 or batch, heads, time, keys), is added to the logits.
-A query that sees no key gets zeros.
+query head h reads key head h // (heads / kv_heads). `pair_bias`, (1 or batch, heads, time, keys), is added to the
+logits. A query that sees no key gets zeros.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def attend(
 def choose(q: Tensor, k: Tensor) -> str:
     """Return the backend for a call that names none.
 
-    On a CPU the fused backward pass in bf16 is slow for short rows (80 rows of 144 keys, 5 heads of 32: 144 ms against 57 ms
-    for plain matrix products), so training there takes `eager` up to EAGER_KEYS keys.
+    On a CPU the fused backward pass in bf16 is slow for short rows (80 rows of 144 keys, 5 heads of 32: 144 ms
+    against 57 ms for plain matrix products), so training there takes `eager` up to EAGER_KEYS keys.
     """
     short = k.shape[1] <= EAGER_KEYS
     return "eager" if q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu" and short else "sdpa"

@@ -63,8 +63,8 @@ class LongRope:
                 f"short_factor has {len(self.short_factor)} entries and long_factor {len(self.long_factor)}; "
                 "both need one per rotated pair (Phi-4-Mini: 48)"
             )
-        if min(*self.short_factor, *self.long_factor) <= 0:
-            raise ConfigError("short_factor and long_factor must be positive; 1.0 leaves a pair unscaled")
+        if min((*self.short_factor, *self.long_factor), default=0) <= 0:
+            raise ConfigError("short_factor and long_factor must be given and positive; 1.0 leaves a pair unscaled")
         if not 1 < self.original_window <= self.window:
             raise ConfigError(f"original_window={self.original_window} must lie in (1, window={self.window}]")
 

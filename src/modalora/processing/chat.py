@@ -1,7 +1,7 @@
 """Phi's chat format: messages to pieces of text, control tokens and media, in reading order.
 
-<|role|>content<|end|> for every message, no spaces or newlines between; tools stand inside the system message. Source: model card
-of Phi-4-multimodal-instruct; see docs/papers.md.
+<|role|>content<|end|> for every message, no spaces or newlines between; tools stand inside the system message.
+Source: model card of Phi-4-multimodal-instruct; see docs/papers.md.
 """
 
 from __future__ import annotations

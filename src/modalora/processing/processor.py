@@ -75,8 +75,8 @@ class Processor:
         if len(row.ids) > self.window:
             media = sum(tokens for *_, tokens in row.media)
             raise PromptError(
-                f"the prompt is {len(row.ids)} tokens ({media} of them media) and this model reads at most {self.window}; "
-                "shorten the text, or give fewer, smaller or shorter media"
+                f"the prompt is {len(row.ids)} tokens ({media} of them media) and this model reads at most "
+                f"{self.window}; shorten the text, or give fewer, smaller or shorter media"
             )
         return row
 

@@ -1,6 +1,7 @@
 """Byte-level BPE with control tokens that text can never produce (tokenizers library; o200k-style splitting).
 
-The rule: `encode` sees text only, so "<|end|>" typed by a user becomes ordinary tokens. Control ids come from `control`.
+The rule: `encode` sees text only, so "<|end|>" typed by a user becomes ordinary tokens. Control ids come from
+`control`.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ def train(
     """Train the parts that `run` names and return the last metrics; the model is changed in place.
 
     batches: step -> the micro-batches of that step. report: called with the metrics of every logged step.
-    Resumes from run.output/resume when it holds a state. Raises TrainingError when the loss is not finite, Interrupted when
-    stopped by SIGINT or SIGTERM; both leave a state that training can go on from.
+    Resumes from run.output/resume when it holds a state. Raises TrainingError when the loss is not finite,
+    Interrupted when stopped by SIGINT or SIGTERM; both leave a state that training can go on from.
     """
     folder = Path(run.output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,19 +107,27 @@ def _step(
         with torch.autocast("cpu", torch.bfloat16, enabled=run.precision == "bf16"):
             losses: Losses = objective(model, batch)
         # Every target counts alike, however the step is cut into micro-batches.
-        (losses.values.sum() / (targets if run.objective == "next_token" else len(losses.values) * len(micro))).backward()
+        (
+            losses.values.sum() / (targets if run.objective == "next_token" else len(losses.values) * len(micro))
+        ).backward()
         values = losses.values.detach()
         total, count = total + float(values.sum()), count + len(values)
         for row in losses.rows.unique().tolist():
             by_route[batch.route.adapters[row] or "text"].append(float(values[losses.rows == row].mean()))
     if not torch.isfinite(torch.tensor(total)):
-        raise TrainingError(f"the loss of step {step + 1} is {total}; weights are as before it: lower optim.lr, check the data")
+        raise TrainingError(
+            f"the loss of step {step + 1} is {total}; weights are as before it: lower optim.lr, check the data"
+        )
     norm = nn.utils.clip_grad_norm_(list(trained.values()), run.optim.clip_norm)
     if not torch.isfinite(norm):
         raise TrainingError(f"the gradient of step {step + 1} is not finite; weights are as before it: lower optim.lr")
     optimizer.step(step)
     routes = {f"loss_{name}": round(sum(own) / len(own), 4) for name, own in sorted(by_route.items())}
-    return {"loss": round(total / max(1, count), 4), **(routes if len(routes) > 1 else {}), "grad_norm": round(float(norm), 4)}
+    return {
+        "loss": round(total / max(1, count), 4),
+        **(routes if len(routes) > 1 else {}),
+        "grad_norm": round(float(norm), 4),
+    }
 
 
 def _targets(batch: Batch) -> int:

@@ -34,7 +34,8 @@ class NextToken(nn.Module):
 class Ctc(nn.Module):
     """Connectionist temporal classification of the answer's tokens on the sound encoder alone.
 
-    Gives a fresh encoder the start that Phi-4-Multimodal's takes from a speech recogniser (arXiv:2503.01743, section 3.2);
+    Gives a fresh encoder the start that Phi-4-Multimodal's takes from a speech recogniser (arXiv:2503.01743, section
+    3.2);
     CTC: Graves et al. 2006.
     """
 
@@ -61,9 +62,11 @@ class Ctc(nn.Module):
 
 
 class Cells(nn.Module):
-    """Kind, colour and size of the shape centred in each cell that an image token covers, from the picture encoder alone.
+    """Kind, colour and size of the shape centred in each cell that an image token covers, from the picture encoder
+    alone.
 
-    Stands in for the pretrained tower that Phi-4-Multimodal starts from. Media carry "cells", (tokens, 3), IGNORED = separator,
+    Stands in for the pretrained tower that Phi-4-Multimodal starts from. Media carry "cells", (tokens, 3), IGNORED =
+    separator,
     0 = empty.
     """
 

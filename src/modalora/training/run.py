@@ -76,14 +76,17 @@ def _take_parts(model: Multimodal, take: dict[str, str]) -> None:
 
 
 def _set_mel_statistics(model: Multimodal, batches: Callable[[int], list[Batch]], steps: int = 20) -> None:
-    """Give a fresh sound encoder the mean and inverse deviation of each mel channel, from the first batches with sound."""
+    """Give a fresh sound encoder the mean and inverse deviation of each mel channel, from the first batches with
+    sound."""
     if "audio" not in model.encoders:
         return
     encoder = model.encoders["audio"]
     assert isinstance(encoder, SpeechEncoder)
     if not torch.equal(encoder.global_mean, torch.zeros_like(encoder.global_mean)):
         return
-    media = [item for step in range(steps) for batch in batches(step) for item in batch.media if item.modality == "audio"]
+    media = [
+        item for step in range(steps) for batch in batches(step) for item in batch.media if item.modality == "audio"
+    ]
     if media:
         mel = torch.cat([item.features["mel"] for item in media])
         encoder.global_mean.copy_(mel.mean(0))

@@ -1,0 +1,1 @@
+"""The command line: one verb per file, each of which parses, calls one public function and prints."""

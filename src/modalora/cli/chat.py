@@ -1,0 +1,135 @@
+"""`modalora chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from modalora.assistant import Assistant
+
+HELP = """/image FILE    add a picture to your next message       /audio FILE   add a recording
+/route [NAME]  show the last route, or use auto/none/an adapter from now on
+/system TEXT   start anew with a system message           /retry        answer the last message again
+/reset         start anew                                 /save FILE    write the conversation as one JSON line
+/help          this text                                  /exit         leave (so does Ctrl-D)"""
+
+
+def chat(
+    model: Annotated[str, typer.Argument(help="A model folder, or a bundled model.")] = "nano",
+    max_tokens: Annotated[int, typer.Option("--max-tokens")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Talk with a model; it streams its answers. /help lists the commands.
+
+    Example: modalora chat nano
+    """
+    import modalora
+
+    session = Session(modalora.load(model), {"max_tokens": max_tokens, "temperature": temperature, "seed": seed})
+    if sys.stdin.isatty():
+        print(f"{model}: /help lists the commands, Ctrl-D leaves")
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if line.strip() == "/exit":
+            return
+        session.take(line)
+
+
+class Session:
+    """The messages so far and what waits for the next one."""
+
+    def __init__(self, assistant: Assistant, settings: dict[str, Any]) -> None:
+        self.assistant, self.settings = assistant, settings
+        self.messages: list[dict[str, Any]] = []
+        self.waiting: list[dict[str, Any]] = []
+        self.route = "auto"
+
+    def take(self, line: str) -> None:
+        """Carry out one line; an error is printed and changes nothing."""
+        from modalora.errors import ModaloraError
+
+        try:
+            word, _, rest = line.strip().partition(" ")
+            if word.startswith("/"):
+                self._command(word, rest.strip())
+            elif line.strip() or self.waiting:
+                self._say([*self.waiting, *([{"type": "text", "text": line.strip()}] if line.strip() else [])])
+        except ModaloraError as error:
+            print(f"! {error}")
+
+    def _command(self, word: str, rest: str) -> None:
+        if word in ("/image", "/audio"):
+            self._attach(word[1:], rest)
+        elif word == "/route":
+            self._route(rest)
+        elif word == "/system":
+            self.messages, self.waiting = ([{"role": "system", "content": rest}] if rest else []), []
+        elif word == "/reset":
+            self.messages, self.waiting = [], []
+        elif word == "/retry":
+            self._retry()
+        elif word == "/save":
+            self._save(rest)
+        elif word == "/help":
+            print(HELP)
+        else:
+            print(f"! unknown command {word}; /help lists the commands")
+
+    def _attach(self, kind: str, name: str) -> None:
+        part = {"type": kind, kind: str(Path(name).expanduser())}
+        self.assistant.processor([[{"role": "user", "content": [part]}]])  # a bad file is refused here
+        self.waiting.append(part)
+        print(f"[{kind} {name} goes with your next message]")
+
+    def _say(self, parts: list[dict[str, Any]]) -> None:
+        asked = [*self.messages, {"role": "user", "content": parts}]
+        answer = ""
+        for piece in self.assistant.stream(asked, route=self.route, **self.settings):
+            print(piece, end="", flush=True)
+            answer += piece
+        print()
+        self.messages, self.waiting = [*asked, {"role": "assistant", "content": answer}], []
+
+    def _retry(self) -> None:
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            print("! nothing to retry yet")
+            return
+        asked = self.messages[-2]["content"]
+        self.messages = self.messages[:-2]
+        self.settings["seed"] += 1
+        self._say(asked)
+
+    def _route(self, name: str) -> None:
+        from modalora.cli.route import lines
+
+        if name:
+            held = {"auto", "none", *self.assistant.model.adapters}
+            if name not in held:
+                print(f"! unknown route {name!r}; use one of {', '.join(sorted(held))}")
+                return
+            self.route = name
+        elif self.messages:
+            batch = self.assistant.processor([self.messages], route=self.route)
+            print("\n".join(lines(self.assistant.explain(batch)[0])[:5]))
+        print(f"[route {self.route}]")
+
+    def _save(self, name: str) -> None:
+        if not name:
+            print("! give a file: /save chat.jsonl")
+            return
+        try:
+            with Path(name).expanduser().open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+        except OSError as error:
+            print(f"! {name} cannot be written: {error.strerror}")
+            return
+        print(f"[saved to {name}]")

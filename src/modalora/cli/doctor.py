@@ -1,0 +1,26 @@
+"""`modalora doctor`: what this machine can do, and what is missing."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Check Python, torch, decoders, optional programs and the bundled model; say how to mend what is missing.
+
+    Example: modalora doctor
+    """
+    from modalora.cli.checks import checks
+
+    found = checks()
+    if as_json:
+        print(json.dumps([vars(check) for check in found], ensure_ascii=False))
+    else:
+        for check in found:
+            mark = "ok  " if check.ok else "miss" if check.needed else "opt."
+            print(f"{mark} {check.name:<16} {check.detail}" + (f"\n       mend: {check.mend}" if check.mend else ""))
+    if any(check.needed and not check.ok for check in found):
+        raise typer.Exit(1)

@@ -1,0 +1,32 @@
+"""`modalora inspect`: what is in a model folder."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="A model folder, or a bundled model such as nano.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show layout, sizes, parameters by part, adapters, window and integrity; runs no code from the folder.
+
+    Example: modalora inspect nano
+    """
+    from modalora.assistant import find_model
+    from modalora.checkpoint.store import describe
+
+    found = describe(find_model(model))
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    print(f"{found['folder']}: layout {found['layout']}, {found['bytes']:,} bytes, every file matches its SHA-256")
+    print(f"window     {found['window']:,} tokens, vocabulary {found['vocab_size']:,}")
+    for name, lora in found["adapters"].items():
+        print(f"adapter    {name}: rank {lora['r']}, alpha {lora['lora_alpha']:g}, dropout {lora['lora_dropout']:g}")
+    print(f"parameters {found['parameters']:,} in {found['tensors']:,} tensors")
+    for part, count in found["parts"].items():
+        print(f"  {part:<26} {count:>15,}")

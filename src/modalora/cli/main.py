@@ -1,0 +1,60 @@
+"""The `modalora` command. Verbs import what they need when they run, so that --help answers at once."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from modalora import __version__
+from modalora.cli import ask, chat, demo, doctor, inspect, route, train
+from modalora.errors import ModaloraError
+
+app = typer.Typer(
+    name="modalora",
+    help="Compact multimodal language models: one frozen decoder, an adapter per sense. Start with `modalora demo`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("demo")(demo.demo)
+app.command("ask")(ask.ask)
+app.command("chat")(chat.chat)
+app.command("inspect")(inspect.inspect)
+app.command("train")(train.train)
+app.command("doctor")(doctor.doctor)
+routes = typer.Typer(help="Which adapter and projectors a prompt uses.", no_args_is_help=True)
+routes.command("explain")(route.explain)
+app.add_typer(routes, name="route")
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        print(f"modalora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    del version
+
+
+def main() -> None:
+    """Run the command line; deliberate errors become one line and their exit code, Ctrl-C becomes 130."""
+    try:
+        app()
+    except ModaloraError as error:
+        print(f"modalora: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt as stopped:
+        print(f"modalora: {stopped or 'interrupted'}", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Does a row of a mixed batch compute what it computes alone?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from modalora.assistant import Assistant
+from modalora.contracts import Batch, Message
+from modalora.models.multimodal import part_of
+
+
+def worst_differences(assistant: Assistant, conversations: Sequence[Sequence[Message]]) -> tuple[float, float]:
+    """Return the largest differences between one mixed batch and its rows alone: of logits, and of adapter and
+    projector gradients.
+
+    Gradients are of the mean loss over all labelled tokens, relative to the largest gradient of each tensor.
+    """
+    processor, model = assistant.processor, assistant.model
+    batch = processor.collate([processor.row(messages, answer=False) for messages in conversations])
+    rows = [batch.select([row]) for row in range(len(batch.input_ids))]
+    trained = {name: parameter for name, parameter in model.named_parameters() if part_of(name) != "decoder"}
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+        with torch.no_grad():
+            mixed = model(batch)
+            logits = max(
+                float((mixed[row, : int(alone.lengths[0])] - model(alone)[0]).abs().max())
+                for row, alone in enumerate(rows)
+            )
+        together, apart = _gradients(assistant, [batch], trained), _gradients(assistant, rows, trained)
+        gradients = max(
+            float((together[name] - apart[name]).abs().max() / apart[name].abs().max().clamp(min=1e-3))
+            for name in trained
+        )
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(before[name])
+    return logits, gradients
+
+
+def _gradients(
+    assistant: Assistant, batches: Sequence[Batch], trained: dict[str, torch.nn.Parameter]
+) -> dict[str, Tensor]:
+    model = assistant.model
+    model.zero_grad(set_to_none=True)
+    losses = [model.loss(batch)[0] for batch in batches]
+    (torch.stack([values.sum() for values in losses]).sum() / sum(len(values) for values in losses)).backward()
+    found = {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in trained.items()
+    }
+    model.zero_grad(set_to_none=True)
+    return found

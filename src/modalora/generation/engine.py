@@ -1,0 +1,103 @@
+"""The generation loop: read the prompts once, then one token per row and step, until every row has stopped.
+
+Rows that stop leave the batch. A row that outgrows the original window of a LongRoPE model is read again from its
+start, since its cached keys were turned by the other table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from modalora.contracts import Batch, Route
+from modalora.errors import ConfigError
+from modalora.generation.sampling import Sampling, sample
+from modalora.nn.cache import KVCache
+
+
+class Reader(Protocol):
+    """What generation needs of a model."""
+
+    def new_cache(self, batch: int) -> KVCache:
+        """Return an empty cache for this many rows."""
+        ...
+
+    def read(self, batch: Batch, cache: KVCache) -> Tensor:
+        """Read whole prompts into an empty cache; return logits of each row's last token, (batch, vocab)."""
+        ...
+
+    def read_next(self, ids: Tensor, route: Route, cache: KVCache) -> Tensor:
+        """Read one more token per row, ids (batch,); return logits, (batch, vocab)."""
+        ...
+
+    def is_long(self, length: int) -> bool:
+        """Whether a row of this length uses the rotary table for long windows."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token. finish: None, "stop" (a stop id, not part of the answer, or the caller's rule) or
+    "length"."""
+
+    row: int
+    id: int
+    finish: str | None = None
+
+
+@torch.inference_mode()
+def generate(
+    model: Reader,
+    batch: Batch,
+    *,
+    sampling: Sampling,
+    max_tokens: int,
+    stop_ids: Collection[int],
+    stops: Callable[[int, list[int]], bool] = lambda row, ids: False,
+) -> Iterator[Token]:
+    """Yield the tokens of every row, step by step, each row ending with a token that has a finish.
+
+    max_tokens: most tokens per row. stops: asked after each token with the row and its new ids; true ends the row.
+    """
+    if max_tokens < 1:
+        raise ConfigError(f"max_tokens={max_tokens} must be at least 1")
+    rows = list(range(len(batch.input_ids)))
+    new: list[list[int]] = [[] for _ in rows]
+    prompts = [batch.input_ids[row, : int(batch.lengths[row])].tolist() for row in rows]
+    generators = [torch.Generator().manual_seed(sampling.seed) for _ in rows]
+    cache = model.new_cache(len(rows))
+    logits = model.read(batch, cache)
+    while True:
+        chosen = sample(logits, [prompts[row] + new[row] for row in rows], sampling, [generators[row] for row in rows])
+        going: list[int] = []
+        for place, (row, index) in enumerate(zip(rows, chosen.tolist(), strict=True)):
+            new[row].append(index)
+            finish = None
+            if index in stop_ids or stops(row, new[row]):
+                finish = "stop"
+            elif len(new[row]) == max_tokens:
+                finish = "length"
+            else:
+                going.append(place)
+            yield Token(row, index, finish)
+        if not going:
+            return
+        if len(going) < len(rows):
+            cache.select(going)
+            rows = [rows[place] for place in going]
+        lengths = [len(prompts[row]) + len(new[row]) for row in rows]
+        if any(model.is_long(length) and not model.is_long(length - 1) for length in lengths):
+            cache = model.new_cache(len(rows))
+            logits = model.read(_extended(batch.select(rows), [prompts[row] + new[row] for row in rows]), cache)
+        else:
+            logits = model.read_next(chosen[going], batch.route.select(rows), cache)
+
+
+def _extended(batch: Batch, rows: list[list[int]]) -> Batch:
+    lengths = torch.tensor([len(ids) for ids in rows], device=batch.lengths.device)
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in rows], batch_first=True)
+    return replace(batch, input_ids=padded.to(batch.input_ids.device), lengths=lengths, labels=None)

@@ -1,0 +1,73 @@
+"""From logits to the next token: greedy, or sampled with temperature, top-k, top-p, min-p and a repetition penalty."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modalora.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How tokens are chosen (names as in vLLM and OpenAI). temperature 0 is greedy."""
+
+    temperature: float = 0.0
+    top_k: int = 0  # keep the k likeliest; 0: all
+    top_p: float = 1.0  # keep the likeliest that together reach p; nucleus sampling, arXiv:1904.09751
+    min_p: float = 0.0  # keep those at least min_p times as likely as the likeliest; arXiv:2407.01082
+    repetition_penalty: float = 1.0  # divides (multiplies, if negative) logits of tokens seen; CTRL, arXiv:1909.05858
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("temperature", self.temperature >= 0, "at least 0; 0 is greedy"),
+            ("top_k", self.top_k >= 0, "at least 0; 0 keeps all"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]; 1 keeps all"),
+            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]; 0 keeps all"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0; 1 is none"),
+        )
+        for name, kept, rule in rules:
+            if not kept:
+                raise ConfigError(f"{name}={getattr(self, name)} must be {rule}")
+
+
+def sample(
+    logits: Tensor, seen: Sequence[Sequence[int]], sampling: Sampling, generators: Sequence[torch.Generator]
+) -> Tensor:
+    """Return one token per row, (batch,), for logits (batch, vocab).
+
+    seen: the ids of each row so far, prompt included. generators: one per row, so that a row draws what it draws alone.
+    """
+    logits = logits.float()
+    if sampling.repetition_penalty != 1.0:
+        logits = logits.clone()
+        for row, ids in enumerate(seen):
+            index = torch.tensor(sorted(set(ids)), device=logits.device)
+            own = logits[row, index]
+            logits[row, index] = torch.where(
+                own > 0, own / sampling.repetition_penalty, own * sampling.repetition_penalty
+            )
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    shares = torch.softmax(_filtered(logits / sampling.temperature, sampling), dim=-1).cpu()
+    drawn = [torch.multinomial(own, 1, generator=generator) for own, generator in zip(shares, generators, strict=True)]
+    return torch.cat(drawn).to(logits.device)
+
+
+def _filtered(logits: Tensor, sampling: Sampling) -> Tensor:
+    if 0 < sampling.top_k < logits.shape[-1]:
+        least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        shares = torch.softmax(ordered, dim=-1)
+        beyond = shares.cumsum(-1) - shares >= sampling.top_p  # the token that reaches p is kept
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
+    if sampling.min_p > 0:
+        shares = torch.softmax(logits, dim=-1)
+        logits = logits.masked_fill(shares < sampling.min_p * shares.amax(-1, keepdim=True), -torch.inf)
+    return logits

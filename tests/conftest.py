@@ -1,0 +1,49 @@
+"""What every test gets: annotations checked while it runs, one thread, and the real data where it is at hand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from beartype import BeartypeConf, beartype
+from beartype.roar import BeartypeDecorHintPep3119Exception
+from jaxtyping import install_import_hook
+
+# Calls in these rooms are checked against their annotations, in tests only. Left out are the rooms that users hand
+# things to (processing, assistant, cli), whose own messages about wrong types are tested, and data, whose loops over
+# millions of small calls would take five times as long.
+CHECKED = ("contracts", "nn", "models", "generation", "checkpoint", "training", "evaluation")
+_checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int where a float is asked for is right
+
+
+def checked(function: Any) -> Any:
+    """Return the function with its annotations checked; with a Protocol that isinstance does not take, as it is."""
+    try:
+        return _checked(function)
+    except BeartypeDecorHintPep3119Exception:
+        return function
+
+
+install_import_hook([f"modalora.{room}" for room in CHECKED], f"{__name__}.checked")
+
+DATA = Path(os.environ.get("MODALORA_DATA") or Path(__file__).parents[2] / "shared" / "data")
+ABSENT = f"no real data at {DATA}: set MODALORA_DATA to the folder that docs/nano.md describes"
+
+torch.set_num_threads(1)  # the models here are so small that a second thread costs more than it gives
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("data") and not DATA.is_dir():
+            item.add_marker(pytest.mark.skip(reason=ABSENT))
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of real data sets. Mark a test that takes it with `data`."""
+    if not DATA.is_dir():
+        pytest.skip(ABSENT)
+    return DATA

@@ -1,0 +1,164 @@
+"""Settings: what is read is what was written, and a wrong key is answered with the right one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from modalora.config import RunConfig, dump, load_run, parse
+from modalora.errors import ConfigError
+from modalora.models.multimodal import ModelConfig
+from modalora.models.sizes import SIZES
+from modalora.nn.rope import LongRope, Plain
+
+RECIPE: dict[str, Any] = {
+    "init": "tiny",
+    "output": "out",
+    "train": ["decoder"],
+    "mixture": [{"source": "books"}],
+    "steps": 3,
+}
+
+
+def written(name: str = "tiny") -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads(json.dumps(asdict(SIZES[name]())))
+    return fields
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Callable[[Any], Path]:
+    def write(fields: Any) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(fields if isinstance(fields, str) else yaml.safe_dump(fields))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_size_survives_json(name: str) -> None:
+    config = parse(ModelConfig, written(name), "config.json")
+    assert config == SIZES[name]()
+    assert type(config.decoder.rope) is type(SIZES[name]().decoder.rope)
+
+
+def test_plain_and_long_rope_are_told_apart_by_their_keys() -> None:
+    fields = written()
+    assert isinstance(parse(ModelConfig, fields, "x").decoder.rope, LongRope)
+    fields["decoder"]["rope"] = {"theta": 500.0}
+    assert parse(ModelConfig, fields, "x").decoder.rope == Plain(theta=500.0)
+    fields["decoder"]["rope"] = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    assert parse(ModelConfig, fields, "x").decoder.rope == LongRope(short_factor=(1.0,) * 8, long_factor=(2.0,) * 8)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        ("vison", {}, "unknown key 'vison'; did you mean 'vision'?"),
+        ("decoder.hiden_size", 1, "unknown key 'decoder.hiden_size'; did you mean 'hidden_size'?"),
+        ("decoder.rope.thetta", 1, "unknown key 'decoder.rope.thetta'; did you mean 'theta'?"),
+        ("adapters.vision.rnk", 1, "unknown key 'adapters.vision.rnk'; known keys: lora_alpha, lora_dropout, r"),
+        ("vision.crop", "big", "vision.crop='big': Input should be a valid integer"),
+        ("decoder.rope.long_factor", "x", "decoder.rope.long_factor='x': Input should be a valid tuple"),
+        ("decoder.rope.long_factor", ["x"], "decoder.rope.long_factor.0='x': Input should be a valid number"),
+        ("decoder", 3, "decoder=3: Input should be a dictionary"),
+    ],
+)
+def test_a_wrong_key_or_value_deep_in_a_config_is_named(path: str, value: Any, told: str) -> None:
+    fields = inner = written()
+    *groups, key = path.split(".")
+    for group in groups:
+        inner = inner[group]
+    inner[key] = value
+    with pytest.raises(ConfigError) as error:
+        parse(ModelConfig, fields, "config.json")
+    assert str(error.value).startswith(f"config.json: {told}")
+    assert ";" not in str(error.value).removeprefix(f"config.json: {told}")
+
+
+def test_a_misspelt_factor_list_is_explained_for_the_rope_that_was_meant() -> None:
+    fields = written()
+    fields["decoder"]["rope"]["long_facter"] = fields["decoder"]["rope"].pop("long_factor")
+    with pytest.raises(ConfigError) as error:
+        parse(ModelConfig, fields, "x")
+    assert "did you mean 'long_factor'?" in str(error.value)
+    assert "short_factor" not in str(error.value)
+
+
+def test_a_missing_key_is_named() -> None:
+    fields = written()
+    del fields["decoder"]["vocab_size"]
+    with pytest.raises(ConfigError, match=r"^x: decoder\.vocab_size is missing$"):
+        parse(ModelConfig, fields, "x")
+
+
+def test_every_wrong_key_is_told_at_once() -> None:
+    fields = written()
+    fields["vison"], fields["decoder"]["wide"] = 1, 2
+    with pytest.raises(ConfigError, match=r"vison.*; .*wide|wide.*; .*vison"):
+        parse(ModelConfig, fields, "x")
+
+
+def test_a_rule_of_a_config_speaks_for_itself() -> None:
+    fields = written()
+    fields["decoder"]["rope"]["rotated"] = 2.0
+    with pytest.raises(ConfigError, match=r"^rotated=2.0 must lie in \(0, 1\]; Phi-4-Mini uses 0.75$"):
+        parse(ModelConfig, fields, "x")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"stpes": 3}, "unknown key 'stpes'; did you mean 'steps'?"),
+        ({"optim": {"lrr": 1}}, "unknown key 'optim.lrr'; did you mean 'lr'?"),
+        ({"mixture": [{"source": "books", "wieght": 2}]}, "unknown key 'mixture.0.wieght'; did you mean 'weight'?"),
+        ({"steps": 0}, "steps=0: Input should be greater than or equal to 1"),
+        ({"objective": "luck"}, "objective='luck'"),
+        ({"mixture": []}, "mixture=[]"),
+    ],
+)
+def test_a_wrong_recipe_is_explained(recipe: Callable[[Any], Path], change: dict[str, Any], told: str) -> None:
+    path = recipe({**RECIPE, **change})
+    with pytest.raises(ConfigError) as error:
+        load_run(path)
+    assert str(error.value).startswith(f"{path}: {told}")
+
+
+def test_overrides_reach_into_groups(recipe: Callable[[Any], Path]) -> None:
+    run = load_run(
+        recipe(RECIPE), ["optim.lr=1e-4", "steps=7", "optim.lr_scale.decoder=0.5", "train=[decoder, 'image.*']"]
+    )
+    assert run.optim.lr == 1e-4
+    assert run.steps == 7
+    assert run.optim.lr_scale == {"decoder": 0.5}
+    assert run.train == ["decoder", "image.*"]
+
+
+@pytest.mark.parametrize("override", ["steps", "=3", "steps.x=3", "train=[", "optim.lr.x=1"])
+def test_an_override_that_does_not_fit_is_refused(recipe: Callable[[Any], Path], override: str) -> None:
+    with pytest.raises(ConfigError):
+        load_run(recipe(RECIPE), [override])
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "", "\x00"])
+def test_a_recipe_that_is_no_mapping_is_refused(recipe: Callable[[Any], Path], text: str) -> None:
+    with pytest.raises(ConfigError, match="recipe"):
+        load_run(recipe(text))
+
+
+def test_a_recipe_that_is_absent_or_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_run(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load_run(tmp_path)
+
+
+def test_a_run_survives_its_own_yaml(recipe: Callable[[Any], Path]) -> None:
+    run = parse(RunConfig, RECIPE, "x")
+    assert load_run(recipe(dump(run))) == run

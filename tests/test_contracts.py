@@ -1,0 +1,70 @@
+"""The nouns that rooms exchange."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from modalora.contracts import IGNORED, Batch, Media, Route, image_tokens, subsampled
+
+
+def batch() -> Batch:
+    sound = Media("audio", {"mel": torch.zeros(8, 80)}, row=2, start=1, tokens=1, branch="speech")
+    picture = Media("image", {"pixels": torch.zeros(1)}, row=0, start=0, tokens=2, branch="vision")
+    return Batch(
+        input_ids=torch.arange(12).view(3, 4),
+        lengths=torch.tensor([4, 2, 3]),
+        route=Route(("vision", None, "speech")),
+        media=(picture, sound),
+        labels=torch.arange(12).view(3, 4) + 100,
+        texts=("a", "b", "c"),
+    )
+
+
+def test_routes_group_rows_by_adapter() -> None:
+    groups = Route(("a", None, "b", "a")).groups
+    assert [name for name, _ in groups] == ["a", "b"]
+    assert [rows.tolist() for _, rows in groups if rows is not None] == [[0, 3], [2]]
+    assert Route((None, None)).groups == ()
+    assert Route(("a", "a")).groups == (("a", None),)
+
+
+def test_select_takes_rows_in_the_order_given_and_cuts_the_padding() -> None:
+    some = batch().select([2, 1])
+    assert some.input_ids.tolist() == [[8, 9, 10], [4, 5, 6]]
+    assert some.labels is not None
+    assert some.labels.tolist() == [[108, 109, 110], [104, 105, 106]]
+    assert some.lengths.tolist() == [3, 2]
+    assert some.route == Route(("speech", None))
+    assert [(item.modality, item.row) for item in some.media] == [("audio", 0)]
+    assert some.texts == ("c", "b")
+
+
+def test_a_row_may_be_selected_twice() -> None:
+    twice = batch().select([0, 0])
+    assert [(item.modality, item.row) for item in twice.media] == [("image", 0), ("image", 1)]
+
+
+def test_to_moves_every_tensor() -> None:
+    moved = batch().to("meta")
+    assert moved.labels is not None
+    held = (moved.input_ids, moved.lengths, moved.labels, *(x for item in moved.media for x in item.features.values()))
+    assert {tensor.device.type for tensor in held} == {"meta"}
+
+
+@pytest.mark.parametrize(("frames", "tokens"), [(1, 1), (8, 1), (9, 2), (98, 13), (2998, 375), (3998, 500)])
+def test_sound_is_one_token_for_eight_frames_begun(frames: int, tokens: int) -> None:
+    assert subsampled(frames) == tokens
+
+
+# width x height, then the patches that hold picture; tokens are the published ones
+@pytest.mark.parametrize(
+    ("rows", "columns", "tokens"),
+    [(32, 32, 545), (32, 2, 305), (48, 64, 1065), (64 - 4, 96, 273 + 30 * 49), (192, 192, 9585), (1152, 32, 10_065)],
+)
+def test_image_tokens_are_the_published_ones(rows: int, columns: int, tokens: int) -> None:
+    assert image_tokens(rows, columns, 32) == tokens
+
+
+def test_ignored_is_torchs() -> None:
+    assert torch.nn.CrossEntropyLoss().ignore_index == IGNORED
