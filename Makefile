@@ -17,7 +17,7 @@ PIP = .venv/bin/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS
 # clears its activations anew. Kept instead, they save 15 % of the time (docs/log.md). Elsewhere the names mean nothing.
 KEEP_BUFFERS := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
 
-.PHONY: help demo test check nano bench clean $(STAGES)
+.PHONY: help demo test check nano folds bench clean $(STAGES)
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -46,7 +46,20 @@ check: .venv/.ready  ## format, lint, types, layers, spelling
 	@.venv/bin/codespell
 
 nano: $(STAGES)  ## train the bundled model from DATA=../shared/data (docs/nano.md)
-	@echo "== nano: all stages are done, see runs/nano"
+	@rm -rf src/modalora/bundled/nano && cp -r runs/nano/7-joint/model src/modalora/bundled/nano
+	@echo "== nano: all stages are done; the last model is now src/modalora/bundled/nano"
+
+SPEAKERS := george jackson lucas nicolas
+
+folds: nano-2-instruct  ## speech once per left-out speaker, for the table of make bench
+	@for speaker in $(SPEAKERS); do \
+		echo "== folds: without $$speaker"; \
+		$(KEEP_BUFFERS) .venv/bin/modalora train $(RECIPES)/fold-1-ears.yaml data=$(DATA) threads=$(THREADS) \
+			mixture.0.options.without=$$speaker output=runs/folds/$$speaker/ears && \
+		$(KEEP_BUFFERS) .venv/bin/modalora train $(RECIPES)/fold-2-speech.yaml data=$(DATA) threads=$(THREADS) \
+			mixture.0.options.without=$$speaker take="{audio.encoder: runs/folds/$$speaker/ears/model}" \
+			output=runs/folds/$$speaker/speech || exit 1; \
+	done
 
 # A stage waits for those whose models its recipe names. On two cores `make -j2 nano THREADS=1`, two at a time, ends sooner.
 $(foreach stage,$(STAGES),$(eval $(stage): \
@@ -77,5 +90,5 @@ clean:  ## remove builds and caches; keeps .venv and runs
 
 .venv/.ready: .venv/.base
 	@echo "== set-up: what training, tests and checks need"
-	@$(PIP) -e '.[train,dev]'
+	@$(PIP) -e '.[train,eval,dev]'
 	@touch $@

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class Assistant:
         audio: Media | Sequence[Media] = (),
         max_tokens: int = 128,
         route: str = "auto",
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         **sampling: Any,
     ) -> Answer:
         """Answer a question, or go on from a list of messages.
@@ -84,12 +85,13 @@ class Assistant:
         *,
         max_tokens: int = 128,
         route: str = "auto",
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         **sampling: Any,
     ) -> list[Answer]:
         """Answer several conversations in one batch, whatever media each holds; each answer is what it would be
         alone."""
         started = time.perf_counter()
+        stop = _stops(stop)
         batch = self._prompt(conversations, max_tokens, route)
         ids: list[list[int]] = [[] for _ in conversations]
         finish = ["stop"] * len(conversations)
@@ -99,11 +101,12 @@ class Assistant:
             finish[token.row] = token.finish or finish[token.row]
         seconds = time.perf_counter() - started
         answers: list[Answer] = []
+        routes = self.explain(batch)
         for row, new in enumerate(ids):
             prompt = int(batch.lengths[row])
             usage = {"prompt_tokens": prompt, "completion_tokens": len(new), "total_tokens": prompt + len(new)}
             text = _cut(self.processor.tokenizer.decode(new), stop)
-            answers.append(Answer(text, tuple(new), finish[row], self.explain(batch)[row], usage, seconds))
+            answers.append(Answer(text, tuple(new), finish[row], routes[row], usage, seconds))
         return answers
 
     def stream(
@@ -112,10 +115,11 @@ class Assistant:
         *,
         max_tokens: int = 128,
         route: str = "auto",
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         **sampling: Any,
     ) -> Iterator[str]:
         """Yield the answer in pieces of whole characters as they come; the pieces together are `ask`'s text."""
+        stop = _stops(stop)
         conversation = question_messages(messages) if isinstance(messages, str) else messages
         batch = self._prompt([conversation], max_tokens, route)
         ids: list[int] = []
@@ -166,10 +170,12 @@ class Assistant:
     def _prompt(self, conversations: Sequence[Sequence[Message]], max_tokens: int, route: str) -> Batch:
         batch = self.processor(conversations, route=route)
         longest = int(batch.lengths.max())
-        if longest + max_tokens > self.processor.window:
+        room = self.processor.window - longest
+        if max_tokens > room:
+            lower = f"lower max_tokens to {room} or shorten the prompt" if room else "shorten the prompt"
             raise PromptError(
                 f"a prompt of {longest} tokens and max_tokens={max_tokens} exceed this model's window of "
-                f"{self.processor.window}; lower max_tokens to {self.processor.window - longest} or shorten the prompt"
+                f"{self.processor.window}; {lower}"
             )
         return batch.to(self.device)
 
@@ -182,11 +188,10 @@ class Assistant:
             text = decode(ids)
             return any(word in text for word in stop)
 
-        try:
-            chosen = Sampling(**sampling)
-        except TypeError:
-            known = ", ".join(Sampling.__dataclass_fields__)
-            raise ConfigError(f"unknown sampling setting in {sorted(sampling)}; known are {known}") from None
+        known = Sampling.__dataclass_fields__
+        if unknown := sorted(set(sampling) - set(known)):
+            raise ConfigError(f"unknown sampling setting {', '.join(unknown)}; known are {', '.join(known)}")
+        chosen = Sampling(**sampling)
         return generate(self.model, batch, sampling=chosen, max_tokens=max_tokens, stop_ids=self._stop_ids, stops=stops)
 
     def _explain(self, batch: Batch, row: int) -> dict[str, Any]:
@@ -307,8 +312,15 @@ def _listed(media: Media | Sequence[Media]) -> list[Media]:
         return media
     if isinstance(media, tuple):
         # (samples, rate) is one sound; any other tuple is several media
-        return [media] if len(media) == 2 and isinstance(media[1], int) else list(media)
-    return [media]
+        return [media] if len(media) == 2 and isinstance(media[1], Integral) else list(media)
+    return [] if media is None else [media]
+
+
+def _stops(stop: str | Sequence[str]) -> list[str]:
+    words = [stop] if isinstance(stop, str) else list(stop)  # OpenAI takes both; a str is no list of its letters
+    if not all(words):
+        raise ConfigError("stop holds an empty string, which every answer begins with; leave it out")
+    return words
 
 
 def _cut(text: str, stop: Sequence[str]) -> str:

@@ -63,6 +63,7 @@ class RunConfig(Settings):
     log_every: int = Field(10, ge=1)
     save_every: int = Field(200, ge=1)
     keep: int = Field(2, ge=1)  # resume checkpoints kept
+    device: str = "cpu"  # a torch device
     threads: int = Field(0, ge=0)  # 0: torch's default
     data: str = "../shared/data"  # the folder of docs/nano.md
     cache: str = "runs/cache"
@@ -129,11 +130,19 @@ def _number(value: Any) -> Any:
 
 def _set(fields: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
     inner: Any = fields
-    for key in keys[:-1]:
-        inner = inner.setdefault(key, {})
-        if not isinstance(inner, dict):
-            raise ConfigError(f"override {override!r}: {key!r} is not a group of settings")
-    inner[keys[-1]] = value
+    for key, following in zip(keys, [*keys[1:], None], strict=True):
+        if isinstance(inner, list) and key.isdigit() and int(key) < len(inner):
+            place: Any = int(key)  # mixture.0.weight=2
+        elif isinstance(inner, dict):
+            place = key
+        else:
+            raise ConfigError(f"override {override!r}: nothing can be set at {key!r}")
+        if following is None:
+            inner[place] = value
+        elif isinstance(inner, dict):
+            inner = inner.setdefault(place, {})
+        else:
+            inner = inner[place]
 
 
 def _explain(error: ValidationError, kind: Any) -> list[str]:

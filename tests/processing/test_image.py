@@ -286,7 +286,7 @@ def test_a_given_pillow_image_is_left_unchanged() -> None:
         ),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
         (encode(Image.new("RGB", (1, 1)), "PNG"), "1x1 pixels, and each side must have at least 8"),
-        (png_header(20_000, 20_000), "too many pixels.*50,000,000"),
+        (png_header(20_000, 20_000), "400,000,000 pixels, and at most 50,000,000"),
         (png_header(9_000, 9_000), "9000x9000 pixels, and at most 50,000,000 in all are read"),
         (png_header(13_000, 8_000), "13000x8000 pixels, and at most 50,000,000"),
         (png_header(100, 100), "damaged or cut short"),

@@ -74,11 +74,11 @@ def _formats() -> Check:
 
 def _bundled() -> Check:
     from modalora.assistant import find_model
-    from modalora.checkpoint.store import check_manifest
+    from modalora.checkpoint.store import CONFIG, TOKENIZER, WEIGHTS, check_manifest
 
     try:
         folder = find_model("nano")
-        check_manifest(folder)
+        check_manifest(folder, (CONFIG, WEIGHTS, TOKENIZER))
     except ModaloraError as error:
         return Check("nano", False, str(error), "pip install --force-reinstall modalora")
     return Check("nano", True, "bundled model is whole")

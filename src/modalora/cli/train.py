@@ -22,7 +22,12 @@ def train(
     Example: modalora train nano-1-base data=../shared/data steps=100
     """
     from modalora.config import load_run
-    from modalora.training.run import run_recipe
+    from modalora.errors import InputError
+
+    try:
+        from modalora.training.run import run_recipe
+    except ModuleNotFoundError as missing:
+        raise InputError(f"training needs {missing.name}; pip install 'modalora[train]'") from None
 
     bundled = RECIPES / f"{recipe}.yaml"
     run = load_run(bundled if bundled.exists() else Path(recipe), overrides or [])

@@ -33,8 +33,8 @@ _FACTS = (
     ("What comes after Monday?", "Tuesday"), ("What comes after Friday?", "Saturday"),
     ("What comes before Sunday?", "Saturday"), ("What season comes after winter?", "spring"),
     ("What season comes after summer?", "autumn"), ("What is frozen water called?", "ice"),
-    ("What do we use to write?", "a pen"), ("What do we use to see?", "our eyes"), ("What do we use to hear?", "our ears"),
-    ("What has three sides?", "a triangle"),
+    ("What do we use to write?", "a pen"), ("What do we use to see?", "our eyes"),
+    ("What do we use to hear?", "our ears"), ("What has three sides?", "a triangle"),
     ("What has four equal sides?", "a square"),
 )  # fmt: skip
 _MANNERS = (

@@ -58,12 +58,13 @@ class Mixture:
         self.sources = [make_source(context, source) for source in sources]
 
     def __call__(self, step: int) -> list[Batch]:
-        """Return the micro-batches of a step."""
-        return [self._micro(np.random.default_rng((self.seed, step, number))) for number in range(self.accumulate)]
-
-    def _micro(self, rng: np.random.Generator) -> Batch:
-        drawn = [self.sources[rng.choice(len(self.sources), p=self.shares)](rng) for _ in range(self.rows)]
-        return self.context.processor.collate(drawn)
+        """Return the micro-batches of a step, rows of like length together so that little is padding."""
+        rng = np.random.default_rng((self.seed, step))
+        count = self.rows * self.accumulate
+        drawn = [self.sources[rng.choice(len(self.sources), p=self.shares)](rng) for _ in range(count)]
+        drawn.sort(key=lambda row: len(row.ids))
+        collate = self.context.processor.collate
+        return [collate(drawn[at : at + self.rows]) for at in range(0, count, self.rows)]
 
 
 def make_source(context: Context, config: SourceConfig) -> Source:

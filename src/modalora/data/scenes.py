@@ -139,9 +139,10 @@ def nlvr_like(rng: np.random.Generator, towers: float = 0.6) -> Scene:
 
 
 def free_scene(rng: np.random.Generator) -> Scene:
-    """Return a scene of one to six shapes that do not overlap, on a canvas of 112 to 400 pixels a side."""
+    """Return a scene of one to six shapes that do not overlap, on a canvas of 112 to 400 (mostly 240) pixels a side."""
     roll = dice(rng)
-    columns, rows = roll.randint(112, 400), roll.randint(112, 400)
+    most = 400 if roll.random() < 0.1 else 240  # large canvases cost many tokens
+    columns, rows = roll.randint(112, most), roll.randint(112, most)
     side = min(columns, rows)
     background = roll.choice(_BACKGROUNDS)
     colors = [name for name in COLORS if _distance(_FREE_RGB[name], background) > _CONTRAST]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def token_stream(folder: Path, split: str, tokenizer: TextTokenizer, cache: Path
                 parts.append(np.array(ids, dtype=np.uint16))
             parts.append(np.array([end], dtype=np.uint16))
         cache.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".draft.npy")
+        draft = path.with_suffix(f".{os.getpid()}.draft.npy")
         np.save(draft, np.concatenate(parts))
         draft.replace(path)
     return np.asarray(np.load(path, mmap_mode="r"))

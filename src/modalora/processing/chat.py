@@ -7,7 +7,6 @@ Source: model card of Phi-4-multimodal-instruct; see docs/papers.md.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -108,6 +107,6 @@ def _inline(url: Any, where: str, *, bare: bool = False) -> bytes:
         _, comma, data = url.partition(",")
         try:
             return base64.b64decode(data if comma else url, validate=True)
-        except binascii.Error:
+        except ValueError:  # binascii.Error is one; text beyond ASCII raises its parent
             pass
     raise PromptError(f"{where} must hold base64 data ('data:...;base64,...'); nothing is fetched from the network")

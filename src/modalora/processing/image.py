@@ -9,6 +9,7 @@ the released model.
 from __future__ import annotations
 
 import io
+import re
 import stat
 import warnings
 from dataclasses import dataclass
@@ -138,8 +139,10 @@ def _read_header(name: str, data: bytes, config: ImageConfig) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
+        pixels = re.search(r"\d+", str(error))  # Pillow tells the size in its message only
+        count = f"{int(pixels[0]):,}" if pixels else "too many"
         raise MediaError(
-            f"{name} has too many pixels: {error}; at most {config.max_pixels:,} are read by the config; scale it down"
+            f"{name} has {count} pixels, and at most {config.max_pixels:,} are read; scale it down"
         ) from error
     except Exception as error:  # hostile headers fail in many ways
         raise MediaError(

@@ -99,8 +99,14 @@ class TextTokenizer:
         return int(self._full.get_vocab_size())
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of the text, which is never read as a control token."""
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        """Return the ids of the text, which is never read as a control token.
+
+        Raises PromptError for text that is no Unicode: a lone surrogate, as Python makes of undecodable bytes.
+        """
+        try:
+            ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise PromptError(f"the text {text!r:.60} is not valid Unicode; give text that encodes as UTF-8") from None
         return ids
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:

@@ -20,7 +20,7 @@ from torch import nn
 
 from modalora.checkpoint.resume import load_state, save_state
 from modalora.config import RunConfig, dump
-from modalora.contracts import Batch
+from modalora.contracts import IGNORED, Batch
 from modalora.errors import ConfigError, TrainingError
 from modalora.models.multimodal import Multimodal
 from modalora.training.objectives import OBJECTIVES, Losses
@@ -103,13 +103,19 @@ def _step(
     total, count = 0.0, 0
     by_route: dict[str, list[float]] = defaultdict(list)
     targets = sum(_targets(batch) for batch in micro)
+    if run.objective == "next_token" and not targets:
+        raise TrainingError(
+            f"step {step + 1} has no labelled token; the mixture's conversations need an assistant's turn"
+        )
     for batch in micro:
-        with torch.autocast("cpu", torch.bfloat16, enabled=run.precision == "bf16"):
+        batch = batch.to(run.device)
+        with torch.autocast(torch.device(run.device).type, torch.bfloat16, enabled=run.precision == "bf16"):
             losses: Losses = objective(model, batch)
         # Every target counts alike, however the step is cut into micro-batches.
-        (
-            losses.values.sum() / (targets if run.objective == "next_token" else len(losses.values) * len(micro))
-        ).backward()
+        share = targets if run.objective == "next_token" else len(losses.values) * len(micro)
+        mean = losses.values.sum() / share
+        if mean.requires_grad:  # rows whose route reaches no trained part add nothing
+            mean.backward()
         values = losses.values.detach()
         total, count = total + float(values.sum()), count + len(values)
         for row in losses.rows.unique().tolist():
@@ -131,7 +137,7 @@ def _step(
 
 
 def _targets(batch: Batch) -> int:
-    return 0 if batch.labels is None else int((batch.labels[:, 1:] != -100).sum())
+    return 0 if batch.labels is None else int((batch.labels[:, 1:] != IGNORED).sum())
 
 
 def _resume(run: RunConfig, folder: Path, trained: dict[str, nn.Parameter], optimizer: Optimizer) -> int:
@@ -139,7 +145,7 @@ def _resume(run: RunConfig, folder: Path, trained: dict[str, nn.Parameter], opti
     if found is None:
         return 0
     tensors, fields = found
-    free = {"steps", "log_every", "save_every", "keep", "threads", "output", "cache", "data"}
+    free = {"steps", "log_every", "save_every", "keep", "threads", "device", "output", "cache", "data"}
     before, now = fields["run"], run.model_dump(mode="json")
     changed = sorted(key for key in now if key not in free and before.get(key) != now[key])
     if changed:

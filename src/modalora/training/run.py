@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -44,7 +45,7 @@ def run_recipe(run: RunConfig, report: Callable[[Metrics], None] = lambda metric
     batches = Mixture(context, run.mixture, rows=run.rows, accumulate=run.accumulate, seed=run.seed)
     if "audio.encoder" in run.train:
         _set_mel_statistics(model, batches)
-    metrics = train(run, model, batches, report)
+    metrics = train(run, model.to(run.device), batches, report)
     save_model(model, tokenizer, target, int8=run.int8, notes={"trained": run.model_dump(mode="json"), "last": metrics})
     return target
 
@@ -54,7 +55,7 @@ def _fresh_tokenizer(data: Path, cache: Path, vocab_size: int) -> TextTokenizer:
     if not path.exists():
         tokenizer = TextTokenizer.train(tokenizer_corpus(data), vocab_size)
         cache.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".draft")
+        draft = path.with_suffix(f".{os.getpid()}.draft")
         draft.write_text(tokenizer.definition, encoding="utf-8")
         draft.replace(path)
     return TextTokenizer(path.read_text(encoding="utf-8"))

@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from modalora.assistant import BUNDLED, find_model
+from modalora.cli.main import main
+
+DEMO = BUNDLED / "demo"
+SCENE, DIGITS = str(DEMO / "scene.png"), str(DEMO / "digits.wav")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command in this process; return exit code, stdout and stderr."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["modalora", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    return call
+
+
+def test_help_answers_without_loading_torch() -> None:
+    probe = "import sys; sys.argv = ['modalora', '--help']\nimport modalora.cli.main as m\n"
+    probe += "try: m.main()\nexcept SystemExit: print('torch' in sys.modules)"
+    # torch alone takes more than a second to import: its absence is what keeps help fast on any machine
+    shown = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert shown.stdout.endswith("False\n")
+    assert "Start with `modalora demo`" in shown.stdout
+
+
+def test_an_answer_is_the_only_thing_on_stdout(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = run("ask", "nano", "Repeat: hello", "--max-tokens", "4")
+    assert code == 0
+    assert out.count("\n") == 1
+    assert err == ""
+
+
+def test_json_has_text_tokens_finish_reason_route_usage_and_seconds(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = run(
+        "ask", "nano", "What is this?", "--image", SCENE, "--audio", DIGITS, "--max-tokens", "3", "--json"
+    )
+    answer = json.loads(out)
+    assert code == 0
+    assert set(answer) == {"text", "tokens", "finish_reason", "route", "usage", "seconds"}
+    assert answer["route"]["adapter"] == "vision"
+    assert answer["route"]["projectors"] == {"image": "vision", "audio": "vision"}
+    assert answer["usage"]["prompt_tokens"] + answer["usage"]["completion_tokens"] == answer["usage"]["total_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("media", "adapter"),
+    [((), "none"), (("--image", SCENE), "vision"), (("--audio", DIGITS), "speech")],
+)
+def test_route_explain_names_the_adapter(
+    run: Callable[..., tuple[int, str, str]], media: tuple[str, ...], adapter: str
+) -> None:
+    code, out, _ = run("route", "explain", "nano", "Hi", *media)
+    assert code == 0
+    assert f"adapter    {adapter}" in out
+
+
+def test_inspect_counts_what_the_folder_holds(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = run("inspect", "nano", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["parameters"] == sum(found["parts"].values())
+    assert set(found["adapters"]) == {"vision", "speech"}
+
+
+def test_doctor_finds_the_bundled_model(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = run("doctor")
+    assert code == 0
+    assert "ok   nano" in out
+
+
+def test_chat_answers_and_survives_bad_lines(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    saved = tmp_path / "chat.jsonl"
+    lines = iter(
+        [
+            *("/help", "Hello!", "/image no-such.png", f"/image {SCENE}", "What is it?", "/route", "/route shout"),
+            *("/nonsense", "/retry", f"/save {saved}", "/exit"),
+        ]
+    )
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    code, out, _ = run("chat", "nano", "--max-tokens", "3")
+    assert code == 0
+    assert "! 'no-such.png'" in out or "no-such.png" in out
+    assert "unknown route 'shout'" in out
+    assert "unknown command /nonsense" in out
+    assert "adapter    vision" in out
+    roles = [message["role"] for message in json.loads(saved.read_text())["messages"]]
+    assert roles == ["user", "assistant", "user", "assistant"]
+
+
+def _picture(path: Path, width: int, height: int) -> str:
+    Image.new("1", (width, height)).save(path)
+    return str(path)
+
+
+def _sound(path: Path, seconds: float, rate: int = 8000) -> str:
+    with soundfile.SoundFile(path, "w", rate, 1, "PCM_16") as file:
+        left = round(seconds * rate)
+        while left > 0:
+            file.write(np.zeros(min(left, 1 << 20), dtype=np.int16))
+            left -= 1 << 20
+    return str(path)
+
+
+def _half(source: str, path: Path) -> str:
+    data = Path(source).read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    return str(path)
+
+
+def _text(path: Path) -> str:
+    path.write_text("not a picture")
+    return str(path)
+
+
+BAD_MEDIA: dict[str, tuple[Callable[[Path], list[str]], str]] = {
+    "missing file": (lambda at: ["--image", str(at / "none.png")], "none.png"),
+    "truncated picture": (lambda at: ["--image", _half(SCENE, at / "half.png")], "half.png"),
+    "truncated sound": (lambda at: ["--audio", _half(DIGITS, at / "half.wav")], "half.wav"),
+    "1x1 picture": (lambda at: ["--image", _picture(at / "dot.png", 1, 1)], "1x1"),
+    "huge picture": (lambda at: ["--image", _picture(at / "huge.png", 20_000, 20_000)], "400,000,000 pixels"),
+    "no sound": (lambda at: ["--audio", _sound(at / "empty.wav", 0)], "empty.wav"),
+    "two hours": (lambda at: ["--audio", _sound(at / "long.flac", 7200)], "7,200.0 s"),
+    "text named png": (lambda at: ["--image", _text(at / "text.png")], "text.png"),
+    "folder": (lambda at: ["--audio", str(at)], "directory"),
+    "unknown route": (lambda at: ["--route", "smell"], "smell"),
+    "too many tokens": (lambda at: ["--max-tokens", "2000"], "1024"),
+    "no tokens": (lambda at: ["--max-tokens", "0"], "max_tokens=0"),
+    "top-p": (lambda at: ["--top-p", "1.5"], "top_p=1.5"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MEDIA)
+def test_bad_input_gets_one_line_and_exit_code_two(
+    run: Callable[..., tuple[int, str, str]], tmp_path: Path, case: str
+) -> None:
+    make, named = BAD_MEDIA[case]
+    arguments = make(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    code, out, err = run("ask", "nano", "What is it?", *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("modalora: ")
+    assert err.count("\n") == 1
+    assert named in err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("question", "images", "named"),
+    [
+        ("<|image_1|> What is it?", 2, "1 image placeholder(s) and 2 image(s)"),
+        ("<|image_1|><|image_2|> Which?", 1, "2 image placeholder(s) and 1 image(s)"),
+        ("word " * 1200, 0, "at most 1024"),
+        ("", 0, "empty"),
+    ],
+)
+def test_bad_prompts_are_refused(
+    run: Callable[..., tuple[int, str, str]], question: str, images: int, named: str
+) -> None:
+    code, out, err = run("ask", "nano", question, *["--image", SCENE] * images)
+    assert (code, out) == (2, "")
+    assert named in err
+
+
+def _flip(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _unknown_key(folder: Path) -> None:
+    from modalora.checkpoint.store import digest, read_json, write_json
+
+    fields = read_json(folder / "config.json")
+    fields["decoder"]["hiden_size"] = 3
+    write_json(folder / "config.json", fields)
+    manifest = read_json(folder / "manifest.json")
+    path = folder / "config.json"
+    manifest["files"]["config.json"] = {"bytes": path.stat().st_size, "sha256": digest(path)}
+    write_json(folder / "manifest.json", manifest)
+
+
+BAD_MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "flipped bit": (_flip, "model.safetensors was altered"),
+    "missing weights": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
+    "missing tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+    "unknown key": (_unknown_key, "hiden_size"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+@pytest.mark.parametrize("verb", [("ask", "Hi"), ("inspect",)])
+def test_a_damaged_model_is_refused_by_name(
+    run: Callable[..., tuple[int, str, str]], tmp_path: Path, case: str, verb: tuple[str, ...]
+) -> None:
+    damage, named = BAD_MODELS[case]
+    folder = tmp_path / "model"
+    shutil.copytree(find_model("nano"), folder)
+    damage(folder)
+    code, out, err = run(verb[0], str(folder), *verb[1:])
+    assert (code, out) == (2, "")
+    assert named in err
+
+
+def test_a_model_that_is_not_there_names_the_bundled_ones(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, _, err = run("ask", "no-such-model", "Hi")
+    assert code == 2
+    assert "nano" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("no-such-recipe",), "no-such-recipe"),
+        (("nano-1-base", "stepz=3"), "did you mean 'steps'"),
+        (("nano-1-base", "steps"), "key=value"),
+        (("nano-1-base", "steps=0"), "steps"),
+        (("nano-1-base", "init=no-such-model"), "no-such-model"),
+    ],
+)
+def test_bad_recipes_are_refused_before_anything_is_written(
+    run: Callable[..., tuple[int, str, str]], tmp_path: Path, arguments: tuple[str, ...], named: str
+) -> None:
+    code, _, err = run("train", *arguments, f"output={tmp_path / 'out'}", f"cache={tmp_path / 'cache'}")
+    assert code == 2
+    assert named in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_data_folder_is_named(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    code, _, err = run(
+        "train", "nano-1-base", f"data={tmp_path}", f"cache={tmp_path / 'c'}", f"output={tmp_path / 'o'}"
+    )
+    assert code == 2
+    assert "train.parquet" in err
