@@ -191,7 +191,10 @@ class Assistant:
         known = Sampling.__dataclass_fields__
         if unknown := sorted(set(sampling) - set(known)):
             raise ConfigError(f"unknown sampling setting {', '.join(unknown)}; known are {', '.join(known)}")
-        chosen = Sampling(**sampling)
+        try:
+            chosen = Sampling(**sampling)
+        except TypeError:
+            raise ConfigError(f"sampling settings must be numbers; got {dict(sampling)}") from None
         return generate(self.model, batch, sampling=chosen, max_tokens=max_tokens, stop_ids=self._stop_ids, stops=stops)
 
     def _explain(self, batch: Batch, row: int) -> dict[str, Any]:

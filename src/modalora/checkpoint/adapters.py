@@ -9,15 +9,27 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from modalora.checkpoint.store import read_json, write_folder, write_json
-from modalora.errors import CheckpointError
+from modalora.config import parse
+from modalora.errors import CheckpointError, ConfigError
 from modalora.models.multimodal import Multimodal
 from modalora.nn.lora import LoraConfig, RoutedLinear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What a plain LoRA has under each key; anything else would change the numbers and be dropped silently.
+_PLAIN = {
+    "peft_type": "LORA",
+    "use_rslora": False,
+    "use_dora": False,
+    "bias": "none",
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "modules_to_save": [],
+}
 _LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+_NAME = re.compile(r"[A-Za-z0-9][\w-]*", re.ASCII)
 # Published adapters differ in the prefix and in whether the adapter's name stands inside the key.
 _KEY = re.compile(r"(?:base_model\.model\.)?model\.(layers\.\d+\.[\w.]+?)\.(lora_[AB])\.(?:[\w-]+\.)?weight")
 
@@ -61,17 +73,20 @@ def load_adapter(model: Multimodal, folder: Path, name: str) -> None:
     """
     if name in model.config.adapters or name in ("auto", "none"):
         raise CheckpointError(f"the adapter name {name!r} is taken; choose another")
+    if not _NAME.fullmatch(name) or hasattr(nn.ParameterDict(), name):
+        raise CheckpointError(f"{name!r} cannot name an adapter; use letters, digits, - and _, such as 'my-style'")
     fields = read_json(folder / CONFIG)
-    for key, plain in (("peft_type", "LORA"), ("use_rslora", False), ("use_dora", False), ("bias", "none")):
-        if fields.get(key, plain) != plain:
+    for key, plain in _PLAIN.items():
+        if (fields.get(key) or plain) != plain:
             raise CheckpointError(f"{folder / CONFIG} has {key}={fields[key]!r}; only {key}={plain!r} is read")
     try:
-        config = LoraConfig(
-            r=fields["r"], lora_alpha=fields["lora_alpha"], lora_dropout=fields.get("lora_dropout", 0.0)
-        )
+        size = {key: fields[key] for key in ("r", "lora_alpha")} | {"lora_dropout": fields.get("lora_dropout", 0.0)}
+        config = parse(LoraConfig, size, str(folder / CONFIG))
         stored = load_file(folder / WEIGHTS)
     except KeyError as error:
         raise CheckpointError(f"{folder / CONFIG} has no {error}; PEFT writes it") from None
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
     except (SafetensorError, FileNotFoundError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} is not a readable safetensors file: {error}") from None
     given: dict[tuple[str, str], Tensor] = {}
@@ -101,8 +116,8 @@ def load_adapter(model: Multimodal, folder: Path, name: str) -> None:
     with torch.no_grad():
         for place, linear in linears.items():
             linear.add_adapter(name, config)
-            linear.lora_A[name].copy_(given[place, "lora_A"])
-            linear.lora_B[name].copy_(given[place, "lora_B"])
+            for side, held in (("lora_A", linear.lora_A), ("lora_B", linear.lora_B)):
+                held[name] = nn.Parameter(given[place, side].to(linear.weight))  # in the dtype that the model runs in
     model.config = replace(model.config, adapters={**model.config.adapters, name: config})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,14 +14,14 @@ if TYPE_CHECKING:
 
 INPUTS = Path(__file__).parents[1] / "bundled" / "demo"
 CASES = (
-    ("text", "What is twelve plus five?", (), ()),
-    ("text", "Repeat: the quick brown fox", (), ()),
-    ("image", "How many circles are there?", ("scene.png",), ()),
-    ("image", "What color is the star?", ("scene.png",), ()),
-    ("sound", "Transcribe the audio clip into text.", (), ("digits.wav",)),
-    ("sound", "Add the numbers.", (), ("digits.wav",)),
-    ("image + sound", "Is the spoken number the number of circles?", ("scene.png",), ("number.wav",)),
-    ("image + sound", "", ("scene.png",), ("question.wav",)),
+    ((), "What is twelve plus five?"),
+    ((), "Repeat: the quick brown fox"),
+    (("scene.png",), "How many circles are there?"),
+    (("scene.png",), "What color is the star?"),
+    (("digits.wav",), "Transcribe the audio clip into text."),
+    (("digits.wav",), "Add the numbers."),
+    (("scene.png", "number.wav"), "Is the spoken number the number of circles?"),
+    (("scene.png", "question.wav"), ""),
 )
 
 
@@ -34,24 +35,27 @@ def demo() -> None:
 
     started = time.perf_counter()
     assistant = modalora.load("nano")
-    parameters = sum(parameter.numel() for parameter in assistant.model.parameters())
-    print(f"nano: {parameters / 1e6:.1f} million parameters, a toy trained on two CPU cores; its inputs: {INPUTS}\n")
-    for kind, question, images, sounds in CASES:
-        answer = assistant.ask(
-            question, image=[INPUTS / name for name in images], audio=[INPUTS / name for name in sounds], max_tokens=48
-        )
-        files = " ".join((*images, *sounds))
-        adapter = answer.route["adapter"] or "none"
-        print(f"[{kind}] {files}{' ' if files else ''}{question}".rstrip())
-        print(f"  {answer.text}")
-        print(f"  route: adapter {adapter}, {answer.usage['prompt_tokens']} prompt tokens\n")
+    for line in transcript(assistant):
+        print(line, flush=True)
     same = text_is_unchanged(assistant)
     print(f"text logits with and without the adapters: {'identical to the last bit' if same else 'DIFFERENT'}")
-    print(f"took {time.perf_counter() - started:.0f} s. Next:")
-    print("      modalora ask nano 'How many squares are there?' --image YOUR.png")
-    print("      modalora chat nano    modalora route explain nano 'Hi' --audio YOUR.wav    modalora doctor")
+    print(f"took {time.perf_counter() - started:.0f} s; the inputs are in {INPUTS}. Next:")
+    print("  modalora ask nano 'How many squares are there?' --image YOUR.png")
+    print("  modalora route explain nano 'Hi' --audio YOUR.wav")
+    print("  modalora chat nano")
     if not same:
         raise typer.Exit(1)
+
+
+def transcript(assistant: Assistant) -> Iterator[str]:
+    """Yield question, answer and route of every case, line by line."""
+    for files, question in CASES:
+        sounds = [INPUTS / name for name in files if name.endswith(".wav")]
+        images = [INPUTS / name for name in files if name.endswith(".png")]
+        answer = assistant.ask(question, image=images, audio=sounds, max_tokens=48)
+        yield f"> {' '.join([*(f'[{name}]' for name in files), question]).strip()}"
+        yield answer.text
+        yield f"  (adapter: {answer.route['adapter'] or 'none'}, prompt: {answer.usage['prompt_tokens']} tokens)"
 
 
 def text_is_unchanged(assistant: Assistant) -> bool:
@@ -66,5 +70,5 @@ def text_is_unchanged(assistant: Assistant) -> bool:
     weights = assistant.model.state_dict()
     bare.load_state_dict({name: weights[name] for name in bare.state_dict()})
     alone = Assistant(bare, make_processor(config, assistant.processor.tokenizer), "decoder")
-    texts = [question for kind, question, *_ in CASES if kind == "text"]
+    texts = [question for files, question in CASES if not files]
     return all(torch.equal(alone.logits(text), assistant.logits(text)) for text in texts)
