@@ -23,6 +23,7 @@ from modalora.processing.processor import Processor
 from modalora.processing.tokenizer import TextTokenizer
 
 GREEDY = Sampling()
+WORDS = "seven blue boxes touch the wall, and the quick brown fox jumps over the lazy dog; how many are there? " * 4
 
 
 class Counter:
@@ -150,7 +151,7 @@ def model() -> Multimodal:
 
 @pytest.fixture(scope="module")
 def processor() -> Processor:
-    tokenizer = TextTokenizer.train(["seven blue boxes touch the wall, and the quick brown fox jumps over. " * 4], 320)
+    tokenizer = TextTokenizer.train([WORDS], 320)
     return make_processor(tiny(), tokenizer)
 
 

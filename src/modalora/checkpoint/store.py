@@ -92,8 +92,12 @@ def check_manifest(folder: Path, needed: Sequence[str] = ()) -> None:
 
 
 def save_model(
-    model: Multimodal, tokenizer: TextTokenizer, folder: Path, *, int8: bool = False, notes: Mapping[str, Any] | None
-    = None
+    model: Multimodal,
+    tokenizer: TextTokenizer,
+    folder: Path,
+    *,
+    int8: bool = False,
+    notes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model folder. int8 stores every matrix as int8 with a scale per row (see `to_int8`)."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -214,8 +218,9 @@ def write_json(path: Path, fields: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: str) -> dict[str,
-Tensor]:
+def _read_tensors(
+    path: Path, expected: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: str
+) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt", device=device) as file:
             names = set(file.keys())

@@ -115,9 +115,11 @@ def _nlvr(context: Context, turns: int = 6) -> Source:
     return _conversations(context, lambda rng: real_scene(rows[rng.integers(len(rows))], rng, turns))
 
 
-def _digits(context: Context, transcribe_only: bool = False, without: str | None = None, real: int = 2) -> Source:
+def _digits(
+    context: Context, transcribe_only: bool = False, without: str | None = None, real: int = 2, most: int = 7
+) -> Source:
     rows = real * spoken_digits(context.folder, "train", without=without) + digit_voices(context.cache)
-    return _conversations(context, lambda rng: heard_digits(rows, rng, transcribe_only=transcribe_only))
+    return _conversations(context, lambda rng: heard_digits(rows, rng, most, transcribe_only=transcribe_only))
 
 
 def _sentences(context: Context) -> Source:

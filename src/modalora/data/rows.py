@@ -73,9 +73,9 @@ def real_scene(row: NlvrRow, rng: Rng, turns: int) -> Conversation:
     return conversation([("image", scene.image)], [_judged(row.sentence, row.label), *rest])
 
 
-def heard_digits(rows: Sequence[Clip], rng: Rng, *, transcribe_only: bool = False) -> Conversation:
-    """Return a conversation about one to seven spoken digits, the transcription among the questions."""
-    clip = digit_string(rows, rng)
+def heard_digits(rows: Sequence[Clip], rng: Rng, most: int = 7, *, transcribe_only: bool = False) -> Conversation:
+    """Return a conversation about one to `most` spoken digits, the transcription among the questions."""
+    clip = digit_string(rows, rng, 1, most)
     pairs = speech_questions(clip, rng)
     if transcribe_only:
         pairs = pairs[:1]

@@ -46,7 +46,7 @@ def sample(
     if sampling.repetition_penalty != 1.0:
         logits = logits.clone()
         for row, ids in enumerate(seen):
-            index = torch.tensor(sorted(set(ids)), device=logits.device)
+            index = torch.tensor(sorted(set(ids)), dtype=torch.long, device=logits.device)
             own = logits[row, index]
             logits[row, index] = torch.where(
                 own > 0, own / sampling.repetition_penalty, own * sampling.repetition_penalty

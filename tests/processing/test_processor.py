@@ -1,0 +1,216 @@
+"""Conversations into batches: spans, labels, routes, padding and the window."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+from modalora.contracts import IGNORED, Batch, subsampled
+from modalora.errors import MediaError, PromptError, RouteError
+from modalora.models.router import route
+from modalora.processing.audio import AudioConfig, log_mel
+from modalora.processing.image import ImageConfig, image_features
+from modalora.processing.processor import Processor, Row
+from modalora.processing.tokenizer import TextTokenizer
+
+WORDS = "seven blue boxes touch the wall, and the quick brown fox jumps over the lazy dog; how many are there? " * 4
+TOKENIZER = TextTokenizer.train([WORDS], 320)
+IMAGE, AUDIO = ImageConfig(crop=56, patch=14, max_crops=6), AudioConfig()
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 100, 3), dtype=np.uint8))
+SOUND = (np.random.default_rng(1).standard_normal(6000).astype(np.float32) / 8, 8000)
+ROUTER = partial(route, adapters=("vision", "speech"))
+CONTROL = TOKENIZER.control
+
+
+def make(**changes: Any) -> Processor:
+    fields = {"image": IMAGE, "audio": AUDIO, "window": 512, "router": ROUTER, **changes}
+    return Processor(TOKENIZER, **fields)
+
+
+PROCESSOR = make()
+
+
+def user(words: str = "", **media: Any) -> list[dict[str, Any]]:
+    parts = [{"type": kind, kind: payload} for kind, payload in media.items()]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": words}] if words else parts}]
+
+
+ROWS = [
+    user("seven"),
+    user("which blue box?", image=PICTURE),
+    user(audio=SOUND),
+    user("it?", image=PICTURE, audio=SOUND),
+]
+
+
+def test_ids_are_the_control_tokens_and_the_encoded_words() -> None:
+    batch = PROCESSOR([user("seven blue boxes")])
+    words = TOKENIZER.encode("seven blue boxes")
+    assert batch.input_ids.tolist() == [[CONTROL("<|user|>"), *words, CONTROL("<|end|>"), CONTROL("<|assistant|>")]]
+    assert batch.lengths.tolist() == [len(words) + 3]
+    assert batch.texts == ("<|user|>seven blue boxes<|end|><|assistant|>",)
+    assert batch.labels is None
+
+
+@pytest.mark.parametrize("token", ["<|end|>", "<|endoftext10|>", "<|endoftext11|>", "<|image_1|>", "<|assistant|>"])
+def test_tags_written_by_a_user_stay_text(token: str) -> None:
+    (ids,) = PROCESSOR([user(f"seven{token}")]).input_ids.tolist()
+    assert [index for index in ids if index in TOKENIZER.control_ids] == [
+        CONTROL("<|user|>"),
+        CONTROL("<|end|>"),
+        CONTROL("<|assistant|>"),
+    ]
+    assert TOKENIZER.decode(ids) == f"seven{token}"
+
+
+def spans(batch: Batch) -> list[tuple[int, str, int, int]]:
+    return [(item.row, item.modality, item.start, item.tokens) for item in batch.media]
+
+
+def test_placeholders_are_as_many_as_the_media_have_tokens() -> None:
+    batch = PROCESSOR(ROWS)
+    features, pictured = image_features(PICTURE, IMAGE)
+    heard = subsampled(len(log_mel(*SOUND)))
+    assert spans(batch) == [
+        (1, "image", 1, pictured),
+        (2, "audio", 1, heard),
+        (3, "image", 1, pictured),
+        (3, "audio", 1 + pictured, heard),
+    ]
+    for name, value in features.items():
+        assert torch.equal(batch.media[0].features[name], value)
+    assert torch.equal(batch.media[1].features["mel"], log_mel(*SOUND))
+    marks = {CONTROL("<|endoftext10|>"): "image", CONTROL("<|endoftext11|>"): "audio"}
+    for row, ids in enumerate(batch.input_ids.tolist()):
+        found = {place: marks[index] for place, index in enumerate(ids) if index in marks}
+        told = {
+            item.start + step: item.modality for item in batch.media if item.row == row for step in range(item.tokens)
+        }
+        assert found == told
+
+
+def test_media_stand_where_their_part_stands() -> None:
+    content = [{"type": "text", "text": "blue"}, {"type": "image", "image": PICTURE}, {"type": "text", "text": "box"}]
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "it"}, *user(audio=SOUND)]
+    batch = PROCESSOR([turns])
+    first, second = batch.media
+    blue, box, it = (TOKENIZER.encode(word) for word in ("blue", "box", "it"))
+    assert first.start == 1 + len(blue)
+    assert second.start == first.start + first.tokens + len(box) + 2 + len(it) + 2
+    assert batch.texts == (
+        "<|user|>blue<|image_1|>box<|end|><|assistant|>it<|end|><|user|><|audio_1|><|end|><|assistant|>",
+    )
+
+
+def test_openai_parts_give_the_same_batch() -> None:
+    picture, sound = io.BytesIO(), io.BytesIO()
+    PICTURE.save(picture, "PNG")
+    soundfile.write(sound, SOUND[0], SOUND[1], format="WAV", subtype="FLOAT")
+    url = "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
+    data = {"data": base64.b64encode(sound.getvalue()).decode(), "format": "wav"}
+    told = PROCESSOR([user("it?", image=PICTURE, audio=SOUND)])
+    content = [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "input_audio", "input_audio": data},
+        {"type": "text", "text": "it?"},
+    ]
+    batch = PROCESSOR([[{"role": "user", "content": content}]])
+    assert torch.equal(batch.input_ids, told.input_ids)
+    for item, other in zip(batch.media, told.media, strict=True):
+        for name, value in other.features.items():
+            assert torch.equal(item.features[name], value), name
+
+
+def test_each_row_has_its_own_route_and_projectors() -> None:
+    batch = PROCESSOR(ROWS)
+    assert batch.route.adapters == (None, "vision", "speech", "vision")
+    assert [item.branch for item in batch.media] == ["vision", "speech", "vision", "vision"]
+    batch = PROCESSOR(ROWS, route="none")
+    assert batch.route.adapters == (None,) * 4
+    assert [item.branch for item in batch.media] == ["vision", "speech", "vision", "vision"]
+    assert PROCESSOR(ROWS, route="speech").route.adapters == ("speech",) * 4
+
+
+def test_an_unknown_route_is_refused_with_those_there_are() -> None:
+    with pytest.raises(RouteError, match="unknown route 'sight'; use one of auto, none, speech, vision"):
+        PROCESSOR(ROWS, route="sight")
+
+
+def test_rows_are_padded_on_the_right() -> None:
+    batch = PROCESSOR(ROWS)
+    pad = CONTROL("<|endoftext|>")
+    assert batch.input_ids.shape == (4, int(batch.lengths.max()))
+    for row, messages in enumerate(ROWS):
+        length = int(batch.lengths[row])
+        assert batch.input_ids[row, :length].tolist() == PROCESSOR.row(messages).ids
+        assert set(batch.input_ids[row, length:].tolist()) <= {pad}
+
+
+def test_labels_are_the_assistants_words_and_their_end_and_nothing_else() -> None:
+    turns = [
+        *user("which box?", image=PICTURE),
+        {"role": "assistant", "content": "blue"},
+        *user("and?"),
+        {"role": "assistant", "content": "the fox"},
+    ]
+    row = PROCESSOR.row(turns, answer=False)
+    end = CONTROL("<|end|>")
+    assert [label for label in row.labels if label != IGNORED] == [
+        *TOKENIZER.encode("blue"),
+        end,
+        *TOKENIZER.encode("the fox"),
+        end,
+    ]
+    assert len(row.labels) == len(row.ids)
+    assert all(label in (IGNORED, index) for label, index in zip(row.labels, row.ids, strict=True))
+    batch = PROCESSOR.collate([row, Row(ids=[1, 2], labels=[1, 2])])
+    assert batch.labels is not None
+    assert batch.labels[0].tolist() == row.labels
+    assert batch.labels[1].tolist() == [1, 2, *[IGNORED] * (len(row.ids) - 2)]
+    assert batch.route.adapters == ("vision", None)
+
+
+def test_a_prompt_longer_than_the_window_is_refused_with_its_length() -> None:
+    length = len(PROCESSOR.row(ROWS[3]).ids)
+    media = sum(tokens for *_, tokens in PROCESSOR.row(ROWS[3]).media)
+    assert len(make(window=length).row(ROWS[3]).ids) == length
+    told = (
+        rf"the prompt is {length} tokens \({media} of them media\) and this model reads at most {length - 1}; "
+        "shorten the text, or give fewer, smaller or shorter media"
+    )
+    with pytest.raises(PromptError, match=told):
+        make(window=length - 1)([ROWS[0], ROWS[3]])
+
+
+def test_a_model_without_an_encoder_refuses_its_media() -> None:
+    with pytest.raises(PromptError, match="no picture encoder; leave the image out or load a multimodal model"):
+        make(image=None)([ROWS[1]])
+    with pytest.raises(PromptError, match="no sound encoder; leave the audio out or load a multimodal model"):
+        make(audio=None)([ROWS[2]])
+    assert make(image=None, audio=None)([ROWS[0]]).route.adapters == (None,)
+
+
+def test_limits_on_media_hold() -> None:
+    with pytest.raises(MediaError, match="pixels"):
+        make(image=replace(IMAGE, max_pixels=100))([ROWS[1]])
+    with pytest.raises(MediaError, match="0.1"):
+        make(audio=replace(AUDIO, max_seconds=0.1))([ROWS[2]])
+
+
+def test_an_empty_list_of_conversations_is_refused() -> None:
+    with pytest.raises(PromptError, match="no conversation was given"):
+        PROCESSOR([])
+
+
+def test_one_conversation_where_several_are_wanted_is_refused() -> None:
+    with pytest.raises(PromptError, match="messages must be a non-empty list"):
+        PROCESSOR(ROWS[0])

@@ -1,0 +1,561 @@
+"""The front door, on a tiny model that was saved to disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import modalora
+from modalora.assistant import Assistant, as_prompt, find_model, make_processor, question_messages
+from modalora.checkpoint.adapters import CONFIG, WEIGHTS, load_adapter, save_adapter
+from modalora.checkpoint.store import read_json, write_json
+from modalora.contracts import Batch, Route
+from modalora.errors import CheckpointError, ConfigError, PromptError, RouteError
+from modalora.generation import engine
+from modalora.models.multimodal import Multimodal
+from modalora.models.sizes import tiny
+from modalora.nn.cache import KVCache
+from modalora.processing.tokenizer import END, TextTokenizer
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 100, 3), dtype=np.uint8))
+SOUND = (np.random.default_rng(1).standard_normal(6000).astype(np.float32) / 8, 8000)
+WORDS = "seven blue boxes touch the wall, and the quick brown fox jumps over the lazy dog; how many are there? " * 4
+
+
+def moved(seed: int = 0) -> Multimodal:
+    """Tiny, and moved away from its first values, so that what it says depends on all that it read."""
+    torch.manual_seed(seed)
+    model = Multimodal(tiny())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tokenizer = TextTokenizer.train([WORDS], 320)
+    folder = tmp_path_factory.mktemp("models") / "small"
+    assistant = Assistant(moved(), make_processor(tiny(), tokenizer), "small", {"trained": "never"})
+    assistant.save(folder)
+    return folder
+
+
+@pytest.fixture
+def assistant(folder: Path) -> Assistant:
+    return modalora.load(folder)
+
+
+# ------------------------------------------------------------------------------------------------------------- asking
+
+
+def test_an_answer_is_the_text_of_its_tokens_with_their_count(assistant: Assistant) -> None:
+    answer = assistant.ask("How many boxes?", max_tokens=12)
+    prompt = len(assistant.processor.row(question_messages("How many boxes?")).ids)
+    assert answer.text == assistant.processor.tokenizer.decode(answer.tokens)
+    assert answer.finish_reason == "length"
+    assert len(answer.tokens) == 12
+    assert answer.usage == {"prompt_tokens": prompt, "completion_tokens": 12, "total_tokens": prompt + 12}
+    assert answer.seconds > 0
+    assert answer == modalora.Answer(*(getattr(answer, name) for name in answer.__dataclass_fields__))
+
+
+def test_a_question_is_a_user_message(assistant: Assistant) -> None:
+    asked = assistant.ask("How many boxes?", max_tokens=8)
+    told = assistant.ask([{"role": "user", "content": "How many boxes?"}], max_tokens=8)
+    assert asked.tokens == told.tokens
+
+
+def test_conversations_of_any_media_answered_together_say_what_they_say_alone(assistant: Assistant) -> None:
+    rows = [
+        question_messages("How many boxes?"),
+        question_messages("Which is blue?", image=PICTURE),
+        question_messages("", audio=SOUND),
+        question_messages("Is it?", image=[PICTURE, PICTURE], audio=SOUND),
+    ]
+    together = assistant.ask_many(rows, max_tokens=10)
+    alone = [assistant.ask(row, max_tokens=10) for row in rows]
+    assert [answer.tokens for answer in together] == [answer.tokens for answer in alone]
+    assert [answer.route for answer in together] == [answer.route for answer in alone]
+    assert [answer.route["adapter"] for answer in together] == [None, "vision", "speech", "vision"]
+
+
+def test_media_may_be_given_in_every_form(assistant: Assistant, tmp_path: Path) -> None:
+    PICTURE.save(tmp_path / "picture.png")
+    data = (tmp_path / "picture.png").read_bytes()
+    told = assistant.ask("Which?", image=PICTURE, max_tokens=6).tokens
+    for image in (tmp_path / "picture.png", str(tmp_path / "picture.png"), data, [PICTURE], (PICTURE,)):
+        assert assistant.ask("Which?", image=image, max_tokens=6).tokens == told
+    heard = assistant.ask("Which?", audio=SOUND, max_tokens=6).tokens
+    for audio in ([SOUND], (SOUND,), (SOUND[0], np.int64(8000))):
+        assert assistant.ask("Which?", audio=audio, max_tokens=6).tokens == heard
+    plain = assistant.ask("Which?", max_tokens=6).tokens
+    assert assistant.ask("Which?", image=None, audio=None, max_tokens=6).tokens == plain
+
+
+def test_sampling_depends_on_the_seed_alone(assistant: Assistant) -> None:
+    def ask(seed: int) -> tuple[int, ...]:
+        return assistant.ask("How many?", max_tokens=12, temperature=1.5, seed=seed).tokens
+
+    assert ask(1) == ask(1)
+    assert ask(1) != ask(2)
+
+
+def test_an_unknown_sampling_setting_is_refused_with_those_there_are(assistant: Assistant) -> None:
+    with pytest.raises(ConfigError, match="unknown sampling setting temprature; known are temperature, top_k, top_p"):
+        assistant.ask("How many?", temprature=0.5, seed=1)
+    with pytest.raises(ConfigError, match="unknown sampling setting temprature"):
+        list(assistant.stream("How many?", temprature=0.5))
+    with pytest.raises(ConfigError, match=r"top_p=2.0 must be in \(0, 1\]"):
+        assistant.ask("How many?", top_p=2.0)
+
+
+# ------------------------------------------------------------------------------------------------- stopping, streaming
+
+
+class Script:
+    """Says the given ids one after another, whatever it reads."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self.ids = iter(ids)
+
+    def new_cache(self, batch: int) -> KVCache:
+        return KVCache(0, batch)
+
+    def read(self, batch: Batch, cache: KVCache) -> Tensor:
+        return torch.nn.functional.one_hot(torch.tensor([next(self.ids)]), 320).float()
+
+    def read_next(self, ids: Tensor, route: Route, cache: KVCache) -> Tensor:
+        return torch.nn.functional.one_hot(torch.tensor([next(self.ids)]), 320).float()
+
+    def is_long(self, length: int) -> bool:
+        return False
+
+
+Say = Callable[[Sequence[int]], None]
+
+
+@pytest.fixture
+def say(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> Say:
+    """Return a function after which the next answer consists of the given ids and, behind them, <|end|>."""
+
+    end = assistant.processor.tokenizer.control(END)
+
+    def script(ids: Sequence[int]) -> None:
+        model = Script([*ids, end])
+        monkeypatch.setattr(
+            "modalora.assistant.generate", lambda _, batch, **settings: engine.generate(model, batch, **settings)
+        )
+
+    return script
+
+
+def test_the_end_token_stops_and_is_no_part_of_the_answer(assistant: Assistant, say: Say) -> None:
+    tokenizer = assistant.processor.tokenizer
+    ids = tokenizer.encode("seven boxes")
+    say(ids)
+    answer = assistant.ask("How many?")
+    assert (answer.text, answer.tokens, answer.finish_reason) == ("seven boxes", tuple(ids), "stop")
+    assert answer.usage["completion_tokens"] == len(ids)
+    say([])
+    assert assistant.ask("How many?").text == ""
+
+
+@pytest.mark.parametrize(
+    ("stop", "told"),
+    [
+        (["boxes"], "seven blue "),
+        ("boxes", "seven blue "),
+        (["wall", "blue"], "seven "),
+        (["ue bo"], "seven bl"),
+        (["seven"], ""),
+        (["absent"], "seven blue boxes touch é the wall"),
+        (["é"], "seven blue boxes touch "),
+        ([], "seven blue boxes touch é the wall"),
+    ],
+)
+def test_stop_strings_end_the_answer_and_are_cut(
+    assistant: Assistant, say: Say, stop: str | list[str], told: str
+) -> None:
+    ids = assistant.processor.tokenizer.encode("seven blue boxes touch é the wall")
+    say(ids)
+    answer = assistant.ask("How many?", stop=stop)
+    assert (answer.text, answer.finish_reason) == (told, "stop")
+    say(ids)
+    assert "".join(assistant.stream("How many?", stop=stop)) == told
+
+
+def test_an_empty_stop_string_is_refused(assistant: Assistant) -> None:
+    for stop in ("", [""], [".", ""]):
+        with pytest.raises(ConfigError, match="stop holds an empty string"):
+            assistant.ask("How many?", stop=stop)
+
+
+def test_pieces_of_a_stream_are_whole_characters_as_soon_as_they_are_known(assistant: Assistant, say: Say) -> None:
+    text = "naïve — 東京 😀 ok"
+    say(assistant.processor.tokenizer.encode(text))
+    pieces = list(assistant.stream("Say it."))
+    assert "".join(pieces) == text
+    assert "\ufffd" not in "".join(pieces)
+    assert len(pieces) > 10
+    assert "" not in pieces
+
+
+@given(
+    st.one_of(
+        st.text(max_size=12),
+        st.lists(st.integers(0, 319), max_size=24),  # bytes that are no text, and control tokens, among them
+    ),
+    st.lists(st.text(st.sampled_from("aé京e \ufffd😀s"), min_size=1, max_size=3), max_size=3),
+    st.integers(1, 30),
+)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_stream_joins_to_the_text_that_ask_gives(
+    assistant: Assistant, say: Say, answer: str | list[int], stop: list[str], count: int
+) -> None:
+    ids = assistant.processor.tokenizer.encode(answer) if isinstance(answer, str) else answer
+    say(ids)
+    told = assistant.ask("?", stop=stop, max_tokens=count)
+    say(ids)
+    assert "".join(assistant.stream("?", stop=stop, max_tokens=count)) == told.text
+    assert not any(word in told.text for word in stop)
+
+
+def test_a_stream_of_the_real_model_joins_to_its_answer(assistant: Assistant) -> None:
+    for question in ("How many boxes?", question_messages("Which?", image=PICTURE)):
+        told = assistant.ask(question, max_tokens=25, temperature=1.0, seed=3)
+        assert "".join(assistant.stream(question, max_tokens=25, temperature=1.0, seed=3)) == told.text
+
+
+def test_a_stream_gives_its_first_piece_before_the_answer_is_done(assistant: Assistant) -> None:
+    ids = assistant.processor.tokenizer.encode("seven blue boxes")
+
+    def slow() -> Iterator[int]:
+        yield ids[0]
+        raise AssertionError("asked for more before the first piece was taken")
+
+    model = Script(())
+    model.ids = slow()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modalora.assistant.generate", lambda _, batch, **told: engine.generate(model, batch, **told))
+        assert next(assistant.stream("?")) == assistant.processor.tokenizer.decode(ids[:1])
+
+
+# ------------------------------------------------------------------------------------------------- questions and media
+
+
+def test_tags_in_a_question_place_its_media() -> None:
+    other, clip = PICTURE.rotate(90), b"RIFF"
+    (message,) = question_messages("Is <|image_1|> like <|image_2|>, as <|audio_1|> says?", [PICTURE, other], clip)
+    assert message == {
+        "role": "user",
+        "content": [
+            {"type": "text", "text": "Is "},
+            {"type": "image", "image": PICTURE},
+            {"type": "text", "text": " like "},
+            {"type": "image", "image": other},
+            {"type": "text", "text": ", as "},
+            {"type": "audio", "audio": clip},
+            {"type": "text", "text": " says?"},
+        ],
+    }
+    assert as_prompt([message]) == ("<|user|>Is <|image_1|> like <|image_2|>, as <|audio_1|> says?<|end|><|assistant|>")
+
+
+def test_media_without_tags_stand_before_the_text() -> None:
+    assert as_prompt(question_messages("Is it?", [PICTURE, PICTURE], SOUND)) == (
+        "<|user|><|image_1|><|image_2|><|audio_1|>Is it?<|end|><|assistant|>"
+    )
+    assert as_prompt(question_messages("Is it <|audio_1|>?", PICTURE, SOUND)) == (
+        "<|user|><|image_1|>Is it <|audio_1|>?<|end|><|assistant|>"
+    )
+    assert as_prompt(question_messages("", audio=SOUND)) == "<|user|><|audio_1|><|end|><|assistant|>"
+
+
+@pytest.mark.parametrize(
+    ("question", "images", "told"),
+    [
+        (
+            "Is <|image_1|> blue?",
+            2,
+            r"the text has 1 image placeholder\(s\) and 2 image\(s\) were given; .*<\|image_N\|>",
+        ),
+        ("Is <|image_1|> like <|image_2|>?", 1, r"has 2 image placeholder\(s\) and 1 image\(s\)"),
+        ("Is <|image_1|> blue?", 0, r"has 1 image placeholder\(s\) and 0 image\(s\)"),
+        ("Say <|audio_1|>", 1, r"has 1 audio placeholder\(s\) and 0 audio\(s\)"),
+    ],
+)
+def test_tags_must_be_as_many_as_media(assistant: Assistant, question: str, images: int, told: str) -> None:
+    with pytest.raises(PromptError, match=told):
+        assistant.ask(question, image=[PICTURE] * images)
+
+
+def test_an_empty_question_needs_media(assistant: Assistant) -> None:
+    with pytest.raises(PromptError, match="the question is empty and there are no media"):
+        assistant.ask("")
+    assert assistant.ask("", audio=SOUND, max_tokens=2).route["adapter"] == "speech"
+
+
+def test_max_tokens_must_fit_behind_the_prompt(assistant: Assistant) -> None:
+    prompt = assistant.ask("Hi", max_tokens=1).usage["prompt_tokens"]
+    with pytest.raises(PromptError) as caught:
+        assistant.ask("Hi", max_tokens=2048)
+    assert str(caught.value) == (
+        f"a prompt of {prompt} tokens and max_tokens=2048 exceed this model's window of 2048; "
+        f"lower max_tokens to {2048 - prompt} or shorten the prompt"
+    )
+    with pytest.raises(PromptError, match="window of 2048; shorten the prompt$"):
+        assistant.ask("z" * (2048 - prompt + 2), max_tokens=1)
+    with pytest.raises(PromptError, match="the prompt is 2049 tokens"):
+        assistant.ask("z" * (2048 - prompt + 3), max_tokens=1)
+    with pytest.raises(ConfigError, match="max_tokens=0 must be at least 1"):
+        assistant.ask("Hi", max_tokens=0)
+
+
+# -------------------------------------------------------------------------------------------------- routes and logits
+
+
+def test_logits_are_those_of_the_rendered_prompt(assistant: Assistant) -> None:
+    messages = question_messages("Which?", image=PICTURE)
+    logits = assistant.logits(messages)
+    batch = assistant.processor([messages])
+    assert logits.shape == (int(batch.lengths[0]), 320)
+    assert logits.dtype == torch.float32
+    assert int(logits[-1].argmax()) == assistant.ask(messages, max_tokens=1).tokens[0]
+
+
+def test_text_logits_keep_every_bit_before_between_and_after_media(assistant: Assistant) -> None:
+    before = assistant.logits("How many boxes?")
+    assistant.ask("Which?", image=PICTURE, max_tokens=4)
+    between = assistant.logits("How many boxes?")
+    assistant.ask_many([question_messages("", audio=SOUND), question_messages("Hi")], max_tokens=4)
+    list(assistant.stream(question_messages("Is it?", PICTURE, SOUND), max_tokens=4))
+    after = assistant.logits("How many boxes?")
+    assert torch.equal(before, between)
+    assert torch.equal(before, after)
+    assert not torch.equal(before, assistant.logits("How many boxes?", route="vision"))
+
+
+def test_the_route_may_be_chosen(assistant: Assistant) -> None:
+    picture = question_messages("Which?", image=PICTURE)
+    auto, none, speech = (assistant.logits(picture, route=route) for route in ("auto", "none", "speech"))
+    assert torch.equal(auto, assistant.logits(picture, route="vision"))
+    assert not torch.equal(auto, none)
+    assert not torch.equal(auto, speech)
+    assert assistant.ask(picture, route="none", max_tokens=1).route["adapter"] is None
+    assert assistant.ask("Hi", route="speech", max_tokens=1).route["adapter"] == "speech"
+    with pytest.raises(RouteError, match="unknown route 'sight'; use one of auto, none, speech, vision"):
+        assistant.ask(picture, route="sight")
+
+
+def test_an_explanation_says_what_every_token_is(assistant: Assistant) -> None:
+    messages = question_messages("Is <|image_1|> it?", image=PICTURE, audio=SOUND)
+    batch = assistant.processor([messages, question_messages("z" * 260)])
+    told, text = assistant.explain(batch)
+    sound, picture = sorted(batch.media, key=lambda item: item.start)
+    assert {key: told[key] for key in told if key != "spans"} == {
+        "modalities": ["audio", "image"],
+        "adapter": "vision",
+        "scale": 2.0,
+        "projectors": {"image": "vision", "audio": "vision"},
+        "rope": "short",
+        "tokens": int(batch.lengths[0]),
+    }
+    kinds = [span["kind"] for span in told["spans"]]
+    assert kinds == ["control", "audio", "text", "image", "text", "control", "control"]
+    assert [span.get("text") for span in told["spans"]] == [
+        "<|user|>", None, "Is ", None, " it?", "<|end|>", "<|assistant|>",
+    ]  # fmt: skip
+    assert [span["stop"] for span in told["spans"]][:-1] == [span["start"] for span in told["spans"]][1:]
+    assert (told["spans"][0]["start"], told["spans"][-1]["stop"]) == (0, told["tokens"])
+    assert (told["spans"][1]["start"], told["spans"][1]["stop"]) == (sound.start, sound.start + sound.tokens)
+    assert (told["spans"][3]["start"], told["spans"][3]["stop"]) == (picture.start, picture.start + picture.tokens)
+    assert (text["modalities"], text["adapter"], text["scale"], text["rope"]) == (["text"], None, None, "long")
+
+
+# ----------------------------------------------------------------------------------------------------- saving, loading
+
+
+def test_a_saved_model_says_the_same(assistant: Assistant, tmp_path: Path) -> None:
+    assistant.save(tmp_path / "copy")
+    other = modalora.load(tmp_path / "copy")
+    messages = question_messages("Is it?", PICTURE, SOUND)
+    assert torch.equal(other.logits(messages), assistant.logits(messages))
+    assert (other.name, other.notes) == ("copy", {"trained": "never"})
+    with pytest.raises(CheckpointError, match="exists; give a new folder, nothing was written"):
+        assistant.save(tmp_path / "copy")
+    with pytest.raises(ConfigError, match="layout='hf' cannot be written yet; use 'modalora'"):
+        assistant.save(tmp_path / "other", layout="hf")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_model_may_be_loaded_in_bfloat16(folder: Path) -> None:
+    half = modalora.load(folder, dtype="bfloat16")
+    assert {parameter.dtype for parameter in half.model.parameters()} == {torch.bfloat16}
+    assert half.logits(question_messages("Is it?", PICTURE, SOUND)).dtype == torch.float32
+    with pytest.raises(ConfigError, match="dtype='int3' must be one of float32, bfloat16, float16"):
+        modalora.load(folder, dtype="int3")
+
+
+def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no model folder '.*absent'; give a folder, or a bundled model"):
+        modalora.load(tmp_path / "absent")
+    assert find_model(tmp_path) == tmp_path
+
+
+def test_an_adapter_comes_back_from_a_peft_folder_to_the_bit(assistant: Assistant, tmp_path: Path) -> None:
+    save_adapter(assistant.model, "vision", tmp_path / "sight")
+    stored = load_file(tmp_path / "sight" / WEIGHTS)
+    linears = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    assert set(stored) == {
+        f"base_model.model.model.layers.{layer}.{linear}.lora_{side}.weight"
+        for layer in range(2)
+        for linear in linears
+        for side in "AB"
+    }
+    fields = read_json(tmp_path / "sight" / CONFIG)
+    assert (fields["peft_type"], fields["r"], fields["lora_alpha"]) == ("LORA", 8, 16)
+    assistant.load_adapter(tmp_path / "sight", "sight-2")
+    messages = question_messages("Which?", image=PICTURE)
+    assert torch.equal(assistant.logits(messages, route="sight-2"), assistant.logits(messages, route="vision"))
+    assert assistant.ask(messages, route="sight-2", max_tokens=1).route["scale"] == 2.0
+    assistant.save(tmp_path / "model")
+    again = modalora.load(tmp_path / "model")
+    assert torch.equal(again.logits(messages, route="sight-2"), assistant.logits(messages, route="vision"))
+
+
+def test_a_new_adapter_changes_no_bit_of_the_other_routes(assistant: Assistant, tmp_path: Path) -> None:
+    save_adapter(assistant.model, "speech", tmp_path / "style")
+    asked = [question_messages("Hi"), question_messages("?", PICTURE), question_messages("?", audio=SOUND)]
+    before = [assistant.logits(messages) for messages in asked]
+    assistant.load_adapter(tmp_path / "style", "style")
+    assert all(torch.equal(one, assistant.logits(messages)) for one, messages in zip(before, asked, strict=True))
+
+
+def test_an_adapter_takes_the_dtype_of_its_model(folder: Path, assistant: Assistant, tmp_path: Path) -> None:
+    save_adapter(assistant.model, "vision", tmp_path / "sight")
+    half = modalora.load(folder, dtype="bfloat16")
+    half.load_adapter(tmp_path / "sight", "style")
+    assert torch.equal(half.logits("Hi", route="style"), half.logits("Hi", route="vision"))
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.model.", "model."])
+@pytest.mark.parametrize("infix", ["", "default.", "my-style."])
+def test_published_spellings_of_adapter_keys_are_read(
+    assistant: Assistant, tmp_path: Path, prefix: str, infix: str
+) -> None:
+    save_adapter(assistant.model, "vision", tmp_path / "sight")
+    stored = load_file(tmp_path / "sight" / WEIGHTS)
+    renamed = {
+        prefix + name.removeprefix("base_model.model.model.").replace(".weight", f".{infix}weight"): tensor
+        for name, tensor in stored.items()
+    }
+    save_file(renamed, tmp_path / "sight" / WEIGHTS)
+    assistant.load_adapter(tmp_path / "sight", "style")
+    assert torch.equal(assistant.logits("Hi", route="style"), assistant.logits("Hi", route="vision"))
+
+
+PLACE = "base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"
+
+
+def drop(tensors: dict[str, Tensor]) -> None:
+    del tensors[PLACE]
+
+
+def widen(tensors: dict[str, Tensor]) -> None:
+    tensors[PLACE] = torch.zeros(8, 97)
+
+
+def add(tensors: dict[str, Tensor]) -> None:
+    tensors["base_model.model.model.layers.2.mlp.down_proj.lora_A.weight"] = torch.zeros(8, 96)
+
+
+def rename(tensors: dict[str, Tensor]) -> None:
+    tensors["vision_tower.lora_A.weight"] = torch.zeros(8, 96)
+
+
+def put(key: str, value: Any, fields: dict[str, Any]) -> None:
+    fields[key] = value
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (drop, r"1 tensors missing \['layers.1.mlp.down_proj.lora_A'\], 0 unknown"),
+        (widen, r"layers.1.mlp.down_proj.lora_A has shape \[8, 97\], this decoder needs \[8, 96\]"),
+        (add, r"0 tensors missing \[\], 1 unknown \['layers.2.mlp.down_proj.lora_A'\]"),
+        (rename, r"0 tensors missing \[\], 1 unknown \['vision_tower.lora_A.weight'\]"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_and_the_model_stays(
+    assistant: Assistant, tmp_path: Path, change: Callable[[dict[str, Tensor]], None], told: str
+) -> None:
+    save_adapter(assistant.model, "vision", tmp_path / "sight")
+    stored = load_file(tmp_path / "sight" / WEIGHTS)
+    change(stored)
+    save_file(stored, tmp_path / "sight" / WEIGHTS)
+    refuse(assistant, tmp_path / "sight", "style", told)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (partial(put, "r", 4), r"has shape \[\d+, \d+\], this decoder needs \[\d+, \d+\]"),
+        (partial(put, "r", 0), "r=0 must be at least 1"),
+        (partial(put, "r", "eight"), "r='eight'"),
+        (partial(put, "lora_alpha", None), "lora_alpha=None"),
+        (lambda fields: fields.pop("r"), "has no 'r'; PEFT writes it"),
+        (partial(put, "peft_type", "IA3"), "has peft_type='IA3'; only peft_type='LORA' is read"),
+        (partial(put, "use_dora", True), "has use_dora=True; only use_dora=False is read"),
+        (partial(put, "use_rslora", True), "has use_rslora=True"),
+        (partial(put, "bias", "all"), "has bias='all'; only bias='none' is read"),
+        (partial(put, "alpha_pattern", {"o_proj": 4}), r"has alpha_pattern=\{'o_proj': 4\}; only"),
+        (partial(put, "modules_to_save", ["lm_head"]), r"has modules_to_save=\['lm_head'\]; only"),
+    ],
+)
+def test_an_adapter_of_another_kind_is_refused_and_the_model_stays(
+    assistant: Assistant, tmp_path: Path, change: Callable[[dict[str, Any]], object], told: str
+) -> None:
+    save_adapter(assistant.model, "vision", tmp_path / "sight")
+    fields = read_json(tmp_path / "sight" / CONFIG)
+    change(fields)
+    write_json(tmp_path / "sight" / CONFIG, fields)
+    refuse(assistant, tmp_path / "sight", "style", told)
+
+
+@pytest.mark.parametrize("name", ["vision", "auto", "none", "", "my.style", "a b", "keys", "training"])
+def test_a_name_that_is_taken_or_none_is_refused(assistant: Assistant, tmp_path: Path, name: str) -> None:
+    save_adapter(assistant.model, "vision", tmp_path / "sight")
+    refuse(assistant, tmp_path / "sight", name, "is taken; choose another|cannot name an adapter")
+
+
+def test_a_folder_that_is_none_is_refused(assistant: Assistant, tmp_path: Path) -> None:
+    refuse(assistant, tmp_path / "absent", "style", "adapter_config.json is missing")
+    save_adapter(assistant.model, "vision", tmp_path / "sight")
+    (tmp_path / "sight" / WEIGHTS).write_bytes(b"not safetensors")
+    refuse(assistant, tmp_path / "sight", "style", "is not a readable safetensors file")
+    (tmp_path / "sight" / WEIGHTS).unlink()
+    refuse(assistant, tmp_path / "sight", "style", "is not a readable safetensors file")
+    with pytest.raises(CheckpointError, match="no adapter 'style'; this model has vision, speech"):
+        save_adapter(assistant.model, "style", tmp_path / "style")
+
+
+def refuse(assistant: Assistant, folder: Path, name: str, told: str) -> None:
+    before = {key: tensor.clone() for key, tensor in assistant.model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=told):
+        load_adapter(assistant.model, folder, name)
+    after = assistant.model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    assert assistant.model.adapters == ("vision", "speech")
