@@ -68,7 +68,6 @@ def test_an_answer_is_the_text_of_its_tokens_with_their_count(assistant: Assista
     assert len(answer.tokens) == 12
     assert answer.usage == {"prompt_tokens": prompt, "completion_tokens": 12, "total_tokens": prompt + 12}
     assert answer.seconds > 0
-    assert answer == modalora.Answer(*(getattr(answer, name) for name in answer.__dataclass_fields__))
 
 
 def test_a_question_is_a_user_message(assistant: Assistant) -> None:
@@ -113,10 +112,10 @@ def test_sampling_depends_on_the_seed_alone(assistant: Assistant) -> None:
 
 
 def test_an_unknown_sampling_setting_is_refused_with_those_there_are(assistant: Assistant) -> None:
-    with pytest.raises(ConfigError, match="unknown sampling setting temprature; known are temperature, top_k, top_p"):
-        assistant.ask("How many?", temprature=0.5, seed=1)
-    with pytest.raises(ConfigError, match="unknown sampling setting temprature"):
-        list(assistant.stream("How many?", temprature=0.5))
+    with pytest.raises(ConfigError, match="unknown sampling setting warmth; known are temperature, top_k, top_p"):
+        assistant.ask("How many?", warmth=0.5, seed=1)
+    with pytest.raises(ConfigError, match="unknown sampling setting warmth"):
+        list(assistant.stream("How many?", warmth=0.5))
     with pytest.raises(ConfigError, match=r"top_p=2.0 must be in \(0, 1\]"):
         assistant.ask("How many?", top_p=2.0)
 
@@ -178,7 +177,7 @@ def test_the_end_token_stops_and_is_no_part_of_the_answer(assistant: Assistant, 
         (["boxes"], "seven blue "),
         ("boxes", "seven blue "),
         (["wall", "blue"], "seven "),
-        (["ue bo"], "seven bl"),
+        (["e box"], "seven blu"),
         (["seven"], ""),
         (["absent"], "seven blue boxes touch é the wall"),
         (["é"], "seven blue boxes touch "),

@@ -144,8 +144,10 @@ def model() -> Multimodal:
     torch.manual_seed(0)
     model = Multimodal(tiny())
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+            if "qkv_proj.weight" in name:
+                parameter.mul_(4)  # attention that is sharp, so that a key turned by the wrong table shows
     return model.eval()
 
 

@@ -146,7 +146,13 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str 
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tensors = _read_tensors(folder / WEIGHTS, expected, dtype, device)
     model.load_state_dict(tensors, assign=True)
-    return Loaded(model=model.eval(), tokenizer=TextTokenizer.from_folder(folder), notes=notes)
+    tokenizer = TextTokenizer.from_folder(folder)
+    if tokenizer.vocab_size > config.decoder.vocab_size:
+        raise CheckpointError(
+            f"{folder / TOKENIZER} has {tokenizer.vocab_size} ids, the config's vocab_size is {config.decoder.vocab_size}; "
+            "they are not of one model"
+        )
+    return Loaded(model=model.eval(), tokenizer=tokenizer, notes=notes)
 
 
 def describe(folder: Path) -> dict[str, Any]:

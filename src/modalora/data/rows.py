@@ -6,6 +6,7 @@ pays for several answers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,12 +102,11 @@ def number_and_picture(
     scene: Scene, digits: dict[str, list[Clip]], rng: Rng, *, augmented: bool = True
 ) -> Conversation:
     """Return a picture with a spoken digit, asked whether that many things are shown; yes and no equally often."""
-    counted = [pair for pair in questions(scene, rng, 8, ("count",)) if pair[0].startswith("How many ")]
     things, many = "objects", len(scene.shapes)
-    for question, answer in counted:
-        phrase = question.removeprefix("How many ").removesuffix("?").removesuffix(" there").removesuffix(" are")
-        if answer in DIGITS and " are " not in phrase and " does " not in phrase and " do " not in phrase:
-            things, many = phrase, DIGITS.index(answer)
+    for question, answer in questions(scene, rng, 8, ("count",)):
+        match = re.fullmatch(r"How many (.+) are (?:there|(in the .+ box))\?", question)
+        if match and answer in DIGITS:
+            things, many = " ".join(filter(None, match.groups())), DIGITS.index(answer)
             break
     if many > 9:
         things, many = "green shapes", sum(shape.color == "green" for shape in scene.shapes)

@@ -49,7 +49,9 @@ def _gradients(
     model = assistant.model
     model.zero_grad(set_to_none=True)
     losses = [model.loss(batch)[0] for batch in batches]
-    (torch.stack([values.sum() for values in losses]).sum() / sum(len(values) for values in losses)).backward()
+    mean = torch.stack([values.sum() for values in losses]).sum() / sum(len(values) for values in losses)
+    if mean.requires_grad:  # text rows alone reach no adapter
+        mean.backward()
     found = {
         name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
         for name, parameter in trained.items()

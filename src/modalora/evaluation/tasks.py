@@ -64,7 +64,7 @@ def score(assistant: Assistant, cases: Sequence[Case], *, rows: int = 16, max_to
         part = cases[at : at + rows]
         answers = assistant.ask_many([case.messages for case in part], max_tokens=max_tokens)
         for case, answer in zip(part, answers, strict=True):
-            said = answer.text.strip().lower().rstrip(".")
+            said = answer.text.strip().lower().rstrip(". ")
             good = said == case.answer
             result.right, result.count = result.right + good, result.count + 1
             right, count = result.groups.get(case.group, (0, 0))

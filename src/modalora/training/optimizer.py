@@ -47,6 +47,10 @@ def _never_run(model: nn.Module) -> set[int]:
     return idle
 
 
+# Tables, low-rank factors and output heads: Muon is for the matrices between hidden states.
+_NOT_FOR_MUON = ("embed_tokens", "position_embedding", "lora_", "relative_bias", "objective.")
+
+
 class Optimizer:
     """One or two torch optimisers over the trained parameters, stepped as one with a schedule."""
 
@@ -57,7 +61,7 @@ class Optimizer:
         adam: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
         for name, parameter in trained.items():
             factor = _factor(part_of(name), config)
-            matrix = parameter.ndim == 2 and "embed" not in name and "lora" not in name and "bias" not in name
+            matrix = parameter.ndim == 2 and not any(word in name for word in _NOT_FOR_MUON)
             if config.name == "muon" and matrix:
                 muon[factor].append(parameter)
             else:

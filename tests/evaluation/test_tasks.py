@@ -1,0 +1,141 @@
+"""Scores against values worked out by hand, and bits per byte against the definition."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from math import log
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modalora.assistant import Answer, Assistant, make_processor
+from modalora.data.rows import conversation
+from modalora.errors import DataError
+from modalora.evaluation.mixed import worst_differences
+from modalora.evaluation.perplexity import bits_per_byte
+from modalora.evaluation.tasks import Case, Score, score
+from modalora.models.multimodal import Multimodal
+from modalora.models.sizes import tiny
+from modalora.processing.tokenizer import TextTokenizer
+
+TEXT = "Seven blue boxes touch the wall — and the quick brown fox jumps over the lazy dog; 東京, isn't it? "
+
+
+def saying(*texts: str) -> Mock:
+    """A stub of an assistant that gives these answers one after another."""
+    waiting = iter(texts)
+    stub = Mock(spec=Assistant)
+    stub.ask_many.side_effect = lambda conversations, **_: [
+        Answer(next(waiting), (), "stop", {}, {}, 0.0) for _ in conversations
+    ]
+    return stub
+
+
+def case(answer: str, group: str = "") -> Case:
+    return Case([{"role": "user", "content": answer}], answer, group)
+
+
+def test_answers_are_compared_in_lower_case_without_a_closing_full_stop() -> None:
+    stub = saying("Three.", " three \n", "three", "tree", "three seven")
+    result = score(stub, [case("three", group) for group in "aabbb"])
+    assert (result.right, result.count, result.accuracy) == (3, 5, 0.6)
+    assert result.groups == {"a": (2, 2), "b": (1, 3)}
+    assert result.wrong == [
+        {"group": "b", "answer": "three", "said": "tree"},
+        {"group": "b", "answer": "three", "said": "three seven"},
+    ]
+
+
+def test_word_errors_are_substitutions_deletions_and_insertions_per_reference_word() -> None:
+    cases = [case("three seven"), case("one two three"), case("four"), case("nine")]
+    result = score(saying("three eleven", "one three", "four five", ""), cases)
+    assert (result.errors, result.words) == (1 + 1 + 1 + 1, 2 + 3 + 1 + 1)
+    assert result.word_error_rate == pytest.approx(4 / 7)
+    assert result.accuracy == 0
+
+
+def test_cases_are_asked_in_batches_and_in_order() -> None:
+    cases = [case(word) for word in ("one", "two", "three", "four", "five")]
+    stub = saying("one", "two", "three", "four", "five")
+    assert score(stub, cases, rows=2, max_tokens=7).accuracy == 1
+    calls: Sequence[Mock] = stub.ask_many.call_args_list
+    assert [len(call.args[0]) for call in calls] == [2, 2, 1]
+    assert [call.args[0][0] for call in calls] == [cases[place].messages for place in (0, 2, 4)]
+    assert all(call.kwargs == {"max_tokens": 7} for call in calls)
+
+
+@pytest.mark.parametrize(
+    ("right", "count", "low", "high"),
+    [(8, 10, 0.4902, 0.9433), (10, 10, 0.7225, 1.0), (0, 10, 0.0, 0.2775), (850, 1000, 0.8265, 0.8708)],
+)
+def test_the_interval_is_wilsons(right: int, count: int, low: float, high: float) -> None:
+    # published tables have four digits
+    assert Score(right=right, count=count).interval == pytest.approx((low, high), abs=6e-5)
+
+
+def test_a_score_of_nothing_is_zero() -> None:
+    assert (Score().accuracy, Score().word_error_rate) == (0, 0)
+
+
+@pytest.fixture(scope="module")
+def assistant() -> Assistant:
+    torch.manual_seed(0)
+    model = Multimodal(tiny())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    tokenizer = TextTokenizer.train([TEXT * 4], 320)
+    return Assistant(model.eval(), make_processor(tiny(), tokenizer), "tiny")
+
+
+@torch.no_grad()
+def told_bits(assistant: Assistant, texts: Sequence[str], window: int) -> float:
+    """Bits per byte in float64, token by token."""
+    model = copy.deepcopy(assistant.model).double()
+    tokenizer = assistant.processor.tokenizer
+    nats = 0.0
+    for text in texts:
+        ids = tokenizer.encode(text)
+        for at in range(0, len(ids), window - 1):
+            piece = [tokenizer.control("<|endoftext|>"), *ids[at : at + window - 1]]
+            batch = assistant.processor.collate([Mock(ids=piece, labels=piece, media=[], text="")])
+            shares = model(batch)[0].log_softmax(-1)
+            nats -= sum(float(shares[place, index]) for place, index in enumerate(piece[1:]))
+    return nats / log(2) / sum(len(text.encode()) for text in texts)
+
+
+@pytest.mark.parametrize(("window", "rows"), [(768, 8), (16, 2), (17, 64), (2, 3)])
+def test_bits_per_byte_are_those_of_the_definition(assistant: Assistant, window: int, rows: int) -> None:
+    texts = [TEXT, "", "Seven.", TEXT * 2]
+    found = bits_per_byte(assistant, texts, window=window, rows=rows)
+    # float32 against float64 over the tiny model: worst seen 4e-9; one token of 200 left out is 5e-3
+    assert found == pytest.approx(told_bits(assistant, texts, window), rel=1e-6)
+
+
+def test_bits_per_byte_need_a_text(assistant: Assistant) -> None:
+    for texts in ([], [""]):
+        with pytest.raises(DataError, match="needs at least one text that is not empty"):
+            bits_per_byte(assistant, texts)
+
+
+def test_a_mixed_batch_differs_from_its_rows_by_rounding_alone(assistant: Assistant) -> None:
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 255, (60, 100, 3), dtype=np.uint8))
+    sound = (rng.standard_normal(6000).astype(np.float32) / 8, 8000)
+    rows = [
+        conversation([], [("Seven?", "blue")]),
+        conversation([("image", picture)], [("Which?", "the quick brown fox"), ("And?", "dog")]),
+        conversation([("audio", sound)], [("", "seven")]),
+        conversation([("image", picture), ("audio", sound)], [("", "jumps over")]),
+    ]
+    before = [parameter.requires_grad for parameter in assistant.model.parameters()]
+    logits, gradients = worst_differences(assistant, rows)
+    # float32 over a tiny model with large weights: worst seen 3e-6 and 7e-6; a bf16 slip (1e-2) must fail here
+    assert logits < 5e-5
+    assert 0 < gradients < 5e-5  # two rows share the vision adapter: exactly 0 would mean that nothing was compared
+    assert [parameter.requires_grad for parameter in assistant.model.parameters()] == before
+    assert all(parameter.grad is None for parameter in assistant.model.parameters())
