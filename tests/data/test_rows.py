@@ -23,7 +23,7 @@ from modalora.data.instruct import instruct
 from modalora.data.mixture import Context, Mixture, make_source
 from modalora.data.questions import NUMBERS
 from modalora.data.rows import cells, conversation, number_and_picture
-from modalora.data.scenes import COLORS, KINDS, SIZES, Scene, Shape, free_scene, nlvr_like
+from modalora.data.scenes import BOX_NAMES, COLORS, KINDS, SIZES, Scene, Shape, free_scene, nlvr_like
 from modalora.data.speech import DIGITS, Clip, number_words
 from modalora.errors import ConfigError
 from modalora.models.sizes import tiny
@@ -165,14 +165,12 @@ def test_a_conversation_shows_its_media_once_before_the_first_question() -> None
 
 def recount(scene: Scene, things: str) -> int:
     """How many of the things that a phrase names the scene shows."""
-    words = things.removesuffix(" can you see").split()
-    if words[0] == "boxes":  # "boxes contain a blue square"
-        wanted = set(words[3:])
-        return len({shape.box for shape in scene.shapes if wanted <= names(shape)})
-    if words[-1] == "colors":
-        return len({shape.color for shape in scene.shapes})
-    wanted = {word.removesuffix("s") if word == words[-1] else word for word in words}
-    return sum(wanted <= names(shape) for shape in scene.shapes)
+    words, _, box = things.partition(" in the ")
+    shapes = [shape for shape in scene.shapes if not box or BOX_NAMES[shape.box] == box]
+    if words.endswith("colors"):
+        return len({shape.color for shape in shapes})
+    wanted = set(words.removesuffix("s").split())
+    return sum(wanted <= names(shape) for shape in shapes)
 
 
 def names(shape: Shape) -> set[str]:

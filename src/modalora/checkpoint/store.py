@@ -149,8 +149,8 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str 
     tokenizer = TextTokenizer.from_folder(folder)
     if tokenizer.vocab_size > config.decoder.vocab_size:
         raise CheckpointError(
-            f"{folder / TOKENIZER} has {tokenizer.vocab_size} ids, the config's vocab_size is {config.decoder.vocab_size}; "
-            "they are not of one model"
+            f"{folder / TOKENIZER} has {tokenizer.vocab_size} ids, the config's vocab_size is "
+            f"{config.decoder.vocab_size}; they are not of one model"
         )
     return Loaded(model=model.eval(), tokenizer=tokenizer, notes=notes)
 
