@@ -25,7 +25,8 @@ def main(folder: Path) -> None:
     while True:
         scene = free_scene(rng)
         kinds = [shape.kind for shape in scene.shapes]
-        if kinds.count("circle") == 3 and kinds.count("star") == 1 and len(kinds) == 5:
+        light = min(scene.image.getpixel((0, 0))) > 200
+        if light and max(scene.image.size) <= 240 and kinds.count("circle") == 3 and kinds.count("star") == 1:
             break
     scene.image.save(folder / "scene.png", optimize=True)
     gap = np.zeros(RATE // 5, dtype=np.float32)

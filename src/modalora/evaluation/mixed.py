@@ -13,10 +13,8 @@ from modalora.models.multimodal import part_of
 
 
 def worst_differences(assistant: Assistant, conversations: Sequence[Sequence[Message]]) -> tuple[float, float]:
-    """Return the largest differences between one mixed batch and its rows alone: of logits, and of adapter and
-    projector gradients.
-
-    Gradients are of the mean loss over all labelled tokens, relative to the largest gradient of each tensor.
+    """Return the largest absolute differences between one mixed batch and its rows alone: of logits, and of the
+    gradients of adapters, projectors and encoders (of the mean loss over all labelled tokens).
     """
     processor, model = assistant.processor, assistant.model
     batch = processor.collate([processor.row(messages, answer=False) for messages in conversations])
@@ -33,10 +31,7 @@ def worst_differences(assistant: Assistant, conversations: Sequence[Sequence[Mes
                 for row, alone in enumerate(rows)
             )
         together, apart = _gradients(assistant, [batch], trained), _gradients(assistant, rows, trained)
-        gradients = max(
-            float((together[name] - apart[name]).abs().max() / apart[name].abs().max().clamp(min=1e-3))
-            for name in trained
-        )
+        gradients = max(float((together[name] - apart[name]).abs().max()) for name in trained)
     finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(before[name])

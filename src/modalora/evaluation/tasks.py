@@ -54,7 +54,7 @@ class Score:
         """95 % Wilson interval of the accuracy."""
         n, p, z = max(1, self.count), self.accuracy, 1.96
         middle, reach = p + z * z / (2 * n), z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return (middle - reach) / (1 + z * z / n), (middle + reach) / (1 + z * z / n)
+        return max(0.0, (middle - reach) / (1 + z * z / n)), min(1.0, (middle + reach) / (1 + z * z / n))
 
 
 def score(assistant: Assistant, cases: Sequence[Case], *, rows: int = 16, max_tokens: int = 24) -> Score:

@@ -66,6 +66,6 @@ class RoutedLinear(nn.Module):
             index = None if rows is None else rows.to(x.device)
             own = x if index is None else x.index_select(0, index)
             own = functional.dropout(own, config.lora_dropout, self.training) if config.lora_dropout else own
-            change = functional.linear(functional.linear(own, self.lora_A[name]), self.lora_B[name]) * config.scaling
+            change = functional.linear(functional.linear(own, self.lora_A[name]) * config.scaling, self.lora_B[name])
             y = y + change if index is None else y.index_add(0, index, change.to(y.dtype))
         return y
