@@ -46,7 +46,7 @@ check: .venv/.ready  ## format, lint, types, layers, spelling
 	@.venv/bin/codespell
 
 nano: $(STAGES)  ## train the bundled model from DATA=../shared/data (docs/nano.md)
-	@rm -rf src/modalora/bundled/nano && cp -r runs/nano/7-joint/model src/modalora/bundled/nano
+	@rm -rf src/modalora/bundled/nano && cp -r runs/nano/6-vision/model src/modalora/bundled/nano
 	@echo "== nano: all stages are done; the last model is now src/modalora/bundled/nano"
 
 SPEAKERS := george jackson lucas nicolas

@@ -22,7 +22,7 @@ from modalora.contracts import IGNORED, Batch
 from modalora.data.instruct import instruct
 from modalora.data.mixture import Context, Mixture, make_source
 from modalora.data.questions import NUMBERS
-from modalora.data.rows import cells, conversation, number_and_picture
+from modalora.data.rows import COUNTED, cells, conversation, number_and_picture
 from modalora.data.scenes import BOX_NAMES, COLORS, KINDS, SIZES, Scene, Shape, free_scene, nlvr_like
 from modalora.data.speech import DIGITS, Clip, number_words
 from modalora.errors import ConfigError
@@ -78,7 +78,7 @@ def centre(dark: Tensor) -> tuple[float, float]:
 @pytest.mark.parametrize("size", CANVASES)
 def test_cells_are_one_per_token_and_ignore_the_separators(size: tuple[int, int]) -> None:
     features, tokens = image_features(picture(size), IMAGE)
-    labels = cells((), size, features, IMAGE.patch)
+    labels = cells((), size, features, IMAGE.patch)["cells"]
     assert labels.shape == (tokens, 3)
     assert labels.dtype == torch.long
     embedder = ImageEmbedder(tiny().vision)  # type: ignore[arg-type]
@@ -112,7 +112,7 @@ def test_a_shape_is_told_of_the_token_that_its_middle_falls_into(
     shape = Shape(kind, color, "medium", x + 0.5, y + 0.5, width, 0)
     features, _ = image_features(picture(size, shape), IMAGE)
     told = torch.tensor([KINDS.index(kind) + 1, COLORS.index(color) + 1, SIZES.index("medium") + 1])
-    labels = cells([shape], size, features, IMAGE.patch)
+    labels = cells([shape], size, features, IMAGE.patch)["cells"]
     for table, dark in zip(tables(labels, features), darkness(features), strict=True):
         row, column = centre(dark)
         # resizing moves a middle by up to half a pixel of the 28 of a token: nothing is said about so near an edge
@@ -130,7 +130,7 @@ def test_cells_of_a_scene_of_three_boxes_stand_where_one_sees_them() -> None:
         Shape("square", "blue", "small", 385.0, 90.0, 10.0, 2),
     )
     features, _ = image_features(picture((400, 100), *shapes), IMAGE)
-    fine, coarse = tables(cells(shapes, (400, 100), features, IMAGE.patch), features)
+    fine, coarse = tables(cells(shapes, (400, 100), features, IMAGE.patch)["cells"], features)
     circle, square, triangle = (
         [KINDS.index(one.kind) + 1, COLORS.index(one.color) + 1, SIZES.index(one.size) + 1] for one in shapes[:3]
     )
@@ -141,6 +141,26 @@ def test_cells_of_a_scene_of_three_boxes_stand_where_one_sees_them() -> None:
         (1, 7): triangle,  # the larger of two
     }
     assert coarse.tolist() == [[circle, [0, 0, 0]], [square, triangle]]
+
+
+def test_counts_tell_of_the_crop_and_of_the_whole_picture() -> None:
+    shapes = (
+        Shape("circle", "black", "small", 20.0, 20.0, 10.0, 0),
+        Shape("square", "blue", "large", 380.0, 75.0, 30.0, 2),
+        Shape("square", "blue", "small", 340.0, 90.0, 10.0, 2),
+    )
+    features, tokens = image_features(picture((400, 100), *shapes), IMAGE)
+    counts = cells(shapes, (400, 100), features, IMAGE.patch)["counts"]
+    blue, square, pair = COLORS.index("blue"), 8 + KINDS.index("square"), 16 + 5 * COLORS.index("blue") + 1
+    assert KINDS[1] == "square"
+    assert counts.shape == (tokens, 2, COUNTED)
+    first, last, whole = counts[0, 0], counts[7, 0], counts[-2, 1]  # top left, top right, and the last global token
+    assert [int(first[at]) for at in (blue, square, pair)] == [0, 0, 0]
+    assert int(first[COLORS.index("black")]) == 1
+    assert [int(last[at]) for at in (blue, square, pair)] == [2, 2, 2]
+    assert [int(whole[at]) for at in (blue, square, pair)] == [2, 2, 2]
+    assert int(whole[:8].sum()) == len(shapes)
+    assert bool((counts[0, 1] == IGNORED).all())  # a crop knows nothing of the whole
 
 
 def test_a_conversation_shows_its_media_once_before_the_first_question() -> None:

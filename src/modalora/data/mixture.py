@@ -100,7 +100,7 @@ def _cells(context: Context, nlvr: float = 0.2) -> Source:
             scene = nlvr_like(rng, 0.4) if rng.random() < 0.6 else free_scene(rng)
         row = context.processor.row([{"role": "user", "content": [{"type": "image", "image": scene.image}]}])
         features = row.media[0][1]
-        features["cells"] = cells(scene.shapes, scene.image.size, features, image.patch)
+        features.update(cells(scene.shapes, scene.image.size, features, image.patch))
         return row
 
     return draw

@@ -18,7 +18,7 @@ from modalora.contracts import IGNORED, Message
 from modalora.data.nlvr import NlvrRow
 from modalora.data.pictures import chart_picture, word_picture
 from modalora.data.questions import questions
-from modalora.data.scenes import Scene, Shape, caption, cell_labels, free_scene, nlvr_like
+from modalora.data.scenes import COLORS, KINDS, SIZES, Scene, Shape, caption, cell_labels, free_scene, nlvr_like
 from modalora.data.speech import DIGITS, TRANSCRIBE, Clip, digit_string, speech_questions
 from modalora.data.statements import nlvr_case, statement
 
@@ -55,14 +55,14 @@ def scene_conversation(scene: Scene, rng: Rng, turns: int) -> Conversation:
 def drawn_picture(rng: Rng, turns: int) -> Conversation:
     """Return a conversation about a generated picture: NLVR-like or free scenes, words, charts, or a written case."""
     draw = rng.random()
-    if draw < 0.12:
+    if draw < 0.06:
         image, pairs = word_picture(rng) if rng.random() < 0.6 else chart_picture(rng)
         return conversation([("image", image)], pairs[:turns])
-    if draw < 0.32:
+    if draw < 0.28:
         scene, sentence, truth = nlvr_case(rng)
         rest = [*questions(scene, rng, turns - 2), _judged(*statement(scene, rng))]
         return conversation([("image", scene.image)], [_judged(sentence, truth), *rest])
-    scene = free_scene(rng) if draw < 0.5 else nlvr_like(rng)
+    scene = free_scene(rng) if draw < 0.42 else nlvr_like(rng)
     return scene_conversation(scene, rng, turns)
 
 
@@ -133,10 +133,13 @@ def spoken_question(scene: Scene, bank: dict[str, list[Clip]], rng: Rng) -> Conv
     return None
 
 
-def cells(shapes: Sequence[Shape], size: tuple[int, int], features: dict[str, Tensor], patch: int) -> Tensor:
-    """Return what each token of a picture covers, (tokens, 3): kind, colour, size counted from 1; 0 empty; IGNORED
-    separators.
+def cells(shapes: Sequence[Shape], size: tuple[int, int], features: dict[str, Tensor], patch: int) -> dict[str, Tensor]:
+    """Return what each token of a picture covers, as targets of training.objectives.Cells.
 
+    "cells" (tokens, 3): kind, colour, size of the shape centred there, counted from 1; 0 empty; IGNORED separators.
+    "counts" (tokens, 2, COUNTED): how many shapes of each colour, kind, size and colour with kind, at most MOST:
+    first in the token's crop (in its third of the picture, for the global view), then in the picture (global view
+    only, else IGNORED).
     size: width and height of the picture in pixels. features: what image_features gave for it.
     """
     mask = features["mask"]
@@ -146,15 +149,36 @@ def cells(shapes: Sequence[Shape], size: tuple[int, int], features: dict[str, Te
     scale = min(columns * crop / size[0], rows * crop / size[1])
     full = mask[1:].unflatten(0, (rows, columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
     lines, across = (int(full[:, 0].sum()) + 1) // 2, (int(full[0].sum()) + 1) // 2
-    cell = 2 * patch / scale
-    fine = cell_labels(shapes, 0, 0, cell, cell, across, lines)
-    coarse = cell_labels(shapes, 0, 0, columns * cell, rows * cell, side // 2, side // 2)
-    return torch.cat((_with_ends(fine), torch.full((1, 3), IGNORED), _with_ends(coarse)))
+    cell, pooled = 2 * patch / scale, side // 2
+    fine = cell_labels(shapes, 0, 0, cell, cell, across, lines) + 1
+    coarse = cell_labels(shapes, 0, 0, columns * cell, rows * cell, pooled, pooled) + 1
+    by_crop, by_third = np.zeros((rows, columns, COUNTED), np.int64), np.zeros((3, COUNTED), np.int64)
+    for shape in shapes:
+        kind, color = KINDS.index(shape.kind), COLORS.index(shape.color)
+        at = [color, 8 + kind, 13 + SIZES.index(shape.size), 16 + 5 * color + kind]
+        by_crop[min(rows - 1, int(shape.y * scale // crop)), min(columns - 1, int(shape.x * scale // crop)), at] += 1
+        by_third[min(2, int(3 * shape.x * scale // (columns * crop))), at] += 1
+    counts = np.full((lines, across, 2, COUNTED), IGNORED)
+    counts[:, :, 0] = by_crop[np.arange(lines)[:, None] // pooled, np.arange(across) // pooled]
+    whole = np.empty((pooled, pooled, 2, COUNTED), np.int64)
+    whole[:, :, 0] = by_third[np.arange(pooled) * 3 // pooled]
+    whole[:, :, 1] = by_third.sum(0)
+    return {
+        "cells": torch.cat((_with_ends(fine), torch.full((1, 3), IGNORED), _with_ends(coarse))),
+        "counts": torch.cat((_with_ends(counts), torch.full((1, 2, COUNTED), IGNORED), _with_ends(whole))).clamp(
+            max=MOST
+        ),
+    }
+
+
+COUNTED = 16 + 8 * 5  # colours, kinds, sizes, and each colour with each kind
+MOST = 8
 
 
 def _with_ends(labels: np.ndarray) -> Tensor:
-    table = torch.from_numpy(labels) + 1
-    return torch.cat((table, torch.full((len(table), 1, 3), IGNORED)), dim=1).flatten(0, 1)
+    table = torch.from_numpy(labels)
+    ends = torch.full((len(table), 1, *table.shape[2:]), IGNORED)
+    return torch.cat((table, ends), dim=1).flatten(0, 1)
 
 
 def _judged(sentence: str, truth: bool) -> tuple[str, str]:

@@ -62,30 +62,39 @@ class Ctc(nn.Module):
 
 
 class Cells(nn.Module):
-    """Kind, colour and size of the shape centred in each cell that an image token covers, from the picture encoder
-    alone.
+    """What lies in the cell that each image token covers, and how many of each sort in its crop and in the picture.
 
-    Stands in for the pretrained tower that Phi-4-Multimodal starts from. Media carry "cells", (tokens, 3), IGNORED =
-    separator,
-    0 = empty.
+    The picture encoder alone is trained: it stands in for the pretrained tower that Phi-4-Multimodal starts from.
+    Media carry "cells" and "counts" (data/rows.py:cells); IGNORED targets, such as those of separators, are left out.
     """
 
-    CLASSES = 24
+    ATTRIBUTES, CLASSES = 3, 24  # kind, colour, size; 0 = empty cell
+    COUNTS, MOST = 2 * 56, 9  # data/rows.py: COUNTED in two regions, 0 .. MOST
 
     def __init__(self, model: Multimodal) -> None:
         super().__init__()
         assert model.config.vision is not None
-        self.head = nn.Linear(model.config.vision.hidden_size, 3 * self.CLASSES)
+        width = model.config.vision.hidden_size
+        self.cells = nn.Linear(width, self.ATTRIBUTES * self.CLASSES)
+        self.counts = nn.Linear(width, self.COUNTS * self.MOST)
 
     def forward(self, model: Multimodal, batch: Batch) -> Losses:
-        """Return one loss per image token and attribute."""
-        encoded = model.encoders["image"]([dict(item.features) for item in batch.media])
-        logits = self.head(torch.cat(encoded)).float().unflatten(-1, (3, self.CLASSES))
-        targets = torch.cat([item.features["cells"] for item in batch.media])
+        """Return per image token the mean loss of its cell and the mean loss of its counts."""
+        features = torch.cat(model.encoders["image"]([dict(item.features) for item in batch.media]))
         rows = torch.cat([torch.full((item.tokens,), item.row) for item in batch.media])
-        chosen = targets[:, 0] != IGNORED
-        values = functional.cross_entropy(logits[chosen].flatten(0, 1), targets[chosen].flatten(), reduction="none")
-        return Losses(values, rows[chosen].repeat_interleave(3))
+        cells = torch.cat([item.features["cells"] for item in batch.media])
+        counts = torch.cat([item.features["counts"] for item in batch.media]).flatten(1)
+        real = cells[:, 0] != IGNORED
+        features = features[real]
+        in_cell = _token_losses(self.cells(features).unflatten(-1, (self.ATTRIBUTES, self.CLASSES)), cells[real])
+        counted = _token_losses(self.counts(features).unflatten(-1, (self.COUNTS, self.MOST)), counts[real])
+        return Losses(torch.cat((in_cell, counted)), rows[real].repeat(2))
+
+
+def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy over the targets of each token that are not IGNORED, (tokens,)."""
+    values = functional.cross_entropy(logits.float().movedim(-1, 1), targets, ignore_index=IGNORED, reduction="none")
+    return values.sum(1) / (targets != IGNORED).sum(1)
 
 
 OBJECTIVES: dict[str, type[NextToken] | type[Ctc] | type[Cells]] = {
