@@ -53,6 +53,9 @@ class RunConfig(Settings):
     int8: bool = False  # store the matrices of the written model as int8
     train: list[str]  # parts that train, e.g. "decoder", "image.*", "adapter.vision"; all others are frozen
     mixture: list[SourceConfig] = Field(min_length=1)
+    whiten: list[str] = Field(
+        default_factory=list
+    )  # modalities whose fresh projectors start from their features' statistics
     objective: Literal["next_token", "ctc", "cells"] = "next_token"
     rows: int = Field(16, ge=1)  # conversations or windows per micro-batch
     accumulate: int = Field(1, ge=1)  # micro-batches per step

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
 from pathlib import Path
 from random import Random
@@ -264,11 +263,8 @@ def test_a_missing_split_is_named(tmp_path: Path):
 
 
 @pytest.fixture(scope="module")
-def real() -> list[NlvrRow]:
-    folder = os.environ.get("MODALORA_DATA")
-    if not folder:
-        pytest.skip("MODALORA_DATA does not name the folder of real data sets")
-    return nlvr_scenes(Path(folder), "train")
+def real(data_folder: Path) -> list[NlvrRow]:
+    return nlvr_scenes(data_folder, "train")
 
 
 @pytest.mark.data

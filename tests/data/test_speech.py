@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -53,10 +52,8 @@ def centre(wave: np.ndarray, rate: int = 8000) -> float:
 
 
 @pytest.fixture(scope="session")
-def data() -> Path:
-    if "MODALORA_DATA" not in os.environ:
-        pytest.skip("MODALORA_DATA does not name the data folder")
-    return Path(os.environ["MODALORA_DATA"])
+def data(data_folder: Path) -> Path:
+    return data_folder
 
 
 def test_augmentation_is_finite_and_bounded_and_keeps_its_length_relation():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -15,10 +15,11 @@ from modalora.config import RunConfig
 from modalora.contracts import Batch
 from modalora.data.mixture import Context, Mixture
 from modalora.data.text import tokenizer_corpus
-from modalora.errors import CheckpointError
+from modalora.errors import CheckpointError, ConfigError
 from modalora.models.multimodal import Multimodal, part_of
 from modalora.models.sizes import SIZES
 from modalora.models.speech import SpeechEncoder
+from modalora.nn.mlp import Projector
 from modalora.processing.tokenizer import TextTokenizer
 from modalora.training.loop import Metrics, train
 
@@ -45,6 +46,8 @@ def run_recipe(run: RunConfig, report: Callable[[Metrics], None] = lambda metric
     batches = Mixture(context, run.mixture, rows=run.rows, accumulate=run.accumulate, seed=run.seed)
     if "audio.encoder" in run.train:
         _set_mel_statistics(model, batches)
+    for modality in run.whiten:
+        _whiten_projectors(model, modality, run.train, batches)
     metrics = train(run, model.to(run.device), batches, report)
     save_model(model, tokenizer, target, int8=run.int8, notes={"trained": run.model_dump(mode="json"), "last": metrics})
     return target
@@ -92,3 +95,31 @@ def _set_mel_statistics(model: Multimodal, batches: Callable[[int], list[Batch]]
         mel = torch.cat([item.features["mel"] for item in media])
         encoder.global_mean.copy_(mel.mean(0))
         encoder.global_invstd.copy_(1 / mel.std(0).clamp(min=1.0))
+
+
+@torch.no_grad()
+def _whiten_projectors(
+    model: Multimodal, modality: str, patterns: Sequence[str], batches: Callable[[int], list[Batch]], steps: int = 8
+) -> None:
+    """Let the trained projectors of a modality start on features of mean 0 and deviation 1, at the scale of embeddings.
+
+    An encoder's features share a large mean, which leaves all media tokens nearly parallel: the decoder then sees
+    their average only. The statistics go into the first layer, so the projector stays what it was.
+    """
+    if modality not in model.encoders:
+        raise ConfigError(f"whiten: this model has no {modality!r} encoder; it has {', '.join(model.encoders)}")
+    media = [
+        item for step in range(steps) for batch in batches(step) for item in batch.media if item.modality == modality
+    ]
+    features = torch.cat(model.encoders[modality]([dict(item.features) for item in media]))
+    mean, deviation = features.mean(0), features.std(0).clamp(min=1e-3)
+    for branch, projector in model.projectors.get_submodule(modality).named_children():
+        if not any(fnmatchcase(f"{modality}.projector.{branch}", pattern) for pattern in patterns):
+            continue
+        assert isinstance(projector, Projector)
+        projector.up.weight.div_(deviation)
+        projector.up.bias.copy_(-projector.up.weight @ mean)
+        given = projector(features)
+        size = model.decoder.embed_tokens.weight.square().mean().sqrt()
+        projector.down.weight.mul_(4 * size / given.std())
+        projector.down.bias.sub_(projector(features).mean(0))
