@@ -50,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="nano")
     parser.add_argument("--folds", type=Path, default=Path("runs/folds"))
+    parser.add_argument("--only", nargs="+", help="measure these parts: text digits folds strings questions ...")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, help="also write the table and the wrong answers here, as JSON")
     options = parser.parse_args()
@@ -63,46 +64,60 @@ def main() -> None:
         figures.append(Figure(name, least, stretch, measured, cases))
         print(f"{name:<58} {measured:>22} {cases}", flush=True)
 
-    texts = [text[: len(text) // share] for text in books(DATA, "validation")]
-    add("text: bits per byte, books/validation", "1.9", "1.5", f"{bits_per_byte(assistant, texts):.3f}")
-
     valid = spoken_digits(DATA, "validation")
-    found = tasks.score(assistant, tasks.single_digits(valid)[::share])
-    wrong["single"] = found.wrong
-    add("spoken digits, single, word accuracy", "98 %", "99.5 %", *percent(found))
 
-    for fold in _folds(options.folds, add, share):
-        wrong[f"left out {fold[0]}"] = fold[1]
+    def text() -> None:
+        texts = [text[: len(text) // share] for text in books(DATA, "validation")]
+        add("text: bits per byte, books/validation", "1.9", "1.5", f"{bits_per_byte(assistant, texts):.3f}")
 
-    found = tasks.score(assistant, tasks.digit_strings(valid, 500 // share))
-    wrong["strings"] = found.wrong
-    add(
-        "digit strings of 3-7, word error rate",
-        "3 %",
-        "1 %",
-        f"{100 * found.word_error_rate:.2f} %",
-        f"{found.words} words",
-    )
+    def digits() -> None:
+        found = tasks.score(assistant, tasks.single_digits(valid)[::share])
+        wrong["single"] = found.wrong
+        add("spoken digits, single, word accuracy", "98 %", "99.5 %", *percent(found))
 
-    found = tasks.score(assistant, tasks.nlvr_questions(DATA, 1200 // share))
-    wrong["questions"] = found.wrong
-    add("NLVR pictures: count/colour/position questions", "85 %", "97 %", *percent(found))
-    for group, (right, count) in sorted(found.groups.items()):
-        add(f"  of which {group}", "", "", f"{100 * right / count:.1f} %", f"{count}")
+    def folds() -> None:
+        for speaker, answers in _folds(options.folds, add, share):
+            wrong[f"left out {speaker}"] = answers
 
-    found = tasks.score(assistant, tasks.nlvr_sentences(DATA)[::share])
-    wrong["sentences"] = found.wrong
-    add("NLVR human sentences, true/false", "report", "66 %", *percent(found))
-    for group, (right, count) in sorted(found.groups.items()):
-        add(f"  of which {group}", "", "", f"{100 * right / count:.1f} %", f"{count}")
+    def strings() -> None:
+        found = tasks.score(assistant, tasks.digit_strings(valid, 500 // share))
+        wrong["strings"] = found.wrong
+        rate = f"{100 * found.word_error_rate:.2f} %"
+        add("digit strings of 3-7, word error rate", "3 %", "1 %", rate, f"{found.words} words")
 
-    found = tasks.score(assistant, tasks.numbers_and_pictures(DATA, 600 // share))
-    wrong["image + speech"] = found.wrong
-    add("image + speech: spoken number vs. picture", "85 %", "97 %", *percent(found))
+    def questions() -> None:
+        found = tasks.score(assistant, tasks.nlvr_questions(DATA, 1200 // share))
+        wrong["questions"] = found.wrong
+        add("NLVR pictures: count/colour/position questions", "85 %", "97 %", *percent(found))
+        groups(found)
 
-    add("text logits changed by adapters", "0 bits", "", "0 bits" if text_is_unchanged(assistant) else "CHANGED")
-    logits, gradients = worst_differences(assistant, mixed_rows())
-    add("mixed batch vs. row by row, fp32: logits / gradients", "1e-5", "", f"{logits:.1e} / {gradients:.1e}")
+    def sentences() -> None:
+        found = tasks.score(assistant, tasks.nlvr_sentences(DATA)[::share])
+        wrong["sentences"] = found.wrong
+        add("NLVR human sentences, true/false", "report", "66 %", *percent(found))
+        groups(found)
+
+    def together() -> None:
+        found = tasks.score(assistant, tasks.numbers_and_pictures(DATA, 600 // share))
+        wrong["image + speech"] = found.wrong
+        add("image + speech: spoken number vs. picture", "85 %", "97 %", *percent(found))
+
+    def exact() -> None:
+        add("text logits changed by adapters", "0 bits", "", "0 bits" if text_is_unchanged(assistant) else "CHANGED")
+        logits, gradients = worst_differences(assistant, mixed_rows())
+        add("mixed batch vs. row by row, fp32: logits / gradients", "1e-5", "", f"{logits:.1e} / {gradients:.1e}")
+
+    def groups(found: tasks.Score) -> None:
+        for group, (right, count) in sorted(found.groups.items()):
+            add(f"  of which {group}", "", "", f"{100 * right / count:.1f} %", f"{count}")
+
+    sections = (text, digits, folds, strings, questions, sentences, together, exact)
+    known = [section.__name__ for section in sections]
+    if options.only and not set(options.only) <= set(known):
+        parser.error(f"--only takes {', '.join(known)}")
+    for section in sections:
+        if not options.only or section.__name__ in options.only:
+            section()
 
     print()
     print(table(figures))
