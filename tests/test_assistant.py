@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import modalora
-from modalora.assistant import Assistant, as_prompt, find_model, make_processor, question_messages
+from modalora.assistant import Assistant, find_model, make_processor, question_messages
 from modalora.checkpoint.adapters import CONFIG, WEIGHTS, load_adapter, save_adapter
 from modalora.checkpoint.store import read_json, write_json
 from modalora.contracts import Batch, Route
@@ -26,6 +26,7 @@ from modalora.generation import engine
 from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import tiny
 from modalora.nn.cache import KVCache
+from modalora.processing.chat import as_text, render
 from modalora.processing.tokenizer import END, TextTokenizer
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 100, 3), dtype=np.uint8))
@@ -254,6 +255,10 @@ def test_a_stream_gives_its_first_piece_before_the_answer_is_done(assistant: Ass
 # ------------------------------------------------------------------------------------------------- questions and media
 
 
+def shown(messages: list[Any]) -> str:
+    return as_text(render(messages))
+
+
 def test_tags_in_a_question_place_its_media() -> None:
     other, clip = PICTURE.rotate(90), b"RIFF"
     (message,) = question_messages("Is <|image_1|> like <|image_2|>, as <|audio_1|> says?", [PICTURE, other], clip)
@@ -269,17 +274,17 @@ def test_tags_in_a_question_place_its_media() -> None:
             {"type": "text", "text": " says?"},
         ],
     }
-    assert as_prompt([message]) == ("<|user|>Is <|image_1|> like <|image_2|>, as <|audio_1|> says?<|end|><|assistant|>")
+    assert shown([message]) == ("<|user|>Is <|image_1|> like <|image_2|>, as <|audio_1|> says?<|end|><|assistant|>")
 
 
 def test_media_without_tags_stand_before_the_text() -> None:
-    assert as_prompt(question_messages("Is it?", [PICTURE, PICTURE], SOUND)) == (
+    assert shown(question_messages("Is it?", [PICTURE, PICTURE], SOUND)) == (
         "<|user|><|image_1|><|image_2|><|audio_1|>Is it?<|end|><|assistant|>"
     )
-    assert as_prompt(question_messages("Is it <|audio_1|>?", PICTURE, SOUND)) == (
+    assert shown(question_messages("Is it <|audio_1|>?", PICTURE, SOUND)) == (
         "<|user|><|image_1|>Is it <|audio_1|>?<|end|><|assistant|>"
     )
-    assert as_prompt(question_messages("", audio=SOUND)) == "<|user|><|audio_1|><|end|><|assistant|>"
+    assert shown(question_messages("", audio=SOUND)) == "<|user|><|audio_1|><|end|><|assistant|>"
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,6 @@ from modalora.generation.sampling import Sampling
 from modalora.models.multimodal import ModelConfig, Multimodal
 from modalora.models.router import route as route_of
 from modalora.processing.audio import AudioConfig
-from modalora.processing.chat import as_text
 from modalora.processing.image import ImageConfig
 from modalora.processing.processor import Processor
 from modalora.processing.tokenizer import END, END_OF_TEXT, TextTokenizer
@@ -301,13 +300,6 @@ def question_messages(
     if not parts:
         raise PromptError("the question is empty and there are no media; write a question, or give an image or audio")
     return [{"role": "user", "content": parts}]
-
-
-def as_prompt(messages: Sequence[Message]) -> str:
-    """Return the prompt that messages render to, media as numbered tags."""
-    from modalora.processing.chat import render
-
-    return as_text(render(messages))
 
 
 def _listed(media: Media | Sequence[Media]) -> list[Media]:

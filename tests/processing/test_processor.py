@@ -214,3 +214,8 @@ def test_an_empty_list_of_conversations_is_refused() -> None:
 def test_one_conversation_where_several_are_wanted_is_refused() -> None:
     with pytest.raises(PromptError, match="messages must be a non-empty list"):
         PROCESSOR(ROWS[0])
+
+
+def test_sound_has_as_many_mel_channels_as_the_model_wants() -> None:
+    (sound,) = make(audio=AudioConfig(mels=40))([user(audio=SOUND)]).media
+    assert sound.features["mel"].shape[1] == 40

@@ -88,7 +88,7 @@ class Processor:
         if self.audio is None:
             raise PromptError("this model has no sound encoder; leave the audio out or load a multimodal model")
         wave, rate = open_audio(payload, self.audio)
-        mel = log_mel(wave, rate)
+        mel = log_mel(wave, rate, mels=self.audio.mels)
         return {"mel": mel}, subsampled(len(mel))
 
     def collate(self, rows: Sequence[Row], *, route: str = "auto", labelled: bool = True) -> Batch:

@@ -13,6 +13,7 @@ from torch import nn
 from modalora.config import OptimConfig
 from modalora.errors import ConfigError
 from modalora.models.multimodal import part_of
+from modalora.models.vision import VisionTower
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
@@ -36,8 +37,6 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]
 
 def _never_run(model: nn.Module) -> set[int]:
     """Parameters that no forward pass reads: the tower's last layer, norm and head, kept for the published layout."""
-    from modalora.models.vision import VisionTower
-
     idle: set[int] = set()
     for module in model.modules():
         if isinstance(module, VisionTower):
