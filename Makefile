@@ -46,12 +46,12 @@ check: .venv/.ready  ## format, lint, types, layers, spelling
 	@.venv/bin/codespell
 
 nano: $(STAGES)  ## train the bundled model from DATA=../shared/data (docs/nano.md)
-	@rm -rf src/modalora/bundled/nano && cp -r runs/nano/6-vision/model src/modalora/bundled/nano
+	@rm -rf src/modalora/bundled/nano && cp -r runs/nano/6b-vision/model src/modalora/bundled/nano
 	@echo "== nano: all stages are done; the last model is now src/modalora/bundled/nano"
 
 SPEAKERS := george jackson lucas nicolas
 
-folds: nano-2-instruct  ## speech once per left-out speaker, for the table of make bench
+folds: nano-2b-instruct  ## speech once per left-out speaker, for the table of make bench
 	@for speaker in $(SPEAKERS); do \
 		echo "== folds: without $$speaker"; \
 		$(KEEP_BUFFERS) .venv/bin/modalora train $(RECIPES)/fold-1-ears.yaml data=$(DATA) threads=$(THREADS) \

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from modalora.assistant import make_processor
 from modalora.config import SourceConfig
-from modalora.contracts import IGNORED, Batch
-from modalora.data.instruct import instruct
+from modalora.contracts import IGNORED, Batch, Message
+from modalora.data.instruct import instruct, recall, repetition
 from modalora.data.mixture import Context, Mixture, make_source
 from modalora.data.questions import NUMBERS
 from modalora.data.rows import COUNTED, cells, conversation, number_and_picture
 from modalora.data.scenes import BOX_NAMES, COLORS, KINDS, SIZES, Scene, Shape, free_scene, nlvr_like
 from modalora.data.speech import DIGITS, Clip, number_words
+from modalora.data.text import recurring_window
 from modalora.errors import ConfigError
 from modalora.models.sizes import tiny
 from modalora.models.vision import ImageEmbedder
@@ -226,6 +227,54 @@ def test_number_and_picture_says_yes_exactly_when_the_number_is_right() -> None:
     assert 0.385 < answers.count("yes") / len(answers) < 0.615
 
 
+def test_more_turns_ask_the_same_number_of_other_things() -> None:
+    rng = np.random.default_rng(1)
+    digits = {word: [Clip(np.zeros(800, np.float32), 8000, (word,))] for word in DIGITS}
+    answers: list[str] = []
+    lengths: list[int] = []
+    for turn in range(150):
+        scene = nlvr_like(rng) if turn % 3 else free_scene(rng)
+        turns = number_and_picture(scene, digits, rng, turns=6)
+        texts = [turn["content"] if isinstance(turn["content"], str) else turn["content"][-1]["text"] for turn in turns]
+        asked = [(q, a) for q, a in zip(texts[::2], texts[1::2], strict=True) if q != "What number is spoken?"]
+        assert len({q.partition("number")[2] for q, _ in asked}) <= len(asked) <= 6
+        answers += [a for _, a in asked]
+        lengths.append(len(asked))
+    assert set(answers) == {"yes", "no"}
+    assert 0.3 < answers.count("yes") / len(answers) < 0.6
+    assert max(lengths) > 3
+
+
+def test_passages_recur_within_a_window() -> None:
+    stream = np.arange(5000, dtype=np.uint16)
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        ids = recurring_window(stream, 200, rng)
+        assert len(ids) == 200
+        assert len(set(ids)) <= 4 * 40  # at most four passages of at most a fifth
+
+
+def test_recall_and_repetition_are_answered_from_the_question() -> None:
+    stream, rng = np.array(TOKENIZER.encode(STORY)), np.random.default_rng(0)
+    for _ in range(50):
+        for message, answer in _pairs(repetition(stream, TOKENIZER, rng)):
+            assert message.partition(": ")[2] == answer
+        first, *rest = _pairs(recall(stream, TOKENIZER, rng))
+        given, _, question = first[0].partition("\n")
+        said = dict(item.split() for item in given.removeprefix("Remember: ").split(", "))
+        for asked, answer in ((question, first[1]), *rest):
+            if asked.startswith("What is "):
+                assert said[asked.removeprefix("What is ").rstrip("?")] == answer
+            else:
+                value = asked.removeprefix("Which are ").rstrip("?")
+                assert answer == ", ".join(name for name, told in said.items() if told == value)
+
+
+def _pairs(turns: list[Message]) -> list[tuple[str, str]]:
+    texts = [turn["content"] if isinstance(turn["content"], str) else turn["content"][0]["text"] for turn in turns]
+    return list(zip(texts[::2], texts[1::2], strict=True))
+
+
 def test_small_text_questions_have_one_right_answer() -> None:
     source = instruct(np.array(TOKENIZER.encode(STORY)), TOKENIZER)
     rng = np.random.default_rng(0)
@@ -233,7 +282,7 @@ def test_small_text_questions_have_one_right_answer() -> None:
     for _ in range(1500):
         turns = source(rng)
         texts = [turn["content"] if isinstance(turn["content"], str) else turn["content"][0]["text"] for turn in turns]
-        if not texts[0].startswith(("Picture: ", "Digits: ")):
+        if not texts[0].startswith(("Picture: ", "Digits: ", "Remember: ")):
             pairs += zip(texts[::2], texts[1::2], strict=True)
     words = {number_words(value): value for value in range(100)} | {str(value): value for value in range(100)}
     seen: dict[str, int] = dict.fromkeys(("sum", "count", "down", "after", "bigger", "say", "words"), 0)

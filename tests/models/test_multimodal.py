@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import modalora
 from modalora.contracts import Batch
 from modalora.errors import ShapeError
 from modalora.models.multimodal import ModelConfig, Multimodal, parameter_counts, part_of
@@ -65,6 +68,26 @@ def test_logits_of_a_mixed_batch_equal_those_of_its_rows(make_model: Model, make
             alone = model(batch.select([row]))
             assert alone.shape[1] == length
             torch.testing.assert_close(together[row, :length], alone[0], **TOLERANCE)
+
+
+def test_a_row_of_nano_gets_the_same_bits_in_a_batch_as_alone() -> None:
+    assistant = modalora.load("nano")
+    sound = np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32)
+    image = Image.effect_noise((400, 100), 80).convert("RGB")
+    asked = [
+        {"text": "Hello!"},
+        {"image": image, "text": "How many blue squares are there?"},
+        {"audio": (sound[:9_000], 8000), "text": "Transcribe the audio clip into text."},
+        {"image": image, "audio": (sound, 8000), "text": "Is the spoken number the number of squares?"},
+    ]
+    rows = [
+        [{"role": "user", "content": [{"type": kind, kind: given} for kind, given in one.items()]}] for one in asked
+    ]
+    batch = assistant.processor(rows)
+    with torch.no_grad():
+        together = assistant.model(batch)
+        for row, length in enumerate(batch.lengths.tolist()):
+            assert torch.equal(together[row, :length], assistant.model(batch.select([row]))[0])
 
 
 def test_every_gradient_of_a_mixed_batch_equals_the_sum_over_its_rows(make_model: Model, make_batch: Rows) -> None:

@@ -117,6 +117,23 @@ def test_backends_agree_in_gradients() -> None:
         torch.testing.assert_close(close.double(), exact, **TOLERANCE)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_padded_row_is_what_it_is_alone(causal: bool, dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(3, 45, heads, 8, dtype=dtype) for heads in (4, 2, 2))
+    bias = torch.randn(1, 4, 45, 45, dtype=dtype)
+    lengths = (45, 7, 20)
+    both = attend(q, k, v, mask=Mask(causal=causal, padded=torch.tensor(lengths)), pair_bias=bias)
+    for row, n in enumerate(lengths):
+        own = (x[row : row + 1, :n] for x in (q, k, v))
+        alone = attend(*own, mask=Mask(causal=causal), pair_bias=bias[:, :, :n, :n])
+        if dtype == torch.float32:
+            assert torch.equal(both[row, :n], alone[0])
+        else:  # one step of bf16 at values up to 4; float64 rounding
+            bound = 0.02 if dtype == torch.bfloat16 else 1e-12
+            torch.testing.assert_close(both[row, :n], alone[0], atol=bound, rtol=0)
+
+
 def test_offsets_place_the_queries_behind_what_a_cache_holds() -> None:
     q, k, v = (torch.randn(1, 6, 2, 8) for _ in range(3))
     whole = attend(q, k, v, mask=Mask(causal=True))

@@ -13,7 +13,7 @@ import numpy as np
 
 from modalora.data.questions import questions
 from modalora.data.rows import TRUE_OR_FALSE, Conversation, conversation
-from modalora.data.scenes import caption, free_scene, nlvr_like
+from modalora.data.scenes import COLORS, KINDS, SIZES, caption, free_scene, nlvr_like
 from modalora.data.speech import DIGITS, Clip, number_words, speech_questions
 from modalora.data.statements import nlvr_case, statement
 from modalora.processing.tokenizer import TextTokenizer
@@ -53,15 +53,18 @@ _MANNERS = (
         ),
     ),
 )  # fmt: skip
+_VALUES = (*COLORS, *KINDS, *SIZES, *DIGITS)  # what recall says of things
 
 
 def instruct(stream: np.ndarray, tokenizer: TextTokenizer) -> Callable[[Rng], Conversation]:
     """Return a source of text conversations. stream: token ids of running text, as token_stream gives them."""
     makers: tuple[tuple[float, Callable[[Rng], Conversation]], ...] = (
-        (0.40, described_scene),
-        (0.16, described_digits),
-        (0.08, lambda rng: story(stream, tokenizer, rng)),
-        (0.36, lambda rng: conversation([], [_small(stream, tokenizer, rng) for _ in range(int(rng.integers(1, 7)))])),
+        (0.57, described_scene),
+        (0.12, described_digits),
+        (0.06, lambda rng: repetition(stream, tokenizer, rng)),
+        (0.10, lambda rng: recall(stream, tokenizer, rng)),
+        (0.03, lambda rng: story(stream, tokenizer, rng)),
+        (0.12, lambda rng: conversation([], [_small(stream, tokenizer, rng) for _ in range(int(rng.integers(2, 9)))])),
     )
     shares = [share for share, _ in makers]
     return lambda rng: makers[rng.choice(len(makers), p=shares)][1](rng)
@@ -74,22 +77,24 @@ _TOLD = (
     "comparison",
     "shape",
     "size",
+    "list",
+    "tally",
 )  # what a caption settles; places in a picture it does not
 
 
 def described_scene(rng: Rng) -> Conversation:
     """Return questions about a scene given as its caption, and statements where it shows towers."""
     draw = rng.random()
-    if draw < 0.6:
+    if draw < 0.5:
         scene, sentence, truth = nlvr_case(rng, towers=1.0)
         more, also = statement(scene, rng)
         judged = [(sentence + TRUE_OR_FALSE, _truth(truth)), (more + TRUE_OR_FALSE, _truth(also))]
-        pairs = [*judged[:1], *questions(scene, rng, 5, (*_TOLD, "position")), *judged[1:]]
+        pairs = [*judged[:1], *questions(scene, rng, 10, (*_TOLD, "position")), *judged[1:]]
     else:
-        scene = nlvr_like(rng, towers=0.0) if draw < 0.85 else free_scene(rng)
-        pairs = list(questions(scene, rng, 7, (*_TOLD, "position") if scene.boxes > 1 else _TOLD))
+        scene = nlvr_like(rng, towers=0.0) if draw < 0.78 else free_scene(rng)
+        pairs = list(questions(scene, rng, 12, (*_TOLD, "position") if scene.boxes > 1 else _TOLD))
     (question, answer), *rest = pairs
-    return conversation([], [(f"Picture: {caption(scene, rng)}\n{question}", answer), *rest])
+    return conversation([], [(f"Picture: {caption(scene)}\n{question}", answer), *rest])
 
 
 def _truth(value: bool) -> str:
@@ -101,8 +106,41 @@ def described_digits(rng: Rng) -> Conversation:
     words = tuple(DIGITS[index] for index in rng.integers(10, size=int(rng.integers(1, 8))))
     pairs = speech_questions(Clip(np.zeros(1, dtype=np.float32), 8000, words), rng)[2:]
     rng.shuffle(pairs)
-    (question, answer), *rest = pairs[:5]
+    (question, answer), *rest = pairs[:8]
     return conversation([], [(f"Digits: {' '.join(words)}\n{question}", answer), *rest])
+
+
+_REPEAT = ("Repeat: ", "Copy this: ", "Say this again: ")
+
+
+def repetition(stream: np.ndarray, tokenizer: TextTokenizer, rng: Rng) -> Conversation:
+    """Return passages to be said again, in order or shuffled: what makes a small model look back.
+
+    A model that never met enough repetition cannot answer from its context at all.
+    """
+    pairs = []
+    for _ in range(int(rng.integers(1, 4))):
+        words = _words(stream, tokenizer, rng, 40)
+        if rng.random() < 0.5:
+            rng.shuffle(words)
+        text = " ".join(words)
+        pairs.append((str(rng.choice(_REPEAT)) + text, text))
+    return conversation([], pairs)
+
+
+def recall(stream: np.ndarray, tokenizer: TextTokenizer, rng: Rng) -> Conversation:
+    """Return a list of things with something said of each, and a question about most of them."""
+    words = list(dict.fromkeys(word.lower() for word in _words(stream, tokenizer, rng, 40)))
+    names = words[: int(rng.integers(1, 1 + max(1, min(10, len(words)))))]
+    values = [str(rng.choice(_VALUES)) for _ in names]
+    given = ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
+    order = rng.permutation(len(names))
+    pairs = [(f"What is {names[at]}?", values[at]) for at in order]
+    if rng.random() < 0.3:
+        asked = str(rng.choice(values))
+        pairs.append((f"Which are {asked}?", ", ".join(n for n, v in zip(names, values, strict=True) if v == asked)))
+    (question, answer), *rest = pairs
+    return conversation([], [(f"Remember: {given}\n{question}", answer), *rest])
 
 
 def story(stream: np.ndarray, tokenizer: TextTokenizer, rng: Rng) -> Conversation:
@@ -162,7 +200,7 @@ def _copy(words: Sequence[str], rng: Rng) -> Pair:
     draw = rng.random()
     text = " ".join(words)
     if draw < 0.5:
-        return str(rng.choice(("Repeat: ", "Copy this: ", "Say this again: "))) + text, text
+        return str(rng.choice(_REPEAT)) + text, text
     if draw < 0.65:
         return f"What is the first word of: {text}", words[0]
     if draw < 0.8:
@@ -170,7 +208,7 @@ def _copy(words: Sequence[str], rng: Rng) -> Pair:
     return f"How many words are in: {text}", number_words(len(words))
 
 
-def _words(stream: np.ndarray, tokenizer: TextTokenizer, rng: Rng) -> list[str]:
-    start = int(rng.integers(0, len(stream) - 64))
-    words = [word for word in tokenizer.decode(stream[start : start + 48].tolist()).split() if word.isalpha()][1:-1]
-    return words[: int(rng.integers(2, 9))] or ["yes"]
+def _words(stream: np.ndarray, tokenizer: TextTokenizer, rng: Rng, most: int = 8) -> list[str]:
+    start = int(rng.integers(0, len(stream) - 128))
+    words = [word for word in tokenizer.decode(stream[start : start + 96].tolist()).split() if word.isalpha()][1:-1]
+    return words[: int(rng.integers(2, most + 1))] or ["yes"]

@@ -28,7 +28,7 @@ from modalora.data.rows import (
 )
 from modalora.data.scenes import free_scene, nlvr_like
 from modalora.data.speech import Clip, augment, spoken_digits
-from modalora.data.text import token_stream, windows
+from modalora.data.text import recurring_window, token_stream, windows
 from modalora.data.voices import digit_voices, sentence_voices
 from modalora.errors import ConfigError
 from modalora.processing.processor import Processor, Row
@@ -77,27 +77,31 @@ def make_source(context: Context, config: SourceConfig) -> Source:
         raise ConfigError(f"source {config.source!r} does not take these options: {error}") from None
 
 
-def _books(context: Context, split: str = "train") -> Source:
+def _books(context: Context, split: str = "train", recurring: float = 0.0) -> Source:
     stream = token_stream(context.folder, split, context.processor.tokenizer, context.cache)
 
     def draw(rng: np.random.Generator) -> Row:
-        (ids,) = windows(stream, context.window, 1, rng)
+        if rng.random() < recurring:
+            ids = recurring_window(stream, context.window, rng)
+        else:
+            (ids,) = windows(stream, context.window, 1, rng)
         return Row(ids=ids, labels=list(ids))
 
     return draw
 
 
-def _cells(context: Context, nlvr: float = 0.2) -> Source:
+def _cells(context: Context, nlvr: float = 0.2, free: float = 0.32, towers: float = 0.4) -> Source:
     real = nlvr_scenes(context.folder, "train")
     image = context.processor.image
     if image is None:
         raise ConfigError("source 'cells' needs a model with a picture encoder")
 
     def draw(rng: np.random.Generator) -> Row:
-        if rng.random() < nlvr:
+        draw = rng.random()
+        if draw < nlvr:
             scene = real[rng.integers(len(real))].scene
         else:
-            scene = nlvr_like(rng, 0.4) if rng.random() < 0.6 else free_scene(rng)
+            scene = free_scene(rng) if draw < nlvr + free else nlvr_like(rng, towers)
         row = context.processor.row([{"role": "user", "content": [{"type": "image", "image": scene.image}]}])
         features = row.media[0][1]
         features.update(cells(scene.shapes, scene.image.size, features, image.patch))
@@ -106,13 +110,13 @@ def _cells(context: Context, nlvr: float = 0.2) -> Source:
     return draw
 
 
-def _pictures(context: Context, turns: int = 6) -> Source:
-    return _conversations(context, lambda rng: drawn_picture(rng, turns))
+def _pictures(context: Context, turns: int = 6, ask: Sequence[str] | None = None, towers: float = 0.6) -> Source:
+    return _conversations(context, lambda rng: drawn_picture(rng, turns, ask, towers))
 
 
-def _nlvr(context: Context, turns: int = 6) -> Source:
+def _nlvr(context: Context, turns: int = 6, ask: Sequence[str] | None = None) -> Source:
     rows = nlvr_scenes(context.folder, "train")
-    return _conversations(context, lambda rng: real_scene(rows[rng.integers(len(rows))], rng, turns))
+    return _conversations(context, lambda rng: real_scene(rows[rng.integers(len(rows))], rng, turns, ask))
 
 
 def _digits(
@@ -132,7 +136,7 @@ def _sentences(context: Context) -> Source:
     return _conversations(context, converse)
 
 
-def _seen_and_heard(context: Context, spoken: float = 0.25, without: str | None = None) -> Source:
+def _seen_and_heard(context: Context, spoken: float = 0.25, turns: int = 1, without: str | None = None) -> Source:
     digits: dict[str, list[Clip]] = defaultdict(list)
     for clip in 2 * spoken_digits(context.folder, "train", without=without) + digit_voices(context.cache):
         digits[clip.words[0]].append(clip)
@@ -145,7 +149,7 @@ def _seen_and_heard(context: Context, spoken: float = 0.25, without: str | None 
         draw = rng.random()
         scene = real[rng.integers(len(real))].scene if draw < 0.4 else nlvr_like(rng) if draw < 0.8 else free_scene(rng)
         asked = spoken_question(scene, bank, rng) if rng.random() < spoken else None
-        return asked or number_and_picture(scene, digits, rng)
+        return asked or number_and_picture(scene, digits, rng, turns=turns)
 
     return _conversations(context, converse)
 

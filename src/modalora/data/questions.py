@@ -25,10 +25,12 @@ from modalora.data.scenes import (
     SIZES,
     Scene,
     Shape,
+    caption,
     dice,
+    listing,
 )
 
-QUESTION_KINDS = ("count", "color", "position", "size", "presence", "comparison", "shape", "touch")
+QUESTION_KINDS = ("count", "color", "position", "size", "presence", "comparison", "shape", "touch", "list", "tally")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _LIFTS = ("bottom", "second", "third", "fourth")  # blocks of a tower, from the base
 _MANY_TRIES = 6
@@ -495,6 +497,49 @@ def _touch(scene: Scene, roll: Random) -> Pair | None:
     return f"How many {pick.words(noun, many=True)} are touching {wall}{where}?", answer
 
 
+def _list(scene: Scene, roll: Random) -> Pair | None:
+    """Return a request to list what is in a box, what agrees with a description, or everything."""
+    draw = roll.random()
+    if draw < 0.15:
+        return roll.choice(("List the shapes.", "Describe the image.", "What is in the picture?")), caption(scene)
+    if draw < 0.4 and scene.boxes > 1:
+        box = roll.randrange(scene.boxes)
+        form = roll.choice(("What is in the {}?", "List the {}.", "Describe the {}."))
+        return form.format(BOX_NAMES[box]), listing(scene, _box_shapes(scene, box))
+    pick = _random_pick(roll, scene)
+    if pick.box is None and pick == Pick():
+        return None
+    where = "" if pick.box is None else f" in the {BOX_NAMES[pick.box]}"
+    words = pick.words(_noun(roll, scene), many=True)
+    return f"List the {words}{where}.", listing(scene, filter(pick.fits, scene.shapes))
+
+
+def _tally(scene: Scene, roll: Random) -> Pair | None:
+    """Return a request for all counts at once: many numbers to learn from in few words."""
+    colors, kinds = _palette(scene)
+    by_color = scene.towers or roll.random() < 0.5
+    each = "color" if by_color else "kind"
+    picks = [Pick(color=color) for color in colors] if by_color else [Pick(kind=kind) for kind in kinds]
+
+    def row(shapes: Sequence[Shape], words: Callable[[Pick, int], str]) -> str:
+        counts = [(pick, pick.count(shapes)) for pick in picks]
+        told = [f"{NUMBERS[count]} {words(pick, count)}" for pick, count in counts if count or scene.boxes > 1]
+        return ", ".join(told)
+
+    def name(pick: Pick, count: int) -> str:
+        return pick.color or pick.words("", many=count != 1)
+
+    if max(pick.count(scene.shapes) for pick in picks) >= len(NUMBERS):
+        return None
+    if scene.boxes == 1 or roll.random() < 0.4:
+        return f"How many of each {each}?", row(scene.shapes, name)
+    if roll.random() < 0.25:
+        boxes = [f"{NUMBERS[len(_box_shapes(scene, box))]} {BOX_NAMES[box].split()[0]}" for box in range(scene.boxes)]
+        return "How many in each box?", ", ".join(boxes)
+    boxes = [f"{BOX_NAMES[box].split()[0]}: {row(_box_shapes(scene, box), name)}" for box in range(scene.boxes)]
+    return f"How many of each {each} in each box?", "; ".join(boxes)
+
+
 _MAKERS: dict[str, Callable[[Scene, Random], Pair | None]] = {
     "count": _count,
     "color": _color,
@@ -504,4 +549,6 @@ _MAKERS: dict[str, Callable[[Scene, Random], Pair | None]] = {
     "comparison": _comparison,
     "shape": _shape,
     "touch": _touch,
+    "list": _list,
+    "tally": _tally,
 }

@@ -44,7 +44,7 @@ def scene_conversation(scene: Scene, rng: Rng, turns: int) -> Conversation:
     """Return questions, statements or a caption about a scene."""
     draw = rng.random()
     if draw < 0.15:
-        pairs = [(str(rng.choice(DESCRIBE)), caption(scene, rng))]
+        pairs = [(str(rng.choice(DESCRIBE)), caption(scene))]
     elif draw < 0.45 and scene.boxes > 1:
         pairs = [_judged(*statement(scene, rng)) for _ in range(turns)]
     else:
@@ -52,9 +52,16 @@ def scene_conversation(scene: Scene, rng: Rng, turns: int) -> Conversation:
     return conversation([("image", scene.image)], pairs)
 
 
-def drawn_picture(rng: Rng, turns: int) -> Conversation:
-    """Return a conversation about a generated picture: NLVR-like or free scenes, words, charts, or a written case."""
+def drawn_picture(rng: Rng, turns: int, ask: Sequence[str] | None = None, towers: float = 0.6) -> Conversation:
+    """Return a conversation about a generated picture: NLVR-like or free scenes, words, charts, or a written case.
+
+    ask: kinds of questions; where given there are only such questions, about scenes. towers: their share of those in
+    the manner of NLVR.
+    """
     draw = rng.random()
+    if ask is not None:
+        scene = free_scene(rng) if draw < 0.25 else nlvr_like(rng, towers)
+        return conversation([("image", scene.image)], questions(scene, rng, turns, ask))
     if draw < 0.06:
         image, pairs = word_picture(rng) if rng.random() < 0.6 else chart_picture(rng)
         return conversation([("image", image)], pairs[:turns])
@@ -62,13 +69,15 @@ def drawn_picture(rng: Rng, turns: int) -> Conversation:
         scene, sentence, truth = nlvr_case(rng)
         rest = [*questions(scene, rng, turns - 2), _judged(*statement(scene, rng))]
         return conversation([("image", scene.image)], [_judged(sentence, truth), *rest])
-    scene = free_scene(rng) if draw < 0.42 else nlvr_like(rng)
+    scene = free_scene(rng) if draw < 0.42 else nlvr_like(rng, towers)
     return scene_conversation(scene, rng, turns)
 
 
-def real_scene(row: NlvrRow, rng: Rng, turns: int) -> Conversation:
-    """Return a conversation about a real NLVR picture that opens with its human sentence."""
+def real_scene(row: NlvrRow, rng: Rng, turns: int, ask: Sequence[str] | None = None) -> Conversation:
+    """Return a conversation about a real NLVR picture that opens with its human sentence, or only asks such kinds."""
     scene = row.scene
+    if ask is not None:
+        return conversation([("image", scene.image)], questions(scene, rng, turns, ask))
     rest = list(questions(scene, rng, turns - 2)) + [_judged(*statement(scene, rng))]
     rng.shuffle(rest)
     return conversation([("image", scene.image)], [_judged(row.sentence, row.label), *rest])
@@ -99,27 +108,32 @@ SAME_NUMBER = (
 
 
 def number_and_picture(
-    scene: Scene, digits: dict[str, list[Clip]], rng: Rng, *, augmented: bool = True
+    scene: Scene, digits: dict[str, list[Clip]], rng: Rng, *, augmented: bool = True, turns: int = 1
 ) -> Conversation:
-    """Return a picture with a spoken digit, asked whether that many things are shown; yes and no equally often."""
-    things, many = "objects", len(scene.shapes)
-    for question, answer in questions(scene, rng, 8, ("count",)):
+    """Return a picture with a spoken digit, asked whether that many things are shown; yes and no equally often.
+
+    Further turns ask the same of other things, at times after asking for the number.
+    """
+    counts: dict[str, int] = {}
+    for question, answer in questions(scene, rng, 8 * turns, ("count",)):
         match = re.fullmatch(r"How many (.+) are (?:there|(in the .+ box))\?", question)
         if match and answer in DIGITS:
-            things, many = " ".join(filter(None, match.groups())), DIGITS.index(answer)
-            break
-    if many > 9:
-        things, many = "green shapes", sum(shape.color == "green" for shape in scene.shapes)
+            counts[" ".join(filter(None, match.groups()))] = DIGITS.index(answer)
+    (things, many), *others = counts.items() or [("green shapes", sum(one.color == "green" for one in scene.shapes))]
     same = bool(rng.random() < 0.5)
     near = [value for value in range(max(0, many - 3), min(9, many + 3) + 1) if value != many]
-    said = DIGITS[many if same else int(rng.choice(near))]
-    clips = digits[said]
-    row = clips[int(rng.integers(len(clips)))]
-    clip = digit_string([row], rng, 1, 1, augmented)
-    media = [("image", scene.image), ("audio", (clip.wave, clip.rate))]
-    first = (str(rng.choice(SAME_NUMBER)).format(things=things), "yes" if same else "no")
-    more = [("What number is spoken?", said)] if rng.random() < 0.3 else []
-    return conversation(media, [first, *more])
+    value = many if same else int(rng.choice(near))
+    clips = digits[DIGITS[value]]
+    clip = digit_string([clips[int(rng.integers(len(clips)))]], rng, 1, 1, augmented)
+    equal = [name for name, count in others if count == value][: turns // 2]
+    unequal = [name for name, count in others if count != value][: max(len(equal), 1)]
+    rest = [(name, True) for name in equal] + [(name, False) for name in unequal]
+    rng.shuffle(rest)
+    asked = [(things, same), *rest][:turns]
+    pairs = [(str(rng.choice(SAME_NUMBER)).format(things=name), "yes" if yes else "no") for name, yes in asked]
+    if rng.random() < 0.3:
+        pairs.insert(int(rng.integers(len(pairs) + 1)) if turns > 1 else 1, ("What number is spoken?", DIGITS[value]))
+    return conversation([("image", scene.image), ("audio", (clip.wave, clip.rate))], pairs)
 
 
 def spoken_question(scene: Scene, bank: dict[str, list[Clip]], rng: Rng) -> Conversation | None:

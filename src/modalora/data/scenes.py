@@ -207,20 +207,21 @@ def _stamp(kind: str, width: int) -> Image.Image:
     return Image.fromarray((cover * 255).round().astype(np.uint8))
 
 
-def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Return every shape in words, always in the same order: box by box, in each from top to bottom, then rightward.
-
-    The generator is taken for symmetry with the other texts and is not used: one picture has one caption.
-    """
-    del rng
+def caption(scene: Scene) -> str:
+    """Return every shape in words, box by box, in reading order; one picture has one caption."""
     if scene.boxes == 1:
-        return _listing(scene.shapes)
+        return listing(scene, scene.shapes)
     parts = [[shape for shape in scene.shapes if shape.box == box] for box in range(scene.boxes)]
-    return "; ".join(f"{name.split()[0]}: {_listing(part)}" for name, part in zip(BOX_NAMES, parts, strict=True))
+    return "; ".join(f"{name.split()[0]}: {listing(scene, part)}" for name, part in zip(BOX_NAMES, parts, strict=True))
 
 
-def _listing(shapes: Iterable[Shape]) -> str:
-    ordered = sorted(shapes, key=lambda shape: (shape.y, shape.x))
+LINES = 6  # a picture is read in so many lines of equal height
+
+
+def listing(scene: Scene, shapes: Iterable[Shape]) -> str:
+    """Return some of a scene's shapes in words, in reading order: box by box, line by line, rightward."""
+    height = scene.image.size[1] / LINES
+    ordered = sorted(shapes, key=lambda shape: (shape.box, shape.y // height, shape.x))
     return ", ".join(f"{shape.size} {shape.color} {shape.kind}" for shape in ordered) or "none"
 
 

@@ -304,9 +304,9 @@ def digit_string(
 def _draw_rate(native: int, rng: Generator) -> int:
     """The rate a clip is handed over at: mostly its own, at times the other of 8 and 16 kHz, seldom a rate of music."""
     draw = rng.random()
-    if draw < 0.7:
+    if draw < 0.65:
         return native
-    return (16_000 if native < 16_000 else 8_000) if draw < 0.95 else int(rng.choice((11_025, 22_050, 44_100)))
+    return (16_000 if native < 16_000 else 8_000) if draw < 0.88 else int(rng.choice((11_025, 22_050, 44_100)))
 
 
 def _soften(wave: np.ndarray, rate: int) -> np.ndarray:

@@ -49,6 +49,23 @@ def windows(stream: np.ndarray, length: int, rows: int, rng: np.random.Generator
     return [stream[start : start + length].tolist() for start in starts]
 
 
+def recurring_window(stream: np.ndarray, length: int, rng: np.random.Generator) -> list[int]:
+    """Return `length` ids in which a few passages, some with their words shuffled, come again and again.
+
+    Natural text repeats itself too seldom for a small model to learn in few tokens that a context can be looked up.
+    """
+    passages = []
+    for _ in range(int(rng.integers(1, 5))):
+        (passage,) = windows(stream, int(rng.integers(4, max(5, length // 5))), 1, rng)
+        if rng.random() < 0.5:
+            rng.shuffle(passage)
+        passages.append(passage)
+    ids: list[int] = []
+    while len(ids) < length:
+        ids += passages[int(rng.integers(len(passages)))]
+    return ids[:length]
+
+
 ANSWER_WORDS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
     "seventeen eighteen nineteen twenty thirty forty fifty sixty hundred first last yes no true false none left "

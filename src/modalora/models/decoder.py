@@ -71,7 +71,7 @@ class Attention(nn.Module):
         packed = self.qkv_proj(x, step.route).view(batch, time, -1, self.head_dim)
         q, k, v = packed.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        mask = Mask(causal=True)
+        mask = Mask(causal=True, padded=step.lengths if batch > 1 else None)
         if step.cache is not None:
             mask = Mask(causal=True, offsets=step.cache.lengths)
             k, v = step.cache.write(self.layer, k, v)

@@ -17,6 +17,8 @@ from torch.nn import functional
 from modalora.errors import ConfigError, ShapeError
 from modalora.nn.mask import Mask
 
+Run = Callable[[Tensor, Tensor, Tensor, Mask, Tensor | None, float], Tensor]
+
 
 def attend(
     q: Tensor,
@@ -40,7 +42,31 @@ def attend(
     name = choose(q, k) if backend is None else backend
     if name not in BACKENDS:
         raise ConfigError(f"attention backend {name!r} is unknown; known are {', '.join(BACKENDS)}")
-    return BACKENDS[name].run(q, k, v, mask, pair_bias, scale)
+    run = BACKENDS[name].run
+    if mask.padded is not None:
+        if q.dtype == torch.float32 and q.device.type == "cpu":
+            return _row_by_row(run, q, k, v, mask, pair_bias, scale)
+        # no real query of a causal row sees its padding: then there is nothing to mask
+        mask = Mask(causal=mask.causal, lengths=None if mask.causal else mask.padded)
+    return run(q, k, v, mask, pair_bias, scale)
+
+
+def _row_by_row(
+    run: Run, q: Tensor, k: Tensor, v: Tensor, mask: Mask, pair_bias: Tensor | None, scale: float
+) -> Tensor:
+    """Compute each row of a padded batch at its own length.
+
+    On a CPU every other operation of a network gives a row the same float32 bits in a batch as alone; sums over padded
+    keys do not.
+    """
+    assert mask.padded is not None
+    rows = []
+    for row, length in enumerate(mask.padded.tolist()):
+        bias = None if pair_bias is None else pair_bias[row % len(pair_bias), None, :, :length, :length]
+        own_q, own_k, own_v = (x[row : row + 1, :length] for x in (q, k, v))
+        out = run(own_q, own_k, own_v, Mask(causal=mask.causal), bias, scale)
+        rows.append(functional.pad(out, (0, 0, 0, 0, 0, q.shape[1] - length)))
+    return torch.cat(rows)
 
 
 def choose(q: Tensor, k: Tensor) -> str:
@@ -94,7 +120,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, pair_bias: Tensor | None,
 class Backend:
     """A way to compute attention and what it can do."""
 
-    run: Callable[[Tensor, Tensor, Tensor, Mask, Tensor | None, float], Tensor]
+    run: Run
     float64_reference: bool
 
 

@@ -18,11 +18,13 @@ class Mask:
     causal: query at position p sees keys at positions up to p.
     offsets: (batch,) position of each row's first query; None: 0, as in a call without a cache.
     lengths: (batch,) keys that are real; None: all.
+    padded: (batch,) where each row ends, its queries and keys alike; what comes out behind means nothing.
     """
 
     causal: bool = False
     offsets: Tensor | None = None
     lengths: Tensor | None = None
+    padded: Tensor | None = None
 
     def dense(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
         """Return the visible pairs as bool, (batch or 1, 1, queries, keys), or None when every pair is."""

@@ -61,10 +61,12 @@ def train(
     metrics: Metrics = {}
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as log, _stoppable() as stop:
         started, seen = time.perf_counter(), 0
+        recent: dict[str, list[float]] = defaultdict(list)  # since the last logged step: one step's loss says little
         for step in range(first, run.steps):
             torch.manual_seed(hash((run.seed, step)) & 0x7FFFFFFF)  # dropout
             micro = batches(step)
-            values = _step(run, model, objective, trained, optimizer, micro, step)
+            for name, value in _step(run, model, objective, trained, optimizer, micro, step).items():
+                recent[name].append(value)
             seen += sum(int(batch.lengths.sum()) for batch in micro)
             done = step + 1
             if done % run.log_every == 0 or done == run.steps:
@@ -73,7 +75,7 @@ def train(
                 metrics = {
                     "step": done,
                     "steps": run.steps,
-                    **values,
+                    **{name: round(sum(values) / len(values), 4) for name, values in recent.items()},
                     "lr": optimizer.rate(step),
                     "tokens_per_second": round(rate),
                     "remaining_seconds": round(spent / (done - first) * (run.steps - done)),
@@ -81,6 +83,7 @@ def train(
                 log.write(json.dumps(metrics) + "\n")
                 log.flush()
                 report(metrics)
+                recent.clear()
             if done % run.save_every == 0 or done == run.steps or stop():
                 state = {name: parameter.detach() for name, parameter in trained.items()} | optimizer.state()
                 save_state(folder, done, state, {"run": run.model_dump(mode="json")}, run.keep)
@@ -99,7 +102,7 @@ def _step(
     optimizer: Optimizer,
     micro: list[Batch],
     step: int,
-) -> Metrics:
+) -> dict[str, float]:
     total, count = 0.0, 0
     by_route: dict[str, list[float]] = defaultdict(list)
     targets = sum(_targets(batch) for batch in micro)
@@ -128,12 +131,8 @@ def _step(
     if not torch.isfinite(norm):
         raise TrainingError(f"the gradient of step {step + 1} is not finite; weights are as before it: lower optim.lr")
     optimizer.step(step)
-    routes = {f"loss_{name}": round(sum(own) / len(own), 4) for name, own in sorted(by_route.items())}
-    return {
-        "loss": round(total / max(1, count), 4),
-        **(routes if len(routes) > 1 else {}),
-        "grad_norm": round(float(norm), 4),
-    }
+    routes = {f"loss_{name}": sum(own) / len(own) for name, own in sorted(by_route.items())}
+    return {"loss": total / max(1, count), **(routes if len(routes) > 1 else {}), "grad_norm": float(norm)}
 
 
 def _targets(batch: Batch) -> int:

@@ -79,7 +79,10 @@ class Cells(nn.Module):
         self.counts = nn.Linear(width, self.COUNTS * self.MOST)
 
     def forward(self, model: Multimodal, batch: Batch) -> Losses:
-        """Return per image token the mean loss of its cell and the mean loss of its counts."""
+        """Return per image token the loss of its cell, summed over the attributes, and the mean loss of its counts.
+
+        Few cells hold anything, and all else is read from them: they weigh more.
+        """
         features = torch.cat(model.encoders["image"]([dict(item.features) for item in batch.media]))
         rows = torch.cat([torch.full((item.tokens,), item.row) for item in batch.media])
         cells = torch.cat([item.features["cells"] for item in batch.media])
@@ -87,6 +90,7 @@ class Cells(nn.Module):
         real = cells[:, 0] != IGNORED
         features = features[real]
         in_cell = _token_losses(self.cells(features).unflatten(-1, (self.ATTRIBUTES, self.CLASSES)), cells[real])
+        in_cell = in_cell * self.ATTRIBUTES
         counted = _token_losses(self.counts(features).unflatten(-1, (self.COUNTS, self.MOST)), counts[real])
         return Losses(torch.cat((in_cell, counted)), rows[real].repeat(2))
 
