@@ -16,6 +16,7 @@ from modalora.data.speech import (
     Variation,
     augment,
     digit_string,
+    mask_bands,
     number_words,
     read_wave,
     shift_formants,
@@ -308,3 +309,20 @@ def test_a_speaker_left_out_is_absent_and_one_kept_is_alone(data, speaker):
 def test_an_unknown_speaker_is_refused_with_the_known_ones(data):
     with pytest.raises(DataError, match="george"):
         spoken_digits(data, "train", without="nobody")
+
+
+def test_masks_hide_bands_and_a_stretch_and_leave_the_rest() -> None:
+    rng = np.random.default_rng(0)
+    mel = rng.normal(size=(40, 80)).astype(np.float32)
+    hidden = []
+    for _ in range(50):
+        masked = mask_bands(mel, rng, bands=2, widest=12, longest=6)
+        changed = masked != mel
+        assert (masked[changed] == mel.mean()).all()
+        whole = changed.all(0).sum(), changed.all(1).sum()
+        assert changed.sum() == whole[0] * 40 + whole[1] * 80 - whole[0] * whole[1]  # only whole bands and whole frames
+        assert whole[0] <= 24
+        assert whole[1] <= 6
+        hidden.append(float(changed.mean()))
+    assert 0.05 < float(np.mean(hidden)) < 0.35
+    assert mask_bands(mel[:1], rng).shape == (1, 80)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from modalora.config import SourceConfig
 from modalora.contracts import Batch
@@ -27,7 +28,7 @@ from modalora.data.rows import (
     spoken_question,
 )
 from modalora.data.scenes import free_scene, nlvr_like
-from modalora.data.speech import Clip, augment, spoken_digits
+from modalora.data.speech import Clip, augment, mask_bands, spoken_digits
 from modalora.data.text import recurring_window, token_stream, windows
 from modalora.data.voices import digit_voices, sentence_voices
 from modalora.errors import ConfigError
@@ -120,10 +121,23 @@ def _nlvr(context: Context, turns: int = 6, ask: Sequence[str] | None = None) ->
 
 
 def _digits(
-    context: Context, transcribe_only: bool = False, without: str | None = None, real: int = 2, most: int = 7
+    context: Context,
+    transcribe_only: bool = False,
+    without: str | None = None,
+    real: int = 2,
+    most: int = 7,
+    masks: int = 0,
 ) -> Source:
     rows = real * spoken_digits(context.folder, "train", without=without) + digit_voices(context.cache)
-    return _conversations(context, lambda rng: heard_digits(rows, rng, most, transcribe_only=transcribe_only))
+    draw = _conversations(context, lambda rng: heard_digits(rows, rng, most, transcribe_only=transcribe_only))
+
+    def masked(rng: np.random.Generator) -> Row:
+        row = draw(rng)
+        features = row.media[0][1]
+        features["mel"] = torch.from_numpy(mask_bands(features["mel"].numpy(), rng, masks))
+        return row
+
+    return masked if masks else draw
 
 
 def _sentences(context: Context) -> Source:

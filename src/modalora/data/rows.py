@@ -112,10 +112,11 @@ def number_and_picture(
 ) -> Conversation:
     """Return a picture with a spoken digit, asked whether that many things are shown; yes and no equally often.
 
-    Further turns ask the same of other things, at times after asking for the number.
+    Further turns ask the same of other things, and for numbers of things and the spoken number themselves.
     """
     counts: dict[str, int] = {}
-    for question, answer in questions(scene, rng, 8 * turns, ("count",)):
+    counted = questions(scene, rng, 8 * turns, ("count",))
+    for question, answer in counted:
         match = re.fullmatch(r"How many (.+) are (?:there|(in the .+ box))\?", question)
         if match and answer in DIGITS:
             counts[" ".join(filter(None, match.groups()))] = DIGITS.index(answer)
@@ -132,7 +133,10 @@ def number_and_picture(
     asked = [(things, same), *rest][:turns]
     pairs = [(str(rng.choice(SAME_NUMBER)).format(things=name), "yes" if yes else "no") for name, yes in asked]
     if rng.random() < 0.3:
-        pairs.insert(int(rng.integers(len(pairs) + 1)) if turns > 1 else 1, ("What number is spoken?", DIGITS[value]))
+        pairs.append(("What number is spoken?", DIGITS[value]))
+    if turns > 1:
+        pairs += counted[: turns // 3]
+        rng.shuffle(pairs)
     return conversation([("image", scene.image), ("audio", (clip.wave, clip.rate))], pairs)
 
 

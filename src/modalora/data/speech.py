@@ -242,6 +242,22 @@ def _transmit(wave: np.ndarray, rate: int, rng: Generator, drawn: Variation) -> 
     return np.clip(wave, -1.0, 1.0).astype(np.float32)
 
 
+def mask_bands(mel: np.ndarray, rng: Generator, bands: int = 2, widest: int = 12, longest: int = 6) -> np.ndarray:
+    """Return log-mel features (frames, mels) with a few bands of channels and one stretch of frames at their mean.
+
+    What is left must do: SpecAugment (Park et al., Interspeech 2019).
+    """
+    mel, mean = mel.copy(), mel.mean()
+    for _ in range(bands):
+        width = int(rng.integers(0, widest + 1))
+        start = int(rng.integers(0, mel.shape[1] - width + 1))
+        mel[:, start : start + width] = mean
+    width = int(rng.integers(0, min(longest, len(mel) // 4) + 1))
+    start = int(rng.integers(0, len(mel) - width + 1))
+    mel[start : start + width] = mean
+    return mel
+
+
 @lru_cache(maxsize=256)
 def _octaves(size: int, rate: int) -> np.ndarray:
     """Each bin's octaves above 1 kHz, (size // 2 + 1,); the constant counts as 20 Hz."""

@@ -196,7 +196,7 @@ class SpeechEncoder(nn.Module):
             pieces.extend(whole.split(segment))
             real.extend([segment] * count)
         x = nn.utils.rnn.pad_sequence(pieces, batch_first=True)
-        # An even time makes all tensors whole vectors of 32 numbers at any width of 16 n. Torch rounds a rest in another
+        # An even time makes all tensors whole vectors of 32 numbers at widths of 16 n. Torch rounds a rest in another
         # way: a sound would get other last bits alone than in a batch.
         x = functional.pad(x, (0, 0, 0, x.shape[1] % 2))
         uneven = set(real) != {x.shape[1]}
