@@ -26,7 +26,7 @@ from modalora.data.rows import COUNTED, cells, conversation, number_and_picture
 from modalora.data.scenes import BOX_NAMES, COLORS, KINDS, SIZES, Scene, Shape, free_scene, nlvr_like
 from modalora.data.speech import DIGITS, Clip, number_words
 from modalora.data.text import recurring_window
-from modalora.errors import ConfigError
+from modalora.errors import ConfigError, DataError
 from modalora.models.sizes import tiny
 from modalora.models.vision import ImageEmbedder
 from modalora.processing.image import ImageConfig, image_features
@@ -384,3 +384,15 @@ def test_an_unknown_source_or_option_is_refused(context: Context, config: dict[s
     make: Callable[..., Any] = make_source
     with pytest.raises(ConfigError, match=told):
         make(context, SourceConfig(**config))
+
+
+def test_kinds_of_questions_are_checked_and_scenes_without_them_drawn_again(context: Context) -> None:
+    for ask in (["colour"], []):
+        with pytest.raises(ConfigError, match="must name some of the kinds count"):
+            make_source(context, SourceConfig(source="pictures", options={"ask": ask}))
+    rng = np.random.default_rng(0)
+    rare = make_source(context, SourceConfig(source="pictures", options={"ask": ["touch"]}))  # none about towers
+    assert all(any(label != IGNORED for label in rare(rng).labels) for _ in range(20))
+    never = make_source(context, SourceConfig(source="pictures", options={"ask": ["touch"], "towers": 1.0}))
+    with pytest.raises(DataError, match="no question of"):
+        never(rng)

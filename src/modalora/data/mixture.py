@@ -17,6 +17,7 @@ from modalora.config import SourceConfig
 from modalora.contracts import Batch
 from modalora.data.instruct import instruct
 from modalora.data.nlvr import nlvr_scenes
+from modalora.data.questions import QUESTION_KINDS
 from modalora.data.rows import (
     Conversation,
     cells,
@@ -31,7 +32,7 @@ from modalora.data.scenes import free_scene, nlvr_like
 from modalora.data.speech import Clip, augment, mask_bands, spoken_digits
 from modalora.data.text import recurring_window, token_stream, windows
 from modalora.data.voices import digit_voices, sentence_voices
-from modalora.errors import ConfigError
+from modalora.errors import ConfigError, DataError
 from modalora.processing.processor import Processor, Row
 
 Source = Callable[[np.random.Generator], Row]
@@ -112,12 +113,12 @@ def _cells(context: Context, nlvr: float = 0.2, free: float = 0.32, towers: floa
 
 
 def _pictures(context: Context, turns: int = 6, ask: Sequence[str] | None = None, towers: float = 0.6) -> Source:
-    return _conversations(context, lambda rng: drawn_picture(rng, turns, ask, towers))
+    return _conversations(context, _asking(ask, lambda rng: drawn_picture(rng, turns, ask, towers)))
 
 
 def _nlvr(context: Context, turns: int = 6, ask: Sequence[str] | None = None) -> Source:
     rows = nlvr_scenes(context.folder, "train")
-    return _conversations(context, lambda rng: real_scene(rows[rng.integers(len(rows))], rng, turns, ask))
+    return _conversations(context, _asking(ask, lambda rng: real_scene(rows[rng.integers(len(rows))], rng, turns, ask)))
 
 
 def _digits(
@@ -172,6 +173,25 @@ def _instruct(context: Context) -> Source:
     tokenizer = context.processor.tokenizer
     stream = token_stream(context.folder, "train", tokenizer, context.cache)
     return _conversations(context, instruct(stream, tokenizer))
+
+
+def _asking(
+    ask: Sequence[str] | None, converse: Callable[[np.random.Generator], Conversation]
+) -> Callable[[np.random.Generator], Conversation]:
+    """Check the kinds of questions asked for, and draw again where a scene gives rise to none of them."""
+    if ask is not None and (not ask or not set(ask) <= set(QUESTION_KINDS)):
+        raise ConfigError(f"ask: {list(ask)} must name some of the kinds {', '.join(QUESTION_KINDS)}")
+
+    def draw(rng: np.random.Generator) -> Conversation:
+        for _ in range(_TRIES):
+            if made := converse(rng):
+                return made
+        raise DataError(f"ask: no question of {ask} in {_TRIES} scenes; name more kinds, or other scenes")
+
+    return draw
+
+
+_TRIES = 200
 
 
 def _conversations(context: Context, converse: Callable[[np.random.Generator], Conversation]) -> Source:

@@ -31,6 +31,7 @@ from modalora.data.scenes import (
 )
 
 QUESTION_KINDS = ("count", "color", "position", "size", "presence", "comparison", "shape", "touch", "list", "tally")
+DESCRIBE = ("Describe the image.", "What is in the picture?", "List the shapes.")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _LIFTS = ("bottom", "second", "third", "fourth")  # blocks of a tower, from the base
 _MANY_TRIES = 6
@@ -501,7 +502,7 @@ def _list(scene: Scene, roll: Random) -> Pair | None:
     """Return a request to list what is in a box, what agrees with a description, or everything."""
     draw = roll.random()
     if draw < 0.15:
-        return roll.choice(("List the shapes.", "Describe the image.", "What is in the picture?")), caption(scene)
+        return roll.choice(DESCRIBE), caption(scene)
     if draw < 0.4 and scene.boxes > 1:
         box = roll.randrange(scene.boxes)
         form = roll.choice(("What is in the {}?", "List the {}.", "Describe the {}."))

@@ -17,7 +17,7 @@ from torch import Tensor
 from modalora.contracts import IGNORED, Message
 from modalora.data.nlvr import NlvrRow
 from modalora.data.pictures import chart_picture, word_picture
-from modalora.data.questions import questions
+from modalora.data.questions import DESCRIBE, questions
 from modalora.data.scenes import COLORS, KINDS, SIZES, Scene, Shape, caption, cell_labels, free_scene, nlvr_like
 from modalora.data.speech import DIGITS, TRANSCRIBE, Clip, digit_string, speech_questions
 from modalora.data.statements import nlvr_case, statement
@@ -26,7 +26,6 @@ Rng = np.random.Generator
 Pairs = Sequence[tuple[str, str]]
 Conversation = list[Message]
 
-DESCRIBE = ("Describe the image.", "What is in the picture?", "List the shapes.")
 TRUE_OR_FALSE = " True or false?"
 
 
