@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from modalora.checkpoint.adapters import load_adapter
+from modalora.checkpoint.adapters import Verdict, load_adapter
 from modalora.checkpoint.store import load_model, save_model
 from modalora.contracts import Batch, Message
 from modalora.errors import CheckpointError, ConfigError, PromptError
@@ -22,13 +22,15 @@ from modalora.generation.engine import generate
 from modalora.generation.sampling import Sampling
 from modalora.models.multimodal import ModelConfig, Multimodal
 from modalora.models.router import route as route_of
+from modalora.nn.rope import LongRope, Regime
 from modalora.processing.audio import AudioConfig
+from modalora.processing.chat import FORMATS, ChatFormat
 from modalora.processing.image import ImageConfig
-from modalora.processing.processor import Processor
-from modalora.processing.tokenizer import END, END_OF_TEXT, TextTokenizer
+from modalora.processing.processor import Compat, Processor
+from modalora.processing.tokenizer import TextTokenizer
 
 BUNDLED = Path(__file__).parent / "bundled"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Media = Any  # a path, bytes, a PIL image, or (samples, sample_rate)
 
@@ -54,8 +56,13 @@ class Assistant:
 
     model: Multimodal
     processor: Processor
-    name: str
+    folder: Path | None = None
+    stop_ids: frozenset[int] = frozenset()  # empty: Phi's
     notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Take Phi's stop tokens where none are named."""
+        self.stop_ids = self.stop_ids or self.processor.tokenizer.stop_ids
 
     def ask(
         self,
@@ -66,6 +73,7 @@ class Assistant:
         max_tokens: int = 128,
         route: str = "auto",
         stop: str | Sequence[str] = (),
+        raw: bool = False,
         **sampling: Any,
     ) -> Answer:
         """Answer a question, or go on from a list of messages.
@@ -73,10 +81,28 @@ class Assistant:
         image, audio: one or several (paths, bytes, PIL images, (samples, rate)); they stand before the text unless it
         has tags such as <|image_1|>. route: "auto", "none" or an adapter. sampling: fields of
         generation.sampling.Sampling.
-        Raises PromptError, MediaError, RouteError, ConfigError.
+        raw: the question is a whole prompt in the model's own format, whose control tokens count as such; else they are
+        text. Raises PromptError, MediaError, RouteError, ConfigError.
         """
+        if raw:
+            batch = self.raw_batch(question, image=image, audio=audio, route=route)
+            return self._answers(batch, max_tokens, stop, sampling)[0]
         messages = question_messages(question, image, audio) if isinstance(question, str) else list(question)
         return self.ask_many([messages], max_tokens=max_tokens, route=route, stop=stop, **sampling)[0]
+
+    def raw_batch(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        image: Media | Sequence[Media] = (),
+        audio: Media | Sequence[Media] = (),
+        route: str = "auto",
+    ) -> Batch:
+        """Return a prompt that is already in the model's own format as a batch of one row."""
+        if not isinstance(prompt, str):
+            raise PromptError("a raw prompt must be one string, with its control tokens in it; messages are not raw")
+        row = self.processor.raw_row(prompt, {"image": _listed(image), "audio": _listed(audio)})
+        return self.processor.collate([row], route=route, labelled=False)
 
     def ask_many(
         self,
@@ -89,13 +115,18 @@ class Assistant:
     ) -> list[Answer]:
         """Answer several conversations in one batch, whatever media each holds; each answer is what it would be
         alone."""
+        return self._answers(self.processor(conversations, route=route), max_tokens, stop, sampling)
+
+    def _answers(
+        self, batch: Batch, max_tokens: int, stop: str | Sequence[str], sampling: Mapping[str, Any]
+    ) -> list[Answer]:
         started = time.perf_counter()
         stop = _stops(stop)
-        batch = self._prompt(conversations, max_tokens, route)
-        ids: list[list[int]] = [[] for _ in conversations]
-        finish = ["stop"] * len(conversations)
+        batch = self._prompt(batch, max_tokens)
+        ids: list[list[int]] = [[] for _ in batch.input_ids]
+        finish = ["stop"] * len(ids)
         for token in self._generate(batch, max_tokens, stop, sampling):
-            if token.finish != "stop" or token.id not in self._stop_ids:
+            if token.finish != "stop" or token.id not in self.stop_ids:
                 ids[token.row].append(token.id)
             finish[token.row] = token.finish or finish[token.row]
         seconds = time.perf_counter() - started
@@ -120,12 +151,12 @@ class Assistant:
         """Yield the answer in pieces of whole characters as they come; the pieces together are `ask`'s text."""
         stop = _stops(stop)
         conversation = question_messages(messages) if isinstance(messages, str) else messages
-        batch = self._prompt([conversation], max_tokens, route)
+        batch = self._prompt(self.processor([conversation], route=route), max_tokens)
         ids: list[int] = []
         sent = ""
         held_back = max((len(word) for word in stop), default=1) - 1  # a stop string may have begun
         for token in self._generate(batch, max_tokens, stop, sampling):
-            if token.id not in self._stop_ids:
+            if token.id not in self.stop_ids:
                 ids.append(token.id)
             text = _cut(self.processor.tokenizer.decode(ids), stop)
             if token.finish is None:
@@ -146,28 +177,32 @@ class Assistant:
         """Return per row: adapter and scale, projector branches, rotary regime, and what each token range is."""
         return [self._explain(batch, row) for row in range(len(batch.input_ids))]
 
-    def load_adapter(self, folder: str | Path, name: str) -> None:
-        """Add a PEFT LoRA folder to the decoder under a name that `route` takes. Raises CheckpointError."""
-        load_adapter(self.model, Path(folder), name)
-        self.processor = make_processor(self.model.config, self.processor.tokenizer)
+    def load_adapter(self, folder: str | Path, name: str) -> Verdict:
+        """Add a PEFT LoRA folder to the decoder under a name that `route` takes; return what was found in it.
+
+        Raises CheckpointError.
+        """
+        verdict = load_adapter(self.model, Path(folder), name)
+        old = self.processor
+        self.processor = make_processor(self.model.config, old.tokenizer, old.chat, old.compat)
+        return verdict
 
     def save(self, folder: str | Path, layout: str = "modalora") -> None:
-        """Write the model to a new folder. Raises ConfigError for a layout that this version does not write."""
-        if layout != "modalora":
-            raise ConfigError(f"layout={layout!r} cannot be written yet; use 'modalora'")
-        save_model(self.model, self.processor.tokenizer, Path(folder), notes=self.notes)
+        """Write the model to a new folder in a layout of checkpoint.names.LAYOUTS.
+
+        Raises ConfigError for a layout that cannot hold the model, CheckpointError when the folder exists.
+        """
+        save_model(
+            self.model, self.processor.tokenizer, Path(folder), layout=layout, chat=self.processor.chat,
+            notes=self.notes, beside=self.folder,
+        )  # fmt: skip
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.decoder.embed_tokens.weight.device
 
-    @property
-    def _stop_ids(self) -> frozenset[int]:
-        return frozenset(self.processor.tokenizer.control(token) for token in (END, END_OF_TEXT))
-
-    def _prompt(self, conversations: Sequence[Sequence[Message]], max_tokens: int, route: str) -> Batch:
-        batch = self.processor(conversations, route=route)
+    def _prompt(self, batch: Batch, max_tokens: int) -> Batch:
         longest = int(batch.lengths.max())
         room = self.processor.window - longest
         if max_tokens > room:
@@ -194,7 +229,7 @@ class Assistant:
             chosen = Sampling(**sampling)
         except TypeError:
             raise ConfigError(f"sampling settings must be numbers; got {dict(sampling)}") from None
-        return generate(self.model, batch, sampling=chosen, max_tokens=max_tokens, stop_ids=self._stop_ids, stops=stops)
+        return generate(self.model, batch, sampling=chosen, max_tokens=max_tokens, stop_ids=self.stop_ids, stops=stops)
 
     def _explain(self, batch: Batch, row: int) -> dict[str, Any]:
         tokenizer = self.processor.tokenizer
@@ -228,17 +263,43 @@ class Assistant:
         }
 
 
-def load(model: str | Path, *, dtype: str = "float32", device: str = "cpu") -> Assistant:
-    """Load a model folder, or a bundled model by name, with its adapters.
+def load(
+    model: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    rope: Regime = "reference",
+    compat: Compat = None,
+) -> Assistant:
+    """Load a model folder in any layout, or a bundled model by name, with its adapters.
 
-    dtype: float32, bfloat16 or float16. device: a torch device. Raises CheckpointError or ConfigError.
+    dtype: float32, bfloat16, float16, or auto, the stored one (int8 becomes float32). device: a torch device.
+    rope: which rows use the long rotary table: "reference", those longer than the original window; "long", "short",
+    all or none. compat: "official" routes a whole batch as one, as the released code of Phi-4-Multimodal does.
+    Raises CheckpointError or ConfigError.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+    if compat not in ("official", None):
+        raise ConfigError(f"compat={compat!r} must be 'official' or None")
     folder = find_model(model)
     loaded = load_model(folder, dtype=DTYPES[dtype], device=device)
-    processor = make_processor(loaded.model.config, loaded.tokenizer)
-    return Assistant(loaded.model, processor, folder.name, loaded.notes)
+    set_regime(loaded.model, rope)
+    processor = make_processor(loaded.model.config, loaded.tokenizer, loaded.chat, compat)
+    return Assistant(loaded.model, processor, folder, loaded.stop_ids, loaded.notes)
+
+
+def set_regime(model: Multimodal, regime: Regime) -> None:
+    """Choose which rows use the long rotary table. Raises ConfigError for an unknown regime, or one table alone."""
+    rope = model.config.decoder.rope
+    if regime not in get_args(Regime):
+        raise ConfigError(f"rope={regime!r} must be one of {', '.join(get_args(Regime))}")
+    if regime != "reference" and not isinstance(rope, LongRope):
+        raise ConfigError(f"rope={regime!r}: this model has one rotary table alone; leave rope at 'reference'")
+    if isinstance(rope, LongRope):
+        decoder = replace(model.config.decoder, rope=replace(rope, regime=regime))
+        model.config = replace(model.config, decoder=decoder)
+        model.decoder.config = decoder
 
 
 def find_model(name: str | Path) -> Path:
@@ -254,7 +315,9 @@ def find_model(name: str | Path) -> Path:
     )
 
 
-def make_processor(config: ModelConfig, tokenizer: TextTokenizer) -> Processor:
+def make_processor(
+    config: ModelConfig, tokenizer: TextTokenizer, chat: ChatFormat = FORMATS["phi4"], compat: Compat = None
+) -> Processor:
     """Return the processor that fits a model."""
     vision = config.vision
     return Processor(
@@ -263,6 +326,8 @@ def make_processor(config: ModelConfig, tokenizer: TextTokenizer) -> Processor:
         audio=AudioConfig(mels=config.speech.mels) if config.speech else None,
         window=config.decoder.rope.window,
         router=partial(route_of, adapters=tuple(config.adapters)),
+        chat=chat,
+        compat=compat,
     )
 
 

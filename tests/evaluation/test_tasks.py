@@ -89,7 +89,7 @@ def assistant() -> Assistant:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     tokenizer = TextTokenizer.train([TEXT * 4], 320)
-    return Assistant(model.eval(), make_processor(tiny(), tokenizer), "tiny")
+    return Assistant(model.eval(), make_processor(tiny(), tokenizer))
 
 
 @torch.no_grad()

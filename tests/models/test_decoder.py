@@ -58,8 +58,8 @@ def by_hand(decoder: Decoder, hidden: Tensor, adapters: tuple[str | None, ...], 
         for i, factor in enumerate(factors):
             angle = position / (factor * rope.theta ** (2 * i / (2 * pairs)))
             a, b = x[i], x[i + pairs]
-            out[i] = (a * cos(angle) - b * sin(angle)) * rope.attention_factor
-            out[i + pairs] = (a * sin(angle) + b * cos(angle)) * rope.attention_factor
+            out[i] = (a * cos(angle) - b * sin(angle)) * rope.attention_factor()
+            out[i + pairs] = (a * sin(angle) + b * cos(angle)) * rope.attention_factor()
         return out
 
     rows = []

@@ -35,10 +35,10 @@ def test_frequencies_are_the_published_ones() -> None:
 
 
 def test_attention_factor_is_the_root_of_17_over_12_in_both_tables() -> None:
-    assert PHI.attention_factor == pytest.approx(1.1902380714, abs=5e-11)
+    assert PHI.attention_factor() == pytest.approx(1.1902380714, abs=5e-11)
     for long in (False, True):
         cos, sin = table(0, long=long)
-        assert torch.equal(cos, torch.full((48,), PHI.attention_factor))
+        assert torch.equal(cos, torch.full((48,), PHI.attention_factor(long=long)))
         assert not sin.any()
 
 

@@ -1,48 +1,75 @@
-"""LoRA adapters in PEFT's folder layout: adapter_config.json and adapter_model.safetensors."""
+"""LoRA adapters in PEFT's folder layout, adapter_config.json and adapter_model.safetensors: read, written, judged.
+
+Read are LoRA on any of the decoder's Linears, rank-stabilised too, with ranks and alphas per module. What would change
+the numbers in another way (DoRA, biases, saved modules) is refused by name.
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import nn
 
-from modalora.checkpoint.store import read_json, write_folder, write_json
+from modalora.checkpoint.files import Weights, inside, read_json, write_folder, write_json
 from modalora.config import parse
 from modalora.errors import CheckpointError, ConfigError
 from modalora.models.multimodal import Multimodal
 from modalora.nn.lora import LoraConfig, RoutedLinear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# What a plain LoRA has under each key; anything else would change the numbers and be dropped silently.
-_PLAIN = {
-    "peft_type": "LORA",
-    "use_rslora": False,
-    "use_dora": False,
-    "bias": "none",
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "modules_to_save": [],
-}
+NATIVE_FOLDERS = ("vision", "speech")  # NAME-lora beside the weights of transformers' Phi-4-Multimodal
 _LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 _NAME = re.compile(r"[A-Za-z0-9][\w-]*", re.ASCII)
 # Published adapters differ in the prefix and in whether the adapter's name stands inside the key.
-_KEY = re.compile(r"(?:base_model\.model\.)?model\.(layers\.\d+\.[\w.]+?)\.(lora_[AB])\.(?:[\w-]+\.)?weight")
+_KEY = re.compile(
+    r"(?:base_model\.model\.)?model\.(layers\.\d+\.[\w.]+?)(?:\.base_layer)?\.(lora_[AB])\.(?:[\w-]+\.)?weight"
+)
+# What these networks have no place for, and why it is not left out.
+_REFUSED = {
+    "use_dora": "DoRA scales every row of the merged weight, which a routed row cannot do without merging",
+    "lora_bias": "the adapter adds biases",
+    "modules_to_save": "the adapter brings whole modules of its own",
+    "layer_replication": "the adapter repeats layers",
+    "exclude_modules": "the adapter leaves modules out by name",
+    "trainable_token_indices": "the adapter brings embeddings of its own",
+    "target_parameters": "the adapter targets bare parameters",
+    "use_qalora": "QA-LoRA pools the inputs",
+    "alora_invocation_tokens": "the adapter starts in the middle of a row",
+    "arrow_config": "the adapter routes between experts",
+    "corda_config": "the base weights were changed with it",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What loading an adapter found.
+
+    consumed: tensors used. zero: Linears whose B is zero, which change nothing. base: the name of the model that it was
+    trained on, as its config has it.
+    """
+
+    consumed: int
+    linears: int
+    zero: tuple[str, ...]
+    base: str | None
 
 
 def save_adapter(model: Multimodal, name: str, folder: Path) -> None:
-    """Write one adapter as a new PEFT folder."""
-    config = _config(model, name)
+    """Write one adapter as a new PEFT folder, which PEFT loads on transformers' Phi-3."""
+    held = _held(model, name)
+    config = model.config.adapters[name]
     tensors = {
         f"base_model.model.model.{place}.lora_{side}.weight": getattr(linear, f"lora_{side}")[name]
         .detach()
         .cpu()
         .contiguous()
-        for place, linear in _linears(model).items()
+        for place, linear in held.items()
         for side in "AB"
     }
     fields = {
@@ -51,9 +78,13 @@ def save_adapter(model: Multimodal, name: str, folder: Path) -> None:
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
-        "target_modules": [linear.rsplit(".", 1)[1] for linear in _LINEARS],
+        "use_rslora": config.use_rslora,
+        "target_modules": [
+            end.rsplit(".", 1)[1] if end in _LINEARS else end for end in config.target_modules or _LINEARS
+        ],
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": dict(config.alpha_pattern),
         "bias": "none",
-        "use_rslora": False,
         "use_dora": False,
         "inference_mode": True,
     }
@@ -62,71 +93,146 @@ def save_adapter(model: Multimodal, name: str, folder: Path) -> None:
         write_json(draft / CONFIG, fields)
         save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
 
-    write_folder(folder, fill)
+    write_folder(folder, fill, manifest=False)
 
 
-def load_adapter(model: Multimodal, folder: Path, name: str) -> None:
+def load_adapter(model: Multimodal, folder: Path, name: str) -> Verdict:
     """Add a PEFT LoRA folder to the decoder under a new name.
 
-    Raises CheckpointError when the name is taken, the folder is not plain LoRA for this decoder, or tensors are
-    missing, unknown or of another shape; the model is then as before.
+    Raises CheckpointError when the name is taken, the folder is not LoRA for this decoder, tensors are missing, unknown
+    or of another shape, or the whole adapter changes nothing; the model is then as before.
     """
     if name in model.config.adapters or name in ("auto", "none"):
         raise CheckpointError(f"the adapter name {name!r} is taken; choose another")
     if not _NAME.fullmatch(name) or hasattr(nn.ParameterDict(), name):
         raise CheckpointError(f"{name!r} cannot name an adapter; use letters, digits, - and _, such as 'my-style'")
-    fields = read_json(folder / CONFIG)
-    for key, plain in _PLAIN.items():
-        if (fields.get(key) or plain) != plain:
-            raise CheckpointError(f"{folder / CONFIG} has {key}={fields[key]!r}; only {key}={plain!r} is read")
+    path = inside(folder, CONFIG)
+    fields = read_json(path)
+    linears = model.decoder.routed()
+    config = _read_config(path, fields, linears)
+    weights = Weights(folder, WEIGHTS.removesuffix(".safetensors"))
+    given, unknown = _match(weights, linears)
+    if unknown:
+        raise CheckpointError(
+            f"{folder}: {len(unknown)} of {len(weights.entries)} tensors belong to no Linear of this decoder, such as "
+            f"{unknown[0]!r}; keys look like base_model.model.model.layers.0.self_attn.qkv_proj.lora_A.weight"
+        )
+    found = {place: config.at(f"model.{place}") for place in linears if config.targets(f"model.{place}")}
+    wanted = {(place, side) for place in found for side in "AB"}
+    if unwanted := sorted(set(given) - wanted):
+        place, side = unwanted[0]
+        raise CheckpointError(f"{folder} holds {place}.lora_{side}, which the target_modules of its config leave out")
+    if missing := sorted(wanted - set(given)):
+        place, side = missing[0]
+        raise CheckpointError(
+            f"{folder}: {len(missing)} of {len(wanted)} tensors that its config promises are missing, such as "
+            f"{place}.lora_{side}; the folder is half an adapter, copy it again or train it anew"
+        )
+    for (place, side), stored in given.items():
+        rows, columns = linears[place].weight.shape
+        shape, r = weights.entries[stored].shape, found[place].r
+        if shape != ((r, columns) if side == "A" else (rows, r)):
+            raise CheckpointError(
+                f"{folder}: {place}.lora_{side} has shape {list(shape)}, and this decoder needs "
+                f"{[r, columns] if side == 'A' else [rows, r]}: it was trained on another base model"
+                f"{_base(fields)}, or its rank is not the config's"
+            )
+    tensors = {at: weights.get(stored) for at, stored in given.items()}
+    zero = tuple(sorted(place for (place, side), tensor in tensors.items() if side == "B" and not tensor.any()))
+    if len(zero) == len(found):
+        raise CheckpointError(
+            f"{folder}: lora_B is zero in all {len(zero)} Linears, so the adapter changes nothing: it was saved before "
+            "training, or its training never reached it"
+        )
+    with torch.no_grad():
+        for place, one in found.items():
+            linear = linears[place]
+            linear.add_adapter(name, one)
+            for side, held in (("A", linear.lora_A), ("B", linear.lora_B)):
+                held[name] = nn.Parameter(tensors[place, side].to(linear.weight))  # in the dtype that the model runs in
+    model.config = replace(model.config, adapters={**model.config.adapters, name: config})
+    return Verdict(len(tensors), len(linears), zero, fields.get("base_model_name_or_path"))
+
+
+def _read_config(path: Path, fields: Mapping[str, Any], linears: Mapping[str, RoutedLinear]) -> LoraConfig:
+    if fields.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path} has peft_type={fields.get('peft_type')!r}; LORA is read")
+    if fields.get("bias", "none") != "none":
+        raise CheckpointError(f"{path} has bias={fields['bias']!r}: biases of the base were trained; 'none' is read")
+    for key, reason in _REFUSED.items():
+        if fields.get(key):
+            raise CheckpointError(
+                f"{path} has {key}={fields[key]!r:.60}: {reason}; merge it with PEFT, or train without"
+            )
+    if not {"r", "lora_alpha"} <= set(fields):
+        raise CheckpointError(f"{path} has no r or no lora_alpha; PEFT writes both")
+    size = {
+        "r": fields["r"],
+        "lora_alpha": fields["lora_alpha"],
+        "lora_dropout": fields.get("lora_dropout", 0.0),
+        "use_rslora": fields.get("use_rslora", False),
+        "target_modules": _targets(fields, linears, path),
+        "rank_pattern": fields.get("rank_pattern") or {},
+        "alpha_pattern": fields.get("alpha_pattern") or {},
+    }
     try:
-        size = {key: fields[key] for key in ("r", "lora_alpha")} | {"lora_dropout": fields.get("lora_dropout", 0.0)}
-        config = parse(LoraConfig, size, str(folder / CONFIG))
-        stored = load_file(folder / WEIGHTS)
-    except KeyError as error:
-        raise CheckpointError(f"{folder / CONFIG} has no {error}; PEFT writes it") from None
+        return parse(LoraConfig, size, str(path))
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
-    except (SafetensorError, FileNotFoundError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS} is not a readable safetensors file: {error}") from None
-    given: dict[tuple[str, str], Tensor] = {}
-    unknown: list[str] = []
-    for key, tensor in stored.items():
-        match = _KEY.fullmatch(key)
-        if match:
-            given[match.group(1), match.group(2)] = tensor
-        else:
-            unknown.append(key)
-    linears = _linears(model)
-    expected = {(place, side) for place in linears for side in ("lora_A", "lora_B")}
-    missing = sorted(".".join(pair) for pair in expected - set(given))
-    unknown += sorted(".".join(pair) for pair in set(given) - expected)
-    if missing or unknown:
+
+
+def _targets(fields: Mapping[str, Any], linears: Mapping[str, RoutedLinear], path: Path) -> tuple[str, ...]:
+    """Return the ends of module names that PEFT's settings mean here; empty: all Linears."""
+    targets, layers = fields.get("target_modules"), fields.get("layers_to_transform")
+    if targets in ("all-linear", None):
+        places = list(linears)
+    elif isinstance(targets, str):  # a regular expression for the whole name
+        try:
+            places = [place for place in linears if re.fullmatch(targets, f"model.{place}")]
+        except re.error as error:
+            raise CheckpointError(f"{path}: target_modules={targets!r:.80} is no regular expression: {error}") from None
+    elif isinstance(targets, Sequence) and all(isinstance(one, str) for one in targets):
+        places = [place for place in linears if any(f".{place}".endswith(f".{one}") for one in targets)]
+    else:
+        raise CheckpointError(f"{path}: target_modules={targets!r:.80} must be names or a regular expression")
+    if layers is not None:
+        numbers = {str(layer) for layer in (layers if isinstance(layers, list) else [layers])}
+        places = [place for place in places if place.split(".")[1] in numbers]
+    if not places:
         raise CheckpointError(
-            f"{folder} does not fit this decoder: {len(missing)} tensors missing {missing[:3]}, "
-            f"{len(unknown)} unknown {unknown[:3]}"
+            f"{path}: target_modules={targets!r:.80} name no Linear of this decoder, which has "
+            f"{', '.join(_LINEARS)} in every layer; it was trained on another architecture"
         )
-    for (place, side), tensor in given.items():
-        rows, columns = linears[place].weight.shape
-        shape = (config.r, columns) if side == "lora_A" else (rows, config.r)
-        if tuple(tensor.shape) != shape:
-            raise CheckpointError(
-                f"{folder}: {place}.{side} has shape {list(tensor.shape)}, this decoder needs {list(shape)}"
-            )
-    with torch.no_grad():
-        for place, linear in linears.items():
-            linear.add_adapter(name, config)
-            for side, held in (("lora_A", linear.lora_A), ("lora_B", linear.lora_B)):
-                held[name] = nn.Parameter(given[place, side].to(linear.weight))  # in the dtype that the model runs in
-    model.config = replace(model.config, adapters={**model.config.adapters, name: config})
+    return _shortest(places, linears)
 
 
-def _linears(model: Multimodal) -> dict[str, RoutedLinear]:
-    found = {name: module for name, module in model.decoder.named_modules() if isinstance(module, RoutedLinear)}
-    return {name: module for name, module in found.items() if name.endswith(_LINEARS)}
+def _shortest(places: Sequence[str], linears: Mapping[str, RoutedLinear]) -> tuple[str, ...]:
+    """Name modules by their kind where all layers are meant, else one by one; empty: all Linears."""
+    if len(places) == len(linears):
+        return ()
+    kinds = [kind for kind in _LINEARS if all(place in places for place in linears if place.endswith(kind))]
+    return (*kinds, *(place for place in places if not place.endswith(tuple(kinds))))
 
 
-def _config(model: Multimodal, name: str) -> LoraConfig:
+def _match(weights: Weights, linears: Mapping[str, Any]) -> tuple[dict[tuple[str, str], str], list[str]]:
+    given: dict[tuple[str, str], str] = {}
+    unknown: list[str] = []
+    for key in weights.entries:
+        match = _KEY.fullmatch(key)
+        at = (match[1], match[2][-1]) if match else None
+        if at is None or at[0] not in linears or at in given:
+            unknown.append(key)
+        else:
+            given[at] = key
+    return given, unknown
+
+
+def _base(fields: Mapping[str, Any]) -> str:
+    name = fields.get("base_model_name_or_path")
+    return f" ({name})" if name else ""
+
+
+def _held(model: Multimodal, name: str) -> dict[str, RoutedLinear]:
     if name not in model.config.adapters:
         raise CheckpointError(f"no adapter {name!r}; this model has {', '.join(model.config.adapters) or 'none'}")
-    return model.config.adapters[name]
+    return {place: linear for place, linear in model.decoder.routed().items() if name in linear.adapters}

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from modalora.checkpoint.store import check_manifest, read_json, write_folder, write_json
+from modalora.checkpoint.files import check_manifest, read_json, write_folder, write_json
 from modalora.errors import CheckpointError
 
 _STATE, _TENSORS = "state.json", "state.safetensors"

@@ -1,94 +1,121 @@
-"""Folders of safetensors and JSON with a manifest: written whole or not at all, checked before anything is allocated.
+"""Model folders: our own layout and the published ones, read and written without losing a tensor or a bit.
 
-A folder holds model.safetensors, config.json, tokenizer.json and manifest.json, which has size and SHA-256 of every
-other file. Matrices may be stored as int8 with one float32 scale per row ("NAME.scale"); they are expanded when loaded.
+Our own holds model.safetensors, config.json, tokenizer.json and manifest.json, which has size and SHA-256 of every
+other file. Matrices may be stored as int8 with one float32 scale per row ("NAME.scale"); they are expanded when loaded. The
+published ones are what names.LAYOUTS lists, recognised by the model_type of config.json.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from modalora.checkpoint import configs
+from modalora.checkpoint.adapters import NATIVE_FOLDERS, load_adapter, save_adapter
+from modalora.checkpoint.files import (
+    FORMAT,
+    MANIFEST,
+    Weights,
+    check_manifest,
+    inside,
+    read_json,
+    write_folder,
+    write_json,
+    write_tensors,
+)
+from modalora.checkpoint.names import HOLDS_ADAPTERS, LAYOUTS, Stored, plain_names, plan
 from modalora.config import parse
-from modalora.errors import CheckpointError
-from modalora.models.multimodal import ModelConfig, Multimodal, parameter_counts
-from modalora.processing.tokenizer import TextTokenizer
+from modalora.errors import CheckpointError, ConfigError
+from modalora.models.multimodal import ModelConfig, Multimodal, parameter_counts, part_of
+from modalora.processing.chat import FORMATS, ChatFormat
+from modalora.processing.tokenizer import END_OF_TEXT, TextTokenizer
 
-FORMAT = 1
-MANIFEST, CONFIG, WEIGHTS, TOKENIZER = "manifest.json", "config.json", "model.safetensors", "tokenizer.json"
-_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-
-
-def write_folder(folder: Path, fill: Callable[[Path], None], *, replace: bool = False) -> None:
-    """Create `folder` from what `fill` writes into a draft beside it, then rename: a reader sees all of it or none.
-
-    Raises CheckpointError when the folder exists and replace is False.
-    """
-    if folder.exists() and not replace:
-        raise CheckpointError(f"{folder} exists; give a new folder, nothing was written")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
-    try:
-        fill(draft)
-        files = {
-            path.relative_to(draft).as_posix(): {"bytes": path.stat().st_size, "sha256": digest(path)}
-            for path in sorted(draft.rglob("*"))
-            if path.is_file()
-        }
-        write_json(draft / MANIFEST, {"format": FORMAT, "files": files})
-        for path in draft.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        if folder.exists():
-            old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-            folder.rename(old)
-            draft.rename(folder)
-            shutil.rmtree(old)
-        else:
-            draft.rename(folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+SHARD_BYTES = 5_000_000_000
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Files beside the weights that another layout of the same model needs as well.
+_BESIDE = (
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "tokenizer.model", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 
 
-def check_manifest(folder: Path, needed: Sequence[str] = ()) -> None:
-    """Compare every file that the manifest lists with it; the needed ones must be listed.
+@dataclass(frozen=True)
+class Loaded:
+    """What a model folder holds. stop_ids: tokens that end an answer."""
 
-    Raises CheckpointError naming each file that is missing, altered, unlisted or outside the folder.
-    """
+    model: Multimodal
+    tokenizer: TextTokenizer
+    chat: ChatFormat
+    stop_ids: frozenset[int]
+    layout: str
+    notes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the JSON files of a model folder tell."""
+
+    layout: str
+    config: ModelConfig
+    notes: Mapping[str, Any]
+    chat: ChatFormat | None  # None: by its tokenizer
+
+
+def read_card(folder: Path) -> Card:
+    """Return layout and config of a model folder, after checking the manifest where there is one."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give a model folder or the name of a bundled model")
-    manifest = read_json(folder / MANIFEST)
-    files: Any = manifest.get("files")
-    listed = isinstance(files, dict) and all(isinstance(told, dict) for told in files.values())
-    if manifest.get("format") != FORMAT or not listed:
-        raise CheckpointError(f"{folder / MANIFEST} is not a manifest of format {FORMAT}")
-    wrong = [f"{name} is not in the manifest" for name in needed if name not in files]
-    for name, told in files.items():
-        path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
-            wrong.append(f"{name} lies outside the folder")
-        elif not path.is_file():
-            wrong.append(f"{name} is missing")
-        elif path.stat().st_size != told.get("bytes"):
-            wrong.append(f"{name} has {path.stat().st_size} bytes, the manifest says {told.get('bytes')}")
-        elif digest(path) != told.get("sha256"):
-            wrong.append(f"{name} was altered: its SHA-256 is not the manifest's")
-    if wrong:
-        raise CheckpointError(f"{folder} fails its manifest: {'; '.join(wrong)}; copy the folder again from its source")
+    path = inside(folder, CONFIG)
+    if (folder / MANIFEST).exists() or not path.exists():
+        check_manifest(folder, (CONFIG, WEIGHTS, TOKENIZER))
+    fields = read_json(path)
+    layout = fields.get("model_type")
+    if layout not in LAYOUTS:
+        raise CheckpointError(f"{path} has model_type {layout!r}; the layouts read are {', '.join(LAYOUTS)}")
+    if layout != "modalora":
+        config = configs.read_config(layout, fields, str(path))
+        return Card(layout, _with_crops(folder, config), {}, None)
+    check_manifest(folder, (CONFIG, WEIGHTS, TOKENIZER))
+    fields.pop("model_type")
+    if fields.pop("format", None) != FORMAT:
+        raise CheckpointError(f"{path} is not of format {FORMAT}; load it with the version that wrote it")
+    notes, chat = fields.pop("notes", {}), parse(ChatFormat, fields.pop("chat", {}), str(path))
+    return Card(layout, parse(ModelConfig, fields, str(path)), notes, chat)
+
+
+def load_model(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Loaded:
+    """Read a model folder, checking names, shapes and dtypes against the config before allocating.
+
+    dtype: None keeps the stored one, and maps the files instead of copying them. Raises CheckpointError.
+    """
+    card = read_card(folder)
+    weights, stored = _open(folder, card)
+    tokenizer = TextTokenizer.from_folder(folder)
+    if tokenizer.vocab_size > card.config.decoder.vocab_size:
+        raise CheckpointError(
+            f"{folder / TOKENIZER} has {tokenizer.vocab_size} ids, the config's vocab_size is "
+            f"{card.config.decoder.vocab_size}; they are not of one model"
+        )
+    with torch.device("meta"):
+        model = Multimodal(_base(card))
+    tensors = {}
+    for name, place in stored.items():
+        tensors[name] = _read(weights, place, card.config, dtype).to(device)
+    model.load_state_dict(tensors, assign=True)
+    if card.layout not in HOLDS_ADAPTERS:
+        for name in NATIVE_FOLDERS:
+            if (folder / f"{name}-lora").is_dir():
+                load_adapter(model, folder / f"{name}-lora", name)
+    chat = card.chat or _chat(folder, card.layout, tokenizer)
+    return Loaded(model.eval(), tokenizer, chat, _stop_ids(folder, card, tokenizer), card.layout, card.notes)
 
 
 def save_model(
@@ -96,87 +123,58 @@ def save_model(
     tokenizer: TextTokenizer,
     folder: Path,
     *,
+    layout: str = "modalora",
     int8: bool = False,
+    chat: ChatFormat | None = None,
     notes: Mapping[str, Any] | None = None,
+    beside: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a model folder. int8 stores every matrix as int8 with a scale per row (see `to_int8`)."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    stored: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if int8 and tensor.ndim >= 2 and tensor.shape[0] > 1:
-            stored[name], stored[f"{name}.scale"] = to_int8(tensor)
-        else:
-            stored[name] = tensor
+    """Write a model folder. int8 stores every matrix as int8 with a scale per row (see `to_int8`).
 
-    def fill(draft: Path) -> None:
-        save_file(stored, draft / WEIGHTS, metadata={"format": "pt"})
-        fields = {"model_type": "modalora", "format": FORMAT, **asdict(model.config), "notes": dict(notes or {})}
-        write_json(draft / CONFIG, fields)
-        (draft / TOKENIZER).write_text(tokenizer.definition, encoding="utf-8")
+    beside: a folder whose further tokenizer and processor files are taken along. Raises ConfigError when the layout
+    cannot hold the model, CheckpointError when the folder exists; nothing is written then.
+    """
+    state = model.state_dict()
+    fill = _filler(
+        model.config, tokenizer, layout, chat or FORMATS["phi4"], notes or {}, beside,
+        {name: tuple(tensor.shape) for name, tensor in state.items()},
+        lambda name: state[name].detach().cpu(),
+        int8=int8, shard_bytes=shard_bytes,
+    )  # fmt: skip
 
-    write_folder(folder, fill)
+    def fill_all(draft: Path) -> None:
+        fill(draft)
+        if layout not in HOLDS_ADAPTERS:
+            for name in model.config.adapters:
+                save_adapter(model, name, draft / f"{name}-lora")
 
-
-@dataclass(frozen=True)
-class Loaded:
-    """What a model folder holds."""
-
-    model: Multimodal
-    tokenizer: TextTokenizer
-    notes: Mapping[str, Any]
-
-
-def read_config(folder: Path) -> tuple[ModelConfig, Mapping[str, Any]]:
-    """Return the networks' config and the notes of a model folder."""
-    fields = read_json(folder / CONFIG)
-    if fields.pop("model_type", None) != "modalora":
-        raise CheckpointError(f"{folder / CONFIG} is not of model_type 'modalora', the only layout this version reads")
-    if fields.pop("format", None) != FORMAT:
-        raise CheckpointError(f"{folder / CONFIG} is not of format {FORMAT}; load it with the version that wrote it")
-    notes = fields.pop("notes", {})
-    return parse(ModelConfig, fields, str(folder / CONFIG)), notes
-
-
-def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Loaded:
-    """Read a model folder, checking manifest, names, shapes and dtypes against the config before allocating."""
-    check_manifest(folder, (CONFIG, WEIGHTS, TOKENIZER))
-    config, notes = read_config(folder)
-    with torch.device("meta"):
-        model = Multimodal(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tensors = _read_tensors(folder / WEIGHTS, expected, dtype, device)
-    model.load_state_dict(tensors, assign=True)
-    tokenizer = TextTokenizer.from_folder(folder)
-    if tokenizer.vocab_size > config.decoder.vocab_size:
-        raise CheckpointError(
-            f"{folder / TOKENIZER} has {tokenizer.vocab_size} ids, the config's vocab_size is "
-            f"{config.decoder.vocab_size}; they are not of one model"
-        )
-    return Loaded(model=model.eval(), tokenizer=tokenizer, notes=notes)
+    write_folder(folder, fill_all, manifest=layout == "modalora")
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """Return what a model folder holds, after checking its manifest and tensors; no weights are allocated."""
-    check_manifest(folder, (CONFIG, WEIGHTS, TOKENIZER))
-    config, notes = read_config(folder)
+    """Return what a model folder holds, after checking its files and tensors; no weights are allocated."""
+    card = read_card(folder)
+    weights, stored = _open(folder, card)
     with torch.device("meta"):
-        model = Multimodal(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        _check_tensors(folder / WEIGHTS, file, set(file.keys()), expected)
+        model = Multimodal(_base(card))
     parts = parameter_counts(model)
     return {
         "folder": str(folder),
-        "layout": "modalora",
+        "layout": card.layout,
         "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
-        "tensors": len(expected),
+        "integrity": "SHA-256 of every file matches the manifest"
+        if (folder / MANIFEST).exists()
+        else "sizes and shapes",
+        "dtypes": sorted({weights.entries[place.name].dtype for place in stored.values()}),
+        "tensors": len(stored),
         "parameters": sum(parts.values()),
         "parts": parts,
-        "adapters": {name: asdict(lora) for name, lora in config.adapters.items()},
-        "window": config.decoder.rope.window,
-        "vocab_size": config.decoder.vocab_size,
-        "config": asdict(config),
-        "notes": dict(notes),
+        "adapters": {name: asdict(lora) for name, lora in model.config.adapters.items()},
+        "window": card.config.decoder.rope.window,
+        "vocab_size": card.config.decoder.vocab_size,
+        "config": asdict(card.config),
+        "notes": dict(card.notes),
     }
 
 
@@ -192,73 +190,192 @@ def to_int8(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return values.view(tensor.shape), scale.view(-1, *[1] * (tensor.ndim - 1))
 
 
-def digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def _base(card: Card) -> ModelConfig:
+    return card.config if card.layout in HOLDS_ADAPTERS else replace(card.config, adapters={})
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; a key given twice is refused."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        twice = {key for key in keys if keys.count(key) > 1}
-        if twice:
-            raise CheckpointError(f"{path} has the key {', '.join(sorted(twice))} twice")
-        return dict(pairs)
-
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; a model folder needs it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{path} must hold a JSON object; it holds {type(fields).__name__}")
-    return fields
+def _open(folder: Path, card: Card) -> tuple[Weights, dict[str, Stored]]:
+    """Return the files' tensors and where each of ours stands among them, once all fit the config."""
+    with torch.device("meta"):
+        model = Multimodal(_base(card))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    weights = Weights(folder)
+    names = plain_names(weights.entries)
+    stored = {
+        name: replace(place, name=names.get(place.name, place.name))
+        for name, place in plan(card.layout, shapes, card.config).items()
+    }
+    _check(folder, weights, stored, card)
+    return weights, stored
 
 
-def write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    """Write a JSON object, two spaces deep."""
-    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _read_tensors(
-    path: Path, expected: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: str
-) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt", device=device) as file:
-            names = set(file.keys())
-            _check_tensors(path, file, names, expected)
-            tensors: dict[str, Tensor] = {}
-            for name in expected:
-                tensor = file.get_tensor(name)
-                if tensor.dtype == torch.int8:
-                    tensor = tensor.float() * file.get_tensor(f"{name}.scale")
-                tensors[name] = tensor.to(dtype)
-            return tensors
-    except (SafetensorError, FileNotFoundError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
-
-
-def _check_tensors(path: Path, file: Any, names: set[str], expected: Mapping[str, tuple[int, ...]]) -> None:
-    wrong = [f"{name} is missing" for name in expected if name not in names]
-    scales = {f"{name}.scale" for name in expected}
-    wrong += [f"{name} is unknown" for name in sorted(names - set(expected) - scales)]
-    for name in sorted(names & set(expected)):
-        view = file.get_slice(name)
-        shape, kind = tuple(view.get_shape()), view.get_dtype()
+def _check(folder: Path, weights: Weights, stored: Mapping[str, Stored], card: Card) -> None:
+    given = weights.entries
+    expected = {place.name: place.shape for place in stored.values()}
+    scales = {f"{name}.scale" for name in expected} if card.layout == "modalora" else set()
+    tied = _tied_head(weights, stored, card)
+    wrong = [f"{name} is missing" for name in expected if name not in given]
+    wrong += [f"{name} is unknown" for name in sorted(set(given) - set(expected) - scales - tied)]
+    for name in sorted(set(given) & set(expected)):
+        shape, kind = given[name].shape, given[name].dtype
         if shape != expected[name]:
             wrong.append(f"{name} has shape {list(shape)}, the config implies {list(expected[name])}")
-        if kind == "I8":
-            scale = f"{name}.scale"
-            if scale not in names or file.get_slice(scale).get_shape() != [shape[0], *[1] * (len(shape) - 1)]:
+        scale = given.get(f"{name}.scale") if f"{name}.scale" in scales else None
+        if kind == "I8" and scales:
+            if scale is None or scale.shape != (shape[0], *[1] * (len(shape) - 1)):
                 wrong.append(f"{name} is int8 without a scale per row")
         elif kind not in _FLOATS:
-            wrong.append(f"{name} has dtype {kind}; floats and int8 are read")
-        elif f"{name}.scale" in names:
+            wrong.append(f"{name} has dtype {kind}; {'floats and int8' if scales else 'floats'} are read")
+        elif scale is not None:
             wrong.append(f"{name}.scale belongs to no int8 tensor")
     if wrong:
         more = f" (and {len(wrong) - 8} more)" if len(wrong) > 8 else ""
-        raise CheckpointError(f"{path} does not fit its config: {'; '.join(wrong[:8])}{more}")
+        raise CheckpointError(f"{folder} does not fit its config: {'; '.join(wrong[:8])}{more}")
+
+
+def _tied_head(weights: Weights, stored: Mapping[str, Stored], card: Card) -> set[str]:
+    """Return the name of an output matrix that a file repeats although it is tied; it must be the embedding."""
+    embedding = stored["decoder.embed_tokens.weight"].name
+    if card.layout == "modalora" or not card.config.decoder.tie_word_embeddings or embedding not in weights.entries:
+        return set()
+    if "lm_head.weight" not in weights.entries:
+        return set()
+    if not torch.equal(weights.get("lm_head.weight"), weights.get(embedding)):
+        raise CheckpointError(
+            f"{weights.folder}: lm_head.weight differs from {embedding}, and the config ties them; set "
+            "tie_word_embeddings to false if they were trained apart"
+        )
+    return {"lm_head.weight"}
+
+
+def _read(weights: Weights, place: Stored, config: ModelConfig, dtype: torch.dtype | None) -> Tensor:
+    tensor = weights.get(place.name)
+    if tensor.dtype == torch.int8:
+        tensor = tensor.float() * weights.get(f"{place.name}.scale")
+    tensor = place.pair.to_ours(tensor, config)
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+def _with_crops(folder: Path, config: ModelConfig) -> ModelConfig:
+    path = inside(folder, "preprocessor_config.json")
+    if config.vision is None or not path.exists():
+        return config
+    most = read_json(path).get("dynamic_hd", config.vision.max_crops)
+    return replace(config, vision=replace(config.vision, max_crops=most))
+
+
+def _chat(folder: Path, layout: str, tokenizer: TextTokenizer) -> ChatFormat:
+    """Return the chat format of a published model. Templates in files are never run; one text is read out of them."""
+    if layout == "phi3small":
+        return FORMATS["phi3-small"]
+    if not tokenizer.has_control("<|tool|>"):
+        return FORMATS["phi3"]
+    template = ""
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        path = inside(folder, name)
+        if path.is_file() and path.stat().st_size < 1_000_000:
+            template += path.read_text(encoding="utf-8", errors="replace")
+    own = re.search(r"<\|system\|>(Your name is Phi[^'\"<\\]*)", template)  # Phi-4-mini-reasoning has a default
+    return replace(FORMATS["phi4"], default_system=own[1]) if own else FORMATS["phi4"]
+
+
+def _stop_ids(folder: Path, card: Card, tokenizer: TextTokenizer) -> frozenset[int]:
+    path = inside(folder, "generation_config.json")
+    told = read_json(path).get("eos_token_id") if card.layout != "modalora" and path.exists() else None
+    ids = [] if told is None else told if isinstance(told, list) else [told]
+    if not all(type(index) is int for index in ids):
+        raise CheckpointError(f"{path}: eos_token_id={told!r:.60} must be a token id or a list of them")
+    return frozenset(ids) | tokenizer.stop_ids
+
+
+def _filler(
+    config: ModelConfig,
+    tokenizer: TextTokenizer,
+    layout: str,
+    chat: ChatFormat,
+    notes: Mapping[str, Any],
+    beside: Path | None,
+    shapes: Mapping[str, tuple[int, ...]],
+    get: Any,
+    *,
+    int8: bool,
+    shard_bytes: int,
+) -> Any:
+    """Check that the layout holds the model; return what fills a draft folder with it."""
+    if int8 and layout != "modalora":
+        raise ConfigError(f"int8 is stored by the layout 'modalora' alone, not by {layout!r}")
+    if layout not in HOLDS_ADAPTERS:
+        shapes = {name: shape for name, shape in shapes.items() if not part_of(name).startswith("adapter.")}
+    stored = plan(layout, shapes, config)
+    if layout == "modalora":
+        own = {} if chat == ChatFormat() else {"chat": asdict(chat)}
+        fields = {"model_type": "modalora", "format": FORMAT, **asdict(config), **own, "notes": dict(notes)}
+    else:
+        fields = configs.write_config(layout, config, _token_ids(tokenizer, beside))
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, place in stored.items():
+            tensor = get(name)
+            if int8 and tensor.ndim >= 2 and tensor.shape[0] > 1:
+                values, scale = to_int8(tensor)
+                yield name, values
+                yield f"{name}.scale", scale
+            else:
+                yield place.name, place.pair.to_theirs(tensor, config)
+
+    def fill(draft: Path) -> None:
+        write_tensors(draft, tensors(), shard_bytes=shard_bytes if layout != "modalora" else 2**62)
+        write_json(draft / CONFIG, fields)
+        (draft / TOKENIZER).write_text(tokenizer.definition, encoding="utf-8")
+        if layout != "modalora":
+            _write_beside(draft, tokenizer, config, beside)
+
+    return fill
+
+
+def _token_ids(tokenizer: TextTokenizer, beside: Path | None) -> dict[str, Any]:
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    fields = read_json(beside / CONFIG) if beside is not None and (beside / CONFIG).exists() else {}
+    end = tokenizer.control(END_OF_TEXT)
+    return {key: fields.get(key, end) for key in keys}
+
+
+def _write_beside(draft: Path, tokenizer: TextTokenizer, config: ModelConfig, beside: Path | None) -> None:
+    """Take tokenizer and processor files along, and write those that transformers cannot do without."""
+    for name in _BESIDE:
+        if beside is not None and (path := inside(beside, name)).is_file():
+            (draft / name).write_bytes(path.read_bytes())
+    ends = sorted(tokenizer.stop_ids)
+    defaults = {
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": END_OF_TEXT,
+            "eos_token": END_OF_TEXT,
+            "pad_token": END_OF_TEXT,
+            "clean_up_tokenization_spaces": False,
+        },
+        "generation_config.json": {"eos_token_id": ends, "pad_token_id": tokenizer.control(END_OF_TEXT)},
+    }
+    if config.vision is not None:
+        defaults["preprocessor_config.json"] = {
+            "dynamic_hd": config.vision.max_crops,
+            "audio_compression_rate": 8,
+            "audio_downsample_rate": 1,
+            "audio_feat_stride": 1,
+        }
+    for name, fields in defaults.items():
+        if not (draft / name).exists():
+            write_json(draft / name, fields)
+
+
+def convert(source: Path, target: Path, layout: str, *, shard_bytes: int = SHARD_BYTES) -> dict[str, Any]:
+    """Rewrite a model folder in another layout, tensor by tensor; every tensor keeps its bits.
+
+    Raises ConfigError when the layout has no place for part of the model, CheckpointError when the target exists.
+    """
+    loaded = load_model(source)
+    save_model(
+        loaded.model, loaded.tokenizer, target, layout=layout, chat=loaded.chat, notes=loaded.notes, beside=source,
+        shard_bytes=shard_bytes,
+    )  # fmt: skip
+    return describe(target)

@@ -69,6 +69,6 @@ def text_is_unchanged(assistant: Assistant) -> bool:
     bare = Multimodal(config).eval()
     weights = assistant.model.state_dict()
     bare.load_state_dict({name: weights[name] for name in bare.state_dict()})
-    alone = Assistant(bare, make_processor(config, assistant.processor.tokenizer), "decoder")
+    alone = Assistant(bare, make_processor(config, assistant.processor.tokenizer))
     texts = [question for files, question in CASES if not files]
     return all(torch.equal(alone.logits(text), assistant.logits(text)) for text in texts)

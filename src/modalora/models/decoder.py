@@ -6,7 +6,7 @@ hidden is (batch, time, width). Rows are padded on the right, so positions count
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,25 @@ from modalora.contracts import Step
 from modalora.errors import ConfigError
 from modalora.nn.attend import attend
 from modalora.nn.lora import LoraConfig, RoutedLinear
-from modalora.nn.mask import Mask
+from modalora.nn.mask import BlockSparse, Mask
 from modalora.nn.norm import RMSNorm
 from modalora.nn.rope import LongRope, Plain, rotate, rotation
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Phi3Small:
+    """What sets Phi-3-small apart: muP scales, LayerNorm, biases, a gated GELU and block-sparse attention.
+
+    Source: arXiv:2404.14219, section 2; the released model's code for what the paper leaves open.
+    """
+
+    embedding_scale: float = 10.0  # embeddings are multiplied by it [mup_embedding_multiplier]
+    attention_scale: float = 1.0  # over head_dim, not its root [mup_attn_multiplier]
+    logit_scale: float = 8.0  # logits are divided by it [mup_width_multiplier]
+    gegelu_limit: float | None = 20.0  # gate at most, value between plus and minus
+    blocks: BlockSparse = field(default_factory=BlockSparse)
+    dense_every: int = 2  # each layer whose number, from 1, divides by it attends to everything
+    hidden_tokens: tuple[int, ...] = ()  # ids that are never said: their logits are -inf
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,9 +50,14 @@ class DecoderConfig:
     num_key_value_heads: int
     rms_norm_eps: float = 1e-5
     rope: Plain | LongRope = field(default_factory=Plain)
+    tie_word_embeddings: bool = True
+    sliding_window: int | None = None  # keys that a query sees, itself counted; None: all
+    phi3_small: Phi3Small | None = None
 
     def __post_init__(self) -> None:
         check_sizes(self)
+        if self.phi3_small is not None and self.sliding_window is not None:
+            raise ConfigError("phi3_small has block-sparse attention; sliding_window must be None")
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}; "
@@ -62,8 +83,13 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.layer = config.head_dim, layer
-        self.qkv_proj = RoutedLinear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim)
-        self.o_proj = RoutedLinear(self.heads * self.head_dim, config.hidden_size)
+        bias = config.phi3_small is not None
+        self.qkv_proj = RoutedLinear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=bias)
+        self.o_proj = RoutedLinear(self.heads * self.head_dim, config.hidden_size, bias=bias)
+        self.scale, self.seen = self.head_dim**-0.5, Mask(causal=True, window=config.sliding_window)
+        if small := config.phi3_small:
+            self.scale = small.attention_scale / self.head_dim
+            self.seen = Mask(causal=True, blocks=None if (layer + 1) % small.dense_every == 0 else small.blocks)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, step: Step) -> Tensor:
         """x: (batch, time, width); cos, sin: (batch, time, pairs)."""
@@ -71,28 +97,43 @@ class Attention(nn.Module):
         packed = self.qkv_proj(x, step.route).view(batch, time, -1, self.head_dim)
         q, k, v = packed.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        mask = Mask(causal=True, padded=step.lengths if batch > 1 else None)
+        mask = replace(self.seen, padded=step.lengths if batch > 1 else None)
         if step.cache is not None:
-            mask = Mask(causal=True, offsets=step.cache.lengths)
+            mask = replace(self.seen, offsets=step.cache.lengths)
             k, v = step.cache.write(self.layer, k, v)
-        out = attend(q, k, v, mask=mask).reshape(batch, time, -1)
+        if mask.window is not None and mask.window >= k.shape[1]:
+            mask = replace(mask, window=None)
+        out = attend(q, k, v, mask=mask, scale=self.scale).reshape(batch, time, -1)
         result: Tensor = self.o_proj(out, step.route)
         return result
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU; the rows of gate_up_proj are the gate, then the value."""
+    """SwiGLU, or Phi-3-small's GEGLU; the rows of gate_up_proj are the gate, then the value."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.gate_up_proj = RoutedLinear(config.hidden_size, 2 * config.intermediate_size)
-        self.down_proj = RoutedLinear(config.intermediate_size, config.hidden_size)
+        self.small, bias = config.phi3_small, config.phi3_small is not None
+        self.gate_up_proj = RoutedLinear(config.hidden_size, 2 * config.intermediate_size, bias=bias)
+        self.down_proj = RoutedLinear(config.intermediate_size, config.hidden_size, bias=bias)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """x: (batch, time, width)."""
         gate, up = self.gate_up_proj(x, step.route).chunk(2, dim=-1)
-        result: Tensor = self.down_proj(up * functional.silu(gate), step.route)
+        inner = up * functional.silu(gate) if self.small is None else _gegelu(gate, up, self.small.gegelu_limit)
+        result: Tensor = self.down_proj(inner, step.route)
         return result
+
+
+def _gegelu(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+def _norm(config: DecoderConfig) -> nn.Module:
+    kind = RMSNorm if config.phi3_small is None else nn.LayerNorm
+    return kind(config.hidden_size, config.rms_norm_eps)
 
 
 class DecoderLayer(nn.Module):
@@ -100,9 +141,9 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = _norm(config)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = _norm(config)
         self.mlp = GatedMLP(config)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, step: Step) -> Tensor:
@@ -113,14 +154,17 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings to hidden states; `head` gives logits through the tied embedding."""
+    """Token ids to embeddings (`embed`), to hidden states, to logits (`head`)."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = _norm(config)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._reset()
 
     def _reset(self) -> None:
@@ -133,10 +177,22 @@ class Decoder(nn.Module):
                     parameter.mul_(shrink)
 
     def add_adapter(self, name: str, config: LoraConfig) -> None:
-        """Add a named adapter to the four Linears of every layer."""
-        for module in self.modules():
-            if isinstance(module, RoutedLinear):
-                module.add_adapter(name, config)
+        """Add a named adapter to the Linears that it targets. Raises ConfigError when it targets none."""
+        linears = {place: module for place, module in self.routed().items() if config.targets(f"model.{place}")}
+        if not linears:
+            raise ConfigError(f"adapter {name!r}: target_modules={config.target_modules} name no Linear of the decoder")
+        for place, linear in linears.items():
+            linear.add_adapter(name, config.at(f"model.{place}"))
+
+    def routed(self) -> dict[str, RoutedLinear]:
+        """Return the Linears that hold adapters, by name."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, RoutedLinear)}
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids: (batch, time) -> (batch, time, width)."""
+        hidden: Tensor = self.embed_tokens(ids)
+        small = self.config.phi3_small
+        return hidden if small is None else hidden * small.embedding_scale
 
     def forward(self, hidden: Tensor, step: Step) -> Tensor:
         """hidden: (batch, time, width) embeddings -> (batch, time, width) after the final norm."""
@@ -154,4 +210,9 @@ class Decoder(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden: (..., width) -> logits (..., vocab)."""
-        return functional.linear(hidden, self.embed_tokens.weight)
+        logits = functional.linear(hidden, (self.lm_head or self.embed_tokens).weight)
+        if small := self.config.phi3_small:
+            logits = logits / small.logit_scale
+            if small.hidden_tokens:
+                logits[..., list(small.hidden_tokens)] = -torch.inf
+        return logits

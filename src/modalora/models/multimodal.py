@@ -83,7 +83,7 @@ class Multimodal(nn.Module):
 
     def embed(self, batch: Batch) -> Tensor:
         """Return the decoder's input, (batch, time, width): token embeddings, media spans filled with features."""
-        hidden: Tensor = self.decoder.embed_tokens(batch.input_ids)
+        hidden = self.decoder.embed(batch.input_ids)
         if not batch.media:
             return hidden
         features: list[Tensor] = []
@@ -135,7 +135,7 @@ class Multimodal(nn.Module):
         lengths = [length + 1 for length in cache.lengths.tolist()]
         long = torch.tensor(is_long(self.config.decoder.rope, lengths), device=ids.device)
         step = Step(lengths=torch.ones_like(ids), route=route, long=long, cache=cache)
-        return self.decoder.head(self.decoder(self.decoder.embed_tokens(ids[:, None]), step)[:, 0])
+        return self.decoder.head(self.decoder(self.decoder.embed(ids[:, None]), step)[:, 0])
 
     def is_long(self, length: int) -> bool:
         """Tell whether a row of this length uses the rotary table for long windows."""

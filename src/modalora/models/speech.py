@@ -41,8 +41,6 @@ class SpeechConfig:
                 f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}; "
                 "Phi-4-Multimodal uses 1024 and 16"
             )
-        if self.segment > self.bias_max_distance:
-            raise ConfigError(f"segment={self.segment} must not exceed bias_max_distance={self.bias_max_distance}")
 
 
 class Subsampling(nn.Module):

@@ -8,7 +8,7 @@ logits. A query that sees no key gets zeros.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def attend(
         if q.dtype == torch.float32 and q.device.type == "cpu":
             return _row_by_row(run, q, k, v, mask, pair_bias, scale)
         # no real query of a causal row sees its padding: then there is nothing to mask
-        mask = Mask(causal=mask.causal, lengths=None if mask.causal else mask.padded)
+        mask = replace(mask, padded=None, lengths=None if mask.causal else mask.padded)
     return run(q, k, v, mask, pair_bias, scale)
 
 
@@ -64,7 +64,7 @@ def _row_by_row(
     for row, length in enumerate(mask.padded.tolist()):
         bias = None if pair_bias is None else pair_bias[row % len(pair_bias), None, :, :length, :length]
         own_q, own_k, own_v = (x[row : row + 1, :length] for x in (q, k, v))
-        out = run(own_q, own_k, own_v, Mask(causal=mask.causal), bias, scale)
+        out = run(own_q, own_k, own_v, replace(mask, padded=None), bias, scale)
         rows.append(functional.pad(out, (0, 0, 0, 0, 0, q.shape[1] - length)))
     return torch.cat(rows)
 
@@ -89,7 +89,7 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask, pair_bias: Tensor | None
     logits = (q * scale) @ k.transpose(-1, -2)
     if pair_bias is not None:
         logits = logits + pair_bias
-    seen = mask.dense(q.shape[2], k.shape[2], q.device)
+    seen = mask.dense(q.shape[2], k.shape[2], q.device, q.shape[1])
     if seen is not None:
         logits = logits.masked_fill_(~seen, -torch.inf)
     weights = torch.softmax(logits, dim=-1)  # sums in float32 whatever the dtype
@@ -102,11 +102,10 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, pair_bias: Tensor | None,
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     repeat = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(repeat, dim=1) if repeat > 1 else x for x in (k, v))
-    plain = mask.causal and mask.offsets is None and mask.lengths is None and pair_bias is None
-    if plain and q.shape[2] == k.shape[2]:
+    if mask.is_plain_causal and pair_bias is None and q.shape[2] == k.shape[2]:
         out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         return out.transpose(1, 2)
-    seen = mask.dense(q.shape[2], k.shape[2], q.device)
+    seen = mask.dense(q.shape[2], k.shape[2], q.device, q.shape[1])
     bias = seen
     if pair_bias is not None:
         bias = pair_bias.to(q.dtype)

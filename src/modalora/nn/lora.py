@@ -7,8 +7,11 @@ other: skipped, never multiplied by zero, so not even a NaN in an idle adapter r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,30 +23,58 @@ from modalora.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraConfig:
-    """Size of one adapter (names as in PEFT)."""
+    """Size of one adapter, and which Linears it changes (names and rules as in PEFT).
+
+    target_modules: ends of module names; empty: every routed Linear. rank_pattern, alpha_pattern: another r or
+    lora_alpha for modules whose name ends in what the key matches.
+    """
 
     r: int
     lora_alpha: float
     lora_dropout: float = 0.0
+    use_rslora: bool = False  # alpha / sqrt(r) instead of alpha / r (arXiv:2312.03732)
+    target_modules: tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.r < 1:
             raise ConfigError(f"r={self.r} must be at least 1; Phi-4-Multimodal uses 256 and 320")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout={self.lora_dropout} must lie in [0, 1); Phi-4-Multimodal uses 0 and 0.01")
+        for key in (*self.rank_pattern, *self.alpha_pattern):
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise ConfigError(f"the pattern {key!r} of an adapter is no regular expression: {error}") from None
 
     @property
     def scaling(self) -> float:
         """What B A x is multiplied by."""
-        return self.lora_alpha / self.r
+        return self.lora_alpha / (sqrt(self.r) if self.use_rslora else self.r)
+
+    def targets(self, name: str) -> bool:
+        """Tell whether the adapter changes the module of this name."""
+        return not self.target_modules or any(f".{name}".endswith(f".{end}") for end in self.target_modules)
+
+    def at(self, name: str) -> LoraConfig:
+        """Return the adapter's size in the module of this name."""
+        r = _pattern(self.rank_pattern, name, self.r)
+        alpha = _pattern(self.alpha_pattern, name, self.lora_alpha)
+        return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=self.lora_dropout, use_rslora=self.use_rslora)
+
+
+def _pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
 class RoutedLinear(nn.Module):
-    """A bias-free Linear with any number of named adapters."""
+    """A Linear with any number of named adapters; a route's adapter that it does not have changes nothing."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
         self.adapters: dict[str, LoraConfig] = {}
@@ -60,8 +91,10 @@ class RoutedLinear(nn.Module):
 
     def forward(self, x: Tensor, route: Route) -> Tensor:
         """x: (batch, time, in_features) -> (batch, time, out_features)."""
-        y = functional.linear(x, self.weight)
+        y = functional.linear(x, self.weight, self.bias)
         for name, rows in route.groups:
+            if name not in self.adapters:
+                continue
             config = self.adapters[name]
             index = None if rows is None else rows.to(x.device)
             own = x if index is None else x.index_select(0, index)

@@ -11,6 +11,27 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockSparse:
+    """Which blocks of keys a block of queries sees, another set for each head (Phi-3-small, arXiv:2404.14219, 2).
+
+    The last `local` blocks, and of the older ones every stride-th: head h sees key block k where k + h * step + 1 is a
+    multiple of stride. So any `stride` heads in a row see every block together.
+    """
+
+    block: int = 64  # tokens
+    local: int = 16  # blocks
+    stride: int = 8  # blocks
+
+    def seen(self, queries: Tensor, keys: Tensor, heads: int) -> Tensor:
+        """Return which keys are seen, (batch, heads, queries, keys), for positions (batch, queries) and (keys,)."""
+        step = max(1, self.stride // heads)
+        at, back = keys // self.block, queries[..., None] // self.block - keys // self.block
+        head = torch.arange(heads, device=keys.device)[:, None] * step
+        remote = (at + head + 1) % self.stride == 0
+        return (back < self.local)[:, None] | remote[None, :, None]
+
+
 @dataclass(frozen=True, slots=True)
 class Mask:
     """Structure of one attention call.
@@ -19,23 +40,40 @@ class Mask:
     offsets: (batch,) position of each row's first query; None: 0, as in a call without a cache.
     lengths: (batch,) keys that are real; None: all.
     padded: (batch,) where each row ends, its queries and keys alike; what comes out behind means nothing.
+    window: keys that a query sees, itself counted; None: all.
+    blocks: the blocks of keys that each head sees; None: all.
     """
 
     causal: bool = False
     offsets: Tensor | None = None
     lengths: Tensor | None = None
     padded: Tensor | None = None
+    window: int | None = None
+    blocks: BlockSparse | None = None
 
-    def dense(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
-        """Return the visible pairs as bool, (batch or 1, 1, queries, keys), or None when every pair is."""
+    @property
+    def is_plain_causal(self) -> bool:
+        """Whether nothing but causality restricts a call that has as many queries as keys."""
+        others = (self.offsets, self.lengths, self.padded, self.window, self.blocks)
+        return self.causal and all(one is None for one in others)
+
+    def dense(self, queries: int, keys: int, device: torch.device, heads: int = 1) -> Tensor | None:
+        """Return the visible pairs as bool, (batch or 1, 1 or heads, queries, keys), or None when every pair is."""
         seen: Tensor | None = None
         at = torch.arange(keys, device=device)
+        position = torch.arange(queries, device=device)[None]
+        if self.offsets is not None:
+            position = position + self.offsets[:, None]
         if self.causal:
-            position = torch.arange(queries, device=device)[None]
-            if self.offsets is not None:
-                position = position + self.offsets[:, None]
             seen = at[None, None] <= position[..., None]
+        if self.window is not None:
+            near = at[None, None] > position[..., None] - self.window
+            seen = near if seen is None else seen & near
         if self.lengths is not None:
             real = (at < self.lengths[:, None])[:, None]
             seen = real if seen is None else seen & real
-        return None if seen is None else seen[:, None]
+        seen = None if seen is None else seen[:, None]
+        if self.blocks is not None:
+            own = self.blocks.seen(position, at, heads)
+            seen = own if seen is None else seen & own
+        return seen

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log, sqrt
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,8 +28,7 @@ class Plain:
     def __post_init__(self) -> None:
         _check_base(self.theta, self.rotated, self.window)
 
-    @property
-    def attention_factor(self) -> float:
+    def attention_factor(self, *, long: bool = False) -> float:
         """What cos and sin are multiplied by."""
         return 1.0
 
@@ -39,7 +39,12 @@ class Plain:
 
     def frequencies(self, head_dim: int, *, long: bool = False) -> Tensor:
         """Return radians per token of each rotated pair, fastest first, (pairs,) float32."""
-        return _frequencies(self.theta, self.rotated, head_dim)
+        return 1.0 / _periods(self.theta, self.rotated, head_dim)
+
+
+# When the long table applies. reference: to rows longer than the original window, as transformers' Phi3 has it; long,
+# short: always or never, as engines do that fix the table when they start.
+Regime = Literal["reference", "long", "short"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +60,8 @@ class LongRope:
     rotated: float = 1.0
     window: int = 131_072
     original_window: int = 4096
+    mscale: tuple[float, float] | None = None  # attention factors, short and long, where a model has its own
+    regime: Regime = "reference"
 
     def __post_init__(self) -> None:
         _check_base(self.theta, self.rotated, self.window)
@@ -68,30 +75,31 @@ class LongRope:
         if not 1 < self.original_window <= self.window:
             raise ConfigError(f"original_window={self.original_window} must lie in (1, window={self.window}]")
 
-    @property
-    def attention_factor(self) -> float:
-        """sqrt(1 + ln(s) / ln(original window)), s = window / original window, in both regimes."""
+    def attention_factor(self, *, long: bool = False) -> float:
+        """sqrt(1 + ln(s) / ln(original window)), s = window / original window, for the short table as well."""
+        if self.mscale is not None:
+            return self.mscale[long]
         stretch = self.window / self.original_window
         return sqrt(1 + log(stretch) / log(self.original_window))
 
     @property
     def switch(self) -> int | None:
-        """Length in tokens beyond which the long table applies to every position of a row."""
-        return self.original_window
+        """Length in tokens beyond which the long table applies to every position of a row; None: never."""
+        return {"reference": self.original_window, "long": 0, "short": None}[self.regime]
 
     def frequencies(self, head_dim: int, *, long: bool = False) -> Tensor:
         """Return radians per token of each rotated pair, fastest first, (pairs,) float32.
 
         Raises ShapeError when the factor lists do not have one entry per rotated pair.
         """
-        base = _frequencies(self.theta, self.rotated, head_dim)
+        base = _periods(self.theta, self.rotated, head_dim)
         factors = self.long_factor if long else self.short_factor
         if len(factors) != len(base):
             raise ShapeError(
                 f"{len(factors)} rope factors for {len(base)} rotated pairs (head_dim={head_dim}, rotated="
                 f"{self.rotated}); give one factor per pair"
             )
-        return base / torch.tensor(factors, dtype=torch.float32)
+        return 1.0 / (torch.tensor(factors, dtype=torch.float32) * base)
 
 
 Rope = Plain | LongRope
@@ -99,13 +107,13 @@ Rope = Plain | LongRope
 
 def rotation(rope: Rope, head_dim: int, positions: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:
     """Return cos and sin, each (batch, time, pairs) float32, for positions (batch, time) and long (batch,) bool."""
-    short_table = rope.frequencies(head_dim).to(positions.device)
-    table = short_table
+    table, factor = rope.frequencies(head_dim).to(positions.device), torch.tensor(rope.attention_factor())
     if rope.switch is not None and bool(long.any()):
-        long_table = rope.frequencies(head_dim, long=True).to(positions.device)
-        table = torch.where(long[:, None, None], long_table, short_table)
+        rows = long[:, None, None]
+        table = torch.where(rows, rope.frequencies(head_dim, long=True).to(positions.device), table)
+        factor = torch.where(rows, rope.attention_factor(long=True), rope.attention_factor())
     angles = positions[..., None].float() * table
-    return angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
+    return angles.cos() * factor.to(angles), angles.sin() * factor.to(angles)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -125,11 +133,12 @@ def is_long(rope: Rope, lengths: Sequence[int]) -> list[bool]:
     return [rope.switch is not None and length > rope.switch for length in lengths]
 
 
-def _frequencies(theta: float, rotated: float, head_dim: int) -> Tensor:
+def _periods(theta: float, rotated: float, head_dim: int) -> Tensor:
+    """Tokens per radian of each pair: factors are multiplied before the one division, as published, to the last bit."""
     turning = head_dim * rotated
     if turning % 2:
         raise ShapeError(f"head_dim={head_dim} x rotated={rotated} is {turning}; it must be an even whole number")
-    return 1.0 / theta ** (torch.arange(0, int(turning), 2, dtype=torch.float32) / int(turning))
+    return theta ** (torch.arange(0, int(turning), 2, dtype=torch.float32) / int(turning))
 
 
 def _check_base(theta: float, rotated: float, window: int) -> None:

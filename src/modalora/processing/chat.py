@@ -1,22 +1,45 @@
-"""Phi's chat format: messages to pieces of text, control tokens and media, in reading order.
+"""Phi's chat formats: messages to pieces of text, control tokens and media, in reading order.
 
-<|role|>content<|end|> for every message, no spaces or newlines between; tools stand inside the system message.
-Source: model card of Phi-4-multimodal-instruct; see docs/papers.md.
+<|role|>content<|end|> for every message, tools inside the system message. Phi-4 has nothing between, Phi-3 newlines.
+Templates that come with a model are never run: a format is code here, or not read.
+Source: model cards of Phi-4-multimodal-instruct and Phi-3-mini-4k-instruct; see docs/papers.md.
 """
 
 from __future__ import annotations
 
 import base64
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from modalora.contracts import Message
 from modalora.errors import PromptError
-from modalora.processing.tokenizer import ASSISTANT, END, PLACEHOLDERS
+from modalora.processing.tokenizer import ASSISTANT, END, END_OF_TEXT, PLACEHOLDERS
 
 ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatFormat:
+    """How messages are joined.
+
+    begin: a control token before everything. default_system: system text where the messages have none.
+    """
+
+    after_role: str = ""
+    after_end: str = ""
+    begin: str | None = None
+    default_system: str | None = None
+
+
+FORMATS = {
+    "phi4": ChatFormat(),
+    "phi3": ChatFormat(after_role="\n", after_end="\n"),
+    "phi3-small": ChatFormat(after_role="\n", after_end="\n", begin=END_OF_TEXT),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +51,16 @@ class Piece:
     trained: bool = False  # the assistant's own words, which a training loss counts
 
 
-def render(messages: Sequence[Message], *, answer: bool = True) -> list[Piece]:
+def render(messages: Sequence[Message], *, answer: bool = True, chat: ChatFormat = FORMATS["phi4"]) -> list[Piece]:
     """Return the pieces of a conversation; answer appends the tag after which the assistant speaks.
 
     Raises PromptError for an unknown role or part, naming the message.
     """
     if isinstance(messages, Mapping) or not isinstance(messages, Sequence) or not messages:
         raise PromptError(f"messages must be a non-empty list of {{'role', 'content'}}; got {messages!r:.80}")
-    pieces: list[Piece] = []
+    pieces = [Piece("control", chat.begin)] if chat.begin else []
+    if chat.default_system and not any(isinstance(one, Mapping) and one.get("role") == "system" for one in messages):
+        messages = [{"role": "system", "content": chat.default_system}, *messages]
     for number, message in enumerate(messages, start=1):
         where = f"message {number}"
         if not isinstance(message, Mapping) or "role" not in message:
@@ -44,16 +69,57 @@ def render(messages: Sequence[Message], *, answer: bool = True) -> list[Piece]:
         if role not in ROLES:
             raise PromptError(f"{where} has role {role!r}; use one of {', '.join(ROLES)}")
         trained = role == "assistant" and bool(message.get("loss", True))
-        pieces.append(Piece("control", f"<|{role}|>"))
+        pieces += [Piece("control", f"<|{role}|>"), Piece("text", chat.after_role, trained)]
         pieces.extend(_content(message.get("content"), where, trained))
         if role == "system" and message.get("tools"):
             tools = message["tools"]
             text = tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)
             pieces += [Piece("control", "<|tool|>"), Piece("text", text), Piece("control", "<|/tool|>")]
-        pieces.append(Piece("control", END, trained))
+        pieces += [Piece("control", END, trained), Piece("text", chat.after_end)]
     if answer:
-        pieces.append(Piece("control", ASSISTANT))
-    return pieces
+        pieces += [Piece("control", ASSISTANT), Piece("text", chat.after_role)]
+    return _joined(pieces)
+
+
+_MARKS = re.compile(r"(<\|[\w/]+\|>)")
+
+
+def render_raw(prompt: str, media: Mapping[str, Sequence[Any]], known: Collection[str]) -> list[Piece]:
+    """Return the pieces of a prompt that is already in its model's format: here text does become control tokens.
+
+    media: payloads by modality, used in reading order at <|image_N|> and <|audio_N|>. known: the control tokens there
+    are; any other mark stays text. Raises PromptError when tags and media differ in number.
+    """
+    waiting = {kind: iter(media.get(kind, ())) for kind in PLACEHOLDERS}
+    counts = dict.fromkeys(PLACEHOLDERS, 0)
+    pieces: list[Piece] = []
+    for part in _MARKS.split(prompt):
+        kind = part[2:].partition("_")[0]
+        if kind in PLACEHOLDERS and re.fullmatch(rf"<\|{kind}_\d+\|>", part):
+            counts[kind] += 1
+            pieces += [Piece(kind, payload) for payload in itertools.islice(waiting[kind], 1)]
+        elif part:
+            pieces.append(Piece("control" if part in known else "text", part))
+    for kind, count in counts.items():
+        if count != len(media.get(kind, ())):
+            raise PromptError(
+                f"the raw prompt has {count} <|{kind}_N|> tags and {len(media.get(kind, ()))} {kind}(s) were given; "
+                "give as many as there are tags"
+            )
+    return _joined(pieces)
+
+
+def _joined(pieces: Sequence[Piece]) -> list[Piece]:
+    """Join neighbouring text that a loss treats alike, as one stretch is tokenised otherwise than two."""
+    joined: list[Piece] = []
+    for piece in pieces:
+        if piece.kind != "text":
+            joined.append(piece)
+        elif joined and joined[-1].kind == "text" and joined[-1].trained == piece.trained:
+            joined[-1] = Piece("text", joined[-1].value + piece.value, piece.trained)
+        elif piece.value:
+            joined.append(piece)
+    return joined
 
 
 def as_text(pieces: Sequence[Piece]) -> str:

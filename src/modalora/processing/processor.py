@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,9 +12,11 @@ from torch import Tensor
 from modalora.contracts import IGNORED, Batch, Media, Message, Route, Rule, subsampled
 from modalora.errors import PromptError
 from modalora.processing.audio import AudioConfig, log_mel, open_audio
-from modalora.processing.chat import as_text, render
+from modalora.processing.chat import FORMATS, ChatFormat, Piece, as_text, render, render_raw
 from modalora.processing.image import ImageConfig, image_features, open_image
 from modalora.processing.tokenizer import PLACEHOLDERS, TextTokenizer
+
+Compat = Literal["official"] | None
 
 
 @dataclass
@@ -34,6 +36,8 @@ class Processor:
 
     image, audio: limits and sizes of the media that the model takes; None: it takes none of that kind.
     window: tokens that the model may read in one row. router: (modalities, requested route) -> Rule.
+    chat: how messages are joined. compat: "official" routes a whole batch by all the media in it, as the released code
+    of Phi-4-Multimodal does; None routes every row by its own.
     """
 
     def __init__(
@@ -44,8 +48,11 @@ class Processor:
         audio: AudioConfig | None,
         window: int,
         router: Callable[[Collection[str], str], Rule],
+        chat: ChatFormat = FORMATS["phi4"],
+        compat: Compat = None,
     ) -> None:
         self.tokenizer, self.image, self.audio, self.window, self.router = tokenizer, image, audio, window, router
+        self.chat, self.compat = chat, compat
 
     def __call__(self, conversations: Sequence[Sequence[Message]], *, route: str = "auto") -> Batch:
         """Return the batch from which the assistant goes on, one row per conversation.
@@ -58,9 +65,16 @@ class Processor:
 
     def row(self, messages: Sequence[Message], *, answer: bool = True) -> Row:
         """Return one conversation as tokens."""
+        return self._row(render(messages, answer=answer, chat=self.chat))
+
+    def raw_row(self, prompt: str, media: Mapping[str, Sequence[Any]]) -> Row:
+        """Return a prompt that is already in the model's format, control tokens and all, as tokens."""
+        return self._row(render_raw(prompt, media, self.tokenizer.controls))
+
+    def _row(self, pieces: Sequence[Piece]) -> Row:
         row = Row()
-        pieces = render(messages, answer=answer)
-        for piece in pieces:
+        names = [PLACEHOLDERS.get(piece.kind, piece.value if piece.kind == "control" else None) for piece in pieces]
+        for piece, after, before in zip(pieces, [None, *names[:-1]], [*names[1:], None], strict=True):
             if piece.kind in PLACEHOLDERS:
                 features, tokens = self._features(piece.kind, piece.value)
                 row.media.append((piece.kind, features, len(row.ids), tokens))
@@ -68,7 +82,7 @@ class Processor:
             elif piece.kind == "control":
                 ids = [self.tokenizer.control(piece.value)]
             else:
-                ids = self.tokenizer.encode(piece.value)
+                ids = self.tokenizer.encode(piece.value, after=after, before=before)
             row.ids += ids
             row.labels += ids if piece.trained else [IGNORED] * len(ids)
         row.text = as_text(pieces)
@@ -100,11 +114,12 @@ class Processor:
         labels = torch.full((len(rows), time), IGNORED) if labelled else None
         media: list[Media] = []
         adapters: list[str | None] = []
+        everywhere = _modalities(rows)
         for number, row in enumerate(rows):
             ids[number, : len(row.ids)] = torch.tensor(row.ids)
             if labels is not None:
                 labels[number, : len(row.ids)] = torch.tensor(row.labels)
-            rule = self.router({modality for modality, *_ in row.media}, route)
+            rule = self.router(everywhere if self.compat == "official" else _modalities([row]), route)
             adapters.append(rule.adapter)
             media += [
                 Media(modality, features, number, start, tokens, rule.branches[modality])
@@ -118,3 +133,7 @@ class Processor:
             labels=labels,
             texts=tuple(row.text for row in rows),
         )
+
+
+def _modalities(rows: Sequence[Row]) -> set[str]:
+    return {modality for row in rows for modality, *_ in row.media}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -57,9 +58,20 @@ class TextTokenizer:
         """definition: the text of a tokenizer.json."""
         fields = json.loads(definition)
         self._full = Tokenizer.from_str(definition)
-        self._control = {token["content"]: int(token["id"]) for token in fields["added_tokens"]}
+        self._full.no_truncation()
+        self._full.no_padding()
+        added = fields["added_tokens"]
+        self._control = {token["content"]: int(token["id"]) for token in added}
+        self._eats_left = {token["content"] for token in added if token.get("lstrip")}
+        self._eats_right = {token["content"] for token in added if token.get("rstrip")}
         # Encoding runs on a copy without added tokens: nothing in the text can match one.
-        self._plain = Tokenizer.from_str(json.dumps({**fields, "added_tokens": [], "post_processor": None}))
+        off: dict[str, Any] = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+        self._plain = self._later = Tokenizer.from_str(json.dumps({**fields, **off}))
+        split = fields.get("pre_tokenizer") or {}
+        if split.get("type") == "Metaspace" and split.get("prepend_scheme") == "first":
+            # SentencePiece puts a space before the first word of a prompt, not after a control token
+            later = {**fields, **off, "pre_tokenizer": {**split, "prepend_scheme": "never"}}
+            self._later = Tokenizer.from_str(json.dumps(later))
         self.definition = definition
 
     @classmethod
@@ -98,13 +110,17 @@ class TextTokenizer:
         """Number of ids, control tokens included."""
         return int(self._full.get_vocab_size())
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, after: str | None = None, before: str | None = None) -> list[int]:
         """Return the ids of the text, which is never read as a control token.
 
+        after, before: the control tokens around it; some take the white space beside them.
         Raises PromptError for text that is no Unicode: a lone surrogate, as Python makes of undecodable bytes.
         """
+        text = text.lstrip() if after in self._eats_right else text
+        text = text.rstrip() if before in self._eats_left else text
+        plain = self._plain if after is None else self._later
         try:
-            ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+            ids: list[int] = plain.encode(text, add_special_tokens=False).ids
         except TypeError:
             raise PromptError(f"the text {text!r:.60} is not valid Unicode; give text that encodes as UTF-8") from None
         return ids
@@ -118,6 +134,20 @@ class TextTokenizer:
         if token not in self._control:
             raise PromptError(f"this tokenizer has no control token {token!r}; it has {', '.join(self._control)}")
         return self._control[token]
+
+    def has_control(self, token: str) -> bool:
+        """Tell whether there is a control token of this name."""
+        return token in self._control
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end an answer."""
+        return frozenset(self._control[token] for token in (END, END_OF_TEXT) if token in self._control)
+
+    @property
+    def controls(self) -> frozenset[str]:
+        """Names of the control tokens."""
+        return frozenset(self._control)
 
     @property
     def control_ids(self) -> frozenset[int]:

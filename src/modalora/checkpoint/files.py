@@ -1,0 +1,292 @@
+"""Files of a model folder: JSON, manifests and safetensors, checked before they are believed.
+
+A folder is written whole or not at all. Nothing is read that lies outside it (a Hugging Face cache, whose snapshots are
+links into its blobs, is one folder), no pickle is opened, and headers are checked before a tensor is made of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from modalora.errors import CheckpointError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+HEADER_BYTES, MOST_TENSORS, MOST_JSON_BYTES = 4_000_000, 20_000, 64_000_000
+_BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
+    "U16": 16, "U8": 8, "BOOL": 8,
+}  # fmt: skip
+_NAME = re.compile(r"[\w./-]{1,250}", re.ASCII)
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of a file named by another file. Raises CheckpointError when it leads out of the folder."""
+    path = folder / name
+    root = folder.resolve()
+    roots = [root]
+    if root.parent.name == "snapshots":  # a Hugging Face cache keeps the files beside, under their hashes
+        roots.append(root.parent.parent / "blobs")
+    if "\0" in name or not any(path.resolve().is_relative_to(one) for one in roots):
+        raise CheckpointError(f"{folder} names the file {name!r}, which lies outside the folder; it was not opened")
+    return path
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None], *, replace: bool = False, manifest: bool = True) -> None:
+    """Create `folder` from what `fill` writes into a draft beside it, then rename: a reader sees all of it or none.
+
+    manifest: list every file with its SHA-256. Raises CheckpointError when the folder exists and replace is False.
+    """
+    if folder.exists() and not replace:
+        raise CheckpointError(f"{folder} exists; give a new folder, nothing was written")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    try:
+        fill(draft)
+        if manifest:
+            files = {
+                path.relative_to(draft).as_posix(): {"bytes": path.stat().st_size, "sha256": digest(path)}
+                for path in sorted(draft.rglob("*"))
+                if path.is_file()
+            }
+            write_json(draft / MANIFEST, {"format": FORMAT, "files": files})
+        for path in draft.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+            folder.rename(old)
+            draft.rename(folder)
+            shutil.rmtree(old)
+        else:
+            draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def check_manifest(folder: Path, needed: Sequence[str] = ()) -> None:
+    """Compare every file that the manifest lists with it; the needed ones must be listed.
+
+    Raises CheckpointError naming each file that is missing, altered, unlisted or outside the folder.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; give a model folder or the name of a bundled model")
+    manifest = read_json(folder / MANIFEST)
+    files: Any = manifest.get("files")
+    listed = isinstance(files, dict) and all(isinstance(told, dict) for told in files.values())
+    if manifest.get("format") != FORMAT or not listed:
+        raise CheckpointError(f"{folder / MANIFEST} is not a manifest of format {FORMAT}")
+    wrong = [f"{name} is not in the manifest" for name in needed if name not in files]
+    for name, told in files.items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            wrong.append(f"{name} lies outside the folder")
+        elif not path.is_file():
+            wrong.append(f"{name} is missing")
+        elif path.stat().st_size != told.get("bytes"):
+            wrong.append(f"{name} has {path.stat().st_size} bytes, the manifest says {told.get('bytes')}")
+        elif digest(path) != told.get("sha256"):
+            wrong.append(f"{name} was altered: its SHA-256 is not the manifest's")
+    if wrong:
+        raise CheckpointError(f"{folder} fails its manifest: {'; '.join(wrong)}; copy the folder again from its source")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a header tells of a tensor."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Weights:
+    """The tensors of a folder, in one safetensors file or in shards with an index, memory-mapped.
+
+    entries: what the headers tell, by stored name. `get` gives a view of the file: pages are read when they are used.
+    """
+
+    def __init__(self, folder: Path, stem: str = "model") -> None:
+        """Read the headers. Raises CheckpointError when a file is missing, no safetensors, or breaks a rule."""
+        self.folder = folder
+        single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+        self.entries: dict[str, Entry] = {}
+        self._open: dict[Path, Any] = {}
+        if (folder / single).exists() or (folder / single).is_symlink():
+            self.entries = _read_header(inside(folder, single))
+            return
+        if not (folder / index).exists():
+            pickles = sorted(path.name for kind in _PICKLES for path in folder.glob(kind))
+            had = f"; {pickles[0]} is a pickle, which can run code and is never opened" if pickles else ""
+            raise CheckpointError(f"{folder} has neither {single} nor {index}{had}; save the model as safetensors")
+        listed = read_json(inside(folder, index)).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+            raise CheckpointError(f"{folder / index} has no weight_map of tensor names to file names")
+        for name in dict.fromkeys(listed.values()):
+            found = _read_header(inside(folder, name))
+            if twice := sorted(set(found) & set(self.entries)):
+                raise CheckpointError(
+                    f"{folder}: {twice[0]} stands in {name} and in {self.entries[twice[0]].file.name}"
+                )
+            self.entries |= found
+        wrong = [
+            name
+            for name, file in listed.items()
+            if name not in self.entries or self.entries[name].file.name != Path(file).name
+        ]
+        wrong += [name for name in self.entries if name not in listed]
+        if wrong:
+            raise CheckpointError(
+                f"{folder / index} and the shards differ on {len(wrong)} tensors, among them {wrong[0]}; "
+                "copy the folder again from its source"
+            )
+
+    def get(self, name: str) -> Tensor:
+        """Return a stored tensor on the CPU. Raises KeyError for an unknown name."""
+        path = self.entries[name].file
+        if path not in self._open:
+            try:
+                self._open[path] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
+        tensor: Tensor = self._open[path].get_tensor(name)
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        """Size of the files."""
+        return sum(path.stat().st_size for path in {entry.file for entry in self.entries.values()})
+
+
+def _read_header(path: Path) -> dict[str, Entry]:
+    """Return a file's tensors, refusing what no writer of safetensors makes."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+            if not 2 <= length <= min(HEADER_BYTES, size - 8):
+                raise CheckpointError(
+                    f"{path} is not a readable safetensors file: it has {size:,} bytes and a header of {length:,}, and "
+                    f"at most {HEADER_BYTES:,} are read; it is cut short, or no safetensors"
+                )
+            fields = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_once)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror}; copy the folder again from its source"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: header: {error!s:.120}") from None
+    if not isinstance(fields, dict) or len(fields) > MOST_TENSORS:
+        raise CheckpointError(f"{path}: its header must be an object of at most {MOST_TENSORS:,} tensors")
+    fields.pop("__metadata__", None)
+    spans: list[tuple[int, int]] = []
+    entries: dict[str, Entry] = {}
+    for name, told in fields.items():
+        try:
+            dtype, shape, (begin, end) = told["dtype"], tuple(told["shape"]), told["data_offsets"]
+            sound = all(type(n) is int and 0 <= n < 2**31 for n in shape) and type(begin) is type(end) is int
+            count = 1
+            for n in shape:
+                count *= n
+            sound = sound and len(shape) <= 8 and bool(_NAME.fullmatch(name)) and count < 2**48
+            sound = sound and 0 <= begin <= end and (end - begin) * 8 == count * _BITS[dtype]
+        except (KeyError, TypeError, ValueError):
+            sound = False
+        if not sound:
+            raise CheckpointError(f"{path}: the header's entry {name!r:.80} is no tensor: {told!r:.120}")
+        spans.append((begin, end))
+        entries[name] = Entry(path, dtype, shape)
+    at = 0
+    for begin, end in sorted(spans):
+        if begin != at:
+            raise CheckpointError(f"{path}: its tensors overlap or leave a gap at byte {min(begin, at):,}")
+        at = end
+    if at != size - 8 - length:
+        raise CheckpointError(
+            f"{path} has {size:,} bytes and its header promises {at + 8 + length:,}; it is cut short or was altered"
+        )
+    return entries
+
+
+def write_tensors(
+    folder: Path, tensors: Iterator[tuple[str, Tensor]], *, shard_bytes: int, stem: str = "model"
+) -> None:
+    """Write tensors as one file, or as shards of at most `shard_bytes` (a larger tensor alone) with an index."""
+    shards: list[Path] = []
+    where: dict[str, int] = {}
+    held: dict[str, Tensor] = {}
+    total = used = 0
+
+    def flush() -> None:
+        nonlocal used
+        shards.append(folder / f"{stem}-{len(shards) + 1:05d}.safetensors")
+        save_file(held, shards[-1], metadata={"format": "pt"})
+        held.clear()
+        used = 0
+
+    for name, tensor in tensors:
+        if held and used + tensor.nbytes > shard_bytes:
+            flush()
+        held[name], where[name] = tensor.contiguous(), len(shards)
+        used, total = used + tensor.nbytes, total + tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        shards[0].rename(folder / f"{stem}.safetensors")
+        return
+    names = [f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    for path, name in zip(shards, names, strict=True):
+        path.rename(folder / name)
+    index = {"metadata": {"total_size": total}, "weight_map": {name: names[place] for name, place in where.items()}}
+    write_json(folder / f"{stem}.safetensors.index.json", index)
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; a key given twice is refused."""
+    try:
+        if path.stat().st_size > MOST_JSON_BYTES:
+            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; at most {MOST_JSON_BYTES:,} are read")
+        fields = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; a model folder needs it") from None
+    except (ValueError, RecursionError, IsADirectoryError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path} must hold a JSON object; it holds {type(fields).__name__}")
+    return fields
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in an object")
+    return fields
+
+
+def write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    """Write a JSON object, two spaces deep."""
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
