@@ -9,20 +9,39 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import ceil
+from math import ceil, isfinite
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from modalora.errors import RouteError
 
 IGNORED = -100  # label of a token that is not trained on, as torch's cross_entropy has it
 
 Message = Mapping[str, Any]  # {"role": "user", "content": text or a list of parts}, as OpenAI and transformers have it
 
 
+def terms(adapter: str) -> tuple[tuple[str, float], ...]:
+    """Return the names and weights of an adapter sum: "vision+mine@0.7" is vision once and 0.7 of mine.
+
+    Raises RouteError for what is no such sum.
+    """
+    found: list[tuple[str, float]] = []
+    for part in adapter.split("+"):
+        name, _, weight = part.partition("@")
+        try:
+            found.append((name, float(weight) if _ else 1.0))
+        except ValueError:
+            found.append(("", 0.0))
+    if not all(name and isfinite(weight) for name, weight in found) or len({name for name, _ in found}) < len(found):
+        raise RouteError(f"{adapter!r} is no sum of adapters; write names with + between and weights behind @: a+b@0.7")
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class Route:
-    """Which LoRA adapter each row uses: one name, or None for the frozen decoder alone.
+    """Which LoRA adapter each row uses: one name, a sum of several (`terms`), or None for the frozen decoder alone.
 
     A routed Linear computes an adapter for the rows that name it and for no other row.
     """
@@ -30,13 +49,14 @@ class Route:
     adapters: tuple[str | None, ...]
 
     @cached_property
-    def groups(self) -> tuple[tuple[str, Tensor | None], ...]:
-        """(adapter, its row indices) for each adapter in use; the indices are None when every row uses it."""
-        names = dict.fromkeys(name for name in self.adapters if name is not None)
-        found: list[tuple[str, Tensor | None]] = []
-        for name in names:
-            rows = [row for row, used in enumerate(self.adapters) if used == name]
-            found.append((name, None if len(rows) == len(self.adapters) else torch.tensor(rows)))
+    def groups(self) -> tuple[tuple[str, float, Tensor | None], ...]:
+        """(adapter, weight, row indices) for each adapter in use; the indices are None when every row uses it."""
+        used = dict.fromkeys(name for name in self.adapters if name is not None)
+        found: list[tuple[str, float, Tensor | None]] = []
+        for name in used:
+            rows = [row for row, own in enumerate(self.adapters) if own == name]
+            index = None if len(rows) == len(self.adapters) else torch.tensor(rows)
+            found += [(one, weight, index) for one, weight in terms(name)]
         return tuple(found)
 
     def select(self, rows: Sequence[int]) -> Route:

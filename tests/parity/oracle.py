@@ -1,8 +1,8 @@
 """The independent reference: transformers' Phi-3 and Phi-4-Multimodal with PEFT, around its listed defects.
 
-transformers 5.23 runs its vision tower causally under SDPA when a mask is full (so: eager), does not mask padded sound
-(so: one sound at a time) and does not route (so: the adapter is set by hand). Weights are random at unit scale: a slip of
-1e-3 anywhere then shows in the logits.
+transformers 5.23 runs its vision tower causally under SDPA when a mask is full (so: eager), does not mask padded
+sound (so: one sound at a time) and does not route (so: the adapter is set by hand). Weights are random at unit scale: a
+slip of 1e-3 anywhere then shows in the logits.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def multimodal_config(rng: Any, words: TextTokenizer, **fixed: Any) -> Phi4Multi
     text = text_config(rng).to_dict()
     keep = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-        "rms_norm_eps max_position_embeddings original_max_position_embeddings rope_parameters tie_word_embeddings sliding_window "
-        "pad_token_id bos_token_id eos_token_id"
+        "rms_norm_eps max_position_embeddings original_max_position_embeddings rope_parameters tie_word_embeddings "
+        "sliding_window pad_token_id bos_token_id eos_token_id"
     ).split()
     crop = int(rng.choice([56, 112]))
     sound = 8 * int(rng.choice([4, 6]))

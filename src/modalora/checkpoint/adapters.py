@@ -6,9 +6,11 @@ the numbers in another way (DoRA, biases, saved modules) is refused by name.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,16 @@ from torch import nn
 
 from modalora.checkpoint.files import Weights, inside, read_json, write_folder, write_json
 from modalora.config import parse
+from modalora.contracts import Batch, Route, terms
 from modalora.errors import CheckpointError, ConfigError
 from modalora.models.multimodal import Multimodal
 from modalora.nn.lora import LoraConfig, RoutedLinear
+from modalora.nn.rope import Plain
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NATIVE_FOLDERS = ("vision", "speech")  # NAME-lora beside the weights of transformers' Phi-4-Multimodal
 _LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+_BASE = "modalora.base"  # metadata of the weights: the fingerprint of the model they were trained on
 _NAME = re.compile(r"[A-Za-z0-9][\w-]*", re.ASCII)
 # Published adapters differ in the prefix and in whether the adapter's name stands inside the key.
 _KEY = re.compile(
@@ -50,18 +55,35 @@ _REFUSED = {
 class Verdict:
     """What loading an adapter found.
 
-    consumed: tensors used. zero: Linears whose B is zero, which change nothing. base: the name of the model that it was
-    trained on, as its config has it.
+    consumed: tensors used; none is missing or left over, or loading would have failed. linears: how many of the
+    decoder's Linears it changes, of how many. zero: those among them whose B is zero. base: the name of the model that
+    it was trained on, as its config has it. fingerprint: of this model; matched: whether the adapter has the same one.
+    logit_change: largest change of a logit on a fixed probe of 16 tokens.
     """
 
     consumed: int
-    linears: int
+    linears: tuple[int, int]
     zero: tuple[str, ...]
     base: str | None
+    fingerprint: str
+    matched: bool | None
+    logit_change: float
+
+
+def fingerprint(model: Multimodal) -> str:
+    """Return 16 hexadecimal digits that tell decoders apart: of sizes, norms and a few rows of each matrix."""
+    found = hashlib.sha256(repr(replace(model.config.decoder, rope=Plain())).encode())
+    some = {f"{place}.weight": linear.some_rows() for place, linear in model.decoder.routed().items()}
+    for name, tensor in sorted(model.decoder.named_parameters()):
+        if "lora_" not in name:
+            rows = some.get(name, tensor if tensor.ndim == 1 else tensor[:: max(1, len(tensor) // 4)][:4])
+            found.update(rows.detach().float().cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def save_adapter(model: Multimodal, name: str, folder: Path) -> None:
     """Write one adapter as a new PEFT folder, which PEFT loads on transformers' Phi-3."""
+    _needs_plain(model)
     held = _held(model, name)
     config = model.config.adapters[name]
     tensors = {
@@ -91,7 +113,7 @@ def save_adapter(model: Multimodal, name: str, folder: Path) -> None:
 
     def fill(draft: Path) -> None:
         write_json(draft / CONFIG, fields)
-        save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, draft / WEIGHTS, metadata={"format": "pt", _BASE: fingerprint(model)})
 
     write_folder(folder, fill, manifest=False)
 
@@ -102,10 +124,7 @@ def load_adapter(model: Multimodal, folder: Path, name: str) -> Verdict:
     Raises CheckpointError when the name is taken, the folder is not LoRA for this decoder, tensors are missing, unknown
     or of another shape, or the whole adapter changes nothing; the model is then as before.
     """
-    if name in model.config.adapters or name in ("auto", "none"):
-        raise CheckpointError(f"the adapter name {name!r} is taken; choose another")
-    if not _NAME.fullmatch(name) or hasattr(nn.ParameterDict(), name):
-        raise CheckpointError(f"{name!r} cannot name an adapter; use letters, digits, - and _, such as 'my-style'")
+    _check_name(model, name)
     path = inside(folder, CONFIG)
     fields = read_json(path)
     linears = model.decoder.routed()
@@ -137,6 +156,13 @@ def load_adapter(model: Multimodal, folder: Path, name: str) -> Verdict:
                 f"{[r, columns] if side == 'A' else [rows, r]}: it was trained on another base model"
                 f"{_base(fields)}, or its rank is not the config's"
             )
+    own = fingerprint(model)
+    told = weights.metadata.get(_BASE)
+    if told not in (None, own):
+        raise CheckpointError(
+            f"{folder} was trained on another base model: its base has the fingerprint {told}, this one {own}"
+            f"{_base(fields)}; load it on the model that it was trained on"
+        )
     tensors = {at: weights.get(stored) for at, stored in given.items()}
     zero = tuple(sorted(place for (place, side), tensor in tensors.items() if side == "B" and not tensor.any()))
     if len(zero) == len(found):
@@ -151,7 +177,112 @@ def load_adapter(model: Multimodal, folder: Path, name: str) -> Verdict:
             for side, held in (("A", linear.lora_A), ("B", linear.lora_B)):
                 held[name] = nn.Parameter(tensors[place, side].to(linear.weight))  # in the dtype that the model runs in
     model.config = replace(model.config, adapters={**model.config.adapters, name: config})
-    return Verdict(len(tensors), len(linears), zero, fields.get("base_model_name_or_path"))
+    return Verdict(
+        consumed=len(tensors),
+        linears=(len(found), len(linears)),
+        zero=zero,
+        base=fields.get("base_model_name_or_path") or None,
+        fingerprint=own,
+        matched=None if told is None else True,
+        logit_change=logit_change(model, name),
+    )
+
+
+@torch.inference_mode()
+def logit_change(model: Multimodal, route: str) -> float:
+    """Return the largest change of a logit that a route makes on a fixed probe of 16 tokens."""
+    ids = torch.arange(16, device=model.decoder.embed_tokens.weight.device)[None] % model.config.decoder.vocab_size
+    lengths = torch.tensor([16], device=ids.device)
+    plain, changed = (model(Batch(ids, lengths, Route((name,)))).float() for name in (None, route))
+    return float((changed - plain).abs().nan_to_num(torch.inf).max())
+
+
+def compose(model: Multimodal, route: str, name: str) -> LoraConfig:
+    """Add one adapter that is the weighted sum of several, exactly: their ranks side by side.
+
+    route: "vision+mine@0.7". Raises RouteError for what is no sum of this model's adapters, CheckpointError for a name
+    that is taken.
+    """
+    parts = terms(route)
+    _needs_plain(model)
+    held = {one: _held(model, one) for one, _ in parts}
+    _check_name(model, name)
+    ranks = {one: max(linear.adapters[one].r for linear in linears.values()) for one, linears in held.items()}
+    r = sum(ranks.values())
+    places = [place for place in model.decoder.routed() if any(place in linears for linears in held.values())]
+    config = LoraConfig(r=r, lora_alpha=r, target_modules=_shortest(places, model.decoder.routed()))
+    model.decoder.add_adapter(name, config)
+    with torch.no_grad():
+        for place in places:
+            linear = model.decoder.get_submodule(place)
+            assert isinstance(linear, RoutedLinear)
+            down, up = torch.zeros_like(linear.lora_A[name]), torch.zeros_like(linear.lora_B[name])
+            at = 0
+            for one, weight in parts:
+                if one in linear.adapters:
+                    rows = slice(at, at + linear.adapters[one].r)
+                    down[rows] = linear.lora_A[one]
+                    up[:, rows] = linear.lora_B[one] * (weight * linear.adapters[one].scaling)
+                at += ranks[one]
+            linear.lora_A[name].copy_(down)
+            linear.lora_B[name].copy_(up)
+    model.config = replace(model.config, adapters={**model.config.adapters, name: config})
+    return config
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge did. error: rounding of the merged weights over the change that they should have made (rms)."""
+
+    linears: int
+    error: float
+    worst: str
+    worst_error: float
+
+
+@torch.no_grad()
+def merge(model: Multimodal, route: str) -> Merged:
+    """Add a sum of adapters to the decoder's own weights, in float32 and rounded once, and remove every adapter.
+
+    The others go because they were trained on the decoder as it was. Text then changes too: nothing is routed any more.
+    """
+    parts = terms(route)
+    _needs_plain(model)
+    for one, _ in parts:
+        _held(model, one)
+    errors: dict[str, tuple[float, float]] = {}
+    for place, linear in model.decoder.routed().items():
+        change = torch.zeros_like(linear.weight, dtype=torch.float32)
+        for one, weight in parts:
+            if one in linear.adapters:
+                scaling = weight * linear.adapters[one].scaling
+                change += linear.lora_B[one].float() @ linear.lora_A[one].float() * scaling
+        exact = linear.weight.float() + change
+        merged = exact.to(linear.weight.dtype)
+        if change.any():
+            lost = float((merged.float() - exact).square().sum())
+            errors[place] = (lost, float(change.square().sum()))
+        linear.weight = nn.Parameter(merged)
+        for one in list(linear.adapters):
+            linear.drop_adapter(one)
+    model.config = replace(model.config, adapters={})
+    lost, wanted = (sum(pair[side] for pair in errors.values()) for side in (0, 1))
+    if not errors:
+        raise CheckpointError(f"{route!r} changes no weight; there is nothing to merge")
+    worst = max(errors, key=lambda place: errors[place][0] / errors[place][1])
+    return Merged(len(errors), sqrt(lost / wanted), worst, sqrt(errors[worst][0] / errors[worst][1]))
+
+
+def _needs_plain(model: Multimodal) -> None:
+    if model.decoder.is_packed:
+        raise ConfigError("this model was packed for reading; load it with pack=False to change or save it")
+
+
+def _check_name(model: Multimodal, name: str) -> None:
+    if name in model.config.adapters or name in ("auto", "none"):
+        raise CheckpointError(f"the adapter name {name!r} is taken; choose another")
+    if not _NAME.fullmatch(name) or hasattr(nn.ParameterDict(), name):
+        raise CheckpointError(f"{name!r} cannot name an adapter; use letters, digits, - and _, such as 'my-style'")
 
 
 def _read_config(path: Path, fields: Mapping[str, Any], linears: Mapping[str, RoutedLinear]) -> LoraConfig:

@@ -6,12 +6,15 @@ links into its blobs, is one folder), no pickle is opened, and headers are check
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
 import struct
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +123,8 @@ class Entry:
 class Weights:
     """The tensors of a folder, in one safetensors file or in shards with an index, memory-mapped.
 
-    entries: what the headers tell, by stored name. `get` gives a view of the file: pages are read when they are used.
+    entries: what the headers tell, by stored name. metadata: of a single file. `get` gives a view of the file, whose
+    pages are read when they are used.
     """
 
     def __init__(self, folder: Path, stem: str = "model") -> None:
@@ -128,9 +132,10 @@ class Weights:
         self.folder = folder
         single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
         self.entries: dict[str, Entry] = {}
+        self.metadata: dict[str, str] = {}
         self._open: dict[Path, Any] = {}
         if (folder / single).exists() or (folder / single).is_symlink():
-            self.entries = _read_header(inside(folder, single))
+            self.entries, self.metadata = _read_header(inside(folder, single))
             return
         if not (folder / index).exists():
             pickles = sorted(path.name for kind in _PICKLES for path in folder.glob(kind))
@@ -140,17 +145,15 @@ class Weights:
         if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
             raise CheckpointError(f"{folder / index} has no weight_map of tensor names to file names")
         for name in dict.fromkeys(listed.values()):
-            found = _read_header(inside(folder, name))
+            found, _ = _read_header(inside(folder, name))
             if twice := sorted(set(found) & set(self.entries)):
                 raise CheckpointError(
                     f"{folder}: {twice[0]} stands in {name} and in {self.entries[twice[0]].file.name}"
                 )
             self.entries |= found
-        wrong = [
-            name
-            for name, file in listed.items()
-            if name not in self.entries or self.entries[name].file.name != Path(file).name
-        ]
+        place = {name: entry.file.name for name, entry in self.entries.items()}
+        place = {name: entry.file.name for name, entry in self.entries.items()}
+        wrong = [name for name, file in listed.items() if place.get(name) != Path(file).name]
         wrong += [name for name in self.entries if name not in listed]
         if wrong:
             raise CheckpointError(
@@ -175,8 +178,8 @@ class Weights:
         return sum(path.stat().st_size for path in {entry.file for entry in self.entries.values()})
 
 
-def _read_header(path: Path) -> dict[str, Entry]:
-    """Return a file's tensors, refusing what no writer of safetensors makes."""
+def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Return a file's tensors and metadata, refusing what no writer of safetensors makes."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -196,7 +199,7 @@ def _read_header(path: Path) -> dict[str, Entry]:
         raise CheckpointError(f"{path} is not a readable safetensors file: header: {error!s:.120}") from None
     if not isinstance(fields, dict) or len(fields) > MOST_TENSORS:
         raise CheckpointError(f"{path}: its header must be an object of at most {MOST_TENSORS:,} tensors")
-    fields.pop("__metadata__", None)
+    metadata = fields.pop("__metadata__", None)
     spans: list[tuple[int, int]] = []
     entries: dict[str, Entry] = {}
     for name, told in fields.items():
@@ -223,7 +226,24 @@ def _read_header(path: Path) -> dict[str, Entry]:
         raise CheckpointError(
             f"{path} has {size:,} bytes and its header promises {at + 8 + length:,}; it is cut short or was altered"
         )
-    return entries
+    return entries, metadata if isinstance(metadata, dict) else {}
+
+
+def release(tensor: Tensor) -> None:
+    """Give back the memory of a tensor that is a view of a mapped file: its pages are read again when next used.
+
+    Any other tensor, and any system but Linux, is left as it is.
+    """
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    stop = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if sys.platform != "linux" or stop <= start:
+        return
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, _, rest = line.partition(" ")
+        begin, end = (int(part, 16) for part in span.split("-"))
+        if begin <= start and stop <= end and rest.endswith(".safetensors"):
+            size = ctypes.c_size_t(stop - start)
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), size, ctypes.c_int(4))  # MADV_DONTNEED
 
 
 def write_tensors(

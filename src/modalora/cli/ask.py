@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -29,6 +29,9 @@ def ask(
         list[str] | None, typer.Option("--stop", help="End before this text; may be given several times.")
     ] = None,
     route: Annotated[str, typer.Option(help="auto, none, or an adapter such as vision or speech.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.")] = "auto",
+    rope: Annotated[str, typer.Option(help="Rotary table: reference, long or short.")] = "reference",
+    raw: Annotated[bool, typer.Option("--raw", help="The question is a whole prompt, control tokens and all.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print text, tokens, finish_reason, route, usage, seconds.")
     ] = False,
@@ -40,8 +43,9 @@ def ask(
     import modalora
 
     text = sys.stdin.read() if question == "-" else question
-    answer = modalora.load(model).ask(
+    answer = modalora.load(model, dtype=dtype, rope=cast(Any, rope)).ask(
         text,
+        raw=raw,
         image=list(image or []),
         audio=list(audio or []),
         max_tokens=max_tokens,

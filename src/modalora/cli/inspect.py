@@ -23,7 +23,8 @@ def inspect(
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
         return
-    print(f"{found['folder']}: layout {found['layout']}, {found['bytes']:,} bytes, every file matches its SHA-256")
+    print(f"{found['folder']}: layout {found['layout']}, {found['bytes']:,} bytes of {', '.join(found['dtypes'])}")
+    print(f"integrity  {found['integrity']}")
     print(f"window     {found['window']:,} tokens, vocabulary {found['vocab_size']:,}")
     for name, lora in found["adapters"].items():
         print(f"adapter    {name}: rank {lora['r']}, alpha {lora['lora_alpha']:g}, dropout {lora['lora_dropout']:g}")

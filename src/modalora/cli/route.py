@@ -38,7 +38,7 @@ def explain(
 def lines(record: dict[str, Any]) -> list[str]:
     """Return a route record as lines for people."""
     adapter = (
-        f"{record['adapter']} (scale {record['scale']:g})" if record["adapter"] else "none: the frozen decoder alone"
+        f"{record['adapter']} (scale {record['scale']})" if record["adapter"] else "none: the frozen decoder alone"
     )
     shown = [
         f"media      {' + '.join(record['modalities'])}",

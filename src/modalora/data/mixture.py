@@ -31,7 +31,7 @@ from modalora.data.rows import (
 from modalora.data.scenes import free_scene, nlvr_like
 from modalora.data.speech import Clip, Variation, augment, mask_bands, spoken_digits
 from modalora.data.text import recurring_window, token_stream, windows
-from modalora.data.voices import digit_voices, sentence_voices
+from modalora.data.voices import VOICES, digit_voices, sentence_voices
 from modalora.errors import ConfigError, DataError
 from modalora.processing.processor import Processor, Row
 
@@ -129,9 +129,10 @@ def _digits(
     most: int = 7,
     masks: int = 0,
     morph: float = 0.0,
+    voices: int = len(VOICES),
 ) -> Source:
     varied = Variation(morph_chance=morph)
-    rows = real * spoken_digits(context.folder, "train", without=without) + digit_voices(context.cache)
+    rows = real * spoken_digits(context.folder, "train", without=without) + digit_voices(context.cache, voices)
     draw = _conversations(context, lambda rng: heard_digits(rows, rng, most, varied, transcribe_only=transcribe_only))
 
     def masked(rng: np.random.Generator) -> Row:

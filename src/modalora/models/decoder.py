@@ -6,6 +6,7 @@ hidden is (batch, time, width). Rows are padded on the right, so positions count
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional
 from modalora.config import check_sizes
 from modalora.contracts import Step
 from modalora.errors import ConfigError
+from modalora.nn import packed
 from modalora.nn.attend import attend
 from modalora.nn.lora import LoraConfig, RoutedLinear
 from modalora.nn.mask import BlockSparse, Mask
@@ -162,6 +164,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = _norm(config)
+        self._head: Tensor | None = None
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -188,6 +191,25 @@ class Decoder(nn.Module):
         """Return the Linears that hold adapters, by name."""
         return {name: module for name, module in self.named_modules() if isinstance(module, RoutedLinear)}
 
+    def pack(self, done: Callable[[Tensor], None] = lambda weight: None) -> None:
+        """Keep the matrices in the order that bf16 products on this CPU read them, twice as fast for a row.
+
+        The decoder then only reads: it cannot be trained, merged or saved. Nothing happens where nothing is gained.
+        done: called with each plain matrix that is no longer needed.
+        """
+        if not packed.can_pack(self.embed_tokens.weight):
+            return
+        head = self.lm_head or self.embed_tokens
+        self._head = packed.pack(head.weight)
+        done(head.weight.data)  # tied: rows of embeddings are still read
+        for linear in self.routed().values():
+            linear.pack(done)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether `pack` changed the decoder."""
+        return self._head is not None
+
     def embed(self, ids: Tensor) -> Tensor:
         """ids: (batch, time) -> (batch, time, width)."""
         hidden: Tensor = self.embed_tokens(ids)
@@ -210,7 +232,10 @@ class Decoder(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden: (..., width) -> logits (..., vocab)."""
-        logits = functional.linear(hidden, (self.lm_head or self.embed_tokens).weight)
+        if self._head is not None:
+            logits = packed.linear(hidden, self._head)
+        else:
+            logits = functional.linear(hidden, (self.lm_head or self.embed_tokens).weight)
         if small := self.config.phi3_small:
             logits = logits / small.logit_scale
             if small.hidden_tokens:

@@ -1,14 +1,14 @@
 """Which adapter and which projectors a row uses, by the media it holds (Phi-4-Multimodal, arXiv:2503.01743, section
 2.2).
 
-One adapter at a time, for every token of the row: adapters are never summed and never mixed inside a row.
+One adapter at a time, for every token of the row, unless a sum of several is asked for by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
-from modalora.contracts import Rule
+from modalora.contracts import Rule, terms
 from modalora.errors import RouteError
 
 ROUTES: dict[frozenset[str], Rule] = {
@@ -35,11 +35,12 @@ def route(modalities: Collection[str], requested: str = "auto", adapters: Collec
         adapter = None
     else:
         adapter = requested
-        if adapter not in adapters:
+        if unknown := [name for name, _ in terms(requested) if name not in adapters]:
             raise RouteError(
-                f"unknown route {requested!r}; use one of {', '.join(['auto', 'none', *sorted(adapters)])}"
+                f"unknown route {unknown[0]!r}; use one of {', '.join(['auto', 'none', *sorted(adapters)])}, or a sum "
+                "such as a+b@0.7"
             )
-    if adapter is not None and adapter not in adapters:
+    if adapter is not None and adapter not in adapters and requested == "auto":
         raise RouteError(
             f"{' + '.join(sorted(modalities))} needs the adapter {adapter!r}, which this model does not have "
             f"(it has {', '.join(sorted(adapters)) or 'none'}); load one with load_adapter, or use --route none"

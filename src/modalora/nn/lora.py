@@ -8,7 +8,7 @@ other: skipped, never multiplied by zero, so not even a NaN in an idle adapter r
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any
@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from modalora.contracts import Route
 from modalora.errors import ConfigError
+from modalora.nn import packed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +79,8 @@ class RoutedLinear(nn.Module):
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
         self.adapters: dict[str, LoraConfig] = {}
+        self._some = torch.empty(0)
+        self._packed: dict[str, Tensor] = {}  # "", "A.name", "B.name": what `pack` made of the matrices
         nn.init.normal_(self.weight, std=in_features**-0.5)
 
     def add_adapter(self, name: str, config: LoraConfig) -> None:
@@ -89,16 +92,49 @@ class RoutedLinear(nn.Module):
         self.lora_B[name] = nn.Parameter(torch.zeros(out_features, config.r, device=self.weight.device))
         self.adapters[name] = config
 
+    def drop_adapter(self, name: str) -> None:
+        """Remove an adapter."""
+        del self.lora_A[name], self.lora_B[name], self.adapters[name]
+
     def forward(self, x: Tensor, route: Route) -> Tensor:
         """x: (batch, time, in_features) -> (batch, time, out_features)."""
-        y = functional.linear(x, self.weight, self.bias)
-        for name, rows in route.groups:
+        y = self._product(x, "", self.weight, self.bias)
+        for name, weight, rows in route.groups:
             if name not in self.adapters:
                 continue
             config = self.adapters[name]
             index = None if rows is None else rows.to(x.device)
             own = x if index is None else x.index_select(0, index)
             own = functional.dropout(own, config.lora_dropout, self.training) if config.lora_dropout else own
-            change = functional.linear(functional.linear(own, self.lora_A[name]) * config.scaling, self.lora_B[name])
+            inner = self._product(own, f"A.{name}", self.lora_A[name]) * (weight * config.scaling)
+            change = self._product(inner, f"B.{name}", self.lora_B[name])
             y = y + change if index is None else y.index_add(0, index, change.to(y.dtype))
         return y
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the weights were packed, for reading alone."""
+        return bool(self._packed)
+
+    def some_rows(self) -> Tensor:
+        """Return four rows of the weight, (4, in_features), by which matrices can be told apart."""
+        if self.is_packed:
+            return self._some
+        return self.weight.detach()[:: max(1, len(self.weight) // 4)][:4].clone()
+
+    def pack(self, done: Callable[[Tensor], None]) -> None:
+        """Keep every matrix in oneDNN's order only (nn/packed.py); `done` is called with each plain one."""
+        self._some = self.some_rows()
+        plain = {"": self.weight}
+        plain |= {f"A.{name}": self.lora_A[name] for name in self.adapters}
+        plain |= {f"B.{name}": self.lora_B[name] for name in self.adapters}
+        for key, weight in plain.items():
+            self._packed[key] = packed.pack(weight)
+            done(weight.data)
+            # its shape without memory; whatever reads it by mistake gets NaN
+            weight.data = torch.full((), torch.nan, dtype=weight.dtype).expand(weight.shape)
+
+    def _product(self, x: Tensor, key: str, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if key in self._packed:
+            return packed.linear(x, self._packed[key], bias)
+        return functional.linear(x, weight, bias)

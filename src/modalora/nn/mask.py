@@ -59,11 +59,38 @@ class Mask:
 
     def dense(self, queries: int, keys: int, device: torch.device, heads: int = 1) -> Tensor | None:
         """Return the visible pairs as bool, (batch or 1, 1 or heads, queries, keys), or None when every pair is."""
-        seen: Tensor | None = None
-        at = torch.arange(keys, device=device)
         position = torch.arange(queries, device=device)[None]
         if self.offsets is not None:
             position = position + self.offsets[:, None]
+        return self._seen(position, torch.arange(keys, device=device), heads)
+
+    def tile(self, row: int, start: int, stop: int, keys: int, heads: int) -> tuple[int, int, Tensor | None]:
+        """Return which keys the queries start .. stop of a row may see: the first, the last + 1, and among these the
+        visible pairs as bool, (1, 1 or heads, stop - start, keys), or None when every pair is.
+        """
+        offset = 0 if self.offsets is None else int(self.offsets[row])
+        last = keys if self.lengths is None else min(keys, int(self.lengths[row]))
+        first = 0
+        whole = self.blocks is None
+        if self.causal:
+            last = min(last, offset + stop)
+            whole = whole and last <= offset + start + 1
+        if self.window is not None:
+            first = max(0, offset + start - self.window + 1)
+            whole = whole and first >= offset + stop - self.window
+        if whole or last <= first:
+            return first, max(first, last), None
+        at = torch.arange(first, last, device=self._device)
+        rule = Mask(causal=self.causal, window=self.window, blocks=self.blocks)
+        return first, last, rule._seen(torch.arange(offset + start, offset + stop, device=at.device)[None], at, heads)
+
+    @property
+    def _device(self) -> torch.device | None:
+        given = [tensor for tensor in (self.offsets, self.lengths) if tensor is not None]
+        return given[0].device if given else None
+
+    def _seen(self, position: Tensor, at: Tensor, heads: int) -> Tensor | None:
+        seen: Tensor | None = None
         if self.causal:
             seen = at[None, None] <= position[..., None]
         if self.window is not None:

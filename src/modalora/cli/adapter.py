@@ -1,0 +1,130 @@
+"""`modalora adapter`: LoRA folders looked at, checked, added together and merged."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from modalora.assistant import Assistant
+
+Model = Annotated[str, typer.Argument(help="A model folder, or a bundled model such as nano.")]
+Added = Annotated[
+    list[str] | None, typer.Option("--adapter", help="NAME=FOLDER, a PEFT folder to load first; may be given again.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+adapters = typer.Typer(help="LoRA adapters: list, verify, compose, merge.", no_args_is_help=True)
+
+
+@adapters.command("list")
+def list_adapters(model: Model, as_json: Json = False) -> None:
+    """List a model's adapters with their sizes.
+
+    Example: modalora adapter list nano
+    """
+    from modalora.assistant import find_model
+    from modalora.checkpoint.store import describe
+
+    found = describe(find_model(model))["adapters"]
+    if as_json:
+        print(json.dumps(found))
+        return
+    for name, lora in found.items():
+        where = ", ".join(lora["target_modules"]) or "every Linear of the decoder"
+        print(f"{name}: rank {lora['r']}, alpha {lora['lora_alpha']:g}, on {where}")
+    if not found:
+        print("no adapters")
+
+
+@adapters.command()
+def verify(
+    model: Model,
+    folder: Annotated[Path, typer.Argument(help="A PEFT folder.")],
+    as_json: Json = False,
+) -> None:
+    """Load an adapter and tell what was found: tensors, base, idle Linears, which logits change and which do not.
+
+    Example: modalora adapter verify nano my-lora
+    """
+    import modalora
+
+    assistant = modalora.load(model)
+    probe = "The quick brown fox jumps over the lazy dog."
+    before = assistant.logits(probe)
+    found = asdict(assistant.load_adapter(folder, "verified"))
+    found["text_bits_changed"] = int((before != assistant.logits(probe)).sum())
+    if as_json:
+        print(json.dumps(found))
+        return
+    used, linears = found["linears"]
+    named = f" (it names {found['base']})" if found["base"] else ""
+    base = "the one it was trained on" if found["matched"] else f"the adapter does not tell{named}"
+    idle = found["zero"]
+    print(f"tensors    {found['consumed']} used, none missing, none left over; {used} of {linears} Linears")
+    print(f"base       {base}; this model has the fingerprint {found['fingerprint']}")
+    print(f"idle       {len(idle)} Linears whose lora_B is zero{': ' + idle[0] if idle else ''}")
+    print(f"logits     change by up to {found['logit_change']:.3g} on a probe where the adapter is on")
+    print(f"text       {found['text_bits_changed']} of {before.numel():,} logits change where it is off")
+
+
+@adapters.command()
+def compose(
+    model: Model,
+    route: Annotated[str, typer.Argument(help="A weighted sum, such as vision+mine@0.7.")],
+    target: Annotated[Path, typer.Argument(help="The PEFT folder to write; it must not exist.")],
+    adapter: Added = None,
+) -> None:
+    """Write one adapter that is the sum of several, exactly: their ranks side by side.
+
+    Example: modalora adapter compose nano vision+mine@0.7 both --adapter mine=my-lora
+    """
+    from modalora.checkpoint.adapters import compose as add_up
+    from modalora.checkpoint.adapters import save_adapter
+
+    assistant = _load(model, adapter)
+    config = add_up(assistant.model, route, "composed")
+    save_adapter(assistant.model, "composed", target)
+    print(f"wrote {target}: {route} as one adapter of rank {config.r}")
+
+
+@adapters.command()
+def merge(
+    model: Model,
+    route: Annotated[str, typer.Argument(help="An adapter or a weighted sum, such as mine@0.7.")],
+    target: Annotated[Path, typer.Argument(help="The model folder to write; it must not exist.")],
+    adapter: Added = None,
+    layout: Annotated[str, typer.Option(help="Layout of the result.")] = "modalora",
+) -> None:
+    """Add an adapter to the decoder's own weights, for good; the model's other adapters are left out.
+
+    Example: modalora adapter merge nano mine merged --adapter mine=my-lora
+    """
+    from modalora.checkpoint.adapters import merge as add_for_good
+
+    assistant = _load(model, adapter)
+    dropped = set(assistant.model.adapters) - {part.partition("@")[0] for part in route.split("+")}
+    found = add_for_good(assistant.model, route)
+    assistant.save(target, layout)
+    kind = str(assistant.model.decoder.embed_tokens.weight.dtype).removeprefix("torch.")
+    print(f"wrote {target}: {route} merged into {found.linears} Linears")
+    print(f"rounding to {kind} loses {found.error:.2%} of the change (worst: {found.worst}, {found.worst_error:.2%})")
+    if dropped:
+        print(f"left out, as they were trained on the decoder as it was: {', '.join(sorted(dropped))}")
+
+
+def _load(model: str, given: list[str] | None) -> Assistant:
+    import modalora
+    from modalora.errors import ConfigError
+
+    assistant = modalora.load(model)
+    for one in given or []:
+        name, equals, folder = one.partition("=")
+        if not equals:
+            raise ConfigError(f"--adapter {one!r} must be NAME=FOLDER, such as mine=my-lora")
+        assistant.load_adapter(folder, name)
+    return assistant

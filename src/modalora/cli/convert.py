@@ -1,0 +1,30 @@
+"""`modalora convert`: a model folder in another published layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="A model folder, or a bundled model such as nano.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    layout: Annotated[str, typer.Option(help="modalora, phi3, phi3small, phi4mm or phi4_multimodal.")],
+    shard_gb: Annotated[float, typer.Option("--shard-gb", help="Most gigabytes of one weights file.")] = 5.0,
+) -> None:
+    """Rewrite a model in another layout; every tensor keeps its bits, and none is left out.
+
+    Example: modalora convert Phi-4-multimodal-instruct phi4-native --layout phi4_multimodal
+    """
+    from modalora.assistant import find_model
+    from modalora.checkpoint.store import convert as rewrite
+    from modalora.errors import ConfigError
+
+    if not shard_gb > 0:
+        raise ConfigError(f"--shard-gb {shard_gb:g} must be above 0; 5 works")
+    found = rewrite(find_model(source), target, layout, shard_bytes=int(shard_gb * 1e9))
+    print(f"wrote {target}: layout {layout}, {found['tensors']:,} tensors, {found['parameters']:,} parameters")
+    for name, lora in found["adapters"].items():
+        print(f"adapter {name}: rank {lora['r']}")
