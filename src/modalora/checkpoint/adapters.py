@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import sqrt
+from math import prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def fingerprint(model: Multimodal) -> str:
     for name, tensor in sorted(model.decoder.named_parameters()):
         if "lora_" not in name:
             rows = some.get(name, tensor if tensor.ndim == 1 else tensor[:: max(1, len(tensor) // 4)][:4])
-            found.update(rows.detach().float().cpu().numpy().tobytes())
+            found.update(rows.detach().bfloat16().float().cpu().numpy().tobytes())  # the same in any dtype
     return found.hexdigest()[:16]
 
 
@@ -129,7 +129,7 @@ def load_adapter(model: Multimodal, folder: Path, name: str) -> Verdict:
     fields = read_json(path)
     linears = model.decoder.routed()
     config = _read_config(path, fields, linears)
-    weights = Weights(folder, WEIGHTS.removesuffix(".safetensors"))
+    weights = _weights(folder)
     given, unknown = _match(weights, linears)
     if unknown:
         raise CheckpointError(
@@ -186,6 +186,17 @@ def load_adapter(model: Multimodal, folder: Path, name: str) -> Verdict:
         matched=None if told is None else True,
         logit_change=logit_change(model, name),
     )
+
+
+def peek(model: Multimodal, folder: Path) -> tuple[LoraConfig, int]:
+    """Return the size of the adapter in a PEFT folder and how many numbers it has; the model may be without memory."""
+    path = inside(folder, CONFIG)
+    config = _read_config(path, read_json(path), model.decoder.routed())
+    return config, sum(prod(entry.shape) for entry in _weights(folder).entries.values())
+
+
+def _weights(folder: Path) -> Weights:
+    return Weights(folder, WEIGHTS.removesuffix(".safetensors"))
 
 
 @torch.inference_mode()
@@ -323,7 +334,7 @@ def _targets(fields: Mapping[str, Any], linears: Mapping[str, RoutedLinear], pat
         except re.error as error:
             raise CheckpointError(f"{path}: target_modules={targets!r:.80} is no regular expression: {error}") from None
     elif isinstance(targets, Sequence) and all(isinstance(one, str) for one in targets):
-        places = [place for place in linears if any(f".{place}".endswith(f".{one}") for one in targets)]
+        places = [place for place in linears if any(f".model.{place}".endswith(f".{one}") for one in targets)]
     else:
         raise CheckpointError(f"{path}: target_modules={targets!r:.80} must be names or a regular expression")
     if layers is not None:

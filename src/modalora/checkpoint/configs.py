@@ -215,6 +215,7 @@ def _read_small(reader: Reader) -> ModelConfig:
     )
     for key in ("max_position_embeddings", "rope_scaling", "rope_parameters", "original_max_position_embeddings"):
         reader.get(key)
+    reader.must(partial_rotary_factor=1.0)
     small = Phi3Small(
         embedding_scale=reader.get("mup_embedding_multiplier", 10.0),
         attention_scale=reader.get("mup_attn_multiplier", 1.0),

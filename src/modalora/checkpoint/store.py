@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from modalora.checkpoint import configs
-from modalora.checkpoint.adapters import NATIVE_FOLDERS, load_adapter, save_adapter
+from modalora.checkpoint.adapters import NATIVE_FOLDERS, load_adapter, peek, save_adapter
 from modalora.checkpoint.files import (
     FORMAT,
     MANIFEST,
@@ -113,10 +113,8 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None, device: str = 
     for name, place in stored.items():
         tensors[name] = _read(weights, place, card.config, dtype).to(device)
     model.load_state_dict(tensors, assign=True)
-    if card.layout not in HOLDS_ADAPTERS:
-        for name in NATIVE_FOLDERS:
-            if (folder / f"{name}-lora").is_dir():
-                load_adapter(model, folder / f"{name}-lora", name)
+    for name in _beside(folder, card):
+        load_adapter(model, folder / f"{name}-lora", name)
     if pack:
         model.decoder.pack(release)  # dropping is not enough: the file stays mapped
     chat = card.chat or _chat(folder, card.layout, tokenizer)
@@ -165,7 +163,9 @@ def describe(folder: Path) -> dict[str, Any]:
     weights, stored = _open(folder, card)
     with torch.device("meta"):
         model = Multimodal(_base(card))
-    parts = parameter_counts(model)
+    parts, adapters = parameter_counts(model), dict(model.config.adapters)
+    for name in _beside(folder, card):
+        adapters[name], parts[f"adapter.{name}"] = peek(model, folder / f"{name}-lora")
     return {
         "folder": str(folder),
         "layout": card.layout,
@@ -177,7 +177,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "tensors": len(stored),
         "parameters": sum(parts.values()),
         "parts": parts,
-        "adapters": {name: asdict(lora) for name, lora in model.config.adapters.items()},
+        "adapters": {name: asdict(lora) for name, lora in adapters.items()},
         "window": card.config.decoder.rope.window,
         "vocab_size": card.config.decoder.vocab_size,
         "config": asdict(card.config),
@@ -199,6 +199,13 @@ def to_int8(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 def _base(card: Card) -> ModelConfig:
     return card.config if card.layout in HOLDS_ADAPTERS else replace(card.config, adapters={})
+
+
+def _beside(folder: Path, card: Card) -> list[str]:
+    """Return the adapters that stand in folders beside the weights."""
+    if card.layout in HOLDS_ADAPTERS:
+        return []
+    return [name for name in NATIVE_FOLDERS if (folder / f"{name}-lora").is_dir()]
 
 
 def _open(folder: Path, card: Card) -> tuple[Weights, dict[str, Stored]]:

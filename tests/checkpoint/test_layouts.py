@@ -1,0 +1,252 @@
+"""Published layouts: every tensor has one place, keeps its bits on every way, and nothing is left over."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from modalora.checkpoint import configs, names
+from modalora.checkpoint.files import Weights, read_json, write_json
+from modalora.checkpoint.store import convert, load_model, save_model
+from modalora.errors import CheckpointError, ConfigError
+from modalora.models.decoder import DecoderConfig, Phi3Small
+from modalora.models.multimodal import ModelConfig, Multimodal
+from modalora.models.sizes import phi4_mini, phi4_multimodal, tiny
+from modalora.nn.mask import BlockSparse
+from modalora.nn.rope import LongRope, Plain
+from modalora.processing.tokenizer import TextTokenizer
+
+
+@pytest.fixture(scope="module")
+def words() -> TextTokenizer:
+    return TextTokenizer.train(["the quick brown fox jumps over the lazy dog; seven blue boxes. " * 4], 320)
+
+
+def sizes(config: ModelConfig) -> ModelConfig:
+    """Return sizes that every layout can express: the published code fixes a segment of 500 and 36 crops."""
+    assert config.speech is not None
+    assert config.vision is not None
+    return replace(
+        config,
+        speech=replace(config.speech, segment=500, bias_max_distance=500),
+        vision=replace(config.vision, max_crops=36),
+    )
+
+
+def moved(config: ModelConfig, seed: int = 0) -> Multimodal:
+    torch.manual_seed(seed)
+    model = Multimodal(config).eval()
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.add_(0.1 * torch.randn_like(tensor))
+    return model
+
+
+SMALL = ModelConfig(
+    decoder=DecoderConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, rope=Plain(theta=1e6, window=512),
+        phi3_small=Phi3Small(blocks=BlockSparse(block=4, local=2, stride=3), hidden_tokens=(7, 9)),
+    )
+)  # fmt: skip
+TEXT = ModelConfig(decoder=replace(tiny().decoder, tie_word_embeddings=False, sliding_window=100))
+
+
+@pytest.mark.parametrize(
+    ("config", "way"),
+    [
+        (sizes(tiny()), ("phi4mm", "phi4_multimodal", "modalora", "phi4_multimodal", "phi4mm", "modalora")),
+        (TEXT, ("phi3", "modalora", "phi3", "modalora")),
+        (SMALL, ("phi3small", "modalora", "phi3small", "modalora")),
+    ],
+    ids=["multimodal", "phi3", "phi3small"],
+)
+def test_every_tensor_keeps_its_bits_on_every_way(
+    config: ModelConfig, way: tuple[str, ...], words: TextTokenizer, tmp_path: Path
+) -> None:
+    model = moved(config)
+    save_model(model, words, tmp_path / "0")
+    before = model.state_dict()
+    for step, layout in enumerate(way, start=1):
+        found = convert(tmp_path / str(step - 1), tmp_path / str(step), layout, shard_bytes=100_000)
+        assert found["layout"] == layout
+        loaded = load_model(tmp_path / str(step))
+        after = loaded.model.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name].view(-1), tensor.view(-1)) for name, tensor in before.items())
+        assert loaded.model.config == config
+        assert found["parameters"] == sum(tensor.numel() for tensor in before.values())
+        assert set(found["adapters"]) == set(config.adapters)
+
+
+def test_the_published_sizes_have_the_published_names() -> None:
+    with torch.device("meta"):
+        model = Multimodal(phi4_multimodal())
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    places = names.plan("phi4mm", shapes, phi4_multimodal())
+    assert len(places) == 2047
+    told = {place.name: place.shape for place in places.values()}
+    assert sum(torch.Size(shape).numel() for shape in told.values()) == 5_574_460_384
+    extend = "model.embed_tokens_extend."
+    assert told["model.layers.31.mlp.gate_up_proj.base_layer.weight"] == (16384, 3072)
+    assert told["model.layers.0.self_attn.qkv_proj.lora_B.speech.weight"] == (5120, 320)
+    assert told[f"{extend}image_embed.sub_GN"] == (1, 1, 1, 1152)
+    assert told[f"{extend}image_embed.glb_GN"] == (1, 1, 1152)
+    assert told[f"{extend}image_embed.img_processor.head.attention.in_proj_weight"] == (3456, 1152)
+    assert told[f"{extend}audio_embed.audio_projection.vision.2.weight"] == (3072, 3072)
+    assert told[f"{extend}audio_embed.encoder.encoders.23.feed_forward_in.net.0.linear.weight"] == (3072, 1024)
+    assert told[f"{extend}audio_embed.encoder.encoders.0.conv.dw_sep_conv_1d.dw_conv.weight"] == (1024, 1, 3)
+    assert told[f"{extend}audio_embed.encoder.relative_attention_bias_layer.bias_values.weight"] == (1000, 16)
+    assert told[f"{extend}audio_embed.encoder.encoder_embedding.global_invstd"] == (80,)
+
+    native = names.plan(
+        "phi4_multimodal", {name: shape for name, shape in shapes.items() if "lora_" not in name}, phi4_multimodal()
+    )
+    assert len(native) == 1535
+    told = {place.name: place.shape for place in native.values()}
+    assert sum(torch.Size(shape).numel() for shape in told.values()) == 4_743_988_192
+    assert told[f"{extend}audio_embed.up_proj_for_vision_speech.weight"] == (3072, 1024)
+    assert told[f"{extend}image_embed.global_img_feature_extensor"] == (1, 1, 1152)
+    assert told[f"{extend}audio_embed.encoder.encoders.0.self_attn.o_proj.bias"] == (1024,)
+
+
+TOKENS = {"bos_token_id": 199_999, "eos_token_id": 199_999, "pad_token_id": 199_999}
+
+
+@pytest.mark.parametrize(("layout", "config"), [("phi3", phi4_mini()), ("phi4mm", phi4_multimodal())])
+def test_published_configs_are_read_as_they_are_written(layout: str, config: ModelConfig) -> None:
+    fields = json.loads(json.dumps(configs.write_config(layout, config, TOKENS)))
+    assert configs.read_config(layout, fields, "config.json") == config
+    assert fields["rope_scaling"]["type"] == "longrope"
+    assert len(fields["rope_scaling"]["long_factor"]) == 48
+
+
+def test_older_and_newer_spellings_of_a_config_are_one() -> None:
+    fields = configs.write_config("phi3", phi4_mini(), TOKENS)
+    scaling = fields.pop("rope_scaling")
+    for spelling in (
+        {"rope_scaling": {**scaling, "type": "su"}},
+        {"rope_scaling": {**{k: v for k, v in scaling.items() if k != "type"}, "rope_type": "longrope"}},
+        {
+            "rope_parameters": {
+                **{k: v for k, v in scaling.items() if k != "type"},
+                "rope_type": "longrope", "rope_theta": 10_000.0, "partial_rotary_factor": 0.75,
+                "original_max_position_embeddings": 4096,
+            }
+        },
+    ):  # fmt: skip
+        assert configs.read_config("phi3", {**fields, **spelling}, "config.json") == phi4_mini()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'; these networks have hidden_act='silu'"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"quantization_config": {"bits": 4}}, "unknown key 'quantization_config'; if it changes nothing, remove it"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type='linear'; default and longrope are read"),
+        ({"hidden_size": 3073}, "hidden_size=3073 must be a multiple of num_attention_heads"),
+        ({"num_hidden_layers": "many"}, "num_hidden_layers='many'"),
+    ],
+)
+def test_a_config_that_these_networks_do_not_have_is_refused(change: dict[str, Any], told: str) -> None:
+    fields = {**configs.write_config("phi3", phi4_mini(), TOKENS), **change}
+    with pytest.raises(ConfigError, match=told):
+        configs.read_config("phi3", fields, "config.json")
+
+
+def test_a_layout_that_cannot_hold_a_model_is_refused_and_nothing_written(words: TextTokenizer, tmp_path: Path) -> None:
+    for layout, told in {
+        "phi3": "has no place for|holds a decoder alone",
+        "phi4_multimodal": r"cannot express this model: speech.segment=50 becomes 500",
+        "phi3small": "has no place for|holds Phi-3-small decoders alone",
+        "llama": "layout='llama' is unknown",
+    }.items():
+        with pytest.raises(ConfigError, match=told):
+            save_model(moved(tiny()), words, tmp_path / "other", layout=layout)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def official(words: TextTokenizer, tmp_path: Path) -> Path:
+    save_model(moved(sizes(tiny())), words, tmp_path / "official", layout="phi4mm")
+    return tmp_path / "official"
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_names_with_marks_of_checkpoint_wrappers_are_read(official: Path) -> None:
+    def wrap(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if ".encoders.1." in name]:
+            tensors[name.replace(".encoders.1.", ".encoders.1._checkpoint_wrapped_module.")] = tensors.pop(name)
+
+    before = load_model(official).model.state_dict()
+    rewrite(official, wrap)
+    after = load_model(official).model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_tied_head_in_the_file_must_be_the_embedding(official: Path) -> None:
+    rewrite(official, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    load_model(official)
+    rewrite(official, lambda tensors: tensors["lm_head.weight"].add_(1))
+    with pytest.raises(CheckpointError, match="lm_head.weight differs from model.embed_tokens.weight"):
+        load_model(official)
+
+
+def test_half_precision_is_kept_and_mapped_not_copied(official: Path) -> None:
+    rewrite(official, lambda tensors: tensors.update({name: t.bfloat16() for name, t in tensors.items()}))
+    loaded = load_model(official)
+    weight = loaded.model.decoder.layers[0].mlp.down_proj.weight
+    assert weight.dtype == torch.bfloat16
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        spans = [line for line in maps.read_text().splitlines() if str(official) in line]
+        ends = [tuple(int(part, 16) for part in line.split()[0].split("-")) for line in spans]
+        assert any(begin <= weight.data_ptr() < end for begin, end in ends)
+    assert load_model(official, dtype=torch.float32).model.decoder.norm.weight.dtype == torch.float32
+
+
+def test_shards_and_their_index_must_agree(words: TextTokenizer, tmp_path: Path) -> None:
+    save_model(moved(TEXT), words, tmp_path / "m", layout="phi3", shard_bytes=60_000)
+    folder = tmp_path / "m"
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    whole = Weights(folder)
+    assert sum(len(load_file(shard)) for shard in shards) == len(whole.entries)
+    index = read_json(folder / "model.safetensors.index.json")
+    name = next(iter(index["weight_map"]))
+    for change, told in (
+        ({name: "../m/" + shards[0].name, "x": "../../etc/passwd"}, "lies outside the folder; it was not opened"),
+        ({name: shards[-1].name}, "differ on 1 tensors, among them"),
+        ({"more": shards[0].name}, "differ on 1 tensors, among them more"),
+    ):
+        write_json(folder / "model.safetensors.index.json", {"weight_map": {**index["weight_map"], **change}})
+        with pytest.raises(CheckpointError, match=told):
+            load_model(folder)
+    write_json(folder / "model.safetensors.index.json", index)
+    shards[1].unlink()
+    with pytest.raises(CheckpointError, match="cannot be read|No such file"):
+        load_model(folder)
+
+
+def test_a_longrope_with_scales_of_its_own_is_kept() -> None:
+    rope = LongRope(short_factor=(1.0,) * 48, long_factor=(2.0,) * 48, rotated=0.75, mscale=(1.1, 1.1))
+    config = replace(phi4_mini(), decoder=replace(phi4_mini().decoder, rope=rope))
+    fields = configs.write_config("phi3", config, TOKENS)
+    assert fields["rope_scaling"]["attention_factor"] == 1.1
+    with pytest.raises(ConfigError, match="regime='long' is a setting of this run"):
+        configs.write_config(
+            "phi3", replace(config, decoder=replace(config.decoder, rope=replace(rope, regime="long"))), TOKENS
+        )

@@ -1,0 +1,149 @@
+"""PEFT's adapters load here and ours load in PEFT, with the same numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+import modalora
+from modalora.assistant import Assistant
+from modalora.checkpoint.adapters import compose, merge, save_adapter
+from modalora.contracts import Batch, Route
+from modalora.errors import CheckpointError
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TOLERANCE = {"atol": 1e-4, "rtol": 0.0}  # as in test_text.py
+PLAIN = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+
+
+def base(rng: np.random.Generator, folder: Path) -> tuple[Any, Assistant]:
+    config = oracle.text_config(rng, num_hidden_layers=3)
+    reference = oracle.text_model(config, 0)
+    return reference, modalora.load(oracle.save(reference, folder, oracle.tokenizer()))
+
+
+def trained(reference: Any, settings: dict[str, Any], seed: int = 0) -> Any:
+    """Return the reference with a random adapter, as PEFT makes it."""
+    torch.manual_seed(seed)
+    model = get_peft_model(reference, LoraConfig(**settings)).eval()
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "lora_B" in name:
+                tensor.copy_(torch.randn_like(tensor) * tensor.shape[1] ** -0.5)
+    return model
+
+
+def row(ids: torch.Tensor, route: str | None) -> Batch:
+    return Batch(input_ids=ids, lengths=torch.tensor([ids.shape[1]]), route=Route((route,)))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        PLAIN,
+        {"r": 8, "lora_alpha": 8, "target_modules": ["qkv_proj", "down_proj"]},
+        {"r": 4, "lora_alpha": 16, "target_modules": ["o_proj"], "use_rslora": True},
+        {**PLAIN, "rank_pattern": {"o_proj": 2, r"layers\.1\.mlp\.down_proj": 6}, "alpha_pattern": {"qkv_proj": 3}},
+        {"r": 4, "lora_alpha": 8, "target_modules": ["qkv_proj"], "layers_to_transform": [0, 2]},
+        {"r": 4, "lora_alpha": 8, "target_modules": r".*\.(1|2)\.mlp\.gate_up_proj"},
+    ],
+    ids=["all", "two kinds", "rank-stabilised", "patterns", "some layers", "a regular expression"],
+)
+@torch.no_grad()
+def test_what_peft_saved_gives_its_numbers_here_and_back_in_peft(
+    settings: dict[str, Any], rng: np.random.Generator, tmp_path: Path
+) -> None:
+    reference, ours = base(rng, tmp_path / "base")
+    ids = torch.from_numpy(rng.integers(0, oracle.VOCAB, (1, 30)))
+    plain = ours.model(row(ids, None))
+    theirs = trained(reference, settings)
+    theirs.save_pretrained(tmp_path / "lora")
+    told = theirs(input_ids=ids).logits
+    assert (told - plain).abs().max() > 0.1
+    verdict = ours.load_adapter(tmp_path / "lora", "mine")
+    torch.testing.assert_close(ours.model(row(ids, "mine")), told, **TOLERANCE)
+    assert torch.equal(ours.model(row(ids, None)), plain)
+    assert verdict.logit_change > 0.1
+    assert verdict.zero == ()
+
+    save_adapter(ours.model, "mine", tmp_path / "ours")
+    again = PeftModel.from_pretrained(theirs.unload(), tmp_path / "ours").eval()
+    torch.testing.assert_close(again(input_ids=ids).logits, told, **TOLERANCE)
+
+    ours.save(tmp_path / "model")
+    back = modalora.load(tmp_path / "model")
+    assert torch.equal(back.model(row(ids, "mine")), ours.model(row(ids, "mine")))
+
+
+@torch.no_grad()
+def test_sums_compositions_and_merges_agree(rng: np.random.Generator, tmp_path: Path) -> None:
+    reference, ours = base(rng, tmp_path / "base")
+    ids = torch.from_numpy(rng.integers(0, oracle.VOCAB, (1, 30)))
+    for seed, (name, settings) in enumerate({"a": PLAIN, "b": {**PLAIN, "r": 7, "target_modules": ["o_proj"]}}.items()):
+        model = trained(reference, settings, seed)
+        model.save_pretrained(tmp_path / name)
+        reference = model.unload()
+        ours.load_adapter(tmp_path / name, name)
+    both = PeftModel.from_pretrained(reference, tmp_path / "a", "a")
+    both.load_adapter(tmp_path / "b", "b")
+    both.base_model.set_adapter(["a", "b"])
+    summed = ours.model(row(ids, "a+b"))
+    torch.testing.assert_close(summed, both.eval()(input_ids=ids).logits, **TOLERANCE)
+
+    half = ours.model(row(ids, "a@0.5+b"))
+    assert (half - summed).abs().max() > 0.05
+    compose(ours.model, "a@0.5+b", "c")
+    torch.testing.assert_close(ours.model(row(ids, "c")), half, **TOLERANCE)
+    found = merge(ours.model, "a@0.5+b")
+    torch.testing.assert_close(ours.model(row(ids, None)), half, **TOLERANCE)
+    assert ours.model.adapters == ()
+    assert found.error < 1e-6  # float32 keeps 24 bits of a change near one
+
+
+@torch.no_grad()
+def test_four_broken_adapters_give_four_errors(rng: np.random.Generator, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    reference, ours = base(rng, tmp_path / "base")
+    trained(reference, PLAIN).save_pretrained(tmp_path / "good")
+    tensors = load_file(tmp_path / "good" / "adapter_model.safetensors")
+    broken = {
+        "half": ({key: tensor for key, tensor in tensors.items() if ".layers.2." not in key}, "tensors .* are missing"),
+        "renamed": (
+            {key.replace("qkv_proj", "query"): tensor for key, tensor in tensors.items()},
+            "belong to no Linear",
+        ),
+        "zero": (
+            {key: tensor * (0.0 if "lora_B" in key else 1.0) for key, tensor in tensors.items()},
+            "lora_B is zero in all",
+        ),
+        "other": (
+            {key: torch.ones(4, 999) if "A" in key else tensor for key, tensor in tensors.items()},
+            "another base",
+        ),
+    }
+    for name, (changed, told) in broken.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text((tmp_path / "good" / "adapter_config.json").read_text())
+        save_file(changed, folder / "adapter_model.safetensors")
+        with pytest.raises(CheckpointError, match=told):
+            ours.load_adapter(folder, "mine")
+        assert ours.model.adapters == ()
+
+    ours.load_adapter(tmp_path / "good", "mine")
+    save_adapter(ours.model, "mine", tmp_path / "signed")
+    _, other = base(np.random.default_rng(list(rng.bytes(8))), tmp_path / "second")
+    same_sizes = modalora.load(tmp_path / "base")
+    same_sizes.model.decoder.norm.weight.data += 0.5
+    with pytest.raises(CheckpointError, match="was trained on another base model: its base has the fingerprint"):
+        same_sizes.load_adapter(tmp_path / "signed", "mine")
+    with pytest.raises(CheckpointError, match="another base model|belong to no Linear|missing|fingerprint"):
+        other.load_adapter(tmp_path / "signed", "mine")
