@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Integral
@@ -17,7 +17,7 @@ from torch import Tensor
 from modalora.checkpoint.adapters import Verdict, load_adapter
 from modalora.checkpoint.store import load_model, save_model
 from modalora.contracts import Batch, Message, terms
-from modalora.errors import CheckpointError, ConfigError, PromptError
+from modalora.errors import CheckpointError, ConfigError, PromptError, RouteError
 from modalora.generation.engine import generate
 from modalora.generation.sampling import Sampling
 from modalora.models.multimodal import ModelConfig, Multimodal
@@ -231,6 +231,14 @@ class Assistant:
             raise ConfigError(f"sampling settings must be numbers; got {dict(sampling)}") from None
         return generate(self.model, batch, sampling=chosen, max_tokens=max_tokens, stop_ids=self.stop_ids, stops=stops)
 
+    def _official(self, batch: Batch, media: Iterable[Any]) -> dict[str, Any] | None:
+        """What the released code would use for a row: one mode for its whole batch; None: it has no mode for this."""
+        try:
+            rule = self.processor.router({item.modality for item in batch.media}, "auto")
+        except RouteError:
+            return None
+        return {"adapter": rule.adapter, "projectors": {item.modality: rule.branches[item.modality] for item in media}}
+
     def _scale(self, route: str) -> float | list[float]:
         """What an adapter's B A x is multiplied by; of a sum, one number per term."""
         scales = [weight * self.model.config.adapters[name].scaling for name, weight in terms(route)]
@@ -262,6 +270,7 @@ class Assistant:
             "adapter": name,
             "scale": self._scale(name) if name else None,
             "projectors": {item.modality: item.branch for item in media.values()},
+            "official": self._official(batch, media.values()),
             "rope": "long" if self.model.is_long(length) else "short",
             "tokens": length,
             "spans": spans,

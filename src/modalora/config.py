@@ -88,11 +88,13 @@ def parse(kind: type[T], fields: Any, where: str) -> T:
 
 
 def check_sizes(config: Any) -> None:
-    """Refuse a size below 1 among the whole numbers of a dataclass. Raises ConfigError naming the field."""
+    """Refuse whole numbers of a dataclass outside 1 .. 2^31 - 1. Raises ConfigError naming the field."""
     for field in fields(config):
         value = getattr(config, field.name)
         if type(value) is int and value < 1:
             raise ConfigError(f"{field.name}={value} must be at least 1")
+        if type(value) is int and value >= 2**31:
+            raise ConfigError(f"{field.name}={value:.3g} must be below 2^31")
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

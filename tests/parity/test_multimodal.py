@@ -84,3 +84,24 @@ def test_generated_tokens_are_the_reference_s(rng: np.random.Generator, tmp_path
             batch = modalora.Batch(ids, torch.tensor([ids.shape[1]]), batch.route, batch.media)
             assert int(oracle.run(reference, batch).logits[-1].argmax()) == token
             ids = torch.cat((ids, torch.tensor([[token]])), dim=1)
+
+
+@torch.no_grad()
+def test_official_semantics_give_a_batch_one_mode(rng: np.random.Generator, tmp_path: Path) -> None:
+    reference, ours = build(rng, tmp_path / "model", 7)
+    asked = [[{"role": "user", "content": parts}] for parts in ([WORDS], [sound(rng, 0.6, 16_000)])]
+    asked.append([{"role": "user", "content": [picture(rng, 60, 60), WORDS]}])
+    official = modalora.load(tmp_path / "model", compat="official")
+    batch = official.processor(asked)
+    assert batch.route.adapters == ("vision",) * 3
+    assert [item.branch for item in batch.media] == ["vision", "vision"]
+    together = official.model(batch)
+    for row in range(3):
+        told = oracle.run(reference, batch.select([row])).logits
+        torch.testing.assert_close(together[row, : len(told)], told, **TOLERANCE)
+
+    per_row = ours.explain(ours.processor(asked))
+    assert [record["adapter"] for record in per_row] == [None, "speech", "vision"]
+    assert per_row[1]["projectors"] == {"audio": "speech"}
+    assert [record["official"]["adapter"] for record in per_row] == ["vision"] * 3
+    assert per_row[1]["official"]["projectors"] == {"audio": "vision"}

@@ -101,14 +101,14 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None, device: str = 
     """
     card = read_card(folder)
     weights, stored = _open(folder, card)
+    inside(folder, TOKENIZER)
     tokenizer = TextTokenizer.from_folder(folder)
     if tokenizer.vocab_size > card.config.decoder.vocab_size:
         raise CheckpointError(
             f"{folder / TOKENIZER} has {tokenizer.vocab_size} ids, the config's vocab_size is "
             f"{card.config.decoder.vocab_size}; they are not of one model"
         )
-    with torch.device("meta"):
-        model = Multimodal(_base(card))
+    model = _without_memory(folder, card, weights)
     tensors = {}
     for name, place in stored.items():
         tensors[name] = _read(weights, place, card.config, dtype).to(device)
@@ -161,8 +161,7 @@ def describe(folder: Path) -> dict[str, Any]:
     """Return what a model folder holds, after checking its files and tensors; no weights are allocated."""
     card = read_card(folder)
     weights, stored = _open(folder, card)
-    with torch.device("meta"):
-        model = Multimodal(_base(card))
+    model = _without_memory(folder, card, weights)
     parts, adapters = parameter_counts(model), dict(model.config.adapters)
     for name in _beside(folder, card):
         adapters[name], parts[f"adapter.{name}"] = peek(model, folder / f"{name}-lora")
@@ -197,8 +196,22 @@ def to_int8(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return values.view(tensor.shape), scale.view(-1, *[1] * (tensor.ndim - 1))
 
 
-def _base(card: Card) -> ModelConfig:
-    return card.config if card.layout in HOLDS_ADAPTERS else replace(card.config, adapters={})
+def _without_memory(folder: Path, card: Card, weights: Weights) -> Multimodal:
+    """Return the networks that the config describes, on the meta device, if the files may hold them."""
+    config = card.config if card.layout in HOLDS_ADAPTERS else replace(card.config, adapters={})
+    layers = config.decoder.num_hidden_layers
+    layers += config.vision.num_hidden_layers if config.vision else 0
+    layers += config.speech.num_blocks if config.speech else 0
+    if layers > len(weights.entries):
+        raise CheckpointError(
+            f"{folder} does not fit its config, which has {layers:,} layers: the files hold "
+            f"{len(weights.entries):,} tensors"
+        )
+    try:
+        with torch.device("meta"):
+            return Multimodal(config)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"{folder}: its config describes networks that cannot be: {error!s:.160}") from None
 
 
 def _beside(folder: Path, card: Card) -> list[str]:
@@ -210,10 +223,8 @@ def _beside(folder: Path, card: Card) -> list[str]:
 
 def _open(folder: Path, card: Card) -> tuple[Weights, dict[str, Stored]]:
     """Return the files' tensors and where each of ours stands among them, once all fit the config."""
-    with torch.device("meta"):
-        model = Multimodal(_base(card))
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     weights = Weights(folder)
+    shapes = {name: tuple(tensor.shape) for name, tensor in _without_memory(folder, card, weights).state_dict().items()}
     names = plain_names(weights.entries)
     stored = {
         name: replace(place, name=names.get(place.name, place.name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -17,22 +17,52 @@ def explain(
         list[Path] | None, typer.Option("--audio", help="A recording; may be given several times.")
     ] = None,
     route: Annotated[str, typer.Option(help="auto, none, or an adapter such as vision or speech.")] = "auto",
+    batch: Annotated[
+        Path | None, typer.Option(help="A file with more prompts of the same batch: a JSON list of messages a line.")
+    ] = None,
+    rope: Annotated[str, typer.Option(help="Rotary table: reference, long or short.")] = "reference",
+    compat: Annotated[str, typer.Option(help="official: one mode for the whole batch, as the released code.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
 ) -> None:
-    """Show adapter, projectors, rotary regime and token ranges of a prompt.
+    """Show adapter, projectors, rotary regime and token ranges of a prompt, and where the released code differs.
 
     Example: modalora route explain nano "What is this?" --image scene.png --audio seven.wav
     """
     import modalora
     from modalora.assistant import question_messages
 
-    assistant = modalora.load(model)
-    messages = question_messages(question, list(image or []), list(audio or []))
-    record = assistant.explain(assistant.processor([messages], route=route))[0]
-    if as_json:
-        print(json.dumps(record, ensure_ascii=False))
-    else:
+    assistant = modalora.load(model, rope=cast(Any, rope), compat=cast(Any, compat or None))
+    conversations = [
+        question_messages(question, list(image or []), list(audio or [])),
+        *(_more(batch) if batch else []),
+    ]
+    records = assistant.explain(assistant.processor(conversations, route=route))
+    for number, record in enumerate(records, start=1):
+        if as_json:
+            print(json.dumps(record, ensure_ascii=False))
+            continue
+        if len(records) > 1:
+            print(f"row {number}")
         print("\n".join(lines(record)))
+
+
+def _more(path: Path) -> list[Any]:
+    from modalora.errors import PromptError
+
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise PromptError(f"{path} is not a file of JSON lines, a list of messages each: {error}") from None
+
+
+def _official(record: dict[str, Any]) -> str:
+    theirs = record["official"]
+    if theirs is None:
+        return "the released code has no mode for this batch"
+    if (theirs["adapter"], theirs["projectors"]) == (record["adapter"], record["projectors"]):
+        return "the same"
+    branches = ", ".join(f"{kind} -> {branch}" for kind, branch in theirs["projectors"].items())
+    return f"adapter {theirs['adapter'] or 'none'}, projectors {branches or '-'}: one mode for the whole batch"
 
 
 def lines(record: dict[str, Any]) -> list[str]:
@@ -44,6 +74,7 @@ def lines(record: dict[str, Any]) -> list[str]:
         f"media      {' + '.join(record['modalities'])}",
         f"adapter    {adapter}",
         f"projectors {', '.join(f'{kind} -> {branch}' for kind, branch in record['projectors'].items()) or '-'}",
+        f"official   {_official(record)}",
         f"rope       {record['rope']}",
         f"tokens     {record['tokens']}",
     ]

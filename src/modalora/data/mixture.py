@@ -29,9 +29,9 @@ from modalora.data.rows import (
     spoken_question,
 )
 from modalora.data.scenes import free_scene, nlvr_like
-from modalora.data.speech import Clip, Variation, augment, mask_bands, spoken_digits
+from modalora.data.speech import Clip, augment, mask_bands, spoken_digits
 from modalora.data.text import recurring_window, token_stream, windows
-from modalora.data.voices import VOICES, digit_voices, sentence_voices
+from modalora.data.voices import digit_voices, sentence_voices
 from modalora.errors import ConfigError, DataError
 from modalora.processing.processor import Processor, Row
 
@@ -128,12 +128,9 @@ def _digits(
     real: int = 2,
     most: int = 7,
     masks: int = 0,
-    morph: float = 0.0,
-    voices: int = len(VOICES),
 ) -> Source:
-    varied = Variation(morph_chance=morph)
-    rows = real * spoken_digits(context.folder, "train", without=without) + digit_voices(context.cache, voices)
-    draw = _conversations(context, lambda rng: heard_digits(rows, rng, most, varied, transcribe_only=transcribe_only))
+    rows = real * spoken_digits(context.folder, "train", without=without) + digit_voices(context.cache)
+    draw = _conversations(context, lambda rng: heard_digits(rows, rng, most, transcribe_only=transcribe_only))
 
     def masked(rng: np.random.Generator) -> Row:
         row = draw(rng)

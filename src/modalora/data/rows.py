@@ -19,7 +19,7 @@ from modalora.data.nlvr import NlvrRow
 from modalora.data.pictures import chart_picture, word_picture
 from modalora.data.questions import DESCRIBE, questions
 from modalora.data.scenes import COLORS, KINDS, SIZES, Scene, Shape, caption, cell_labels, free_scene, nlvr_like
-from modalora.data.speech import DIGITS, TRANSCRIBE, Clip, Variation, digit_string, speech_questions
+from modalora.data.speech import DIGITS, TRANSCRIBE, Clip, digit_string, speech_questions
 from modalora.data.statements import nlvr_case, statement
 
 Rng = np.random.Generator
@@ -82,11 +82,9 @@ def real_scene(row: NlvrRow, rng: Rng, turns: int, ask: Sequence[str] | None = N
     return conversation([("image", scene.image)], [_judged(row.sentence, row.label), *rest])
 
 
-def heard_digits(
-    rows: Sequence[Clip], rng: Rng, most: int = 7, variation: Variation | None = None, *, transcribe_only: bool = False
-) -> Conversation:
+def heard_digits(rows: Sequence[Clip], rng: Rng, most: int = 7, *, transcribe_only: bool = False) -> Conversation:
     """Return a conversation about one to `most` spoken digits, the transcription among the questions."""
-    clip = digit_string(rows, rng, 1, most, variation=variation)
+    clip = digit_string(rows, rng, 1, most)
     pairs = speech_questions(clip, rng)
     if transcribe_only:
         pairs = pairs[:1]

@@ -92,8 +92,6 @@ class Variation:
     noise_chance: float = 0.7
     noise_db: tuple[float, float] = (5.0, 45.0)  # signal over noise
     offset_chance: float = 0.2  # a constant (DC) of up to 2 % of the peak
-    morph_chance: float = 0.0  # strings whose digits move towards, or away from, how another speaker says them
-    morph: tuple[float, float] = (-0.4, 0.8)  # how far
 
 
 def spoken_digits(folder: Path, split: str, *, without: str | None = None, only: str | None = None) -> list[Clip]:
@@ -160,54 +158,26 @@ def stretch(wave: np.ndarray, rate: int, factor: float) -> np.ndarray:
 
 
 def shift_formants(wave: np.ndarray, rate: int, factor: float) -> np.ndarray:
-    """Return the wave with its spectral envelope scaled along frequency; pitch and duration stay."""
-    spectrum, envelope = _envelope(wave, rate)
-    source = np.arange(envelope.shape[1]) / factor
-    return _enveloped(spectrum, _between(envelope.T, source).T - envelope, len(wave))
+    """Return the wave with its spectral envelope scaled along frequency; pitch and duration stay.
 
-
-def morph(wave: np.ndarray, other: np.ndarray, rate: int, share: float) -> np.ndarray:
-    """Return the wave with its spectral envelope moved a share of the way to that of the same word said by another.
-
-    The other's frames are spread evenly over this one's; pitch and duration stay. A negative share leads away from it.
+    The envelope is the log spectrum of 32 ms without its ripples finer than 1.8 ms of quefrency.
     """
-    spectrum, envelope = _envelope(wave, rate)
-    theirs = _envelope(other, rate)[1]
-    spread = _between(theirs, np.arange(len(envelope)) * ((len(theirs) - 1) / max(1, len(envelope) - 1)))
-    return _enveloped(spectrum, np.float32(share) * (spread - envelope), len(wave))
-
-
-def _envelope(wave: np.ndarray, rate: int) -> tuple[np.ndarray, np.ndarray]:
-    """Spectra of 32 ms each 16 ms, and their logarithms without the ripples finer than 1.8 ms of quefrency."""
     hop = 2 ** round(np.log2(0.016 * rate))
-    size = 2 * hop
+    size, bins = 2 * hop, hop + 1
+    window = np.sin(np.pi * (np.arange(size) + 0.5) / size).astype(np.float32)
     padded = np.pad(wave, (hop, size + hop - len(wave) % hop))
-    spectrum = fft.rfft(sliding_window_view(padded, size)[::hop] * _sine(size))
+    spectrum = fft.rfft(sliding_window_view(padded, size)[::hop] * window)
     cepstrum = fft.irfft(np.log(np.abs(spectrum) + 1e-5), axis=-1)
     kept = round(0.0018 * rate)
     cepstrum[:, kept:-kept] = 0.0
-    return spectrum, fft.rfft(cepstrum).real
-
-
-def _enveloped(spectrum: np.ndarray, change: np.ndarray, length: int) -> np.ndarray:
-    """The wave of spectra whose log envelopes are changed."""
-    hop = spectrum.shape[1] - 1
-    frames = fft.irfft(spectrum * np.exp(np.clip(change, -4.0, 4.0)), axis=-1) * _sine(2 * hop)
+    envelope = fft.rfft(cepstrum).real
+    source = np.minimum(np.arange(bins) / factor, bins - 1.001)
+    below = source.astype(np.int64)
+    share = (source - below).astype(np.float32)
+    moved = envelope[:, below] * (1 - share) + envelope[:, below + 1] * share
+    frames = fft.irfft(spectrum * np.exp(np.clip(moved - envelope, -4.0, 4.0)), axis=-1) * window
     out = frames[1:, :hop] + frames[:-1, hop:]
-    return np.asarray(out.reshape(-1)[:length], dtype=np.float32)
-
-
-def _between(rows: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Rows at places that need not be whole, the last row behind them."""
-    at = np.minimum(at, len(rows) - 1.001)
-    below = at.astype(np.int64)
-    share = (at - below).astype(np.float32)[:, None]
-    return rows[below] * (1 - share) + rows[np.minimum(below + 1, len(rows) - 1)] * share
-
-
-@lru_cache(maxsize=16)
-def _sine(size: int) -> np.ndarray:
-    return np.sin(np.pi * (np.arange(size) + 0.5) / size).astype(np.float32)
+    return np.asarray(out.reshape(-1)[: len(wave)], dtype=np.float32)
 
 
 def augment(wave: np.ndarray, rate: int, rng: Generator, variation: Variation | None = None) -> np.ndarray:
@@ -330,18 +300,11 @@ def digit_string(
     target = _draw_rate(native, rng) if augmented else native
     rate = target if target < native or rng.random() < 0.5 else native  # where the digits meet the augmentation
     longest = 0.0 if rng.random() < 0.2 else rng.uniform(0.05, 0.5)
-    drawn = variation or Variation()
-    second = None
-    if augmented and drawn.morph_chance and rng.random() < drawn.morph_chance:
-        second, share = rows[int(rng.integers(len(rows)))].speaker, rng.uniform(*drawn.morph)
     pieces: list[np.ndarray] = []
     for row in chosen:
         if pieces:
             pieces.append(np.zeros(int(rng.uniform(0, longest) * rate), dtype=np.float32))
         wave = resample(row.wave, row.rate, rate)
-        if second is not None and (same := [one for one in rows if one.speaker == second and one.words == row.words]):
-            other = same[int(rng.integers(len(same)))]
-            wave = morph(wave, resample(other.wave, other.rate, rate), rate, share)
         if augmented and len(chosen) > 1:
             wave = wave * np.float32(10 ** (rng.uniform(-3, 3) / 20))
             if rng.random() < 0.3:

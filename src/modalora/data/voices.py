@@ -156,9 +156,9 @@ def _read_bank(path: Path) -> list[Clip]:
     ]
 
 
-def digit_voices(folder: Path, count: int = len(VOICES)) -> list[Clip]:
-    """Return the ten digits said by `count` voices: rows like those of `spoken_digits`, at 16 kHz."""
-    return voice_bank(DIGITS, folder, voices=draw_voices(count))
+def digit_voices(folder: Path) -> list[Clip]:
+    """Return the ten digits said by every voice: rows like those of `spoken_digits`, at 16 kHz."""
+    return voice_bank(DIGITS, folder)
 
 
 def sentence_voices(folder: Path, split: str = "train") -> list[Clip]:

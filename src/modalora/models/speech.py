@@ -214,7 +214,7 @@ class SpeechEncoder(nn.Module):
         at = torch.arange(time, device=self.relative_bias.weight.device)
         distance = (at[None] - at[:, None]).clamp(-reach, reach - 1) + reach
         bias: Tensor = self.relative_bias(distance)
-        return bias.permute(2, 0, 1)[None]
+        return bias.permute(2, 0, 1)[None].contiguous()  # read in every block
 
 
 def _pointwise(conv: nn.Conv1d, x: Tensor) -> Tensor:

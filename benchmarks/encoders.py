@@ -1,0 +1,142 @@
+"""How long do the picture and the sound encoder take at full size, beside transformers' with the same weights?
+
+Random weights, bf16, one thread; CPU seconds, the best of several repeats, both sides in turn in one process. The
+peer's vision tower is right in eager mode alone (under SDPA it runs causally); both are shown. Results are compared.
+
+    THP_MEM_ALLOC_ENABLE=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456 \
+        python benchmarks/encoders.py
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from datetime import date
+from typing import Any
+
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+import torch
+from torch import Tensor, nn
+from transformers import Phi4MultimodalConfig
+from transformers.models.phi4_multimodal import modeling_phi4_multimodal as peer
+
+from modalora.checkpoint.names import plan
+from modalora.models.sizes import phi4_multimodal
+from modalora.models.speech import SpeechEncoder
+from modalora.models.vision import ImageEmbedder
+
+PREFIX = {"image": "model.embed_tokens_extend.image_embed.", "audio": "model.embed_tokens_extend.audio_embed."}
+
+
+def best(work: Callable[[], Any], times: int = 3) -> float:
+    found = []
+    for _ in range(times):
+        started = time.process_time()
+        work()
+        found.append(time.process_time() - started)
+    return min(found)
+
+
+def spread(model: nn.Module) -> None:
+    """Draw weights that keep activations near one."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if not tensor.is_floating_point():
+                continue
+            tensor.normal_(generator=generator)
+            if "global_invstd" in name:
+                tensor.mul_(0.02).add_(0.2)
+            elif "global_mean" in name:
+                tensor.add_(12)
+            elif "norm" in name and name.endswith("weight"):
+                tensor.mul_(0.1).add_(1)
+            elif tensor.ndim > 1 and "embedding" not in name and "bias" not in name:
+                tensor.mul_(tensor[0].numel() ** -0.5)
+            else:
+                tensor.mul_(0.1)
+
+
+def copy(ours: nn.Module, theirs: nn.Module, kind: str) -> None:
+    """Give the peer our weights, by the table of its layout."""
+    config = phi4_multimodal()
+    own = {f"encoders.{kind}.{name}": tensor for name, tensor in ours.state_dict().items()}
+    places = plan("phi4_multimodal", {name: tuple(tensor.shape) for name, tensor in own.items()}, config)
+    state = theirs.state_dict()
+    for name, place in places.items():
+        state[place.name.removeprefix(PREFIX[kind])].copy_(place.pair.to_theirs(own[name], config))
+
+
+def picture(crops: int) -> dict[str, Tensor]:
+    side = int(crops**0.5)
+    return {
+        "pixels": torch.randn(1 + crops, 3, 448, 448, dtype=torch.bfloat16),
+        "mask": torch.ones(1 + crops, 32, 32, dtype=torch.bool),
+        "grid": torch.tensor([side, side]),
+    }
+
+
+@torch.inference_mode()
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = Phi4MultimodalConfig(hidden_size=3072, num_attention_heads=24, audio_config={"bias_max_distance": 500})
+    sizes = phi4_multimodal()
+    assert sizes.vision is not None
+    assert sizes.speech is not None
+    torch.set_default_dtype(torch.bfloat16)
+    tower, encoder = ImageEmbedder(sizes.vision).eval(), SpeechEncoder(sizes.speech).eval()
+    views = {}
+    for mode in ("eager", "sdpa"):
+        config = deepcopy(config)
+        config.vision_config._attn_implementation = config.audio_config._attn_implementation = mode
+        views[mode] = (
+            peer.Phi4MultimodalImageEmbedding(config).eval(),
+            peer.Phi4MultimodalAudioEmbedding(config).eval(),
+        )
+    torch.set_default_dtype(torch.float32)
+    spread(tower)
+    spread(encoder)
+    for image, audio in views.values():
+        copy(tower, image, "image")
+        copy(encoder, audio, "audio")
+    print(f"{date.today()}, {platform.machine()}, torch {torch.__version__}, 1 thread, bf16\n")
+    print("| work | ours s | transformers eager s | ratio | transformers sdpa s | ratio | largest difference |")
+    print("|---|---|---|---|---|---|---|")
+
+    def compare(name: str, ours: Callable[[], Tensor], theirs: dict[str, Callable[[], Tensor]], repeats: int) -> None:
+        own, told = ours().float(), theirs["eager"]().float()
+        difference = float((own - told).abs().max() / told.abs().max())
+        mine = best(ours, repeats)
+        times = {mode: best(work, repeats) for mode, work in theirs.items()}
+        cells = " | ".join(f"{times[mode]:.2f} | {times[mode] / mine:.2f}" for mode in ("eager", "sdpa"))
+        print(f"| {name} | {mine:.2f} | {cells} | {difference:.3f} of the largest value |", flush=True)
+
+    for name, crops, repeats in (("one 448 crop", 0, 3), ("1344x1344: 9 crops and the whole", 9, 1)):
+        one = picture(crops)
+        compare(
+            name,
+            lambda one=one: tower.tower(one["pixels"], one["mask"]),
+            {
+                mode: lambda one=one, view=image: view.img_processor(
+                    one["pixels"], patch_attention_mask=one["mask"], output_hidden_states=True
+                ).hidden_states[-2]
+                for mode, (image, _) in views.items()
+            },
+            repeats,
+        )
+    mel = 12 + 4 * torch.randn(2998, 80)
+    compare(
+        "30 s of sound",
+        lambda: encoder([{"mel": mel}])[0],
+        {mode: lambda view=audio: view.encoder(mel.bfloat16()[None], None)[0] for mode, (_, audio) in views.items()},
+        2,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Files made to harm are refused: within a second, within 64 MB, and without opening anything outside the folder."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from modalora.checkpoint.files import Weights
+from modalora.checkpoint.store import load_model, save_model
+from modalora.errors import CheckpointError, ConfigError
+from modalora.models.multimodal import ModelConfig, Multimodal
+from modalora.models.sizes import tiny
+from modalora.processing.tokenizer import TextTokenizer
+
+
+def header(fields: object, data: bytes = b"", length: int | None = None) -> bytes:
+    text = fields if isinstance(fields, bytes) else json.dumps(fields).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def entry(shape: list[object], begin: object = 0, end: object = 8, dtype: object = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+DATA = b"\0" * 8
+FILES: dict[str, bytes] = {
+    "nothing": b"",
+    "eight bytes": struct.pack("<Q", 8),
+    "a length beyond the file": header({}, length=2**40),
+    "a length of all ones": header({}, length=2**64 - 1),
+    "no JSON": header(b"{" + b"[" * 40),
+    "nested 100,000 deep": header(b"[" * 100_000 + b"]" * 100_000),
+    "a list": header([]),
+    "no UTF-8": header(b'{"\xff": 1}'),
+    "a shape of 2^40": header({"a": entry([2**40])}, DATA),
+    "a shape that overflows": header({"a": entry([2**31 - 1] * 8)}, DATA),
+    "a negative shape": header({"a": entry([-2])}, DATA),
+    "a shape of text": header({"a": entry(["2"])}, DATA),
+    "a shape of floats": header({"a": entry([2.0])}, DATA),
+    "a shape of true": header({"a": entry([True])}, DATA),
+    "9 axes": header({"a": entry([1] * 9, 0, 4)}, DATA),
+    "more data than the shape": header({"a": entry([1])}, DATA),
+    "offsets backwards": header({"a": entry([2], 8, 0)}, DATA),
+    "offsets that are text": header({"a": entry([2], "0", "8")}, DATA),
+    "offsets beyond the file": header({"a": entry([2], 8, 16)}, DATA),
+    "overlapping tensors": header({"a": entry([2]), "b": entry([1], 4, 8)}, DATA),
+    "a gap": header({"a": entry([1], 4, 8)}, DATA),
+    "bytes left over": header({"a": entry([1], 0, 4)}, DATA),
+    "an unknown dtype": header({"a": entry([2], dtype="F33")}, DATA),
+    "a dtype that is a list": header({"a": entry([2], dtype=["F32"])}, DATA),
+    "a key twice": header(
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        DATA,
+    ),
+    "a name with a zero": header({"a\0b": entry([2])}, DATA),
+    "a name of 10,000 letters": header({"a" * 10_000: entry([2])}, DATA),
+    "an entry that is a number": header({"a": 3}, DATA),
+    "a million empty tensors": header({str(number): entry([0], 0, 0) for number in range(1_000_000)}),
+    "30,000 empty tensors": header({str(number): entry([0], 0, 0) for number in range(30_000)}),
+    "a pickle": pickle.dumps({"a": 1}),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_no_writer_makes_is_refused_in_a_second(name: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(FILES[name])
+    started = time.process_time()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        Weights(tmp_path)
+    assert time.process_time() - started < 1
+
+
+def test_the_worst_of_them_take_little_memory(tmp_path: Path) -> None:
+    """In a process of its own: what the refusals add to its peak."""
+    script = """
+import resource, sys
+from pathlib import Path
+from modalora.checkpoint.files import Weights
+from modalora.errors import CheckpointError
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+for folder in sys.argv[1:]:
+    try:
+        Weights(Path(folder))
+    except CheckpointError:
+        continue
+    raise SystemExit("accepted")
+print(peak() - before)
+"""
+    folders = []
+    for number, name in enumerate(("a million empty tensors", "30,000 empty tensors", "nested 100,000 deep")):
+        folders.append(tmp_path / str(number))
+        folders[-1].mkdir()
+        (folders[-1] / "model.safetensors").write_bytes(FILES[name])
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, folders)], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 64_000  # kB
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    words = TextTokenizer.train(["the quick brown fox " * 9], 320)
+    save_model(Multimodal(ModelConfig(decoder=tiny().decoder)), words, tmp_path / "m", layout="phi3")
+    return tmp_path / "m"
+
+
+def link(folder: Path, name: str) -> None:
+    outside = folder.parent / f"outside-{name}"
+    (folder / name).rename(outside)
+    (folder / name).symlink_to(outside)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json"])
+def test_a_link_out_of_the_folder_is_not_followed(folder: Path, name: str) -> None:
+    load_model(folder)
+    link(folder, name)
+    with pytest.raises(CheckpointError, match="lies outside the folder; it was not opened"):
+        load_model(folder)
+
+
+def test_the_links_of_a_hugging_face_cache_are_followed(folder: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--phi" / "snapshots" / "abc"
+    blobs = tmp_path / "models--phi" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in folder.iterdir():
+        path.rename(blobs / path.name.upper())
+        (snapshot / path.name).symlink_to(Path("..") / ".." / "blobs" / path.name.upper())
+    load_model(snapshot)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda fields: fields.update(hidden_size=10**12),
+        lambda fields: fields.update(num_hidden_layers=10**9),
+        lambda fields: fields.update(vocab_size=-1),
+        lambda fields: fields.update(vocab_size=10**400),
+        lambda fields: fields.update(rms_norm_eps="1e-5; import os"),
+        lambda fields: fields.update(num_attention_heads=0),
+        lambda fields: fields.update(auto_map={"AutoModel": "os.system"}, model_type="os.system"),
+        lambda fields: fields.update(
+            rope_scaling={"type": "longrope", "short_factor": [0] * 6, "long_factor": [1] * 6}
+        ),
+        lambda fields: fields.update(
+            rope_scaling={"type": "longrope", "short_factor": [1] * 5, "long_factor": [1] * 5}
+        ),
+    ],
+)
+def test_a_config_cannot_allocate(folder: Path, change: Callable[[dict[str, object]], None]) -> None:
+    fields = json.loads((folder / "config.json").read_text())
+    change(fields)
+    (folder / "config.json").write_text(json.dumps(fields))
+    started = time.process_time()
+    with pytest.raises((CheckpointError, ConfigError)):
+        load_model(folder)
+    assert time.process_time() - started < 1
+
+
+def test_a_template_that_never_ends_is_not_run(folder: Path) -> None:
+    endless = "{% for a in range(10**9) %}{% for b in range(10**9) %}x{% endfor %}{% endfor %}"
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        (folder / name).write_text(json.dumps({"chat_template": endless}))
+    (folder / "chat_template.jinja").write_text(endless)
+    started = time.process_time()
+    assert load_model(folder).chat.default_system is None
+    assert time.process_time() - started < 1
+
+
+def test_a_pickle_in_place_of_weights_is_named_and_not_opened(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/opened'\ntR.")
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin is a pickle, which can run code and is never opened"):
+        load_model(folder)
