@@ -63,7 +63,7 @@ def test_plain_and_long_rope_are_told_apart_by_their_keys() -> None:
         ("vison", {}, "unknown key 'vison'; did you mean 'vision'?"),
         ("decoder.hiden_size", 1, "unknown key 'decoder.hiden_size'; did you mean 'hidden_size'?"),
         ("decoder.rope.thetta", 1, "unknown key 'decoder.rope.thetta'; did you mean 'theta'?"),
-        ("adapters.vision.rnk", 1, "unknown key 'adapters.vision.rnk'; known keys: lora_alpha, lora_dropout, r"),
+        ("adapters.vision.rnk", 1, "unknown key 'adapters.vision.rnk'; known keys: alpha_pattern, lora_alpha"),
         ("vision.crop", "big", "vision.crop='big': Input should be a valid integer"),
         ("decoder.rope.long_factor", "x", "decoder.rope.long_factor='x': Input should be a valid tuple"),
         ("decoder.rope.long_factor", ["x"], "decoder.rope.long_factor.0='x': Input should be a valid number"),

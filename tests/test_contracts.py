@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modalora.contracts import IGNORED, Batch, Media, Route, image_tokens, subsampled
+from modalora.contracts import IGNORED, Batch, Media, Route, image_tokens, subsampled, terms
+from modalora.errors import RouteError
 
 
 def batch() -> Batch:
@@ -23,10 +24,18 @@ def batch() -> Batch:
 
 def test_routes_group_rows_by_adapter() -> None:
     groups = Route(("a", None, "b", "a")).groups
-    assert [name for name, _ in groups] == ["a", "b"]
-    assert [rows.tolist() for _, rows in groups if rows is not None] == [[0, 3], [2]]
+    assert [name for name, _, _ in groups] == ["a", "b"]
+    assert [rows.tolist() for _, _, rows in groups if rows is not None] == [[0, 3], [2]]
     assert Route((None, None)).groups == ()
-    assert Route(("a", "a")).groups == (("a", None),)
+    assert Route(("a", "a")).groups == (("a", 1.0, None),)
+
+
+def test_a_sum_of_adapters_is_names_with_weights() -> None:
+    assert terms("vision+mine@0.7") == (("vision", 1.0), ("mine", 0.7))
+    assert Route(("a+b@-0.5",)).groups == (("a", 1.0, None), ("b", -0.5, None))
+    for wrong in ("", "+", "a+", "a@", "a@x", "a@nan", "a@inf", "a+a", "@2"):
+        with pytest.raises(RouteError, match="is no sum of adapters; write names with"):
+            terms(wrong)
 
 
 def test_select_takes_rows_in_the_order_given_and_cuts_the_padding() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Integral
@@ -177,6 +177,18 @@ class Assistant:
         """Return per row: adapter and scale, projector branches, rotary regime, and what each token range is."""
         return [self._explain(batch, row) for row in range(len(batch.input_ids))]
 
+    def explain_official(self, batch: Batch) -> list[dict[str, Any] | None]:
+        """Return per row the adapter and projectors of the released code, which has one mode for a whole batch.
+
+        None: it has no mode for this batch, or this model lacks the mode's adapter.
+        """
+        try:
+            rule = self.processor.router({item.modality for item in batch.media}, "auto")
+        except RouteError:
+            return [None] * len(batch.input_ids)
+        held = [{item.modality for item in batch.media if item.row == row} for row in range(len(batch.input_ids))]
+        return [{"adapter": rule.adapter, "projectors": {kind: rule.branches[kind] for kind in own}} for own in held]
+
     def load_adapter(self, folder: str | Path, name: str) -> Verdict:
         """Add a PEFT LoRA folder to the decoder under a name that `route` takes; return what was found in it.
 
@@ -231,14 +243,6 @@ class Assistant:
             raise ConfigError(f"sampling settings must be numbers; got {dict(sampling)}") from None
         return generate(self.model, batch, sampling=chosen, max_tokens=max_tokens, stop_ids=self.stop_ids, stops=stops)
 
-    def _official(self, batch: Batch, media: Iterable[Any]) -> dict[str, Any] | None:
-        """What the released code would use for a row: one mode for its whole batch; None: it has no mode for this."""
-        try:
-            rule = self.processor.router({item.modality for item in batch.media}, "auto")
-        except RouteError:
-            return None
-        return {"adapter": rule.adapter, "projectors": {item.modality: rule.branches[item.modality] for item in media}}
-
     def _scale(self, route: str) -> float | list[float]:
         """What an adapter's B A x is multiplied by; of a sum, one number per term."""
         scales = [weight * self.model.config.adapters[name].scaling for name, weight in terms(route)]
@@ -270,7 +274,6 @@ class Assistant:
             "adapter": name,
             "scale": self._scale(name) if name else None,
             "projectors": {item.modality: item.branch for item in media.values()},
-            "official": self._official(batch, media.values()),
             "rope": "long" if self.model.is_long(length) else "short",
             "tokens": length,
             "spans": spans,

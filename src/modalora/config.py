@@ -94,7 +94,7 @@ def check_sizes(config: Any) -> None:
         if type(value) is int and value < 1:
             raise ConfigError(f"{field.name}={value} must be at least 1")
         if type(value) is int and value >= 2**31:
-            raise ConfigError(f"{field.name}={value:.3g} must be below 2^31")
+            raise ConfigError(f"{field.name}={str(value)[:20]} must be below 2^31")
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -38,7 +38,9 @@ def llama(*, rstrip: bool, metaspace: bool) -> TextTokenizer:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer.add_special_tokens([AddedToken(token, rstrip=rstrip, normalized=False) for token in PHI3])
-    return TextTokenizer(tokenizer.to_str())
+    fields = json.loads(tokenizer.to_str())
+    fields["added_tokens"] = [one for one in fields["added_tokens"] if not one["content"].startswith("<0x")]
+    return TextTokenizer(json.dumps(fields))
 
 
 KINDS: dict[str, tuple[TextTokenizer, ChatFormat]] = {

@@ -187,16 +187,16 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
             if not 2 <= length <= min(HEADER_BYTES, size - 8):
                 raise CheckpointError(
-                    f"{path} is not a readable safetensors file: it has {size:,} bytes and a header of {length:,}, and "
-                    f"at most {HEADER_BYTES:,} are read; it is cut short, or no safetensors"
+                    f"it has {size:,} bytes and a header of {length:,}, and at most {HEADER_BYTES:,} are read; it is "
+                    "cut short, or no safetensors"
                 )
             fields = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_once)
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read: {error.strerror}; copy the folder again from its source"
         ) from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: header: {error!s:.120}") from None
+    except (CheckpointError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error!s:.200}") from None
     if not isinstance(fields, dict) or len(fields) > MOST_TENSORS:
         raise CheckpointError(f"{path}: its header must be an object of at most {MOST_TENSORS:,} tensors")
     metadata = fields.pop("__metadata__", None)
@@ -287,12 +287,13 @@ def digest(path: Path) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; a key given twice is refused."""
     try:
-        if path.stat().st_size > MOST_JSON_BYTES:
-            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; at most {MOST_JSON_BYTES:,} are read")
+        size = path.stat().st_size
+        if size > MOST_JSON_BYTES:
+            raise CheckpointError(f"it has {size:,} bytes; at most {MOST_JSON_BYTES:,} are read")
         fields = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; a model folder needs it") from None
-    except (ValueError, RecursionError, IsADirectoryError) as error:
+    except (CheckpointError, ValueError, RecursionError, IsADirectoryError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path} must hold a JSON object; it holds {type(fields).__name__}")
@@ -303,7 +304,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in an object")
+        raise CheckpointError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in an object")
     return fields
 
 

@@ -36,14 +36,19 @@ def explain(
         question_messages(question, list(image or []), list(audio or [])),
         *(_more(batch) if batch else []),
     ]
-    records = assistant.explain(assistant.processor(conversations, route=route))
-    for number, record in enumerate(records, start=1):
+    prompts = assistant.processor(conversations, route=route)
+    records = assistant.explain(prompts)
+    for number, (record, official) in enumerate(
+        zip(records, assistant.explain_official(prompts), strict=True), start=1
+    ):
+        record["official"] = official
         if as_json:
             print(json.dumps(record, ensure_ascii=False))
             continue
         if len(records) > 1:
             print(f"row {number}")
         print("\n".join(lines(record)))
+        print(f"released   {_official(record)}")
 
 
 def _more(path: Path) -> list[Any]:
@@ -74,7 +79,6 @@ def lines(record: dict[str, Any]) -> list[str]:
         f"media      {' + '.join(record['modalities'])}",
         f"adapter    {adapter}",
         f"projectors {', '.join(f'{kind} -> {branch}' for kind, branch in record['projectors'].items()) or '-'}",
-        f"official   {_official(record)}",
         f"rope       {record['rope']}",
         f"tokens     {record['tokens']}",
     ]
