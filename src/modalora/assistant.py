@@ -197,6 +197,7 @@ class Assistant:
         verdict = load_adapter(self.model, Path(folder), name)
         old = self.processor
         self.processor = make_processor(self.model.config, old.tokenizer, old.chat, old.compat)
+        self.processor.image = old.image
         return verdict
 
     def save(self, folder: str | Path, layout: str = "modalora") -> None:
@@ -288,6 +289,7 @@ def load(
     rope: Regime = "reference",
     compat: Compat = None,
     pack: bool = False,
+    fast_images: bool = False,
 ) -> Assistant:
     """Load a model folder in any layout, or a bundled model by name, with its adapters.
 
@@ -296,6 +298,7 @@ def load(
     all or none. compat: "official" routes a whole batch as one, as the released code of Phi-4-Multimodal does.
     pack: rearrange a bf16 decoder for this CPU: takes seconds, doubles its decoding rate, and leaves a model that
     cannot be changed or saved.
+    fast_images: prepare large photos in half the time, their pixels under 1 % of the range off on average.
     Raises CheckpointError or ConfigError.
     """
     if dtype not in DTYPES:
@@ -306,6 +309,8 @@ def load(
     loaded = load_model(folder, dtype=DTYPES[dtype], device=device, pack=pack)
     set_regime(loaded.model, rope)
     processor = make_processor(loaded.model.config, loaded.tokenizer, loaded.chat, compat)
+    if fast_images and processor.image is not None:
+        processor.image = replace(processor.image, fast=True)
     return Assistant(loaded.model, processor, folder, loaded.stop_ids, loaded.notes)
 
 

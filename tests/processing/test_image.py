@@ -273,6 +273,26 @@ def test_a_given_pillow_image_is_left_unchanged() -> None:
     assert rgb.getpixel((0, 0)) == (1, 2, 3)
 
 
+def test_fast_preparation_of_a_large_photo_stays_near_the_exact_one() -> None:
+    across = np.linspace(0, 255, 3000)
+    levels = np.stack([np.add.outer(0.3 * across[:2000], 0.5 * across), np.tile(across, (2000, 1))], axis=2)
+    photo = Image.fromarray(np.dstack([levels, levels[..., :1]]).clip(0, 255).astype(np.uint8))
+    photo.paste((255, 0, 0), (400, 300, 900, 1200))
+    for turn in (1, 6):  # upright, and on its side
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        buffer = io.BytesIO()
+        photo.save(buffer, "JPEG", quality=92, exif=exif)
+        made = {}
+        for fast in (False, True):
+            config = ImageConfig(max_crops=4, fast=fast)
+            made[fast], tokens = image_features(open_image(buffer.getvalue(), config), config)
+        assert torch.equal(made[True]["grid"], made[False]["grid"])
+        assert torch.equal(made[True]["mask"], made[False]["mask"])
+        off = (made[True]["pixels"] - made[False]["pixels"]).abs()
+        assert 0 < float(off.mean()) < 0.01  # of a range of 2; edges differ more
+
+
 # refusals
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
@@ -28,6 +28,7 @@ from modalora.errors import ConfigError, MediaError
 
 # Formats read: each is decoded inside Pillow, none starts another program (EPS would).
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+_FULL = "modalora.full_size"  # size of a picture that was decoded at a lower scale
 THINNEST = 10  # pixels: a picture whose short side would be scaled below this is refused
 
 
@@ -41,6 +42,9 @@ class ImageConfig:
     min_side: int = 8  # pixels
     max_pixels: int = 50_000_000
     max_bytes: int = 50_000_000
+    # Half the time for a large photo: JPEGs are decoded at a lower scale where the crops need no more, and resized by
+    # another implementation. Pixels are under 1 % of the range off on average; otherwise pixels are those of the released processor.
+    fast: bool = False
 
     def __post_init__(self) -> None:
         """Check every rule."""
@@ -126,7 +130,19 @@ def open_image(source: str | Path | bytes | Image.Image, config: ImageConfig) ->
                 "scale it down or raise max_pixels"
             )
         try:
-            return _to_rgb(name, ImageOps.exif_transpose(image))
+            full = image.size
+            if config.fast:  # a JPEG is decoded at a half or less, never below the grid
+                columns, rows = grid(*full, config)
+                image.draft("RGB", (config.crop * columns, config.crop * rows))
+            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                turned = ImageOps.exif_transpose(image)
+                full = full if (turned.width > turned.height) == (image.width > image.height) else full[::-1]
+                image = turned
+            image.load()
+            opened = _to_rgb(name, image)
+            opened = opened.copy() if opened is source else opened
+            opened.info[_FULL] = full
+            return opened
         except MediaError:
             raise
         except Exception as error:  # decoders fail in many ways on damaged data
@@ -167,7 +183,7 @@ def _to_rgb(name: str, image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 @cache
@@ -205,6 +221,14 @@ def grid(width: int, height: int, config: ImageConfig) -> tuple[int, int]:
     return nearest
 
 
+def _resized(image: Image.Image, width: int, height: int, config: ImageConfig) -> np.ndarray:
+    if not config.fast:
+        return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    bytes_ = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    small = functional.interpolate(bytes_, (height, width), mode="bilinear", antialias=True, align_corners=False)
+    return small[0].permute(1, 2, 0).numpy()
+
+
 def image_features(image: Image.Image, config: ImageConfig) -> tuple[dict[str, Tensor], int]:
     """Return the features of one picture and the tokens that it fills.
 
@@ -218,34 +242,37 @@ def image_features(image: Image.Image, config: ImageConfig) -> tuple[dict[str, T
     if image.mode != "RGB":
         raise MediaError(f"an image of mode {image.mode!r} must be RGB here; pass it through open_image first")
     crop, side = config.crop, config.side
-    columns, rows = grid(*image.size, config)
+    own_width, own_height = image.info.get(_FULL, image.size)
+    columns, rows = grid(own_width, own_height, config)
     full_width, full_height = crop * columns, crop * rows
-    stretch_width, stretch_height = full_width / image.width, full_height / image.height
+    stretch_width, stretch_height = full_width / own_width, full_height / own_height
     if stretch_width < stretch_height:
-        width, height = full_width, int(image.height * stretch_width)
+        width, height = full_width, int(own_height * stretch_width)
     else:
-        width, height = int(image.width * stretch_height), full_height
+        width, height = int(own_width * stretch_height), full_height
     if min(width, height) < THINNEST:
         raise MediaError(
-            f"an image of {image.width}x{image.height} pixels would be scaled to {width}x{height}, and each side must "
+            f"an image of {own_width}x{own_height} pixels would be scaled to {width}x{height}, and each side must "
             f"keep at least {THINNEST}; cut it into pieces of a less extreme shape"
         )
     valid_rows = rows * side - (full_height - height) // config.patch
     valid_columns = columns * side - (full_width - width) // config.patch
 
     padded = np.full((full_height, full_width, 3), 255, dtype=np.uint8)
-    padded[:height, :width] = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
-    pixels = torch.from_numpy(padded).permute(2, 0, 1).contiguous().float().div_(255).sub_(0.5).div_(0.5)
-    whole = functional.interpolate(
-        pixels[None], size=(crop, crop), mode="bicubic", align_corners=False, antialias=False
+    padded[:height, :width] = _resized(image, width, height, config)
+    normal = torch.from_numpy(padded).permute(2, 0, 1).float().div_(255).sub_(0.5).div_(0.5).contiguous()
+    pixels = torch.empty(1 + rows * columns, 3, crop, crop)
+    pixels[:1] = functional.interpolate(
+        normal[None], size=(crop, crop), mode="bicubic", align_corners=False, antialias=False
     )
-    tiles = pixels.view(3, rows, crop, columns, crop).permute(1, 3, 0, 2, 4).reshape(-1, 3, crop, crop)
+    tiles = normal.view(3, rows, crop, columns, crop).permute(1, 3, 0, 2, 4)
+    pixels[1:].view(rows, columns, 3, crop, crop).copy_(tiles)
 
     valid = torch.zeros(rows * side, columns * side, dtype=torch.bool)
     valid[:valid_rows, :valid_columns] = True
     mask = valid.view(rows, side, columns, side).transpose(1, 2).reshape(-1, side, side)
     features = {
-        "pixels": torch.cat((whole, tiles)),
+        "pixels": pixels,
         "mask": torch.cat((torch.ones(1, side, side, dtype=torch.bool), mask)),
         "grid": torch.tensor([rows, columns]),
     }
