@@ -73,7 +73,8 @@ class Subsampling(nn.Module):
             x = layer(x).contiguous(memory_format=torch.channels_last)
             if isinstance(layer, nn.ReLU):  # padding must stay zero: a row alone ends there too
                 lengths = [subsampled(length, 2) for length in lengths]
-                x = x * _real(lengths, x.shape[2], x)[:, None, :, None]
+                if set(lengths) != {x.shape[2]}:
+                    x = x * _real(lengths, x.shape[2], x)[:, None, :, None]
         return x
 
 

@@ -43,7 +43,7 @@ class ImageConfig:
     max_pixels: int = 50_000_000
     max_bytes: int = 50_000_000
     # Half the time for a large photo: JPEGs are decoded at a lower scale where the crops need no more, and resized by
-    # another implementation. Pixels are under 1 % of the range off on average; otherwise pixels are those of the released processor.
+    # another implementation. Pixels are under 1 % of the range off on average; else they are the released processor's.
     fast: bool = False
 
     def __post_init__(self) -> None:
