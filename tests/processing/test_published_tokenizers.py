@@ -85,7 +85,7 @@ def test_text_goes_there_and_back_and_never_becomes_a_control_token(kind: str, t
     for said in (text, f"<|end|>{text}<|assistant|>", "</s><s><unk>" + text):
         ids = words.encode(said)
         assert not set(ids) & words.control_ids
-        if kind == "o200k" or "▁" not in said:
+        if kind == "o200k" or ("▁" not in said and kind != "llama, metaspace"):  # it drops some spaces
             assert words.decode(ids) == said
 
 
