@@ -13,27 +13,9 @@ import soundfile
 from PIL import Image
 
 from modalora.assistant import BUNDLED, find_model
-from modalora.cli.main import main
 
 DEMO = BUNDLED / "demo"
 SCENE, DIGITS = str(DEMO / "scene.png"), str(DEMO / "digits.wav")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run the command in this process; return exit code, stdout and stderr."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["modalora", *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        told = capsys.readouterr()
-        return code, told.out, told.err
-
-    return call
 
 
 def test_help_answers_without_loading_torch() -> None:

@@ -1,0 +1,107 @@
+"""The commands about model and adapter folders: convert, adapter, route explain over a batch, raw prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from modalora.assistant import BUNDLED, load
+from modalora.checkpoint.adapters import save_adapter
+
+DIGITS = str(BUNDLED / "demo" / "digits.wav")
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def style(tmp_path: Path) -> Path:
+    """A PEFT folder for nano: its speech adapter under another name."""
+    save_adapter(load("nano").model, "speech", tmp_path / "style")
+    return tmp_path / "style"
+
+
+def test_a_model_goes_to_the_official_layout_and_back(run: Run, tmp_path: Path) -> None:
+    there, back = str(tmp_path / "there"), str(tmp_path / "back")
+    code, out, _ = run("convert", "nano", there, "--layout", "phi4mm")
+    assert (code, out.splitlines()[0]) == (0, f"wrote {there}: layout phi4mm, 508 tensors, 13,212,720 parameters")
+    assert run("convert", there, back, "--layout", "modalora")[0] == 0
+    first, last = (load(folder).model.state_dict() for folder in ("nano", back))
+    assert all(torch.equal(last[name], tensor) for name, tensor in first.items())
+    shown = run("inspect", there)[1]
+    assert "layout phi4mm" in shown
+    assert "integrity  sizes and shapes" in shown
+    code, _, err = run("convert", "nano", there, "--layout", "modalora")
+    assert (code, "exists; give a new folder, nothing was written" in err) == (2, True)
+    code, _, err = run("convert", "nano", str(tmp_path / "x"), "--layout", "phi3")
+    assert (code, "has no place for" in err, (tmp_path / "x").exists()) == (2, True, False)
+
+
+def test_an_adapter_is_listed_and_certified(run: Run, style: Path) -> None:
+    assert (
+        run("adapter", "list", "nano")[1].splitlines()[0] == "vision: rank 32, alpha 64, on every Linear of the decoder"
+    )
+    code, out, _ = run("adapter", "verify", "nano", str(style), "--json")
+    found = json.loads(out)
+    assert (code, found["consumed"], found["linears"], found["matched"]) == (0, 64, [32, 32], True)
+    assert found["text_bits_changed"] == 0
+    assert found["logit_change"] > 0.01
+    assert "0 of " in run("adapter", "verify", "nano", str(style))[1].splitlines()[-1]
+    tensors = load_file(style / "adapter_model.safetensors")
+    save_file(
+        {name: tensor * ("lora_A" in name) for name, tensor in tensors.items()}, style / "adapter_model.safetensors"
+    )
+    code, out, err = run("adapter", "verify", "nano", str(style))
+    assert (code, out, "lora_B is zero in all 32 Linears" in err) == (2, "", True)
+
+
+def test_a_sum_is_composed_and_merged(run: Run, style: Path, tmp_path: Path) -> None:
+    given = ("--adapter", f"style={style}")
+    code, out, _ = run("adapter", "compose", "nano", "vision+style@0.5", str(tmp_path / "both"), *given)
+    assert (code, out) == (0, f"wrote {tmp_path / 'both'}: vision+style@0.5 as one adapter of rank 48\n")
+    model = load("nano")
+    model.load_adapter(style, "style")
+    model.load_adapter(tmp_path / "both", "both")
+    summed, composed = (model.logits("Hello there", route=route) for route in ("vision+style@0.5", "both"))
+    torch.testing.assert_close(composed, summed, atol=1e-4, rtol=0)  # the same products, added in another order
+
+    code, out, _ = run("adapter", "merge", "nano", "style", str(tmp_path / "merged"), *given)
+    assert code == 0
+    assert "left out, as they were trained on the decoder as it was: speech, vision" in out
+    torch.testing.assert_close(
+        load(tmp_path / "merged").logits("Hello there"), model.logits("Hello there", route="style"), atol=1e-4, rtol=0
+    )
+    code, _, err = run("adapter", "merge", "nano", "mine", str(tmp_path / "x"))
+    assert (code, "no adapter 'mine'" in err, (tmp_path / "x").exists()) == (2, True, False)
+    code, _, err = run("adapter", "merge", "nano", "a", str(tmp_path / "x"), "--adapter", "mine")
+    assert (code, "must be NAME=FOLDER" in err) == (2, True)
+
+
+def test_route_explain_tells_what_the_released_code_would_do(run: Run, tmp_path: Path) -> None:
+    more = tmp_path / "more.jsonl"
+    picture = {"type": "image", "image": str(BUNDLED / "demo" / "scene.png")}
+    more.write_text(json.dumps([{"role": "user", "content": [picture]}]) + "\n")
+    code, out, _ = run("route", "explain", "nano", "Which?", "--audio", DIGITS)
+    assert (code, "released   the same" in out) == (0, True)
+    out = run("route", "explain", "nano", "Which?", "--audio", DIGITS, "--batch", str(more))[1]
+    assert "released   adapter vision, projectors audio -> vision: one mode for the whole batch" in out
+    rows = run(
+        "route", "explain", "nano", "Which?", "--audio", DIGITS, "--batch", str(more), "--compat", "official", "--json"
+    )[1]
+    assert [json.loads(line)["adapter"] for line in rows.splitlines()] == ["vision", "vision"]
+    more.write_text("{")
+    assert run("route", "explain", "nano", "Hi", "--batch", str(more))[0] == 2
+    assert "compat='x' must be 'official' or None" in run("route", "explain", "nano", "Hi", "--compat", "x")[2]
+
+
+def test_a_raw_prompt_is_taken_as_it_is(run: Run) -> None:
+    asked = run("ask", "nano", "Repeat: hello", "--max-tokens", "4")[1]
+    raw = "<|user|>Repeat: hello<|end|><|assistant|>"
+    assert run("ask", "nano", raw, "--raw", "--max-tokens", "4")[1] == asked
+    code, _, err = run("ask", "nano", "<|user|><|audio_1|><|end|><|assistant|>", "--raw")
+    assert (code, "has 1 <|audio_N|> tags and 0 audio(s) were given" in err) == (2, True)
+    code, _, err = run("ask", "nano", "Hi", "--rope", "long")
+    assert (code, "this model has one rotary table alone" in err) == (2, True)
