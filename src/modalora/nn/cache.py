@@ -10,9 +10,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_SPARE = 64  # tokens of room behind a prompt, so that the first decoded token does not copy it
+
 
 class KVCache:
-    """One growing key and value tensor per layer, (batch, capacity, kv_heads, head_dim)."""
+    """One growing key and value tensor per layer, (batch, kv_heads, capacity, head_dim).
+
+    So the keys of one head lie together, as the products of a decoding step read them; no step copies them.
+    """
 
     def __init__(self, layers: int, batch: int, device: torch.device | str = "cpu") -> None:
         self._keys: list[Tensor | None] = [None] * layers
@@ -30,11 +35,17 @@ class KVCache:
         end = int(self._lengths.max()) + time
         self._keys[layer] = held_keys = self._reserve(self._keys[layer], keys, end)
         self._values[layer] = held_values = self._reserve(self._values[layer], values, end)
-        rows = torch.arange(len(self._lengths), device=keys.device)[:, None]
-        slots = self._lengths[:, None] + torch.arange(time, device=keys.device)
-        held_keys[rows, slots] = keys
-        held_values[rows, slots] = values
-        return held_keys[:, :end], held_values[:, :end]
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        if bool((self._lengths == end - time).all()):
+            held_keys[:, :, end - time : end] = keys
+            held_values[:, :, end - time : end] = values
+        else:
+            rows = torch.arange(len(self._lengths), device=keys.device)[:, None, None]
+            heads = torch.arange(keys.shape[1], device=keys.device)[:, None]
+            slots = (self._lengths[:, None] + torch.arange(time, device=keys.device))[:, None]
+            held_keys[rows, heads, slots] = keys
+            held_values[rows, heads, slots] = values
+        return held_keys[:, :, :end].transpose(1, 2), held_values[:, :, :end].transpose(1, 2)
 
     def advance(self, lengths: Tensor) -> None:
         """Count this call's real tokens, (batch,)."""
@@ -49,10 +60,10 @@ class KVCache:
 
     @staticmethod
     def _reserve(held: Tensor | None, new: Tensor, end: int) -> Tensor:
-        if held is not None and held.shape[1] >= end:
+        if held is not None and held.shape[2] >= end:
             return held
-        capacity = end if held is None else max(end, 2 * held.shape[1])
-        grown = new.new_zeros(new.shape[0], capacity, *new.shape[2:])
+        capacity = end + _SPARE if held is None else max(end, 2 * held.shape[2])
+        grown = new.new_zeros(new.shape[0], new.shape[2], capacity, new.shape[3])
         if held is not None:
-            grown[:, : held.shape[1]] = held
+            grown[:, :, : held.shape[2]] = held
         return grown
