@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import os
 import platform
-import time
 from collections.abc import Callable
 from copy import deepcopy
 from datetime import date
-from typing import Any
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
@@ -28,17 +26,9 @@ from modalora.checkpoint.names import plan
 from modalora.models.sizes import phi4_multimodal
 from modalora.models.speech import SpeechEncoder
 from modalora.models.vision import ImageEmbedder
+from timing import best
 
 PREFIX = {"image": "model.embed_tokens_extend.image_embed.", "audio": "model.embed_tokens_extend.audio_embed."}
-
-
-def best(work: Callable[[], Any], times: int = 3) -> float:
-    found = []
-    for _ in range(times):
-        started = time.process_time()
-        work()
-        found.append(time.process_time() - started)
-    return min(found)
 
 
 def spread(model: nn.Module) -> None:

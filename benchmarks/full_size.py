@@ -31,6 +31,7 @@ from modalora.checkpoint.files import write_json, write_tensors
 from modalora.models.multimodal import ModelConfig, Multimodal
 from modalora.models.sizes import SIZES
 from modalora.processing.tokenizer import CONTROL_TOKENS, TextTokenizer
+from timing import best
 
 LAYOUT = {"phi4-mini": "phi3", "phi4-multimodal": "phi4mm"}
 # What the launcher sets: freed buffers are kept and large ones lie in huge pages.
@@ -108,15 +109,6 @@ def measure(side: str, folder: Path, prompt: int, tokens: int) -> dict[str, Any]
     buffer = torch.ones(250_000_000, dtype=torch.int64)
     found["read_gb_per_second"] = buffer.nbytes / 1e9 / best(lambda: buffer.sum(), 3)
     return found
-
-
-def best(work: Callable[[], Any], times: int) -> float:
-    found = []
-    for _ in range(times):
-        started = time.process_time()
-        work()
-        found.append(time.process_time() - started)
-    return min(found)
 
 
 def _ours(folder: Path) -> tuple[Callable[[Tensor], Any], Callable[[int], Any]]:

@@ -11,10 +11,8 @@ from __future__ import annotations
 import io
 import os
 import platform
-import time
-from collections.abc import Callable
 from datetime import date
-from typing import Any
+from functools import partial
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
@@ -26,15 +24,7 @@ from transformers import Phi4MultimodalFeatureExtractor
 
 from modalora.processing.audio import log_mel
 from modalora.processing.image import ImageConfig, grid, image_features, open_image
-
-
-def best(work: Callable[[], Any], times: int = 5) -> float:
-    found = []
-    for _ in range(times):
-        started = time.process_time()
-        work()
-        found.append(time.process_time() - started)
-    return 1000 * min(found)
+from timing import best
 
 
 def photo() -> bytes:
@@ -47,6 +37,10 @@ def photo() -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(canvas.astype(np.uint8)).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
+
+
+def prepare(data: bytes, config: ImageConfig) -> torch.Tensor:
+    return image_features(open_image(data, config), config)[0]["pixels"]
 
 
 def recipe(data: bytes) -> torch.Tensor:
@@ -75,11 +69,11 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     data = photo()
     told = recipe(data)
-    decode = best(lambda: Image.open(io.BytesIO(data)).load())
+    decode = 1000 * best(lambda: Image.open(io.BytesIO(data)).load(), 5)
     for name, config in (("exact", ImageConfig()), ("fast", ImageConfig(fast=True))):
-        ours = lambda config=config: image_features(open_image(data, config), config)[0]["pixels"]  # noqa: E731
+        ours = partial(prepare, data, config)
         off = (ours() - told).abs()
-        mine, theirs = best(ours), best(lambda: recipe(data))
+        mine, theirs = 1000 * best(ours, 5), 1000 * best(partial(recipe, data), 5)
         found = f"{float(off.max()):.3f}, mean {float(off.mean()):.4f} of 2"
         print(f"| 12 MP JPEG, {name} | {mine:.0f} | {theirs:.0f} | {theirs / mine:.2f} | {found} | {decode:.0f} |")
     rng = np.random.default_rng(0)
@@ -90,8 +84,11 @@ def main() -> None:
         extractor([wave], sampling_rate=16_000, return_tensors="pt").audio_input_features[0],
     )
     difference = float((own[:, :79] - told[:, :79]).abs().max())  # the peer's last filter takes in one bin more
-    mine, theirs = best(lambda: log_mel(wave, 16_000)), best(lambda: extractor([wave], sampling_rate=16_000))
-    fft = best(lambda: np.fft.rfft(np.zeros((2998, 512), np.float32), axis=1))
+    mine, theirs = (
+        1000 * best(work, 5)
+        for work in (lambda: log_mel(wave, 16_000), lambda: extractor([wave], sampling_rate=16_000))
+    )
+    fft = 1000 * best(lambda: np.fft.rfft(np.zeros((2998, 512), np.float32), axis=1), 5)
     print(f"| log-mel of 30 s | {mine:.1f} | {theirs:.1f} | {theirs / mine:.2f} | {difference:.1e} | FFT {fft:.1f} |")
 
 

@@ -180,6 +180,8 @@ def test_a_template_that_never_ends_is_not_run(folder: Path) -> None:
 
 def test_a_pickle_in_place_of_weights_is_named_and_not_opened(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/opened'\ntR.")
+    canary = folder.parent / "opened"
+    (folder / "pytorch_model.bin").write_bytes(f"cos\nsystem\n(S'touch {canary}'\ntR.".encode())
     with pytest.raises(CheckpointError, match=r"pytorch_model.bin is a pickle, which can run code and is never opened"):
         load_model(folder)
+    assert not canary.exists()

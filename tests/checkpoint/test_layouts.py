@@ -15,12 +15,14 @@ from torch import Tensor
 from modalora.checkpoint import configs, names
 from modalora.checkpoint.files import Weights, read_json, write_json
 from modalora.checkpoint.store import convert, load_model, save_model
+from modalora.contracts import Batch, Route
 from modalora.errors import CheckpointError, ConfigError
 from modalora.models.decoder import DecoderConfig, Phi3Small
 from modalora.models.multimodal import ModelConfig, Multimodal
 from modalora.models.sizes import phi4_mini, phi4_multimodal, tiny
 from modalora.nn.mask import BlockSparse
 from modalora.nn.rope import LongRope, Plain
+from modalora.processing.chat import FORMATS
 from modalora.processing.tokenizer import TextTokenizer
 
 
@@ -72,7 +74,7 @@ def test_every_tensor_keeps_its_bits_on_every_way(
     config: ModelConfig, way: tuple[str, ...], words: TextTokenizer, tmp_path: Path
 ) -> None:
     model = moved(config)
-    save_model(model, words, tmp_path / "0")
+    save_model(model, words, tmp_path / "0", chat=FORMATS["phi3-small" if config is SMALL else "phi4"])
     before = model.state_dict()
     for step, layout in enumerate(way, start=1):
         found = convert(tmp_path / str(step - 1), tmp_path / str(step), layout, shard_bytes=100_000)
@@ -250,3 +252,43 @@ def test_a_longrope_with_scales_of_its_own_is_kept() -> None:
         configs.write_config(
             "phi3", replace(config, decoder=replace(config.decoder, rope=replace(rope, regime="long"))), TOKENS
         )
+
+
+def test_placeholders_are_those_of_the_tokenizer(words: TextTokenizer, tmp_path: Path) -> None:
+    save_model(moved(sizes(tiny())), words, tmp_path / "m", layout="phi4_multimodal")
+    fields = read_json(tmp_path / "m" / "config.json")
+    assert fields["audio_config"]["audio_token_id"] == words.control("<|endoftext11|>")
+    fields["vision_config"]["image_token_id"] = 5
+    write_json(tmp_path / "m" / "config.json", fields)
+    with pytest.raises(CheckpointError, match=r"vision_config.image_token_id=5, and .* has <\|endoftext10\|> at"):
+        load_model(tmp_path / "m")
+
+
+def test_untrained_adapters_of_a_model_come_back(words: TextTokenizer, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_model(Multimodal(sizes(tiny())), words, tmp_path / "m", layout="phi4_multimodal")
+    assert load_model(tmp_path / "m").model.adapters == ("vision", "speech")
+
+
+def test_a_chat_format_that_would_be_lost_is_refused(words: TextTokenizer, tmp_path: Path) -> None:
+    own = replace(FORMATS["phi4"], default_system="Your name is Phi, an expert.")
+    with pytest.raises(ConfigError, match="cannot express this chat format"):
+        save_model(moved(TEXT), words, tmp_path / "m", layout="phi3", chat=own)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_packing_gives_the_same_bits_and_is_refused_in_float32(words: TextTokenizer, tmp_path: Path) -> None:
+    from modalora.nn.packed import can_pack
+
+    save_model(moved(TEXT), words, tmp_path / "m")
+    with pytest.raises(ConfigError, match="pack rearranges bfloat16"):
+        load_model(tmp_path / "m", pack=True)
+    plain = load_model(tmp_path / "m", dtype=torch.bfloat16).model
+    if not can_pack(plain.decoder.embed_tokens.weight):
+        pytest.skip("this CPU has no bf16 products")
+    packed = load_model(tmp_path / "m", dtype=torch.bfloat16, pack=True).model
+    batch = Batch(torch.arange(20)[None], torch.tensor([20]), Route((None,)))
+    with torch.inference_mode():
+        assert torch.equal(packed(batch), plain(batch))
+    with pytest.raises(ConfigError, match="packed for reading"):
+        save_model(packed, words, tmp_path / "again")

@@ -31,15 +31,15 @@ def sound(rng: np.random.Generator, seconds: float, rate: int) -> dict[str, Any]
 
 
 def prompts(rng: np.random.Generator) -> dict[str, list[dict[str, Any]]]:
-    side = lambda: int(rng.integers(30, 260))  # noqa: E731
+    wide, high = (int(side) for side in rng.integers(30, 260, 2))
     return {
         "text": [WORDS],
         "one crop": [picture(rng, 50, 50), WORDS],
-        "many crops": [picture(rng, side() + 200, side() + 100), WORDS],
+        "many crops": [picture(rng, wide + 200, high + 100), WORDS],
         "odd shapes": [picture(rng, 400, 31), WORDS, picture(rng, 37, 300)],
         "speech": [sound(rng, 1.3, 16_000), WORDS],
         "8 kHz and 44.1 kHz": [sound(rng, 0.7, 8_000), WORDS, sound(rng, 1.1, 44_100)],
-        "image + speech": [picture(rng, side(), side()), sound(rng, 0.5 + rng.random(), 16_000)],
+        "image + speech": [picture(rng, high, wide), sound(rng, 0.5 + rng.random(), 16_000)],
         "speech of 41 s": [sound(rng, 41.0, 16_000), WORDS],
     }
 

@@ -135,6 +135,9 @@ def test_bf16_stays_as_near_to_float32_as_the_reference_does(rng: np.random.Gene
     theirs, own = reference(input_ids=ids).logits.float(), ours(text(ids)).float()
     exact = load_model(folder, dtype=torch.float32).model(text(ids))
     # bf16 has 8 bits: both wander 1e-2 of values near 1 from the exact logits, not always to the same side
-    rms = lambda x: float(x.square().mean().sqrt())  # noqa: E731
+
+    def rms(x: Tensor) -> float:
+        return float(x.square().mean().sqrt())
+
     assert rms(own - exact) < 1.3 * rms(theirs - exact)
     assert rms(own - theirs) < 0.03

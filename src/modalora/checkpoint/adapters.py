@@ -118,11 +118,11 @@ def save_adapter(model: Multimodal, name: str, folder: Path) -> None:
     write_folder(folder, fill, manifest=False)
 
 
-def load_adapter(model: Multimodal, folder: Path, name: str) -> Verdict:
+def load_adapter(model: Multimodal, folder: Path, name: str, *, idle: bool = False) -> Verdict:
     """Add a PEFT LoRA folder to the decoder under a new name.
 
     Raises CheckpointError when the name is taken, the folder is not LoRA for this decoder, tensors are missing, unknown
-    or of another shape, or the whole adapter changes nothing; the model is then as before.
+    or of another shape, or, unless idle, the whole adapter changes nothing; the model is then as before.
     """
     _check_name(model, name)
     path = inside(folder, CONFIG)
@@ -165,7 +165,7 @@ def load_adapter(model: Multimodal, folder: Path, name: str) -> Verdict:
         )
     tensors = {at: weights.get(stored) for at, stored in given.items()}
     zero = tuple(sorted(place for (place, side), tensor in tensors.items() if side == "B" and not tensor.any()))
-    if len(zero) == len(found):
+    if len(zero) == len(found) and not idle:
         raise CheckpointError(
             f"{folder}: lora_B is zero in all {len(zero)} Linears, so the adapter changes nothing: it was saved before "
             "training, or its training never reached it"
@@ -220,13 +220,13 @@ def compose(model: Multimodal, route: str, name: str) -> LoraConfig:
     _check_name(model, name)
     ranks = {one: max(linear.adapters[one].r for linear in linears.values()) for one, linears in held.items()}
     r = sum(ranks.values())
-    places = [place for place in model.decoder.routed() if any(place in linears for linears in held.values())]
-    config = LoraConfig(r=r, lora_alpha=r, target_modules=_shortest(places, model.decoder.routed()))
+    routed = model.decoder.routed()
+    places = [place for place in routed if any(place in linears for linears in held.values())]
+    config = LoraConfig(r=r, lora_alpha=r, target_modules=_shortest(places, routed))
     model.decoder.add_adapter(name, config)
     with torch.no_grad():
         for place in places:
-            linear = model.decoder.get_submodule(place)
-            assert isinstance(linear, RoutedLinear)
+            linear = routed[place]
             down, up = torch.zeros_like(linear.lora_A[name]), torch.zeros_like(linear.lora_B[name])
             at = 0
             for one, weight in parts:

@@ -209,7 +209,7 @@ def _write_decoder(config: DecoderConfig) -> dict[str, Any]:
 def _read_small(reader: Reader) -> ModelConfig:
     reader.must(hidden_act="gegelu", mup_use_scaling=True, blocksparse_homo_head_pattern=False, gegelu_pad_to_256=True)
     reader.must(reset_attention_mask_on_eos=False, rope_position_scale=1.0)
-    reader.must(blocksparse_triton_kernel_block_size=(64, reader.get("blocksparse_triton_kernel_block_size")))
+    reader.get("blocksparse_triton_kernel_block_size")  # how a kernel is cut, not what it gives
     rope = _read_rope(
         Reader({**reader.fields, "rope_theta": reader.get("rope_embedding_base", 1e6)}, reader.where), 1.0
     )
@@ -391,7 +391,8 @@ def _read_native(reader: Reader) -> ModelConfig:
     image, sound = reader.inner("vision_config"), reader.inner("audio_config")
     image.must(hidden_act="gelu_pytorch_tanh", num_channels=3, feature_layer=-2)
     crop = image.get("crop_size", 448)
-    image.must(image_size=crop, image_token_id=(200010, image.get("image_token_id")))
+    image.must(image_size=crop)
+    image.get("image_token_id")  # compared with the tokenizer when the model is loaded, as audio_token_id is
     tower = image.sizes(
         hidden_size="hidden_size", intermediate_size="intermediate_size", num_hidden_layers="num_hidden_layers",
         num_attention_heads="num_attention_heads", patch="patch_size", layer_norm_eps="layer_norm_eps",

@@ -152,7 +152,6 @@ class Weights:
                 )
             self.entries |= found
         place = {name: entry.file.name for name, entry in self.entries.items()}
-        place = {name: entry.file.name for name, entry in self.entries.items()}
         wrong = [name for name, file in listed.items() if place.get(name) != Path(file).name]
         wrong += [name for name in self.entries if name not in listed]
         if wrong:
@@ -171,11 +170,6 @@ class Weights:
                 raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
         tensor: Tensor = self._open[path].get_tensor(name)
         return tensor
-
-    @property
-    def bytes(self) -> int:
-        """Size of the files."""
-        return sum(path.stat().st_size for path in {entry.file for entry in self.entries.values()})
 
 
 def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:

@@ -2,8 +2,7 @@
 
 Our own holds model.safetensors, config.json, tokenizer.json and manifest.json, which has size and SHA-256 of every
 other file. Matrices may be stored as int8 with one float32 scale per row ("NAME.scale"); they are expanded when
-loaded. The
-published ones are what names.LAYOUTS lists, recognised by the model_type of config.json.
+loaded. The published ones are what names.LAYOUTS lists, recognised by the model_type of config.json.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from modalora.config import parse
 from modalora.errors import CheckpointError, ConfigError
 from modalora.models.multimodal import ModelConfig, Multimodal, parameter_counts, part_of
 from modalora.processing.chat import FORMATS, ChatFormat
-from modalora.processing.tokenizer import END_OF_TEXT, TextTokenizer
+from modalora.processing.tokenizer import END_OF_TEXT, PLACEHOLDERS, TextTokenizer
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 SHARD_BYTES = 5_000_000_000
@@ -57,7 +56,6 @@ class Loaded:
     tokenizer: TextTokenizer
     chat: ChatFormat
     stop_ids: frozenset[int]
-    layout: str
     notes: Mapping[str, Any]
 
 
@@ -108,17 +106,18 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None, device: str = 
             f"{folder / TOKENIZER} has {tokenizer.vocab_size} ids, the config's vocab_size is "
             f"{card.config.decoder.vocab_size}; they are not of one model"
         )
+    _check_placeholders(folder, card.layout, tokenizer)
     model = _without_memory(folder, card, weights)
     tensors = {}
     for name, place in stored.items():
         tensors[name] = _read(weights, place, card.config, dtype).to(device)
     model.load_state_dict(tensors, assign=True)
     for name in _beside(folder, card):
-        load_adapter(model, folder / f"{name}-lora", name)
+        load_adapter(model, folder / f"{name}-lora", name, idle=True)
     if pack:
         model.decoder.pack(release)  # dropping is not enough: the file stays mapped
     chat = card.chat or _chat(folder, card.layout, tokenizer)
-    return Loaded(model.eval(), tokenizer, chat, _stop_ids(folder, card, tokenizer), card.layout, card.notes)
+    return Loaded(model.eval(), tokenizer, chat, _stop_ids(folder, card, tokenizer), card.notes)
 
 
 def save_model(
@@ -289,6 +288,21 @@ def _with_crops(folder: Path, config: ModelConfig) -> ModelConfig:
     return replace(config, vision=replace(config.vision, max_crops=most))
 
 
+# Where transformers' layout of Phi-4-Multimodal tells which id stands for a piece of media.
+_PLACES = {"image": ("vision_config", "image_token_id"), "audio": ("audio_config", "audio_token_id")}
+
+
+def _check_placeholders(folder: Path, layout: str, tokenizer: TextTokenizer) -> None:
+    fields = read_json(folder / CONFIG) if layout == "phi4_multimodal" else {}
+    for modality, (part, key) in _PLACES.items():
+        told, own = fields.get(part, {}).get(key), tokenizer.control(PLACEHOLDERS[modality]) if fields else None
+        if told not in (None, own):
+            raise CheckpointError(
+                f"{folder / CONFIG}: {part}.{key}={told!r:.40}, and {folder / TOKENIZER} has "
+                f"{PLACEHOLDERS[modality]} at {own}; they are not of one model"
+            )
+
+
 def _chat(folder: Path, layout: str, tokenizer: TextTokenizer) -> ChatFormat:
     """Return the chat format of a published model. Templates in files are never run; one text is read out of them."""
     if layout == "phi3small":
@@ -337,6 +351,9 @@ def _filler(
         fields = {"model_type": "modalora", "format": FORMAT, **asdict(config), **own, "notes": dict(notes)}
     else:
         fields = configs.write_config(layout, config, _token_ids(tokenizer, beside))
+    if layout == "phi4_multimodal":
+        for modality, (part, key) in _PLACES.items():
+            fields[part][key] = tokenizer.control(PLACEHOLDERS[modality])
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, place in stored.items():
@@ -354,6 +371,8 @@ def _filler(
         (draft / TOKENIZER).write_text(tokenizer.definition, encoding="utf-8")
         if layout != "modalora":
             _write_beside(draft, tokenizer, config, beside)
+            if (back := _chat(draft, layout, tokenizer)) != chat:
+                raise ConfigError(f"the layout {layout!r} cannot express this chat format: {chat} becomes {back}")
 
     return fill
 

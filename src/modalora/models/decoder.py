@@ -194,11 +194,15 @@ class Decoder(nn.Module):
     def pack(self, done: Callable[[Tensor], None] = lambda weight: None) -> None:
         """Keep the matrices in the order that bf16 products on this CPU read them, twice as fast for a row.
 
-        The decoder then only reads: it cannot be trained, merged or saved. Nothing happens where nothing is gained.
-        done: called with each plain matrix that is no longer needed.
+        The decoder then only reads: it cannot be trained, merged or saved.
+        done: called with each plain matrix that is no longer needed. Raises ConfigError where nothing is gained.
         """
-        if not packed.can_pack(self.embed_tokens.weight):
-            return
+        weight = self.embed_tokens.weight
+        if not packed.can_pack(weight):
+            raise ConfigError(
+                f"pack rearranges bfloat16 for a CPU that multiplies it; this model is {weight.dtype} on "
+                f"{weight.device}, or the CPU cannot: leave pack out, or load with dtype='bfloat16'"
+            )
         head = self.lm_head or self.embed_tokens
         self._head = packed.pack(head.weight)
         done(head.weight.data)  # tied: rows of embeddings are still read

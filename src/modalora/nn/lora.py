@@ -1,8 +1,7 @@
 """Linear layers that hold several LoRA adapters and apply to each row the one that its route names.
 
 y = W x + (alpha / rank) B A dropout(x), LoRA: arXiv:2106.09685. An adapter is computed for the rows routed to it and
-for no
-other: skipped, never multiplied by zero, so not even a NaN in an idle adapter reaches a row.
+for no other: skipped, never multiplied by zero, so not even a NaN in an idle adapter reaches a row.
 """
 
 from __future__ import annotations

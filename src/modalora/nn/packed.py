@@ -1,7 +1,7 @@
 """Matrices in the order that oneDNN reads them: bf16 products of few rows run at the speed of memory on a CPU.
 
 One row times 16,384 x 3,072 takes 5.7 ms plain and 2.8 packed (one core; the bytes alone take 2.7); the results are the
-same bits. A packed matrix is for reading: it has no gradient, and `unpack` gives the plain one back.
+same bits. A packed matrix is for reading: it has no gradient.
 """
 
 from __future__ import annotations
@@ -24,11 +24,6 @@ def pack(weight: Tensor) -> Tensor:
     """Return a matrix, (rows, columns), in oneDNN's order."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
     return packed
-
-
-def unpack(packed: Tensor) -> Tensor:
-    """Return the plain matrix of a packed one, (rows, columns)."""
-    return packed.to_dense()
 
 
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
