@@ -133,6 +133,7 @@ class Batch:
     media: tuple[Media, ...] = ()
     labels: Tensor | None = None
     texts: tuple[str, ...] = field(default=(), repr=False)  # the rendered prompts, for explanations
+    samples: tuple[str, ...] = ()  # where each row came from, "SOURCE:NUMBER", for reports and for counting
 
     def select(self, rows: Sequence[int]) -> Batch:
         """Return a batch of some of the rows, in the order given."""
@@ -146,6 +147,7 @@ class Batch:
             media=tuple(media),
             labels=None if self.labels is None else self.labels[index, :time],
             texts=tuple(self.texts[row] for row in rows) if self.texts else (),
+            samples=tuple(self.samples[row] for row in rows) if self.samples else (),
         )
 
     def to(self, device: str | torch.device) -> Batch:

@@ -29,6 +29,7 @@ class Row:
         default_factory=list
     )  # modality, features, start, tokens
     text: str = ""
+    sample: str = ""  # where a training row came from
 
 
 class Processor:
@@ -132,6 +133,7 @@ class Processor:
             media=tuple(media),
             labels=labels,
             texts=tuple(row.text for row in rows),
+            samples=tuple(row.sample for row in rows),
         )
 
 
