@@ -340,15 +340,22 @@ def find_model(name: str | Path) -> Path:
     )
 
 
+def media_configs(config: ModelConfig) -> tuple[ImageConfig | None, AudioConfig | None]:
+    """Return how pictures and sound are prepared for a model; None for what it does not take."""
+    vision = config.vision
+    image = ImageConfig(crop=vision.crop, patch=vision.patch, max_crops=vision.max_crops) if vision else None
+    return image, AudioConfig(mels=config.speech.mels) if config.speech else None
+
+
 def make_processor(
     config: ModelConfig, tokenizer: TextTokenizer, chat: ChatFormat = FORMATS["phi4"], compat: Compat = None
 ) -> Processor:
     """Return the processor that fits a model."""
-    vision = config.vision
+    image, audio = media_configs(config)
     return Processor(
         tokenizer,
-        image=ImageConfig(crop=vision.crop, patch=vision.patch, max_crops=vision.max_crops) if vision else None,
-        audio=AudioConfig(mels=config.speech.mels) if config.speech else None,
+        image=image,
+        audio=audio,
         window=config.decoder.rope.window,
         router=partial(route_of, adapters=tuple(config.adapters)),
         chat=chat,

@@ -1,0 +1,107 @@
+"""`modalora plan`: what a training run, or reading with a model, needs, before anything is allocated."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def plan(
+    what: Annotated[str, typer.Argument(help="A recipe (YAML file or bundled name), or a model (folder or size).")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings of the recipe to change.")] = None,
+    row: Annotated[
+        list[str] | None,
+        typer.Option(help="Shape of a row, e.g. text=200,image=1344x896,audio=10; several are taken in turn."),
+    ] = None,
+    machine: Annotated[str, typer.Option(help="this, or a GPU by name: a100, h100, h200, l40s, rtx4090.")] = "this",
+    count: Annotated[int, typer.Option(min=1, help="GPUs that share the weights and the rows (FSDP).")] = 1,
+    share: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the peak rate that a step reaches.")] = 0.4,
+    hourly: Annotated[float, typer.Option(min=0, help="Price of one GPU for an hour.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tell what trains, the memory by part, and the time, without allocating a weight.
+
+    Example: modalora plan nano-6-vision --row text=200,image=300x200 --machine h100
+    """
+    from modalora.cli.train import find_recipe
+    from modalora.models.sizes import SIZES
+
+    recipe = find_recipe(what)
+    if recipe is None and (what in SIZES or Path(what).is_dir() or "." not in what):
+        _reading(what, machine, as_json)
+        return
+    _training(recipe or Path(what), overrides or [], row or [], (machine, count, share, hourly), as_json)
+
+
+def _training(
+    path: Path, overrides: list[str], shapes: list[str], where: tuple[str, int, float, float], as_json: bool
+) -> None:
+    from modalora.config import load_run
+    from modalora.training.plan import estimate, plan_run
+
+    run = load_run(path, overrides)
+    if not as_json and sys.stderr.isatty():
+        print("carrying out one step without memory ...", file=sys.stderr)
+    found, source = plan_run(run, shapes)
+    machine, count, share, hourly = where
+    cost = estimate(found, run, machine, count, share, hourly)
+    if as_json:
+        print(json.dumps({"plan": asdict(found), "estimate": asdict(cost), "rows_from": source}))
+        return
+    print(f"{'part':<26} {'numbers':>15} {'trains':>15} {'weights':>10} {'gradients':>10} {'optimizer':>10}")
+    for part in found.parts:
+        sizes = "".join(f" {_bytes(size):>10}" for size in (part.weights, part.gradients, part.optimizer))
+        print(f"{part.name:<26} {part.numbers:>15,} {part.trained:>15,}{sizes}")
+    print(f"{found.trained:,} of {found.numbers:,} numbers train ({found.trained / found.numbers:.1%})")
+    media = f"{found.tokens:,} tokens, {found.media_tokens:,} of them media; {found.labels:,} labels"
+    print(f"a step     {found.rows} rows ({source}), {media}")
+    split = f"weights {_bytes(found.weights)}, gradients {_bytes(found.gradients)}, optimizer {_bytes(found.optimizer)}"
+    among = f" of each of {count}" if count > 1 else ""
+    print(f"memory     {_bytes(cost.memory)}{among}: {split}, the step itself {_bytes(found.step)}")
+    if cost.process:
+        print(f"           and {_bytes(cost.process)} for the process")
+    print(f"work       {found.flops / 1e12:.3g} TFLOP a step; {cost.rate / 1e12:.3g} TFLOP/s: {cost.assumption}")
+    price = f", price {cost.price:,.2f}" if hourly else ""
+    speed = f"{cost.step_seconds:.3g} s a step, {found.tokens / cost.step_seconds:,.0f} tokens/s"
+    print(f"time       {speed}, {_hours(cost.run_seconds)} for {run.steps:,} steps{price}")
+    if cost.fits is False:
+        print(f"it does not fit: {machine} has {_bytes(cost.capacity)}")
+
+
+def _reading(model: str, machine: str, as_json: bool) -> None:
+    from modalora.training.plan import plan_reading
+
+    found = plan_reading(model, machine)
+    if as_json:
+        print(json.dumps(asdict(found)))
+        return
+    for name, size in found.weights.items():
+        print(f"{name:<26} {_bytes(size):>10}")
+    print(f"{'all weights':<26} {_bytes(sum(found.weights.values())):>10}")
+    print(f"cache: {found.cache_per_token:,} bytes a token")
+    print(f"{'tokens':>9} {'cache':>10} {'in all':>10} {'read in':>10} {'then tokens/s, at most':>23}")
+    for line in found.lines:
+        print(f"{line.tokens:>9,} {_bytes(line.cache):>10} {_bytes(line.memory):>10} {_seconds(line.read_seconds):>10} "
+              f"{line.decode_rate:>23.3g}")  # fmt: skip
+    print(found.assumption)
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,428 @@
+"""What a run needs, told before anything is allocated: a step is carried out on tensors that have no memory.
+
+The model is built of fake tensors (torch._subclasses), which have shapes, dtypes and a device, and no numbers. Forward,
+backward and optimiser then run as they will run, with autocast and recompute, while every storage is counted from its
+birth to its release. So nothing is estimated but what kernels take for themselves. Bytes are bytes, FLOPs count a
+multiply-add as two.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import sys
+import time
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import flop_registry
+
+from modalora.assistant import find_model, media_configs
+from modalora.checkpoint.store import describe, read_card
+from modalora.config import RunConfig
+from modalora.contracts import IGNORED, Batch, Media, Route, subsampled
+from modalora.errors import ConfigError
+from modalora.models.multimodal import ModelConfig, Multimodal, parameter_counts, part_of
+from modalora.models.router import route
+from modalora.models.sizes import SIZES
+from modalora.nn.lora import LoraConfig
+from modalora.processing.audio import log_mel
+from modalora.processing.image import image_features
+from modalora.training.objectives import OBJECTIVES
+from modalora.training.optimizer import Optimizer, freeze
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of the model, the unit of freezing (models/multimodal.py:part_of); sizes in bytes."""
+
+    name: str
+    numbers: int
+    trained: int  # of the numbers
+    weights: int
+    gradients: int
+    optimizer: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one training step needs. Sizes in bytes; step: what lives beside weights, gradients and optimiser."""
+
+    parts: tuple[Part, ...]
+    rows: int
+    tokens: int
+    media_tokens: int
+    labels: int
+    weights: int
+    gradients: int
+    optimizer: int
+    step: int
+    peak: int
+    flops: int
+
+    @property
+    def trained(self) -> int:
+        """Numbers that train."""
+        return sum(part.trained for part in self.parts)
+
+    @property
+    def numbers(self) -> int:
+        """Numbers in all."""
+        return sum(part.numbers for part in self.parts)
+
+
+class Meter(TorchDispatchMode):
+    """Counts what lives and what is computed while operations run on fake tensors."""
+
+    def __init__(self, fake: FakeTensorMode) -> None:
+        super().__init__()
+        self.fake, self.now, self.peak, self.flops = fake, 0, 0, 0
+        self.known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def hold(self, tensor: Tensor) -> None:
+        """Count the storage of a tensor until it is released; a storage counts once."""
+        storage = tensor.untyped_storage()
+        if storage in self.known:
+            return
+        size = storage.nbytes()
+        self.known.add(storage)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, size)
+
+    def _drop(self, size: int) -> None:
+        self.now -= size
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run one operation; small real tensors, such as ids and masks, become fake where they meet fake ones."""
+        kwargs = dict(kwargs or {})
+        given = list(_tensors((*args, *kwargs.values())))
+        if len(given) > 1 and len({isinstance(tensor, FakeTensor) for tensor in given}) == 2:
+            args, kwargs = tree_map(self._to_fake, (args, kwargs))
+        out = operation(*args, **kwargs)
+        formula = flop_registry.get(operation._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
+        for tensor in _tensors((out,)):
+            self.hold(tensor)
+        return out
+
+    def _to_fake(self, leaf: Any) -> Any:
+        return self.fake.from_tensor(leaf) if isinstance(leaf, Tensor) and not isinstance(leaf, FakeTensor) else leaf
+
+
+def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype: torch.dtype = torch.float32) -> Plan:
+    """Return what a step of a run over these micro-batches needs.
+
+    dtype: what the weights are stored in. Raises ConfigError when run.train names no part of the model.
+    """
+    fake = FakeTensorMode()
+    with torch.device("meta"):
+        model = Multimodal(config)
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    with fake:
+        blank = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+        model.load_state_dict(blank, assign=True)
+        objective = OBJECTIVES[run.objective](model)
+    trained = freeze(model, run.train)
+    trained |= {f"objective.{name}": parameter for name, parameter in objective.named_parameters()}
+    optimizer = Optimizer(trained, run.optim, run.steps)
+    model.train()
+    labels = sum(_labels(batch) for batch in micro)
+    with Meter(fake) as meter:
+        for tensor in [*model.parameters(), *model.buffers(), *objective.parameters()]:
+            meter.hold(tensor)
+        weights = meter.now
+        for batch in micro:
+            with torch.autocast("cpu", torch.bfloat16, enabled=run.precision == "bf16"):
+                losses = objective(model, batch)
+            mean = losses.values.sum() / max(1, labels)
+            if mean.requires_grad:
+                mean.backward()
+            del losses, mean
+        learning = meter.peak
+        gradients = {name: _size(parameter.grad) for name, parameter in trained.items() if parameter.grad is not None}
+        torch.nn.utils.clip_grad_norm_(list(trained.values()), run.optim.clip_norm)
+        optimizer.step(0)
+    states = _state_sizes(optimizer)
+    parts = _parts(model, objective, gradients, states)
+    total_gradients, total_states = sum(gradients.values()), sum(states.values())
+    peak = max(learning + total_states, meter.peak)  # the optimiser's state is there from the second step on
+    return Plan(
+        parts=parts,
+        rows=sum(len(batch.input_ids) for batch in micro),
+        tokens=sum(int(batch.lengths.sum()) for batch in micro),
+        media_tokens=sum(item.tokens for batch in micro for item in batch.media),
+        labels=labels,
+        weights=weights,
+        gradients=total_gradients,
+        optimizer=total_states,
+        step=peak - weights - total_gradients - total_states,
+        peak=peak,
+        flops=meter.flops,
+    )
+
+
+def shaped_batch(config: ModelConfig, shapes: Sequence[str], rows: int) -> Batch:
+    """Return a batch of blank rows of given shapes, taken in turn, every text token labelled.
+
+    A shape is text=TOKENS, image=WIDTHxHEIGHT and audio=SECONDS, in any number, with commas: "text=200,image=1344x896".
+    Raises ConfigError for another shape, RouteError where the model has no route for the media.
+    """
+    blanks = [_blank(config, shape) for shape in islice(cycle(shapes), rows)]
+    lengths = torch.tensor([sum(item[2] for item in media) + text for media, text in blanks])
+    labels = torch.full((rows, int(lengths.max())), IGNORED)
+    found, adapters = [], []
+    for row, (media, text) in enumerate(blanks):
+        rule = route({modality for modality, *_ in media}, adapters=tuple(config.adapters))
+        adapters.append(rule.adapter)
+        at = 0
+        for modality, features, tokens in media:
+            found.append(Media(modality, features, row, at, tokens, rule.branches[modality]))
+            at += tokens
+        labels[row, at : at + text] = 0
+    return Batch(torch.zeros_like(labels), lengths, Route(tuple(adapters)), tuple(found), labels)
+
+
+def _blank(config: ModelConfig, shape: str) -> tuple[list[tuple[str, dict[str, Tensor], int]], int]:
+    image, audio = media_configs(config)
+    media: list[tuple[str, dict[str, Tensor], int]] = []
+    text = 0
+    for piece in shape.split(","):
+        kind, _, size = piece.strip().partition("=")
+        if kind == "text" and size.isdigit():
+            text += int(size)
+        elif kind == "image" and image is not None and (sides := re.fullmatch(r"(\d+)x(\d+)", size)):
+            features, tokens = image_features(Image.new("RGB", (int(sides[1]), int(sides[2]))), image)
+            media.append(("image", features, tokens))
+        elif kind == "audio" and audio is not None and re.fullmatch(r"\d+(\.\d+)?", size):
+            mel = log_mel(np.zeros(int(float(size) * 16_000), np.float32), 16_000, mels=audio.mels)
+            media.append(("audio", {"mel": mel}, subsampled(len(mel))))
+        else:
+            raise ConfigError(
+                f"row shape {piece.strip()!r}: write text=TOKENS, image=WIDTHxHEIGHT or audio=SECONDS, of media that "
+                "the model takes, e.g. text=200,image=1344x896"
+            )
+    return media, max(1, text)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _labels(batch: Batch) -> int:
+    return 0 if batch.labels is None else int((batch.labels[:, 1:] != IGNORED).sum())
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _state_sizes(optimizer: Optimizer) -> dict[str, int]:
+    sizes: dict[str, int] = defaultdict(int)
+    for part in optimizer.parts:
+        for parameter, moments in part.state.items():
+            sizes[optimizer.names[id(parameter)]] += sum(_size(value) for value in moments.values())
+    return sizes
+
+
+def _parts(
+    model: Multimodal, objective: torch.nn.Module, gradients: Mapping[str, int], states: Mapping[str, int]
+) -> tuple[Part, ...]:
+    own = [*model.named_parameters(), *((f"objective.{name}", value) for name, value in objective.named_parameters())]
+    totals: dict[str, list[int]] = defaultdict(lambda: [0] * 5)
+    for name, parameter in own:
+        part = "objective" if name.startswith("objective.") else part_of(name)
+        trained = parameter.numel() if parameter.requires_grad else 0
+        added = (parameter.numel(), trained, _size(parameter), gradients.get(name, 0), states.get(name, 0))
+        totals[part] = [a + b for a, b in zip(totals[part], added, strict=True)]
+    return tuple(Part(name, *numbers) for name, numbers in totals.items())
+
+
+# Dense bf16 peak (FLOP/s), memory (bytes) and its rate (bytes/s), as the makers' data sheets give them.
+MACHINES = {
+    "a100": (312e12, 80e9, 2.04e12),
+    "h100": (989e12, 80e9, 3.35e12),
+    "h200": (989e12, 141e9, 4.8e12),
+    "l40s": (362e12, 48e9, 0.864e12),
+    "rtx4090": (165e12, 24e9, 1.008e12),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Time and memory of a run on a machine. memory: bytes of the fullest of the machines, process left out."""
+
+    memory: int
+    process: int
+    capacity: float
+    fits: bool | None  # None: unknown
+    rate: float  # FLOP/s of all machines together
+    step_seconds: float
+    run_seconds: float
+    price: float
+    assumption: str
+
+
+def estimate(plan: Plan, run: RunConfig, machine: str, count: int, share: float, hourly: float) -> Estimate:
+    """Return what a planned run takes on `count` machines of a kind, "this" or a name of MACHINES.
+
+    share: of a GPU's peak rate that a step reaches; this machine's rate is measured. Under FSDP weights, gradients and
+    optimiser are shared evenly, and the step itself, told by the rows of one process, is not.
+    """
+    shared = plan.weights + plan.gradients + plan.optimizer
+    memory = plan.step + shared // count
+    if machine == "this":
+        one, assumption = measured_rate(run.precision), f"measured here, {run.precision} matrix products"
+        capacity, process = _own_memory(), _resident()
+    else:
+        peak, capacity, _ = _machine(machine)
+        one, process = peak * share, 0
+        assumption = f"{share:.0%} of {count} x {peak / 1e12:.0f} TFLOP/s, an assumption"
+    seconds = plan.flops / one  # every one of `count` computes rows of its own
+    total = seconds * run.steps
+    return Estimate(
+        memory=memory,
+        process=process,
+        capacity=capacity,
+        fits=memory + process <= capacity if capacity else None,
+        rate=one * count,
+        step_seconds=seconds / count,
+        run_seconds=total / count,
+        price=hourly * total / 3600,
+        assumption=assumption,
+    )
+
+
+def measured_rate(precision: str, size: int = 1536) -> float:
+    """Return the FLOP/s of matrix products on this machine in "bf16" or "fp32", the best of three."""
+    x = torch.ones(size, size, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    best = float("inf")
+    for _ in range(4):  # the first one starts threads
+        started = time.perf_counter()
+        x @ x
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def _machine(name: str) -> tuple[float, float, float]:
+    if name not in MACHINES:
+        raise ConfigError(f"machine {name!r} is unknown; use this, {', '.join(MACHINES)}")
+    return MACHINES[name]
+
+
+def _own_memory() -> float:
+    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _resident() -> int:
+    """Bytes that this process holds: torch and its imports, as a training process has them too."""
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage if sys.platform == "darwin" else usage * 1024
+
+
+def plan_run(run: RunConfig, shapes: Sequence[str] = ()) -> tuple[Plan, str]:
+    """Plan a step of a run, and tell where its rows come from.
+
+    shapes: rows as `shaped_batch` takes them; without them each row is a plain text window. Raises ConfigError,
+    CheckpointError.
+    """
+    config, dtype = read_size(run.init)
+    rows = list(shapes) or [f"text={run.window}"]
+    micro = [shaped_batch(config, rows, run.rows)] * run.accumulate
+    return plan_step(config, run, micro, dtype), "rows of " + " and ".join(rows)
+
+
+def read_size(init: str) -> tuple[ModelConfig, torch.dtype]:
+    """Return the sizes of a named size or of a model folder, and the dtype of its matrices, without its weights."""
+    if init in SIZES:
+        return SIZES[init](), torch.float32
+    folder = find_model(init)
+    found = describe(folder)
+    adapters = {name: LoraConfig(**fields) for name, fields in found["adapters"].items()}
+    kind = torch.bfloat16 if "BF16" in found["dtypes"] else torch.float32
+    return replace(read_card(folder).config, adapters=adapters), kind
+
+
+@dataclass(frozen=True, slots=True)
+class ReadingLine:
+    """What reading a prompt of so many tokens takes."""
+
+    tokens: int
+    cache: int
+    memory: int
+    read_seconds: float
+    decode_rate: float  # tokens/s, as memory allows them
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a model needs to answer. weights: bytes by part. cache_per_token: bytes."""
+
+    weights: dict[str, int]
+    cache_per_token: int
+    lines: tuple[ReadingLine, ...]
+    assumption: str
+
+
+def plan_reading(model: str, machine: str = "this") -> Reading:
+    """Return what a model, a folder or the name of a size, needs to read prompts and to answer, one row in bf16.
+
+    Reading is bound by products, 2 FLOPs a number of the decoder and token and the attention's; every further token by
+    reading all weights and the cache once.
+    """
+    config, dtype = read_size(model)
+    size = torch.empty((), dtype=dtype).element_size()
+    with torch.device("meta"):
+        built = Multimodal(config)
+    weights = {name: count * size for name, count in parameter_counts(built).items()}
+    decoder = config.decoder
+    per_token = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim * size
+    if machine == "this":
+        rate, bandwidth = measured_rate("bf16" if size == 2 else "fp32"), measured_bandwidth()
+        assumption = "rates measured here: "
+    else:
+        rate, _, bandwidth = _machine(machine)
+        assumption = f"peak rates of a {machine}: "
+    assumption += (
+        f"{rate / 1e12:.3g} TFLOP/s, {bandwidth / 1e9:.3g} GB/s; reading takes at least, decoding reaches at most"
+    )
+    inner = sum(p.numel() for name, p in built.decoder.named_parameters() if "embed_tokens" not in name)
+    lines = []
+    window = decoder.rope.window
+    for tokens in sorted({min(window, 1024 * 4**power) for power in range(10)}):
+        cache = tokens * per_token
+        attention = 2 * decoder.num_hidden_layers * decoder.hidden_size * tokens**2  # causal: half of 4
+        read = (2 * inner * tokens + attention) / rate
+        held = weights["decoder"] + cache
+        lines.append(ReadingLine(tokens, cache, sum(weights.values()) + cache, read, bandwidth / held))
+    return Reading(weights, per_token, tuple(lines), assumption)
+
+
+def measured_bandwidth(size: int = 2**27) -> float:
+    """Return the bytes that this machine reads in a second, the best of three."""
+    x = torch.ones(size // 4)
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        x.sum()
+        best = min(best, time.perf_counter() - started)
+    return size / best
