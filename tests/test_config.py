@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from modalora.config import RunConfig, dump, load_run, parse
+from modalora.config import RunConfig, dump, load_run, load_stages, parse
 from modalora.errors import ConfigError
 from modalora.models.multimodal import ModelConfig
 from modalora.models.sizes import SIZES
@@ -162,3 +162,42 @@ def test_a_recipe_that_is_absent_or_a_folder_is_refused(tmp_path: Path) -> None:
 def test_a_run_survives_its_own_yaml(recipe: Callable[[Any], Path]) -> None:
     run = parse(RunConfig, RECIPE, "x")
     assert load_run(recipe(dump(run))) == run
+
+
+def chain_files(folder: Path) -> Path:
+    stage = "init: a\noutput: b\ntrain: [decoder]\nmixture: [{source: books}]\nsteps: 9\noptim: {lr: 0.5}\n"
+    (folder / "one.yaml").write_text(stage)
+    (folder / "two.yaml").write_text(stage)
+    chain = folder / "chain.yaml"
+    chain.write_text(
+        "init: tiny\noutput: out\nset: {rows: 3, optim.lr: 0.25}\nstages:\n"
+        "  - {recipe: one.yaml}\n  - {recipe: two.yaml, name: other, set: {steps: 7}}\n"
+    )
+    return chain
+
+
+def test_a_stage_of_a_chain_starts_where_the_one_before_ended(tmp_path: Path) -> None:
+    runs = load_stages(chain_files(tmp_path), tmp_path, ["window=33", "other.optim.lr=1e-3"])
+    assert list(runs) == ["one", "other"]
+    assert [(run.init, run.output) for run in runs.values()] == [("tiny", "out/one"), ("out/one/model", "out/other")]
+    assert [(run.rows, run.steps, run.window) for run in runs.values()] == [(3, 9, 33), (3, 7, 33)]
+    assert [run.optim.lr for run in runs.values()] == [0.25, 0.001]
+
+
+def test_a_plain_recipe_is_a_chain_of_one(tmp_path: Path) -> None:
+    chain_files(tmp_path)
+    assert list(load_stages(tmp_path / "one.yaml", tmp_path)) == ["one"]
+
+
+def test_a_wrong_chain_says_which_stage(tmp_path: Path) -> None:
+    chain = chain_files(tmp_path)
+    with pytest.raises(ConfigError, match="takes one of its stages"):
+        load_run(chain)
+    with pytest.raises(ConfigError, match="stage other: unknown key 'stepps'; did you mean 'steps'"):
+        load_stages(chain, tmp_path, ["other.stepps=3"])
+    (tmp_path / "two.yaml").unlink()
+    with pytest.raises(ConfigError, match="stage 'other': there is no recipe 'two.yaml'"):
+        load_stages(chain, tmp_path)
+    chain.write_text("init: a\noutput: b\nstages: [{recipe: one.yaml}, {recipe: one.yaml}]\n")
+    with pytest.raises(ConfigError, match="two stages have one name"):
+        load_stages(chain, tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -73,6 +74,28 @@ class RunConfig(Settings):
     optim: OptimConfig = Field(default_factory=OptimConfig)
 
 
+class StageConfig(Settings):
+    """One stage of a chain: a recipe, and what differs from it here."""
+
+    recipe: str  # a bundled recipe, or a YAML file seen from the chain's folder
+    name: str = ""  # "": the recipe's
+    set: dict[str, Any] = Field(default_factory=dict)  # settings by dotted key
+
+    @property
+    def title(self) -> str:
+        """The stage's name, which is also its folder's."""
+        return self.name or Path(self.recipe).stem
+
+
+class ChainConfig(Settings):
+    """Recipes in a row: each starts from the model that the one before it wrote, unless it sets `init` itself."""
+
+    init: str  # what the first stage starts from
+    output: str  # stages write output/NAME
+    set: dict[str, Any] = Field(default_factory=dict)  # settings of every stage, by dotted key
+    stages: list[StageConfig] = Field(min_length=1)
+
+
 class _Strict(Settings, Generic[T]):
     """Holds a value to be read: the plain dataclasses in it inherit that unknown keys are refused."""
 
@@ -99,6 +122,50 @@ def check_sizes(config: Any) -> None:
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe and apply "key.sub=value" overrides (values are YAML)."""
+    fields = _read(path)
+    if "stages" in fields:
+        raise ConfigError(f"{path} is a chain of recipes; this takes one of its stages: a recipe with its settings")
+    for override in overrides:
+        _set(fields, *_override(override))
+    return parse(RunConfig, fields, str(path))
+
+
+def load_stages(path: Path, bundled: Path, overrides: Sequence[str] = ()) -> dict[str, RunConfig]:
+    """Read a recipe or a chain of recipes: the runs by name, in order. bundled: the folder of named recipes.
+
+    An override holds for every stage, or for one of a chain where its name comes first: "vision-2-joint.steps=10".
+    """
+    fields = _read(path)
+    if "stages" not in fields:
+        return {path.stem: load_run(path, overrides)}
+    chain = parse(ChainConfig, fields, str(path))
+    titles = [stage.title for stage in chain.stages]
+    if len(set(titles)) < len(titles):
+        raise ConfigError(f"{path}: two stages have one name ({', '.join(titles)}); give one of them another `name`")
+    given: dict[str, list[str]] = {title: [] for title in titles}
+    for override in overrides:
+        first, _, rest = override.partition(".")
+        for title in [first] if first in given else titles:
+            given[title].append(rest if first in given else override)
+    runs: dict[str, RunConfig] = {}
+    before = chain.init
+    for stage in chain.stages:
+        found = [own for own in (bundled / f"{stage.recipe}.yaml", path.parent / stage.recipe) if own.is_file()]
+        if not found:
+            raise ConfigError(f"{path}: stage {stage.title!r}: there is no recipe {stage.recipe!r}")
+        own = _read(found[0])
+        own |= {"init": before, "output": f"{chain.output}/{stage.title}"}
+        where = f"{path}, stage {stage.title}"
+        for key, value in (chain.set | stage.set).items():
+            _set(own, key.split("."), deepcopy(value), f"{where}: {key}")
+        for override in given[stage.title]:
+            _set(own, *_override(override))
+        runs[stage.title] = parse(RunConfig, own, where)
+        before = f"{runs[stage.title].output}/model"
+    return runs
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -107,15 +174,17 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"recipe {path} is not YAML: {error}") from None
     if not isinstance(fields, dict):
         raise ConfigError(f"recipe {path} must be a mapping of settings; it holds {type(fields).__name__}")
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"override {override!r} must look like key=value, e.g. optim.lr=1e-4")
-        try:
-            _set(fields, key.split("."), _number(yaml.safe_load(value)), override)
-        except yaml.YAMLError:
-            raise ConfigError(f"override {override!r}: {value!r} is not YAML; quote text that holds symbols") from None
-    return parse(RunConfig, fields, str(path))
+    return fields
+
+
+def _override(text: str) -> tuple[list[str], Any, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {text!r} must look like key=value, e.g. optim.lr=1e-4")
+    try:
+        return key.split("."), _number(yaml.safe_load(value)), text
+    except yaml.YAMLError:
+        raise ConfigError(f"override {text!r}: {value!r} is not YAML; quote text that holds symbols") from None
 
 
 def dump(settings: BaseModel) -> str:

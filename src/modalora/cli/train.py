@@ -17,11 +17,11 @@ def train(
         list[str] | None, typer.Argument(help="Settings to change, e.g. steps=100 optim.lr=1e-4.")
     ] = None,
 ) -> None:
-    """Train what a recipe names; the same command goes on where it stopped.
+    """Train what a recipe, or each recipe of a chain, names; the same command goes on where it stopped.
 
     Example: modalora train nano-1-base data=../shared/data steps=100
     """
-    from modalora.config import load_run
+    from modalora.config import load_stages
     from modalora.errors import InputError
 
     try:
@@ -29,10 +29,13 @@ def train(
     except ModuleNotFoundError as missing:
         raise InputError(f"training needs {missing.name}; pip install 'modalora[train]'") from None
 
-    run = load_run(find_recipe(recipe) or Path(recipe), overrides or [])
-    show = _bar(run.steps) if sys.stderr.isatty() else _line
-    folder = run_recipe(run, show)
-    print(f"wrote {folder}; loss curve: {folder.parent / 'loss.png'}")
+    runs = load_stages(find_recipe(recipe) or Path(recipe), RECIPES, overrides or [])
+    for number, (title, run) in enumerate(runs.items(), 1):
+        if len(runs) > 1:
+            print(f"stage {number} of {len(runs)}: {title}")
+        show = _bar(run.steps) if sys.stderr.isatty() else _line
+        folder = run_recipe(run, show)
+        print(f"wrote {folder}; loss curve: {folder.parent / 'loss.png'}")
 
 
 def find_recipe(name: str) -> Path | None:

@@ -87,7 +87,7 @@ class Meter(TorchDispatchMode):
     """Counts what lives and what is computed while operations run on fake tensors."""
 
     def __init__(self, fake: FakeTensorMode) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.fake, self.now, self.peak, self.flops = fake, 0, 0, 0
         self.known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
@@ -354,7 +354,7 @@ def plan_run(run: RunConfig, shapes: Sequence[str] = ()) -> tuple[Plan, str]:
 def read_size(init: str) -> tuple[ModelConfig, torch.dtype]:
     """Return the sizes of a named size or of a model folder, and the dtype of its matrices, without its weights."""
     if init in SIZES:
-        return SIZES[init](), torch.float32
+        return SIZES[init](), torch.bfloat16 if init.startswith("phi4") else torch.float32  # as published
     folder = find_model(init)
     found = describe(folder)
     adapters = {name: LoraConfig(**fields) for name, fields in found["adapters"].items()}

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from modalora.cli.main import app
+from modalora.config import RunConfig, parse
+from modalora.errors import ConfigError
+from modalora.models.multimodal import ModelConfig, Multimodal, part_of
+from modalora.models.sizes import nano, phi4_multimodal, tiny
+from modalora.training.optimizer import freeze
+from modalora.training.plan import estimate, plan_reading, plan_step, shaped_batch
+
+MIXED = ["text=40,image=100x80", "text=30", "text=20,audio=1.5"]
+
+
+def run_of(**fields: Any) -> RunConfig:
+    basis = {"init": "tiny", "output": "x", "train": ["adapter.*"], "mixture": [{"source": "books"}], "steps": 4}
+    return parse(RunConfig, {**basis, **fields}, "test")
+
+
+def test_a_plan_counts_what_trains_as_the_loop_freezes_it() -> None:
+    plan = plan_step(tiny(), run_of(train=["adapter.vision", "image.encoder"]), [shaped_batch(tiny(), MIXED, 3)])
+    model = Multimodal(tiny())
+    trained = freeze(model, ["adapter.vision", "image.encoder"])
+    assert plan.trained == sum(parameter.numel() for parameter in trained.values())
+    assert plan.numbers == sum(parameter.numel() for parameter in model.parameters())
+    assert {part.name for part in plan.parts if part.trained} == {"adapter.vision", "image.encoder"}
+    assert {part.name for part in plan.parts} == {part_of(name) for name, _ in model.named_parameters()}
+
+
+def test_weights_gradients_and_moments_are_four_bytes_a_number_each() -> None:
+    plan = plan_step(tiny(), run_of(train=["decoder"]), [shaped_batch(tiny(), ["text=30"], 2)])
+    (decoder,) = [part for part in plan.parts if part.name == "decoder"]
+    assert decoder.gradients == decoder.weights == 4 * decoder.numbers
+    assert 2 * decoder.weights <= decoder.optimizer <= 2.01 * decoder.weights  # and a step count per tensor
+
+
+def test_what_lives_in_a_step_is_what_an_allocator_counts() -> None:
+    # The same step on real tensors: the profiler reports every byte that the allocator gives and takes.
+    config, run = tiny(), run_of(train=["decoder"], precision="fp32")
+    batch = shaped_batch(config, ["text=200"], 4)
+    plan = plan_step(config, run, [batch])
+    model = Multimodal(config)
+    freeze(model, run.train)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        values, _ = model.loss(batch)
+        values.mean().backward()
+    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    # both count gradients and what the step holds; kernels take scratch space of their own, which only one sees
+    told = plan.step + plan.gradients
+    assert 0.9 < told / peak < 1.1
+
+
+def test_a_longer_row_needs_more_and_recognises_media() -> None:
+    config, run = tiny(), run_of()
+    short = plan_step(config, run, [shaped_batch(config, ["text=20,audio=1"], 1)])
+    long = plan_step(config, run, [shaped_batch(config, ["text=20,audio=4,image=200x100"], 1)])
+    assert long.media_tokens > short.media_tokens > 0
+    assert long.step > 2 * short.step
+    assert long.flops > 2 * short.flops
+
+
+def test_bfloat16_weights_take_half() -> None:
+    config, batch = tiny(), shaped_batch(tiny(), ["text=20"], 1)
+    single, half = (plan_step(config, run_of(), [batch], dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert 2 * half.weights == single.weights
+
+
+@pytest.mark.parametrize("shape", ["text", "text=a", "image=3", "video=3", "audio=x", "", "image=5x5,,text=4"])
+def test_a_row_shape_that_is_none_is_refused(shape: str) -> None:
+    with pytest.raises(ConfigError, match="row shape"):
+        shaped_batch(tiny(), [shape], 1)
+    with pytest.raises(ConfigError, match="row shape"):
+        shaped_batch(ModelConfig(decoder=tiny().decoder), ["image=100x100"], 1)
+
+
+def test_shares_of_a_plan_fall_with_the_machines_and_a_step_does_not() -> None:
+    run = run_of(train=["decoder"])
+    plan = plan_step(tiny(), run, [shaped_batch(tiny(), ["text=30"], 2)])
+    one, four = (estimate(plan, run, "h100", count, 0.5, 2.0) for count in (1, 4))
+    assert one.memory == plan.peak
+    assert plan.step < four.memory < one.memory
+    assert one.rate == pytest.approx(0.5 * 989e12)
+    assert four.run_seconds == pytest.approx(one.run_seconds / 4)
+    assert one.price == pytest.approx(2.0 * one.run_seconds / 3600)
+    assert one.fits
+    assert not estimate(replace(plan, step=10**12), run, "h100", 4, 0.5, 0).fits
+    with pytest.raises(ConfigError, match="rtx4090"):
+        estimate(plan, run, "h1000", 1, 0.5, 0)
+
+
+def test_reading_with_phi4_mini_takes_the_bytes_of_its_weights_and_128_kb_a_token() -> None:
+    found = plan_reading("phi4-mini", "h100")
+    assert found.weights == {"decoder": 2 * 3_836_021_760}
+    assert found.cache_per_token == 2 * 32 * 8 * 128 * 2
+    assert found.lines[-1].tokens == 131_072
+    assert found.lines[-1].cache == 131_072 * found.cache_per_token
+    assert [line.decode_rate for line in found.lines] == sorted(
+        (line.decode_rate for line in found.lines), reverse=True
+    )
+
+
+def test_plan_prints_a_table_or_json() -> None:
+    arguments = ["plan", "nano-6-vision", "init=tiny", "rows=2", "--row", "text=20,image=90x90"]
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 0, shown.output
+    assert "adapter.vision" in shown.output
+    assert "numbers train" in shown.output
+    told = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)
+    assert told["plan"]["rows"] == 2
+    assert told["estimate"]["memory"] == told["plan"]["peak"]
+
+
+def test_the_published_sizes_are_planned_without_memory() -> None:
+    config = phi4_multimodal()
+    with torch.device("meta"):
+        model = Multimodal(config)
+    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+    small = replace(config, decoder=replace(config.decoder, num_hidden_layers=1), vision=nano().vision, speech=None)
+    small = replace(small, adapters={"vision": config.adapters["vision"]})
+    run = run_of(init="phi4-multimodal", train=["adapter.vision"], rows=1)
+    plan = plan_step(small, run, [shaped_batch(small, ["text=64,image=120x120"], 1)], torch.bfloat16)
+    assert plan.weights > 1_200_000_000  # 200,064 words of 3,072 in two bytes, and a layer
