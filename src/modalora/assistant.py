@@ -346,8 +346,12 @@ def set_regime(model: Multimodal, regime: Regime) -> None:
 
 
 def find_model(name: str | Path) -> Path:
-    """Return the folder of a model: a path, or the name of a bundled model."""
+    """Return the folder of a model: a path, or the name of a bundled model.
+
+    "bundled/NAME" is the same, for recipes, where a bare nano means fresh weights of that size.
+    """
     path = Path(name)
+    name = str(name).removeprefix("bundled/")
     if path.is_dir():
         return path
     if (BUNDLED / str(name)).is_dir():

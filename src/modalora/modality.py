@@ -64,11 +64,7 @@ class Modality:
 
     def __post_init__(self) -> None:
         """Check every rule."""
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name) or self.name in _TAKEN or self.name in dir(nn.ModuleDict):
-            raise ConfigError(
-                f"{self.name!r} cannot name a modality; use small letters, digits and _, such as 'time_series', and no "
-                f"word that is taken ({', '.join(_TAKEN)}, or a method of torch's modules)"
-            )
+        check_name(self.name)
         lacks = [name for name in ("encoder", "branches", "hidden_size") if name not in _names(self.config)]
         if lacks:
             raise ConfigError(
@@ -78,6 +74,15 @@ class Modality:
         if not self.routes:
             rule = Rule(adapter=self.name, branches={self.name: self.config.branches[0]})
             object.__setattr__(self, "routes", {frozenset({self.name}): rule})
+
+
+def check_name(name: str) -> None:
+    """Refuse what cannot name a modality. Raises ConfigError."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in _TAKEN or name in dir(nn.ModuleDict):
+        raise ConfigError(
+            f"{name!r} cannot name a modality; use small letters, digits and _, such as 'time_series', and no word that "
+            f"is taken ({', '.join(_TAKEN)}, or a method of torch's modules)"
+        )
 
 
 def _names(kind: Any) -> set[str]:

@@ -174,9 +174,5 @@ def _shapes(model: Multimodal, modalities: Mapping[str, EncoderConfig]) -> dict[
 
 def _reason(pieces: list[str]) -> str:
     if pieces[0] == "encoders":
-        return (
-            f"the encoder of {pieces[1]!r} is one for all rows, those of other routes too, and this one differs from it"
-        )
-    return (
-        f"{'.'.join(pieces[1:])} is the frozen decoder's, which rows of every route read, and this one differs from it"
-    )
+        return f"the encoder of {pieces[1]!r} serves rows of every route, and this one differs from it"
+    return f"{'.'.join(pieces[1:])} is the decoder's, it serves rows of every route, and this one differs from it"
