@@ -14,6 +14,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from modalora import modality
 from modalora.checkpoint.adapters import Verdict, load_adapter
 from modalora.checkpoint.store import load_model, save_model
 from modalora.contracts import Batch, Message, terms
@@ -23,9 +24,7 @@ from modalora.generation.sampling import Sampling
 from modalora.models.multimodal import ModelConfig, Multimodal
 from modalora.models.router import route as route_of
 from modalora.nn.rope import LongRope, Regime
-from modalora.processing.audio import AudioConfig
 from modalora.processing.chat import FORMATS, ChatFormat
-from modalora.processing.image import ImageConfig
 from modalora.processing.processor import Compat, Processor
 from modalora.processing.tokenizer import TextTokenizer
 
@@ -70,6 +69,7 @@ class Assistant:
         *,
         image: Media | Sequence[Media] = (),
         audio: Media | Sequence[Media] = (),
+        media: Mapping[str, Any] | None = None,
         max_tokens: int = 128,
         route: str = "auto",
         stop: str | Sequence[str] = (),
@@ -79,15 +79,15 @@ class Assistant:
         """Answer a question, or go on from a list of messages.
 
         image, audio: one or several (paths, bytes, PIL images, (samples, rate)); they stand before the text unless it
-        has tags such as <|image_1|>. route: "auto", "none" or an adapter. sampling: fields of
-        generation.sampling.Sampling.
+        has tags such as <|image_1|>. media: the same for further modalities, {name: one payload or a list of them}.
+        route: "auto", "none" or an adapter. sampling: fields of generation.sampling.Sampling.
         raw: the question is a whole prompt in the model's own format, whose control tokens count as such; else they are
         text. Raises PromptError, MediaError, RouteError, ConfigError.
         """
         if raw:
-            batch = self.raw_batch(question, image=image, audio=audio, route=route)
+            batch = self.raw_batch(question, image=image, audio=audio, media=media, route=route)
             return self._answers(batch, max_tokens, stop, sampling)[0]
-        messages = question_messages(question, image, audio) if isinstance(question, str) else list(question)
+        messages = question_messages(question, image, audio, media) if isinstance(question, str) else list(question)
         return self.ask_many([messages], max_tokens=max_tokens, route=route, stop=stop, **sampling)[0]
 
     def raw_batch(
@@ -96,12 +96,13 @@ class Assistant:
         *,
         image: Media | Sequence[Media] = (),
         audio: Media | Sequence[Media] = (),
+        media: Mapping[str, Any] | None = None,
         route: str = "auto",
     ) -> Batch:
         """Return a prompt that is already in the model's own format as a batch of one row."""
         if not isinstance(prompt, str):
             raise PromptError("a raw prompt must be one string, with its control tokens in it; messages are not raw")
-        row = self.processor.raw_row(prompt, {"image": _listed(image), "audio": _listed(audio)})
+        row = self.processor.raw_row(prompt, _by_kind(image, audio, media))
         return self.processor.collate([row], route=route, labelled=False)
 
     def ask_many(
@@ -192,13 +193,25 @@ class Assistant:
     def load_adapter(self, folder: str | Path, name: str) -> Verdict:
         """Add a PEFT LoRA folder to the decoder under a name that `route` takes; return what was found in it.
 
-        Raises CheckpointError.
+        A modality or projectors that the folder brings come along. Raises CheckpointError, or ConfigError where the
+        package of its modality is missing.
         """
         verdict = load_adapter(self.model, Path(folder), name)
+        self._renew()
+        return verdict
+
+    def add_modality(self, name: str, **sizes: Any) -> None:
+        """Add an installed modality with fresh networks and a fresh adapter, to be trained; text keeps every bit.
+
+        sizes: fields of the modality's config. Raises ConfigError.
+        """
+        modality.add(self.model, name, sizes)
+        self._renew()
+
+    def _renew(self) -> None:
         old = self.processor
         self.processor = make_processor(self.model.config, old.tokenizer, old.chat, old.compat)
-        self.processor.image = old.image
-        return verdict
+        self.processor.media.update(old.media)
 
     def save(self, folder: str | Path, layout: str = "modalora") -> None:
         """Write the model to a new folder in a layout of checkpoint.names.LAYOUTS.
@@ -290,6 +303,7 @@ def load(
     compat: Compat = None,
     pack: bool = False,
     fast_images: bool = False,
+    modalities: Sequence[str | Path] = (),
 ) -> Assistant:
     """Load a model folder in any layout, or a bundled model by name, with its adapters.
 
@@ -299,18 +313,22 @@ def load(
     pack: rearrange a bf16 decoder for this CPU: takes seconds, doubles its decoding rate, and leaves a model that
     cannot be changed or saved.
     fast_images: prepare large photos in half the time, their pixels under 1 % of the range off on average.
+    modalities: Python files that set MODALITY, for modalities that no installed package brings; they are run.
     Raises CheckpointError or ConfigError.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
     if compat not in ("official", None):
         raise ConfigError(f"compat={compat!r} must be 'official' or None")
+    for path in modalities:
+        modality.load_file(path)
     folder = find_model(model)
     loaded = load_model(folder, dtype=DTYPES[dtype], device=device, pack=pack)
     set_regime(loaded.model, rope)
     processor = make_processor(loaded.model.config, loaded.tokenizer, loaded.chat, compat)
     if fast_images and processor.image is not None:
-        processor.image = replace(processor.image, fast=True)
+        picture = processor.media["image"]
+        processor.media["image"] = replace(picture, settings=replace(picture.settings, fast=True))
     return Assistant(loaded.model, processor, folder, loaded.stop_ids, loaded.notes)
 
 
@@ -328,8 +346,12 @@ def set_regime(model: Multimodal, regime: Regime) -> None:
 
 
 def find_model(name: str | Path) -> Path:
-    """Return the folder of a model: a path, or the name of a bundled model."""
+    """Return the folder of a model: a path, or the name of a bundled model.
+
+    "bundled/NAME" is the same, for recipes, where a bare nano means fresh weights of that size.
+    """
     path = Path(name)
+    name = str(name).removeprefix("bundled/")
     if path.is_dir():
         return path
     if (BUNDLED / str(name)).is_dir():
@@ -340,43 +362,37 @@ def find_model(name: str | Path) -> Path:
     )
 
 
-def media_configs(config: ModelConfig) -> tuple[ImageConfig | None, AudioConfig | None]:
-    """Return how pictures and sound are prepared for a model; None for what it does not take."""
-    vision = config.vision
-    image = ImageConfig(crop=vision.crop, patch=vision.patch, max_crops=vision.max_crops) if vision else None
-    return image, AudioConfig(mels=config.speech.mels) if config.speech else None
-
-
 def make_processor(
     config: ModelConfig, tokenizer: TextTokenizer, chat: ChatFormat = FORMATS["phi4"], compat: Compat = None
 ) -> Processor:
     """Return the processor that fits a model."""
-    image, audio = media_configs(config)
     return Processor(
         tokenizer,
-        image=image,
-        audio=audio,
+        media=modality.media(config, tokenizer),
         window=config.decoder.rope.window,
-        router=partial(route_of, adapters=tuple(config.adapters)),
+        router=partial(
+            route_of, adapters=tuple(config.adapters), routes=modality.routes(config), branches=config.branches
+        ),
         chat=chat,
         compat=compat,
     )
 
 
-_TAG = re.compile(r"<\|(image|audio)_\d+\|>")
-
-
 def question_messages(
-    question: str, image: Media | Sequence[Media] = (), audio: Media | Sequence[Media] = ()
+    question: str,
+    image: Media | Sequence[Media] = (),
+    audio: Media | Sequence[Media] = (),
+    media: Mapping[str, Any] | None = None,
 ) -> list[Message]:
     """Return one user message with its media: at their tags (<|image_1|>, in reading order), or before the text.
 
     Raises PromptError when the text has tags of a kind and their number is not that of the media.
     """
-    media = {"image": _listed(image), "audio": _listed(audio)}
-    tags = [match.group(1) for match in _TAG.finditer(question)]
+    by_kind = _by_kind(image, audio, media)
+    tag = re.compile(rf"<\|({'|'.join(by_kind)})_\d+\|>")
+    tags = [match.group(1) for match in tag.finditer(question)]
     parts: list[dict[str, Any]] = []
-    for kind, given in media.items():
+    for kind, given in by_kind.items():
         if kind not in tags:
             parts += [{"type": kind, kind: item} for item in given]
         elif tags.count(kind) != len(given):
@@ -384,9 +400,9 @@ def question_messages(
                 f"the text has {tags.count(kind)} {kind} placeholder(s) and {len(given)} {kind}(s) were given; give as "
                 f"many as there are <|{kind}_N|> tags, or write no tags to put the media first"
             )
-    waiting = {kind: iter(given) for kind, given in media.items()}
+    waiting = {kind: iter(given) for kind, given in by_kind.items()}
     at = 0
-    for match in _TAG.finditer(question):
+    for match in tag.finditer(question):
         kind = match.group(1)
         if question[at : match.start()]:
             parts.append({"type": "text", "text": question[at : match.start()]})
@@ -397,6 +413,10 @@ def question_messages(
     if not parts:
         raise PromptError("the question is empty and there are no media; write a question, or give an image or audio")
     return [{"role": "user", "content": parts}]
+
+
+def _by_kind(image: Any, audio: Any, media: Mapping[str, Any] | None) -> dict[str, list[Any]]:
+    return {kind: _listed(given) for kind, given in {"image": image, "audio": audio, **(media or {})}.items()}
 
 
 def _listed(media: Media | Sequence[Media]) -> list[Media]:

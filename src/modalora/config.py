@@ -42,14 +42,18 @@ class SourceConfig(Settings):
 
     source: str
     weight: float = Field(1.0, gt=0)
+    route: str | None = None  # of its rows: "none" or an adapter, such as a language's; None: by their media
     options: dict[str, Any] = Field(default_factory=dict)
 
 
 class RunConfig(Settings):
     """One training run."""
 
-    init: str  # a folder to start from, or a name of models/sizes.py for fresh weights
+    init: str  # a folder to start from, bundled/nano, or a name of models/sizes.py for fresh weights
     output: str
+    modalities: dict[str, dict[str, Any]] = Field(default_factory=dict)  # modality to add -> its sizes
+    modality_files: list[str] = Field(default_factory=list)  # Python files that set MODALITY; they are run
+    adapters: dict[str, dict[str, Any]] = Field(default_factory=dict)  # adapter to add -> fields of LoraConfig
     take: dict[str, str] = Field(default_factory=dict)  # part pattern -> folder that gives its weights
     int8: bool = False  # store the matrices of the written model as int8
     train: list[str]  # parts that train, e.g. "decoder", "image.*", "adapter.vision"; all others are frozen

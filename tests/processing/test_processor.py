@@ -17,9 +17,9 @@ from PIL import Image
 from modalora.contracts import IGNORED, Batch, subsampled
 from modalora.errors import MediaError, PromptError, RouteError
 from modalora.models.router import route
-from modalora.processing.audio import AudioConfig, log_mel
-from modalora.processing.image import ImageConfig, image_features
-from modalora.processing.processor import Processor, Row
+from modalora.processing.audio import AudioConfig, log_mel, read_audio
+from modalora.processing.image import ImageConfig, image_features, read_image
+from modalora.processing.processor import Medium, Processor, Row
 from modalora.processing.tokenizer import TextTokenizer
 
 WORDS = "seven blue boxes touch the wall, and the quick brown fox jumps over the lazy dog; how many are there? " * 4
@@ -31,9 +31,13 @@ ROUTER = partial(route, adapters=("vision", "speech"))
 CONTROL = TOKENIZER.control
 
 
-def make(**changes: Any) -> Processor:
-    fields = {"image": IMAGE, "audio": AUDIO, "window": 512, "router": ROUTER, **changes}
-    return Processor(TOKENIZER, **fields)
+def make(image: ImageConfig | None = IMAGE, audio: AudioConfig | None = AUDIO, **changes: Any) -> Processor:
+    media = {
+        "image": Medium(("<|endoftext10|>", CONTROL("<|endoftext10|>")), read_image, image),
+        "audio": Medium(("<|endoftext11|>", CONTROL("<|endoftext11|>")), read_audio, audio),
+    }
+    media = {kind: medium for kind, medium in media.items() if medium.settings}
+    return Processor(TOKENIZER, media=media, **{"window": 512, "router": ROUTER, **changes})
 
 
 PROCESSOR = make()

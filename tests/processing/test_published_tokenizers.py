@@ -54,7 +54,7 @@ KINDS: dict[str, tuple[TextTokenizer, ChatFormat]] = {
 def processor(words: TextTokenizer, chat: ChatFormat) -> Processor:
     from modalora.contracts import Rule
 
-    return Processor(words, image=None, audio=None, window=10_000, router=lambda *_: Rule(adapter=None), chat=chat)
+    return Processor(words, media={}, window=10_000, router=lambda *_: Rule(adapter=None), chat=chat)
 
 
 CONVERSATIONS: list[list[dict[str, Any]]] = [

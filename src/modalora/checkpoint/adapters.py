@@ -1,7 +1,8 @@
 """LoRA adapters in PEFT's folder layout, adapter_config.json and adapter_model.safetensors: read, written, judged.
 
-Read are LoRA on any of the decoder's Linears, rank-stabilised too, with ranks and alphas per module. What would change
-the numbers in another way (DoRA, biases, saved modules) is refused by name.
+Read are LoRA on any of the decoder's Linears, rank-stabilised too, with ranks and alphas per module, and whole modules
+(modules_to_save) where rows can be routed to them: projectors, and the encoder of a modality that the folder brings
+(modality.json). What would change the numbers in another way (DoRA, biases, an output matrix of its own) is refused.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from modalora.checkpoint.files import Weights, inside, read_json, write_folder, write_json
+from modalora.checkpoint.modules import MODALITY, add_modules, find_modules, modules_of
 from modalora.config import parse
 from modalora.contracts import Batch, Route, terms
 from modalora.errors import CheckpointError, ConfigError
@@ -39,7 +41,6 @@ _KEY = re.compile(
 _REFUSED = {
     "use_dora": "DoRA scales every row of the merged weight, which a routed row cannot do without merging",
     "lora_bias": "the adapter adds biases",
-    "modules_to_save": "the adapter brings whole modules of its own",
     "layer_replication": "the adapter repeats layers",
     "exclude_modules": "the adapter leaves modules out by name",
     "trainable_token_indices": "the adapter brings embeddings of its own",
@@ -58,7 +59,8 @@ class Verdict:
     consumed: tensors used; none is missing or left over, or loading would have failed. linears: how many of the
     decoder's Linears it changes, of how many. zero: those among them whose B is zero. base: the name of the model that
     it was trained on, as its config has it. fingerprint: of this model; matched: whether the adapter has the same one.
-    logit_change: largest change of a logit on a fixed probe of 16 tokens.
+    logit_change: largest change of a logit on a fixed probe of 16 tokens. modules: modalities and projectors that came
+    along.
     """
 
     consumed: int
@@ -68,6 +70,7 @@ class Verdict:
     fingerprint: str
     matched: bool | None
     logit_change: float
+    modules: tuple[str, ...] = ()
 
 
 def fingerprint(model: Multimodal) -> str:
@@ -82,7 +85,10 @@ def fingerprint(model: Multimodal) -> str:
 
 
 def save_adapter(model: Multimodal, name: str, folder: Path) -> None:
-    """Write one adapter as a new PEFT folder, which PEFT loads on transformers' Phi-3."""
+    """Write one adapter as a new PEFT folder, which PEFT loads on transformers' Phi-3.
+
+    The encoder and projectors of a modality whose rows use it, and projectors of its own, go with it.
+    """
     _needs_plain(model)
     held = _held(model, name)
     config = model.config.adapters[name]
@@ -94,6 +100,8 @@ def save_adapter(model: Multimodal, name: str, folder: Path) -> None:
         for place, linear in held.items()
         for side in "AB"
     }
+    saved, modules, modality = modules_of(model, name)
+    tensors |= {key: tensor.detach().cpu().contiguous() for key, tensor in saved.items()}
     fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -109,17 +117,20 @@ def save_adapter(model: Multimodal, name: str, folder: Path) -> None:
         "bias": "none",
         "use_dora": False,
         "inference_mode": True,
+        **({"modules_to_save": modules} if modules else {}),
     }
 
     def fill(draft: Path) -> None:
         write_json(draft / CONFIG, fields)
+        if modality:
+            write_json(draft / MODALITY, modality)
         save_file(tensors, draft / WEIGHTS, metadata={"format": "pt", _BASE: fingerprint(model)})
 
     write_folder(folder, fill, manifest=False)
 
 
 def load_adapter(model: Multimodal, folder: Path, name: str, *, idle: bool = False) -> Verdict:
-    """Add a PEFT LoRA folder to the decoder under a new name.
+    """Add a PEFT LoRA folder to the decoder under a new name, with the modality or the projectors that it brings.
 
     Raises CheckpointError when the name is taken, the folder is not LoRA for this decoder, tensors are missing, unknown
     or of another shape, or, unless idle, the whole adapter changes nothing; the model is then as before.
@@ -130,8 +141,9 @@ def load_adapter(model: Multimodal, folder: Path, name: str, *, idle: bool = Fal
     linears = model.decoder.routed()
     config = _read_config(path, fields, linears)
     weights = _weights(folder)
-    given, unknown = _match(weights, linears)
-    if unknown:
+    given, others = _match(weights, linears)
+    modules = find_modules(model, folder, weights, others, fields.get("modules_to_save"), path)
+    if unknown := modules.unknown:
         raise CheckpointError(
             f"{folder}: {len(unknown)} of {len(weights.entries)} tensors belong to no Linear of this decoder, such as "
             f"{unknown[0]!r}; keys look like base_model.model.model.layers.0.self_attn.qkv_proj.lora_A.weight"
@@ -165,7 +177,7 @@ def load_adapter(model: Multimodal, folder: Path, name: str, *, idle: bool = Fal
         )
     tensors = {at: weights.get(stored) for at, stored in given.items()}
     zero = tuple(sorted(place for (place, side), tensor in tensors.items() if side == "B" and not tensor.any()))
-    if len(zero) == len(found) and not idle:
+    if len(zero) == len(found) and not idle and not modules.names:
         raise CheckpointError(
             f"{folder}: lora_B is zero in all {len(zero)} Linears, so the adapter changes nothing: it was saved before "
             "training, or its training never reached it"
@@ -177,14 +189,16 @@ def load_adapter(model: Multimodal, folder: Path, name: str, *, idle: bool = Fal
             for side, held in (("A", linear.lora_A), ("B", linear.lora_B)):
                 held[name] = nn.Parameter(tensors[place, side].to(linear.weight))  # in the dtype that the model runs in
     model.config = replace(model.config, adapters={**model.config.adapters, name: config})
+    add_modules(model, modules, weights, name)
     return Verdict(
-        consumed=len(tensors),
+        consumed=len(weights.entries),
         linears=(len(found), len(linears)),
         zero=zero,
         base=fields.get("base_model_name_or_path") or None,
         fingerprint=own,
         matched=None if told is None else True,
         logit_change=logit_change(model, name),
+        modules=modules.names,
     )
 
 

@@ -168,6 +168,16 @@ def plan(layout: str, shapes: Mapping[str, Sequence[int]], config: ModelConfig) 
     return found
 
 
+def theirs(names: Iterable[str]) -> dict[str, str]:
+    """Return our tensor names by what any layout calls them."""
+    found: dict[str, str] = {}
+    for name in names:
+        for layout in LAYOUTS:
+            if renamed := _rename(layout, name):
+                found.setdefault(renamed[0], name)
+    return found
+
+
 def plain_names(names: Iterable[str]) -> dict[str, str]:
     """Return stored names by what they are called without the marks of training wrappers."""
     return {name.replace(_WRAPPER, ""): name for name in names}

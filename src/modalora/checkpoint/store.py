@@ -33,6 +33,7 @@ from modalora.checkpoint.files import (
 from modalora.checkpoint.names import HOLDS_ADAPTERS, LAYOUTS, Stored, plain_names, plan
 from modalora.config import parse
 from modalora.errors import CheckpointError, ConfigError
+from modalora.modality import read_encoders, write_encoders
 from modalora.models.multimodal import ModelConfig, Multimodal, parameter_counts, part_of
 from modalora.processing.chat import FORMATS, ChatFormat
 from modalora.processing.tokenizer import END_OF_TEXT, PLACEHOLDERS, TextTokenizer
@@ -88,7 +89,8 @@ def read_card(folder: Path) -> Card:
     if fields.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path} is not of format {FORMAT}; load it with the version that wrote it")
     notes, chat = fields.pop("notes", {}), parse(ChatFormat, fields.pop("chat", {}), str(path))
-    return Card(layout, parse(ModelConfig, fields, str(path)), notes, chat)
+    encoders = read_encoders(fields.pop("encoders", {}), str(path))
+    return Card(layout, replace(parse(ModelConfig, fields, str(path)), encoders=encoders), notes, chat)
 
 
 def load_model(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu", pack: bool = False) -> Loaded:
@@ -112,6 +114,7 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None, device: str = 
     for name, place in stored.items():
         tensors[name] = _read(weights, place, card.config, dtype).to(device)
     model.load_state_dict(tensors, assign=True)
+    _check_memory(model)
     for name in _beside(folder, card):
         load_adapter(model, folder / f"{name}-lora", name, idle=True)
     if pack:
@@ -211,6 +214,16 @@ def _without_memory(folder: Path, card: Card, weights: Weights) -> Multimodal:
             return Multimodal(config)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{folder}: its config describes networks that cannot be: {error!s:.160}") from None
+
+
+def _check_memory(model: Multimodal) -> None:
+    """Refuse a network of someone else's with numbers that its files do not hold."""
+    empty = [name for name, one in (*model.named_parameters(), *model.named_buffers()) if one.is_meta]
+    if empty:
+        raise CheckpointError(
+            f"{empty[0]} is stored in no file: the encoder computes it when it is made; register it as a persistent "
+            "buffer"
+        )
 
 
 def _beside(folder: Path, card: Card) -> list[str]:
@@ -348,7 +361,9 @@ def _filler(
     stored = plan(layout, shapes, config)
     if layout == "modalora":
         own = {} if chat == ChatFormat() else {"chat": asdict(chat)}
-        fields = {"model_type": "modalora", "format": FORMAT, **asdict(config), **own, "notes": dict(notes)}
+        sizes = asdict(config) | {"encoders": write_encoders(config)}
+        sizes = {key: value for key, value in sizes.items() if value != {} or key == "adapters"}
+        fields = {"model_type": "modalora", "format": FORMAT, **sizes, **own, "notes": dict(notes)}
     else:
         fields = configs.write_config(layout, config, _token_ids(tokenizer, beside))
     if layout == "phi4_multimodal":

@@ -5,20 +5,34 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from modalora.assistant import Assistant
+from modalora.cli.loading import Adapters, ModalityFiles, open_model
 
 Model = Annotated[str, typer.Argument(help="A model folder, or a bundled model such as nano.")]
-Added = Annotated[
-    list[str] | None, typer.Option("--adapter", help="NAME=FOLDER, a PEFT folder to load first; may be given again.")
-]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-adapters = typer.Typer(help="LoRA adapters: list, verify, compose, merge.", no_args_is_help=True)
+adapters = typer.Typer(help="LoRA adapters: new, list, verify, compose, merge.", no_args_is_help=True)
+
+
+@adapters.command()
+def new(
+    modality: Annotated[str, typer.Option("--modality", help="Name of the new modality, such as time_series.")],
+    out: Annotated[Path | None, typer.Option(help="The folder to write; modalora-NAME unless given.")] = None,
+) -> None:
+    """Write a small package that adds a modality: one module, a recipe, a test, a model card. It works as it stands.
+
+    Example: modalora adapter new --modality time_series
+    """
+    from modalora.scaffold import new_package
+
+    folder = out or Path(f"modalora-{modality.replace('_', '-')}")
+    print(f"wrote {folder}: {', '.join(new_package(modality, folder))}")
+    print(
+        f"next: pip install -e {folder} && modalora train {folder / 'recipe.yaml'}; then change what is marked CHANGE"
+    )
 
 
 @adapters.command("list")
@@ -45,15 +59,14 @@ def list_adapters(model: Model, as_json: Json = False) -> None:
 def verify(
     model: Model,
     folder: Annotated[Path, typer.Argument(help="A PEFT folder.")],
+    modality_file: ModalityFiles = None,
     as_json: Json = False,
 ) -> None:
     """Load an adapter and tell what was found: tensors, base, idle Linears, which logits change and which do not.
 
     Example: modalora adapter verify nano my-lora
     """
-    import modalora
-
-    assistant = modalora.load(model)
+    assistant = open_model(model, files=modality_file)
     probe = "The quick brown fox jumps over the lazy dog."
     before = assistant.logits(probe)
     found = asdict(assistant.load_adapter(folder, "verified"))
@@ -66,6 +79,7 @@ def verify(
     base = "the one it was trained on" if found["matched"] else f"the adapter does not tell{named}"
     idle = found["zero"]
     print(f"tensors    {found['consumed']} used, none missing, none left over; {used} of {linears} Linears")
+    print(f"modules    {', '.join(found['modules']) or 'none'} come along")
     print(f"base       {base}; this model has the fingerprint {found['fingerprint']}")
     print(f"idle       {len(idle)} Linears whose lora_B is zero{': ' + idle[0] if idle else ''}")
     print(f"logits     change by up to {found['logit_change']:.3g} on a probe where the adapter is on")
@@ -77,7 +91,7 @@ def compose(
     model: Model,
     route: Annotated[str, typer.Argument(help="A weighted sum, such as vision+mine@0.7.")],
     target: Annotated[Path, typer.Argument(help="The PEFT folder to write; it must not exist.")],
-    adapter: Added = None,
+    adapter: Adapters = None,
 ) -> None:
     """Write one adapter that is the sum of several, exactly: their ranks side by side.
 
@@ -86,7 +100,7 @@ def compose(
     from modalora.checkpoint.adapters import compose as add_up
     from modalora.checkpoint.adapters import save_adapter
 
-    assistant = _load(model, adapter)
+    assistant = open_model(model, adapter)
     config = add_up(assistant.model, route, "composed")
     save_adapter(assistant.model, "composed", target)
     print(f"wrote {target}: {route} as one adapter of rank {config.r}")
@@ -97,7 +111,7 @@ def merge(
     model: Model,
     route: Annotated[str, typer.Argument(help="An adapter or a weighted sum, such as mine@0.7.")],
     target: Annotated[Path, typer.Argument(help="The model folder to write; it must not exist.")],
-    adapter: Added = None,
+    adapter: Adapters = None,
     layout: Annotated[str, typer.Option(help="Layout of the result.")] = "modalora",
 ) -> None:
     """Add an adapter to the decoder's own weights, for good; the model's other adapters are left out.
@@ -106,7 +120,7 @@ def merge(
     """
     from modalora.checkpoint.adapters import merge as add_for_good
 
-    assistant = _load(model, adapter)
+    assistant = open_model(model, adapter)
     dropped = set(assistant.model.adapters) - {part.partition("@")[0] for part in route.split("+")}
     found = add_for_good(assistant.model, route)
     assistant.save(target, layout)
@@ -115,16 +129,3 @@ def merge(
     print(f"rounding to {kind} loses {found.error:.2%} of the change (worst: {found.worst}, {found.worst_error:.2%})")
     if dropped:
         print(f"left out, as they were trained on the decoder as it was: {', '.join(sorted(dropped))}")
-
-
-def _load(model: str, given: list[str] | None) -> Assistant:
-    import modalora
-    from modalora.errors import ConfigError
-
-    assistant = modalora.load(model)
-    for one in given or []:
-        name, equals, folder = one.partition("=")
-        if not equals:
-            raise ConfigError(f"--adapter {one!r} must be NAME=FOLDER, such as mine=my-lora")
-        assistant.load_adapter(folder, name)
-    return assistant

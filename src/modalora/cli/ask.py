@@ -10,6 +10,8 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from modalora.cli.loading import Adapters, MediaFiles, ModalityFiles, media_by_name, open_model
+
 
 def ask(
     model: Annotated[str, typer.Argument(help="A model folder, or a bundled model such as nano.")],
@@ -18,6 +20,9 @@ def ask(
     audio: Annotated[
         list[Path] | None, typer.Option("--audio", help="A recording; may be given several times.")
     ] = None,
+    media: MediaFiles = None,
+    adapter: Adapters = None,
+    modality_file: ModalityFiles = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="Most tokens of the answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p")] = 1.0,
@@ -41,14 +46,13 @@ def ask(
 
     Example: modalora ask nano "How many circles are there?" --image scene.png
     """
-    import modalora
-
     text = sys.stdin.read() if question == "-" else question
-    answer = modalora.load(model, dtype=dtype, rope=cast(Any, rope), pack=pack).ask(
+    answer = open_model(model, adapter, modality_file, dtype=dtype, rope=cast(Any, rope), pack=pack).ask(
         text,
         raw=raw,
         image=list(image or []),
         audio=list(audio or []),
+        media=media_by_name(media),
         max_tokens=max_tokens,
         route=route,
         stop=stop or [],

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from modalora.cli.loading import Adapters, ModalityFiles, open_model
+
 if TYPE_CHECKING:
     from modalora.assistant import Assistant
 
 HELP = """/image FILE    add a picture to your next message       /audio FILE   add a recording
+/NAME FILE     add what a further modality reads, such as /dna gene.fasta
 /route [NAME]  show the last route, or use auto/none/an adapter from now on
 /system TEXT   start anew with a system message           /retry        answer the last message again
 /reset         start anew                                 /save FILE    write the conversation as one JSON line
@@ -24,14 +27,15 @@ def chat(
     max_tokens: Annotated[int, typer.Option("--max-tokens")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option()] = 0,
+    adapter: Adapters = None,
+    modality_file: ModalityFiles = None,
 ) -> None:
     """Talk with a model; it streams its answers. /help lists the commands.
 
     Example: modalora chat nano
     """
-    import modalora
-
-    session = Session(modalora.load(model), {"max_tokens": max_tokens, "temperature": temperature, "seed": seed})
+    settings = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    session = Session(open_model(model, adapter, modality_file), settings)
     if sys.stdin.isatty():
         print(f"{model}: /help lists the commands, Ctrl-D leaves")
     while True:
@@ -67,7 +71,7 @@ class Session:
             print(f"! {error}")
 
     def _command(self, word: str, rest: str) -> None:
-        if word in ("/image", "/audio"):
+        if word[1:] in self.assistant.processor.kinds:
             self._attach(word[1:], rest)
         elif word == "/route":
             self._route(rest)

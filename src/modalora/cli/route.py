@@ -8,6 +8,8 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from modalora.cli.loading import Adapters, MediaFiles, ModalityFiles, media_by_name, open_model
+
 
 def explain(
     model: Annotated[str, typer.Argument(help="A model folder, or a bundled model such as nano.")],
@@ -16,6 +18,9 @@ def explain(
     audio: Annotated[
         list[Path] | None, typer.Option("--audio", help="A recording; may be given several times.")
     ] = None,
+    media: MediaFiles = None,
+    adapter: Adapters = None,
+    modality_file: ModalityFiles = None,
     route: Annotated[str, typer.Option(help="auto, none, or an adapter such as vision or speech.")] = "auto",
     batch: Annotated[
         Path | None, typer.Option(help="A file with more prompts of the same batch: a JSON list of messages a line.")
@@ -28,12 +33,11 @@ def explain(
 
     Example: modalora route explain nano "What is this?" --image scene.png --audio seven.wav
     """
-    import modalora
     from modalora.assistant import question_messages
 
-    assistant = modalora.load(model, rope=cast(Any, rope), compat=cast(Any, compat or None))
+    assistant = open_model(model, adapter, modality_file, rope=cast(Any, rope), compat=cast(Any, compat or None))
     conversations = [
-        question_messages(question, list(image or []), list(audio or [])),
+        question_messages(question, list(image or []), list(audio or []), media_by_name(media)),
         *(_more(batch) if batch else []),
     ]
     prompts = assistant.processor(conversations, route=route)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from modalora import modality
 from modalora.config import SourceConfig
 from modalora.contracts import Batch
 from modalora.data.instruct import instruct
@@ -71,12 +72,16 @@ class Mixture:
 
 def make_source(context: Context, config: SourceConfig) -> Source:
     """Return the source that a recipe names. Raises ConfigError for an unknown name or option."""
-    if config.source not in SOURCES:
-        raise ConfigError(f"unknown source {config.source!r}; known are {', '.join(sorted(SOURCES))}")
+    maker = SOURCES.get(config.source) or modality.source(config.source)
+    if maker is None:
+        raise ConfigError(
+            f"unknown source {config.source!r}; known are {', '.join(sorted(SOURCES))}, and MODALITY.SOURCE"
+        )
     try:
-        return SOURCES[config.source](context, **config.options)
+        draw: Source = maker(context, **config.options)
     except TypeError as error:
         raise ConfigError(f"source {config.source!r} does not take these options: {error}") from None
+    return draw if config.route is None else lambda rng: replace(draw(rng), route=config.route)
 
 
 def _books(context: Context, split: str = "train", recurring: float = 0.0) -> Source:

@@ -1,60 +1,77 @@
 """The whole model: a decoder, an encoder per modality, projector branches, and adapters chosen per row.
 
-A modality is one row of MODALITIES: what encodes it and which projector branches it has. The rest of the model only
-knows that media of a batch become features which fill a span of their row.
+Of a modality these networks know its sizes alone (`EncoderConfig`), which build the encoder and name the projectors;
+what else belongs to it stands in its row (modality.py). Media of a batch become features that fill a span of their row.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from modalora.contracts import IGNORED, Batch, Cache, Route, Step
-from modalora.errors import ShapeError
+from modalora.errors import ConfigError, ShapeError
 from modalora.models.decoder import Decoder, DecoderConfig
-from modalora.models.speech import SpeechConfig, SpeechEncoder
-from modalora.models.vision import ImageEmbedder, VisionConfig
+from modalora.models.speech import SpeechConfig
+from modalora.models.vision import VisionConfig
 from modalora.nn.cache import KVCache
 from modalora.nn.lora import LoraConfig
 from modalora.nn.mlp import Projector
 from modalora.nn.rope import is_long
 
 
+class EncoderConfig(Protocol):
+    """Sizes of one modality's networks: a frozen dataclass of plain values."""
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Names of the projectors; the first serves rows that hold this modality alone."""
+        ...
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of a token that the encoder gives."""
+        ...
+
+    def encoder(self) -> nn.Module:
+        """Return a module that takes features, a list of dicts of tensors, and returns a list of (tokens, channels)."""
+        ...
+
+
+MODALITIES = {"image": "vision", "audio": "speech"}  # modality -> the field of ModelConfig that has its sizes
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """Everything that config.json of a modalora folder tells about the networks."""
+    """Everything that config.json of a modalora folder tells about the networks.
+
+    encoders: the sizes of every further modality (EncoderConfig). branches: projectors of a modality besides its own;
+    "BRANCH-ADAPTER" stands in for BRANCH in the rows of that adapter. aliases: an adapter that routes name -> the one
+    that this model has in its place.
+    """
 
     decoder: DecoderConfig
     vision: VisionConfig | None = None
     speech: SpeechConfig | None = None
     adapters: Mapping[str, LoraConfig] = field(default_factory=dict)
+    encoders: Mapping[str, Any] = field(default_factory=dict)
+    branches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def modalities(self) -> dict[str, EncoderConfig]:
+        """Sizes by modality, of those that the model reads."""
+        fixed = {"image": self.vision, "audio": self.speech}
+        return {name: sizes for name, sizes in (fixed | dict(self.encoders)).items() if sizes is not None}
 
-@dataclass(frozen=True, slots=True)
-class Modality:
-    """How one kind of media becomes features of the decoder's width."""
-
-    encoder: Callable[[ModelConfig], nn.Module | None]
-    width: Callable[[ModelConfig], int]
-    branches: tuple[str, ...]  # projectors
-
-
-MODALITIES: dict[str, Modality] = {
-    "image": Modality(
-        encoder=lambda config: ImageEmbedder(config.vision) if config.vision else None,
-        width=lambda config: config.vision.hidden_size if config.vision else 0,
-        branches=("vision",),
-    ),
-    "audio": Modality(
-        encoder=lambda config: SpeechEncoder(config.speech) if config.speech else None,
-        width=lambda config: config.speech.hidden_size if config.speech else 0,
-        branches=("speech", "vision"),
-    ),
-}
+    def projectors(self, modality: str) -> tuple[str, ...]:
+        """Return the names of a modality's projectors."""
+        return (*self.modalities[modality].branches, *self.branches.get(modality, ()))
 
 
 class Multimodal(nn.Module):
@@ -65,16 +82,40 @@ class Multimodal(nn.Module):
         self.config = config
         self.decoder = Decoder(config.decoder)
         self.encoders, self.projectors = nn.ModuleDict(), nn.ModuleDict()
-        for name, modality in MODALITIES.items():
-            encoder = modality.encoder(config)
-            if encoder is not None:
-                self.encoders[name] = encoder
-                width = modality.width(config)
-                self.projectors[name] = nn.ModuleDict(
-                    {branch: Projector(width, config.decoder.hidden_size) for branch in modality.branches}
-                )
+        for name, sizes in config.modalities.items():
+            self._add_networks(name, sizes, config.projectors(name))
         for name, lora in config.adapters.items():
             self.decoder.add_adapter(name, lora)
+
+    def _add_networks(self, modality: str, sizes: EncoderConfig, branches: Sequence[str]) -> None:
+        self.encoders[modality] = sizes.encoder()
+        self.projectors[modality] = nn.ModuleDict(
+            {branch: Projector(sizes.hidden_size, self.config.decoder.hidden_size) for branch in branches}
+        )
+
+    def add_modality(self, name: str, sizes: EncoderConfig) -> None:
+        """Add a modality with fresh networks; the decoder keeps every bit. Raises ConfigError when there is one."""
+        if name in self.encoders:
+            raise ConfigError(f"this model has the modality {name!r} already, with {self.config.modalities[name]}")
+        self.config = replace(self.config, encoders={**self.config.encoders, name: sizes})
+        self._add_networks(name, sizes, self.config.projectors(name))
+        for module in (self.encoders[name], self.projectors[name]):
+            module.to(self.decoder.embed_tokens.weight)
+
+    def add_adapter(self, name: str, lora: LoraConfig) -> None:
+        """Add a LoRA adapter that starts as no change. Raises ConfigError when there is one of that name."""
+        if name in self.config.adapters:
+            raise ConfigError(f"this model has the adapter {name!r} already; train it, or choose another name")
+        self.decoder.add_adapter(name, lora)
+        self.config = replace(self.config, adapters={**self.config.adapters, name: lora})
+
+    def add_branch(self, modality: str, branch: str) -> Projector:
+        """Add a projector to a modality and return it."""
+        own = self.config.branches
+        self.config = replace(self.config, branches={**own, modality: (*own.get(modality, ()), branch)})
+        projector = Projector(self.config.modalities[modality].hidden_size, self.config.decoder.hidden_size)
+        self.projectors.get_submodule(modality).add_module(branch, projector)
+        return projector.to(self.decoder.embed_tokens.weight)
 
     @property
     def adapters(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ One adapter at a time, for every token of the row, unless a sum of several is as
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from modalora.contracts import Rule, terms
 from modalora.errors import RouteError
@@ -19,15 +19,23 @@ ROUTES: dict[frozenset[str], Rule] = {
 }
 
 
-def route(modalities: Collection[str], requested: str = "auto", adapters: Collection[str] = ()) -> Rule:
+def route(
+    modalities: Collection[str],
+    requested: str = "auto",
+    adapters: Collection[str] = (),
+    routes: Mapping[frozenset[str], Rule] = ROUTES,
+    branches: Mapping[str, Collection[str]] | None = None,
+) -> Rule:
     """Return the rule for a row that holds these modalities.
 
-    requested: "auto" follows ROUTES; "none" or an adapter's name overrides the adapter and keeps the projectors.
-    adapters: the adapters that the model has. Raises RouteError for an unknown route or a combination without a rule.
+    requested: "auto" follows the routes; "none" or an adapter's name overrides the adapter and keeps the projectors.
+    adapters: the adapters that the model has. branches: projectors of a modality that adapters brought along,
+    "BRANCH-ADAPTER": rows of the adapter use them in place of BRANCH. Raises RouteError for an unknown route or a
+    combination without a rule.
     """
-    rule = ROUTES.get(frozenset(modalities))
+    rule = routes.get(frozenset(modalities))
     if rule is None:
-        known = ", ".join(" + ".join(sorted(names)) or "text" for names in ROUTES)
+        known = ", ".join(" + ".join(sorted(names)) or "text" for names in routes)
         raise RouteError(f"no route for {' + '.join(sorted(modalities))}; there are routes for {known}")
     if requested == "auto":
         adapter = rule.adapter
@@ -45,4 +53,17 @@ def route(modalities: Collection[str], requested: str = "auto", adapters: Collec
             f"{' + '.join(sorted(modalities))} needs the adapter {adapter!r}, which this model does not have "
             f"(it has {', '.join(sorted(adapters)) or 'none'}); load one with load_adapter, or use --route none"
         )
-    return Rule(adapter=adapter, branches=rule.branches)
+    if not branches or adapter is None:
+        return Rule(adapter=adapter, branches=rule.branches)
+    chosen = {kind: _own(branch, adapter, branches.get(kind, ())) for kind, branch in rule.branches.items()}
+    return Rule(adapter=adapter, branches=chosen)
+
+
+def _own(branch: str, adapter: str, branches: Collection[str]) -> str:
+    """Return the projector that an adapter brought in place of a branch, else the branch."""
+    own = [f"{branch}-{name}" for name, _ in terms(adapter) if f"{branch}-{name}" in branches]
+    if len(own) > 1:
+        raise RouteError(
+            f"the adapters of {adapter!r} bring a projector each in place of {branch!r}; only one can be used"
+        )
+    return own[0] if own else branch

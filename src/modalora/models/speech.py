@@ -8,6 +8,7 @@ through the subsampling, so that a row in a batch gives what it gives alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from modalora.nn.mask import Mask
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpeechConfig:
     """Sizes of the conformer. The defaults are Phi-4-Multimodal's."""
+
+    branches: ClassVar[tuple[str, ...]] = ("speech", "vision")  # its projectors: for sound alone, for sound + picture
 
     mels: int = 80
     hidden_size: int = 1024
@@ -41,6 +44,10 @@ class SpeechConfig:
                 f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}; "
                 "Phi-4-Multimodal uses 1024 and 16"
             )
+
+    def encoder(self) -> SpeechEncoder:
+        """Return the networks, with fresh weights."""
+        return SpeechEncoder(self)
 
 
 class Subsampling(nn.Module):

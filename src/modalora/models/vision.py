@@ -7,6 +7,7 @@ Phi-4-Multimodal, arXiv:2503.01743, section 2.2; SigLIP, arXiv:2303.15343. patch
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from modalora.nn.mask import Mask
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisionConfig:
     """Sizes of the tower. The defaults are SigLIP-so400m at 448 pixels."""
+
+    branches: ClassVar[tuple[str, ...]] = ("vision",)  # its projectors
 
     hidden_size: int = 1152
     intermediate_size: int = 4304
@@ -47,6 +50,10 @@ class VisionConfig:
     def side(self) -> int:
         """Patches along one side of a crop."""
         return self.crop // self.patch
+
+    def encoder(self) -> ImageEmbedder:
+        """Return the networks, with fresh weights."""
+        return ImageEmbedder(self)
 
 
 class VisionAttention(nn.Module):

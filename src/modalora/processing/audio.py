@@ -21,6 +21,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from modalora.contracts import subsampled
 from modalora.errors import ConfigError, MediaError
 from modalora.processing.image import read_source
 
@@ -87,6 +88,15 @@ def open_audio(source: str | Path | bytes | tuple[ArrayLike, int], config: Audio
             "integers that they came from (32768 for 16 bit)"
         )
     return wave, rate
+
+
+def read_audio(
+    source: str | Path | bytes | tuple[ArrayLike, int], config: AudioConfig
+) -> tuple[dict[str, Tensor], int]:
+    """Return a sound's features and its tokens. Raises MediaError."""
+    wave, rate = open_audio(source, config)
+    mel = log_mel(wave, rate, mels=config.mels)
+    return {"mel": mel}, subsampled(len(mel))
 
 
 def _check_rate(name: str, rate: int) -> None:

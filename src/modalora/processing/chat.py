@@ -51,9 +51,16 @@ class Piece:
     trained: bool = False  # the assistant's own words, which a training loss counts
 
 
-def render(messages: Sequence[Message], *, answer: bool = True, chat: ChatFormat = FORMATS["phi4"]) -> list[Piece]:
+def render(
+    messages: Sequence[Message],
+    *,
+    answer: bool = True,
+    chat: ChatFormat = FORMATS["phi4"],
+    kinds: Collection[str] = tuple(PLACEHOLDERS),
+) -> list[Piece]:
     """Return the pieces of a conversation; answer appends the tag after which the assistant speaks.
 
+    kinds: modalities that a part may have as its type, with the payload under the same key.
     Raises PromptError for an unknown role or part, naming the message.
     """
     if isinstance(messages, Mapping) or not isinstance(messages, Sequence) or not messages:
@@ -70,7 +77,7 @@ def render(messages: Sequence[Message], *, answer: bool = True, chat: ChatFormat
             raise PromptError(f"{where} has role {role!r}; use one of {', '.join(ROLES)}")
         trained = role == "assistant" and bool(message.get("loss", True))
         pieces += [Piece("control", f"<|{role}|>"), Piece("text", chat.after_role, trained)]
-        pieces.extend(_content(message.get("content"), where, trained))
+        pieces.extend(_content(message.get("content"), where, trained, kinds))
         if role == "system" and message.get("tools"):
             tools = message["tools"]
             text = tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)
@@ -84,18 +91,24 @@ def render(messages: Sequence[Message], *, answer: bool = True, chat: ChatFormat
 _MARKS = re.compile(r"(<\|[\w/]+\|>)")
 
 
-def render_raw(prompt: str, media: Mapping[str, Sequence[Any]], known: Collection[str]) -> list[Piece]:
+def render_raw(
+    prompt: str,
+    media: Mapping[str, Sequence[Any]],
+    known: Collection[str],
+    kinds: Collection[str] = tuple(PLACEHOLDERS),
+) -> list[Piece]:
     """Return the pieces of a prompt that is already in its model's format: here text does become control tokens.
 
-    media: payloads by modality, used in reading order at <|image_N|> and <|audio_N|>. known: the control tokens there
-    are; any other mark stays text. Raises PromptError when tags and media differ in number.
+    media: payloads by modality, used in reading order at <|image_N|>, <|audio_N|> and so on for all kinds. known: the
+    control tokens there are; any other mark stays text. Raises PromptError when tags and media differ in number.
     """
-    waiting = {kind: iter(media.get(kind, ())) for kind in PLACEHOLDERS}
-    counts = dict.fromkeys(PLACEHOLDERS, 0)
+    kinds = tuple(dict.fromkeys((*kinds, *media)))
+    waiting = {kind: iter(media.get(kind, ())) for kind in kinds}
+    counts = dict.fromkeys(kinds, 0)
     pieces: list[Piece] = []
     for part in _MARKS.split(prompt):
-        kind = part[2:].partition("_")[0]
-        if kind in PLACEHOLDERS and re.fullmatch(rf"<\|{kind}_\d+\|>", part):
+        tag = re.fullmatch(r"<\|(\w+)_\d+\|>", part)
+        if tag and (kind := tag[1]) in counts:
             counts[kind] += 1
             pieces += [Piece(kind, payload) for payload in itertools.islice(waiting[kind], 1)]
         elif part:
@@ -127,7 +140,7 @@ def as_text(pieces: Sequence[Piece]) -> str:
     shown: list[str] = []
     counts: dict[str, int] = {}
     for piece in pieces:
-        if piece.kind in PLACEHOLDERS:
+        if piece.kind not in ("text", "control"):
             counts[piece.kind] = counts.get(piece.kind, 0) + 1
             shown.append(f"<|{piece.kind}_{counts[piece.kind]}|>")
         else:
@@ -135,18 +148,18 @@ def as_text(pieces: Sequence[Piece]) -> str:
     return "".join(shown)
 
 
-def _content(content: Any, where: str, trained: bool) -> list[Piece]:
+def _content(content: Any, where: str, trained: bool, kinds: Collection[str]) -> list[Piece]:
     if isinstance(content, str):
         return [Piece("text", content, trained)] if content else []
     if content is None:
         raise PromptError(f"{where} has no content; give a string or a list of parts")
     if not isinstance(content, Sequence):
         raise PromptError(f"{where} has content of type {type(content).__name__}; give a string or a list of parts")
-    return [_part(part, f"{where}, part {number}", trained) for number, part in enumerate(content, start=1)]
+    return [_part(part, f"{where}, part {number}", trained, kinds) for number, part in enumerate(content, start=1)]
 
 
-def _part(part: Any, where: str, trained: bool) -> Piece:
-    kinds = ("text", *PLACEHOLDERS, "image_url", "input_audio")
+def _part(part: Any, where: str, trained: bool, kinds: Collection[str]) -> Piece:
+    kinds = ("text", *kinds, "image_url", "input_audio")
     if not isinstance(part, Mapping) or part.get("type") not in kinds:
         got = part.get("type") if isinstance(part, Mapping) else part
         raise PromptError(f"{where} has type {got!r:.40}; use one of {', '.join(kinds)}")

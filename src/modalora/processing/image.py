@@ -65,6 +65,11 @@ class ImageConfig:
         return self.crop // self.patch
 
 
+def read_image(source: str | Path | bytes | Image.Image, config: ImageConfig) -> tuple[dict[str, Tensor], int]:
+    """Return a picture's features and its tokens. Raises MediaError."""
+    return image_features(open_image(source, config), config)
+
+
 def read_source(source: str | Path | bytes, noun: str, max_bytes: int) -> tuple[str, bytes]:
     """Return what to call a file or a byte string in messages, and its bytes; the size is checked before reading.
 

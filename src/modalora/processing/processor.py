@@ -9,14 +9,27 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from modalora.contracts import IGNORED, Batch, Media, Message, Route, Rule, subsampled
+from modalora.contracts import IGNORED, Batch, Media, Message, Route, Rule
 from modalora.errors import PromptError
-from modalora.processing.audio import AudioConfig, log_mel, open_audio
+from modalora.processing.audio import AudioConfig
 from modalora.processing.chat import FORMATS, ChatFormat, Piece, as_text, render, render_raw
-from modalora.processing.image import ImageConfig, image_features, open_image
-from modalora.processing.tokenizer import PLACEHOLDERS, TextTokenizer
+from modalora.processing.image import ImageConfig
+from modalora.processing.tokenizer import TextTokenizer
 
 Compat = Literal["official"] | None
+_NOUNS = {"image": "picture", "audio": "sound"}
+
+
+@dataclass(frozen=True, slots=True)
+class Medium:
+    """How one modality is read. placeholder: name and id of the token that fills its spans.
+
+    read: (payload, settings) -> features, named tensors that the encoder takes, and the number of tokens they become.
+    """
+
+    placeholder: tuple[str, int]
+    read: Callable[[Any, Any], tuple[dict[str, Tensor], int]]
+    settings: Any
 
 
 @dataclass
@@ -30,13 +43,14 @@ class Row:
     )  # modality, features, start, tokens
     text: str = ""
     sample: str = ""  # where a training row came from
+    route: str | None = None  # the route that this row asks for; None: the one that `collate` is given
 
 
 class Processor:
     """Turns conversations into batches for one model.
 
-    image, audio: limits and sizes of the media that the model takes; None: it takes none of that kind.
-    window: tokens that the model may read in one row. router: (modalities, requested route) -> Rule.
+    media: the modalities that the model takes, by name. window: tokens that the model may read in one row.
+    router: (modalities, requested route) -> Rule.
     chat: how messages are joined. compat: "official" routes a whole batch by all the media in it, as the released code
     of Phi-4-Multimodal does; None routes every row by its own.
     """
@@ -45,15 +59,29 @@ class Processor:
         self,
         tokenizer: TextTokenizer,
         *,
-        image: ImageConfig | None,
-        audio: AudioConfig | None,
+        media: Mapping[str, Medium],
         window: int,
         router: Callable[[Collection[str], str], Rule],
         chat: ChatFormat = FORMATS["phi4"],
         compat: Compat = None,
     ) -> None:
-        self.tokenizer, self.image, self.audio, self.window, self.router = tokenizer, image, audio, window, router
+        self.tokenizer, self.media, self.window, self.router = tokenizer, dict(media), window, router
         self.chat, self.compat = chat, compat
+
+    @property
+    def image(self) -> ImageConfig | None:
+        """Limits and sizes of pictures; None: the model takes none."""
+        return self.media["image"].settings if "image" in self.media else None
+
+    @property
+    def audio(self) -> AudioConfig | None:
+        """Limits and sizes of sound; None: the model takes none."""
+        return self.media["audio"].settings if "audio" in self.media else None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Modalities that a conversation may hold; those without a Medium are refused by name."""
+        return tuple(dict.fromkeys((*_NOUNS, *self.media)))
 
     def __call__(self, conversations: Sequence[Sequence[Message]], *, route: str = "auto") -> Batch:
         """Return the batch from which the assistant goes on, one row per conversation.
@@ -66,24 +94,25 @@ class Processor:
 
     def row(self, messages: Sequence[Message], *, answer: bool = True) -> Row:
         """Return one conversation as tokens."""
-        return self._row(render(messages, answer=answer, chat=self.chat))
+        return self._row(render(messages, answer=answer, chat=self.chat, kinds=self.kinds))
 
     def raw_row(self, prompt: str, media: Mapping[str, Sequence[Any]]) -> Row:
         """Return a prompt that is already in the model's format, control tokens and all, as tokens."""
-        return self._row(render_raw(prompt, media, self.tokenizer.controls))
+        return self._row(render_raw(prompt, media, self.tokenizer.controls, self.kinds))
 
     def _row(self, pieces: Sequence[Piece]) -> Row:
         row = Row()
-        names = [PLACEHOLDERS.get(piece.kind, piece.value if piece.kind == "control" else None) for piece in pieces]
+        names = [self._control_name(piece) for piece in pieces]
         for piece, after, before in zip(pieces, [None, *names[:-1]], [*names[1:], None], strict=True):
-            if piece.kind in PLACEHOLDERS:
-                features, tokens = self._features(piece.kind, piece.value)
-                row.media.append((piece.kind, features, len(row.ids), tokens))
-                ids = [self.tokenizer.control(PLACEHOLDERS[piece.kind])] * tokens
-            elif piece.kind == "control":
+            if piece.kind == "control":
                 ids = [self.tokenizer.control(piece.value)]
-            else:
+            elif piece.kind == "text":
                 ids = self.tokenizer.encode(piece.value, after=after, before=before)
+            else:
+                medium = self.media[piece.kind]
+                features, tokens = medium.read(piece.value, medium.settings)
+                row.media.append((piece.kind, features, len(row.ids), tokens))
+                ids = [medium.placeholder[1]] * tokens
             row.ids += ids
             row.labels += ids if piece.trained else [IGNORED] * len(ids)
         row.text = as_text(pieces)
@@ -95,19 +124,21 @@ class Processor:
             )
         return row
 
-    def _features(self, modality: str, payload: Any) -> tuple[dict[str, Tensor], int]:
-        if modality == "image":
-            if self.image is None:
-                raise PromptError("this model has no picture encoder; leave the image out or load a multimodal model")
-            return image_features(open_image(payload, self.image), self.image)
-        if self.audio is None:
-            raise PromptError("this model has no sound encoder; leave the audio out or load a multimodal model")
-        wave, rate = open_audio(payload, self.audio)
-        mel = log_mel(wave, rate, mels=self.audio.mels)
-        return {"mel": mel}, subsampled(len(mel))
+    def _control_name(self, piece: Piece) -> str | None:
+        if piece.kind in ("control", "text"):
+            return piece.value if piece.kind == "control" else None
+        if piece.kind not in self.media:
+            noun = _NOUNS.get(piece.kind, piece.kind)
+            raise PromptError(
+                f"this model has no {noun} encoder; leave the {piece.kind} out or load a multimodal model"
+            )
+        return self.media[piece.kind].placeholder[0]
 
     def collate(self, rows: Sequence[Row], *, route: str = "auto", labelled: bool = True) -> Batch:
-        """Return rows as one batch, padded on the right; labelled keeps their labels for a training loss."""
+        """Return rows as one batch, padded on the right; labelled keeps their labels for a training loss.
+
+        route: "auto", "none" or an adapter, for the rows that do not ask for one themselves.
+        """
         pad = self.tokenizer.control("<|endoftext|>")
         lengths = torch.tensor([len(row.ids) for row in rows])
         time = int(lengths.max())
@@ -120,7 +151,7 @@ class Processor:
             ids[number, : len(row.ids)] = torch.tensor(row.ids)
             if labels is not None:
                 labels[number, : len(row.ids)] = torch.tensor(row.labels)
-            rule = self.router(everywhere if self.compat == "official" else _modalities([row]), route)
+            rule = self.router(everywhere if self.compat == "official" else _modalities([row]), row.route or route)
             adapters.append(rule.adapter)
             media += [
                 Media(modality, features, number, start, tokens, rule.branches[modality])

@@ -110,6 +110,11 @@ class TextTokenizer:
         """Number of ids, control tokens included."""
         return int(self._full.get_vocab_size())
 
+    @property
+    def last_id(self) -> int:
+        """The highest id that is a word or a control token; those behind it are free."""
+        return max(self._full.get_vocab().values())
+
     def encode(self, text: str, *, after: str | None = None, before: str | None = None) -> list[int]:
         """Return the ids of the text, which is never read as a control token.
 

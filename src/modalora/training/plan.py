@@ -29,17 +29,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
-from modalora.assistant import find_model, media_configs
+from modalora import modality
+from modalora.assistant import find_model
 from modalora.checkpoint.store import describe, read_card
 from modalora.config import RunConfig
-from modalora.contracts import IGNORED, Batch, Media, Route, subsampled
+from modalora.contracts import IGNORED, Batch, Media, Route
 from modalora.errors import ConfigError
 from modalora.models.multimodal import ModelConfig, Multimodal, parameter_counts, part_of
 from modalora.models.router import route
 from modalora.models.sizes import SIZES
 from modalora.nn.lora import LoraConfig
-from modalora.processing.audio import log_mel
-from modalora.processing.image import image_features
 from modalora.training.objectives import OBJECTIVES
 from modalora.training.optimizer import Optimizer, freeze
 
@@ -188,36 +187,40 @@ def shaped_batch(config: ModelConfig, shapes: Sequence[str], rows: int) -> Batch
     labels = torch.full((rows, int(lengths.max())), IGNORED)
     found, adapters = [], []
     for row, (media, text) in enumerate(blanks):
-        rule = route({modality for modality, *_ in media}, adapters=tuple(config.adapters))
+        rule = route({kind for kind, *_ in media}, adapters=tuple(config.adapters), routes=modality.routes(config))
         adapters.append(rule.adapter)
         at = 0
-        for modality, features, tokens in media:
-            found.append(Media(modality, features, row, at, tokens, rule.branches[modality]))
+        for kind, features, tokens in media:
+            found.append(Media(kind, features, row, at, tokens, rule.branches[kind]))
             at += tokens
         labels[row, at : at + text] = 0
     return Batch(torch.zeros_like(labels), lengths, Route(tuple(adapters)), tuple(found), labels)
 
 
 def _blank(config: ModelConfig, shape: str) -> tuple[list[tuple[str, dict[str, Tensor], int]], int]:
-    image, audio = media_configs(config)
     media: list[tuple[str, dict[str, Tensor], int]] = []
     text = 0
     for piece in shape.split(","):
         kind, _, size = piece.strip().partition("=")
         if kind == "text" and size.isdigit():
             text += int(size)
-        elif kind == "image" and image is not None and (sides := re.fullmatch(r"(\d+)x(\d+)", size)):
-            features, tokens = image_features(Image.new("RGB", (int(sides[1]), int(sides[2]))), image)
-            media.append(("image", features, tokens))
-        elif kind == "audio" and audio is not None and re.fullmatch(r"\d+(\.\d+)?", size):
-            mel = log_mel(np.zeros(int(float(size) * 16_000), np.float32), 16_000, mels=audio.mels)
-            media.append(("audio", {"mel": mel}, subsampled(len(mel))))
+        elif kind in config.modalities and (payload := _blank_payload(kind, size)) is not None:
+            row = modality.find(kind)
+            media.append((kind, *row.features(payload, row.settings(config.modalities[kind]))))
         else:
             raise ConfigError(
                 f"row shape {piece.strip()!r}: write text=TOKENS, image=WIDTHxHEIGHT or audio=SECONDS, of media that "
                 "the model takes, e.g. text=200,image=1344x896"
             )
     return media, max(1, text)
+
+
+def _blank_payload(kind: str, size: str) -> Any:
+    if kind == "image" and (sides := re.fullmatch(r"(\d+)x(\d+)", size)):
+        return Image.new("RGB", (int(sides[1]), int(sides[2])))
+    if kind == "audio" and re.fullmatch(r"\d+(\.\d+)?", size):
+        return np.zeros(int(float(size) * 16_000), np.float32), 16_000
+    return None
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -10,15 +10,19 @@ from pathlib import Path
 import torch
 
 from modalora.assistant import find_model, make_processor
+from modalora.checkpoint.adapters import save_adapter
 from modalora.checkpoint.store import load_model, save_model
-from modalora.config import RunConfig
+from modalora.config import RunConfig, parse
 from modalora.contracts import Batch
 from modalora.data.mixture import Context, Mixture
 from modalora.data.text import tokenizer_corpus
 from modalora.errors import CheckpointError, ConfigError
+from modalora.modality import add as add_modality
+from modalora.modality import load_file
 from modalora.models.multimodal import Multimodal, part_of
 from modalora.models.sizes import SIZES
 from modalora.models.speech import SpeechEncoder
+from modalora.nn.lora import LoraConfig
 from modalora.nn.mlp import Projector
 from modalora.processing.tokenizer import TextTokenizer
 from modalora.training.loop import Metrics, train
@@ -27,12 +31,15 @@ from modalora.training.loop import Metrics, train
 def run_recipe(run: RunConfig, report: Callable[[Metrics], None] = lambda metrics: None) -> Path:
     """Carry out a run and return the model folder that it wrote, run.output/model.
 
+    Adapters that trained on a frozen decoder are written once more by themselves, as run.output/adapters/NAME.
     A finished run (its model folder exists) is returned as it is.
     """
     target = Path(run.output) / "model"
     if target.exists():
         return target
     data, cache = Path(run.data), Path(run.cache)
+    for file in run.modality_files:
+        load_file(file)
     torch.manual_seed(run.seed)
     if run.init in SIZES:
         model = Multimodal(SIZES[run.init]())
@@ -40,6 +47,10 @@ def run_recipe(run: RunConfig, report: Callable[[Metrics], None] = lambda metric
     else:
         loaded = load_model(find_model(run.init))
         model, tokenizer = loaded.model, loaded.tokenizer
+    for name, sizes in run.modalities.items():
+        add_modality(model, name, sizes)
+    for name, size in run.adapters.items():
+        model.add_adapter(name, parse(LoraConfig, size, f"adapter {name!r}"))
     _take_parts(model, run.take)
     processor = make_processor(model.config, tokenizer)
     context = Context(folder=data, cache=cache, processor=processor, window=run.window)
@@ -49,8 +60,19 @@ def run_recipe(run: RunConfig, report: Callable[[Metrics], None] = lambda metric
     for modality in run.whiten:
         _whiten_projectors(model, modality, run.train, batches)
     metrics = train(run, model.to(run.device), batches, report)
+    _save_adapters(run, model)
     save_model(model, tokenizer, target, int8=run.int8, notes={"trained": run.model_dump(mode="json"), "last": metrics})
     return target
+
+
+def _save_adapters(run: RunConfig, model: Multimodal) -> None:
+    def trained(part: str) -> bool:
+        return any(fnmatchcase(part, pattern) for pattern in run.train)
+
+    for name in model.adapters:
+        folder = Path(run.output) / "adapters" / name
+        if trained(f"adapter.{name}") and not trained("decoder") and not folder.exists():
+            save_adapter(model, name, folder)
 
 
 def _fresh_tokenizer(data: Path, cache: Path, vocab_size: int) -> TextTokenizer:

@@ -1,0 +1,178 @@
+"""Whole modules in an adapter's folder (PEFT's modules_to_save), and where rows can be routed to them.
+
+A modality that the model lacks comes along: modality.json tells its package and sizes. A projector of a modality that
+the model has becomes a projector beside the old one, for the rows of this adapter alone. Anything else (an output
+matrix, embeddings, norms, an encoder that other rows use) would change rows of other routes, and is refused unless it
+holds what the model holds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modalora.checkpoint.files import Weights, inside, read_json
+from modalora.checkpoint.names import plan, theirs
+from modalora.errors import CheckpointError
+from modalora.modality import brought_by, find, read_encoders, write_encoders
+from modalora.models.multimodal import EncoderConfig, Multimodal
+from modalora.nn.mlp import Projector
+
+MODALITY = "modality.json"
+_PREFIX = "base_model.model."
+_WRAPPED = re.compile(r"\.modules_to_save\.[\w-]+(?=\.)")  # PEFT's name in memory, which some writers leave in the file
+_PUBLISHED = "phi4_multimodal"  # the layout that PEFT trains; our own names for all that it lacks
+
+
+@dataclass(frozen=True)
+class Modules:
+    """What a folder brings besides LoRA matrices, checked.
+
+    modalities: sizes of those to add. branches: (modality, branch that is stood in for). stored: key in the file by our
+    tensor name, as it is without an adapter's own branch. unknown: keys that are no tensor of the model.
+    """
+
+    modalities: Mapping[str, EncoderConfig]
+    branches: tuple[tuple[str, str], ...]
+    stored: Mapping[str, str]
+    unknown: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The modules, for people."""
+        return (*self.modalities, *(f"{modality}.projector.{branch}" for modality, branch in self.branches))
+
+
+def find_modules(
+    model: Multimodal, folder: Path, weights: Weights, keys: list[str], wanted: Any, where: Path
+) -> Modules:
+    """Return the modules among the keys that are no LoRA matrices. Raises CheckpointError for what cannot be routed.
+
+    wanted: the folder's modules_to_save.
+    """
+    brought = _read_modalities(folder)
+    new = {name: sizes for name, sizes in brought.items() if name not in model.encoders}
+    held = dict(model.state_dict())
+    for name, sizes in brought.items():
+        if name in model.encoders and sizes != model.config.modalities[name]:
+            raise CheckpointError(
+                f"{folder} brings the modality {name!r} with {sizes}, and this model has it with "
+                f"{model.config.modalities[name]}; load it on a model without {name}"
+            )
+    shapes = {name: tuple(tensor.shape) for name, tensor in held.items()} | _shapes(model, new)
+    ours = theirs(shapes)
+    if model.decoder.lm_head is None:
+        ours["lm_head.weight"] = "decoder.embed_tokens.weight"
+    stored: dict[str, str] = {}
+    unknown: list[str] = []
+    for key in keys:
+        own = ours.get(_WRAPPED.sub("", key).removeprefix(_PREFIX))
+        if own is None or own in stored:
+            unknown.append(key)
+        else:
+            stored[own] = key
+    absent = [one for one in wanted or () if not any(f".{one}." in f".{_WRAPPED.sub('', key)}" for key in keys)]
+    if absent:
+        raise CheckpointError(f"{where} has modules_to_save={absent}, of which {folder} holds no tensor")
+    missing = sorted(set(_shapes(model, new)) - set(stored))
+    if missing and not unknown:
+        raise CheckpointError(f"{folder}: {len(missing)} tensors of its modality are missing, such as {missing[0]}")
+    for name, key in stored.items():
+        shape = weights.entries[key].shape
+        if shape != shapes[name]:
+            raise CheckpointError(
+                f"{folder}: {key} has shape {list(shape)}, and this model needs {list(shapes[name])}: it was trained "
+                "on another base model"
+            )
+    branches: dict[tuple[str, str], None] = {}
+    for name, key in list(stored.items()):
+        pieces = name.split(".")
+        if pieces[1] in new:
+            continue
+        if pieces[0] == "projectors":
+            branches[pieces[1], pieces[2]] = None
+        elif torch.equal(weights.get(key).to(held[name]), held[name]):
+            del stored[name]
+        else:
+            raise CheckpointError(f"{folder} saves {key}: {_reason(pieces)}; merge it with PEFT, or train without")
+    return Modules(new, tuple(branches), stored, tuple(unknown))
+
+
+def add_modules(model: Multimodal, modules: Modules, weights: Weights, adapter: str) -> None:
+    """Add what `find_modules` found, for the rows of an adapter."""
+    for name, sizes in modules.modalities.items():
+        model.add_modality(name, sizes)
+        routed = find(name).routes[frozenset({name})].adapter
+        if routed not in (None, adapter):
+            model.config = replace(model.config, aliases={**model.config.aliases, routed: adapter})
+    for modality, branch in modules.branches:
+        old = model.projectors.get_submodule(f"{modality}.{branch}")
+        # what the folder leaves out stays as it is in the old one
+        model.add_branch(modality, f"{branch}-{adapter}").load_state_dict(old.state_dict())
+    tensors = model.state_dict()
+    for name, key in modules.stored.items():
+        pieces = name.split(".")
+        if tuple(pieces[1:3]) in modules.branches:
+            pieces[2] = f"{pieces[2]}-{adapter}"
+        with torch.no_grad():
+            tensors[".".join(pieces)].copy_(weights.get(key))
+
+
+def modules_of(model: Multimodal, adapter: str) -> tuple[dict[str, Tensor], list[str], dict[str, Any]]:
+    """Return the tensors that belong to an adapter besides its matrices, by PEFT's keys; their modules_to_save; and
+    what modality.json holds.
+    """
+    brought = brought_by(model.config, adapter)
+    tensors: dict[str, Tensor] = {}
+    modules = [f"{kind}.{name}" for name in brought for kind in ("encoders", "projectors")]
+    for name, tensor in model.state_dict().items():
+        kind, modality, *rest = name.split(".")
+        if kind in ("encoders", "projectors") and modality in brought:
+            tensors[_PREFIX + name] = tensor
+        elif kind == "projectors" and rest[0].endswith(f"-{adapter}"):
+            base = rest[0].removesuffix(f"-{adapter}")
+            plain = ".".join((kind, modality, base, *rest[1:]))
+            if modality in ("image", "audio"):
+                plain = plan(_PUBLISHED, {plain: tuple(tensor.shape)}, model.config)[plain].name
+            tensors[_PREFIX + plain] = tensor
+            module = plain.rpartition(".")[0]
+            module = module.rpartition(".")[2] if modality in ("image", "audio") else module
+            modules += [module] if module not in modules else []
+    encoders = write_encoders(model.config)
+    return tensors, modules, {name: encoders[name] for name in brought}
+
+
+def _read_modalities(folder: Path) -> dict[str, EncoderConfig]:
+    path = inside(folder, MODALITY)
+    return read_encoders(read_json(path), str(path)) if path.exists() else {}
+
+
+def _shapes(model: Multimodal, modalities: Mapping[str, EncoderConfig]) -> dict[str, tuple[int, ...]]:
+    """Return the tensors that modalities will have once they are added."""
+    width = model.config.decoder.hidden_size
+    with torch.device("meta"):
+        parts = {
+            f"{kind}.{name}": module
+            for name, sizes in modalities.items()
+            for kind, module in (
+                ("encoders", sizes.encoder()),
+                ("projectors", nn.ModuleDict({one: Projector(sizes.hidden_size, width) for one in sizes.branches})),
+            )
+        }
+    return {
+        f"{part}.{name}": tuple(tensor.shape)
+        for part, module in parts.items()
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def _reason(pieces: list[str]) -> str:
+    if pieces[0] == "encoders":
+        return f"the encoder of {pieces[1]!r} serves rows of every route, and this one differs from it"
+    return f"{'.'.join(pieces[1:])} is the decoder's, it serves rows of every route, and this one differs from it"

@@ -1,0 +1,55 @@
+"""What the verbs that open a model share: adapters and modalities to load with it, and media given as NAME=FILE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from modalora.assistant import Assistant
+
+Adapters = Annotated[
+    list[str] | None, typer.Option("--adapter", help="NAME=FOLDER, a PEFT folder to load first; may be given again.")
+]
+MediaFiles = Annotated[
+    list[str] | None, typer.Option("--media", help="NAME=FILE, for a modality besides image and audio; again for more.")
+]
+ModalityFiles = Annotated[
+    list[Path] | None,
+    typer.Option("--modality-file", help="A Python file that sets MODALITY; it is run. Installed ones need none."),
+]
+
+
+def open_model(
+    model: str, adapters: Sequence[str] | None = None, files: Sequence[Path] | None = None, **settings: Any
+) -> Assistant:
+    """Return a model with adapters, "NAME=FOLDER" each. settings: of modalora.load. Raises ConfigError."""
+    import modalora
+
+    assistant = modalora.load(model, modalities=list(files or []), **settings)
+    for one in adapters or []:
+        name, folder = pair(one, "--adapter", "NAME=FOLDER, such as mine=my-lora")
+        assistant.load_adapter(folder, name)
+    return assistant
+
+
+def media_by_name(given: Sequence[str] | None) -> dict[str, list[str]]:
+    """Return files by modality, of "NAME=FILE" each. Raises ConfigError."""
+    found: dict[str, list[str]] = {}
+    for one in given or []:
+        name, path = pair(one, "--media", "NAME=FILE, such as dna=gene.fasta")
+        found.setdefault(name, []).append(path)
+    return found
+
+
+def pair(text: str, option: str, form: str) -> tuple[str, str]:
+    """Return both sides of the first "="."""
+    from modalora.errors import ConfigError
+
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise ConfigError(f"{option} {text!r} must be {form}")
+    return name, value

@@ -1,0 +1,278 @@
+"""One row per modality: all that modalora must know to read, encode, route, train and store one kind of media.
+
+Pictures and sound are two such rows; a package brings another through the entry point group `modalora.modalities`, and
+a single Python file is read when it is named (`load_file`). A package is imported only when a model's config, a recipe
+or a user names its modality. docs/modality.md shows how to write one.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from modalora.config import parse
+from modalora.contracts import Rule
+from modalora.errors import ConfigError
+from modalora.models.multimodal import EncoderConfig, ModelConfig, Multimodal
+from modalora.models.router import ROUTES
+from modalora.models.speech import SpeechConfig
+from modalora.models.vision import VisionConfig
+from modalora.nn.lora import LoraConfig
+from modalora.processing.audio import AudioConfig, read_audio
+from modalora.processing.image import ImageConfig, read_image
+from modalora.processing.processor import Medium
+from modalora.processing.tokenizer import PLACEHOLDERS, TextTokenizer
+
+GROUP = "modalora.modalities"
+SPARE = "<|endofprompt|>"  # a control token of Phi's vocabularies that no chat format writes
+_TAKEN = ("text", "control", "image_url", "input_audio")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Modality:
+    """One kind of media.
+
+    name: the type of its content parts, {"type": name, name: payload}.
+    config: the dataclass of its sizes, which names the projectors and builds the encoder (models/multimodal.py:
+    EncoderConfig).
+    features: (payload, settings) -> named tensors for the encoder, and the number of tokens that they become.
+    settings: what `features` takes, made from the sizes; unless told otherwise the sizes themselves.
+    adapter: size of its LoRA adapter. routes: what rows use, by all the modalities that they hold; unless told
+    otherwise {name}: the adapter `name` and the first projector.
+    placeholder: the control token that fills its spans. No text becomes one, and its embedding is never read.
+    sources: training data; a recipe calls "NAME.SOURCE", a function (context, **options) -> draw(rng) -> Row, as those
+    of data/mixture.py. package: what brought it; filled in when it is found.
+    """
+
+    name: str
+    config: type[Any]
+    features: Callable[[Any, Any], tuple[dict[str, Tensor], int]]
+    adapter: LoraConfig
+    settings: Callable[[Any], Any] = lambda sizes: sizes
+    routes: Mapping[frozenset[str], Rule] = field(default_factory=dict)
+    placeholder: str = SPARE
+    sources: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    package: str = "modalora"
+
+    def __post_init__(self) -> None:
+        """Check every rule."""
+        check_name(self.name)
+        lacks = [name for name in ("encoder", "branches", "hidden_size") if name not in _names(self.config)]
+        if lacks:
+            raise ConfigError(
+                f"modality {self.name!r}: config={self.config!r:.60} must be a dataclass of sizes with branches, "
+                f"hidden_size and encoder(); it has no {', '.join(lacks)}"
+            )
+        if not self.routes:
+            rule = Rule(adapter=self.name, branches={self.name: self.config.branches[0]})
+            object.__setattr__(self, "routes", {frozenset({self.name}): rule})
+
+
+def check_name(name: str) -> None:
+    """Refuse what cannot name a modality. Raises ConfigError."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in _TAKEN or name in dir(nn.ModuleDict):
+        raise ConfigError(
+            f"{name!r} cannot name a modality; use small letters, digits and _, such as 'time_series', and no word that "
+            f"is taken ({', '.join(_TAKEN)}, or a method of torch's modules)"
+        )
+
+
+def _names(kind: Any) -> set[str]:
+    return {*dir(kind), *kind.__dataclass_fields__} if is_dataclass(kind) and isinstance(kind, type) else set()
+
+
+IMAGE = Modality(
+    name="image",
+    config=VisionConfig,
+    settings=lambda sizes: ImageConfig(crop=sizes.crop, patch=sizes.patch, max_crops=sizes.max_crops),
+    features=read_image,
+    adapter=LoraConfig(r=256, lora_alpha=512),
+    routes=ROUTES,
+    placeholder=PLACEHOLDERS["image"],
+)
+AUDIO = Modality(
+    name="audio",
+    config=SpeechConfig,
+    settings=lambda sizes: AudioConfig(mels=sizes.mels),
+    features=read_audio,
+    adapter=LoraConfig(r=320, lora_alpha=640, lora_dropout=0.01),
+    routes=ROUTES,
+    placeholder=PLACEHOLDERS["audio"],
+)
+SHIPPED = {"image": IMAGE, "audio": AUDIO}
+_given: dict[str, Modality] = {}  # those of files, which go before packages
+
+
+def register(row: Modality) -> Modality:
+    """Make a modality known to this process. Raises ConfigError for the name of a shipped one."""
+    if row.name in SHIPPED:
+        raise ConfigError(f"the modality {row.name!r} is shipped with modalora; choose another name for {row.package}")
+    _given[row.name] = row
+    return row
+
+
+def load_file(path: str | Path) -> Modality:
+    """Run a Python file that a user named, and register the Modality that it calls MODALITY. Raises ConfigError."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"the modality file {str(path)!r} does not exist; give a Python file that sets MODALITY")
+    name = f"modalora_file_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"the modality file {str(path)!r} is no Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # it is someone else's code
+        raise ConfigError(f"the modality file {str(path)!r} fails with {type(error).__name__}: {error}") from error
+    row = module.__dict__.get("MODALITY")
+    if not isinstance(row, Modality):
+        raise ConfigError(f"the modality file {str(path)!r} must set MODALITY = Modality(...); it has {row!r:.60}")
+    return register(replace(row, package=f"the file {path.name}"))
+
+
+def known() -> list[str]:
+    """Return the names of the modalities that can be found; no package is imported."""
+    return sorted({*SHIPPED, *_given, *(entry.name for entry in importlib.metadata.entry_points(group=GROUP))})
+
+
+def find(name: str, package: str = "") -> Modality:
+    """Return a modality's row, importing the installed package that brings it.
+
+    package: what brought it when a model was saved, for the message. Raises ConfigError when none brings it, several
+    do, or the one that does is broken.
+    """
+    if row := (_given | SHIPPED).get(name):
+        return row
+    entries = list(importlib.metadata.entry_points(group=GROUP, name=name))
+    if not entries:
+        wanted = package.removeprefix("the file ")
+        mend = f"pip install {package}" if package and wanted == package else f"name its file {wanted}".rstrip()
+        raise ConfigError(
+            f"the modality {name!r} is not installed (there are {', '.join(known())}); {mend}: --modality FILE on the "
+            "command line, modalora.load(..., modalities=[FILE]) in Python"
+        )
+    origins = [entry.dist.name if entry.dist else entry.value for entry in entries]
+    if len(entries) > 1:
+        raise ConfigError(f"the modality {name!r} is brought by {' and '.join(sorted(origins))}; uninstall one of them")
+    try:
+        row = entries[0].load()
+    except Exception as error:  # it is someone else's code
+        raise ConfigError(
+            f"the package {origins[0]!r} brings the modality {name!r}, and importing {entries[0].value} fails with "
+            f"{type(error).__name__}: {error}; mend the package, or pip uninstall {origins[0]}"
+        ) from error
+    if not isinstance(row, Modality) or row.name != name:
+        raise ConfigError(
+            f"the package {origins[0]!r} promises the modality {name!r} at {entries[0].value}, and {row!r:.60} stands "
+            "there; it must be a Modality of that name"
+        )
+    return register(replace(row, package=origins[0]))
+
+
+def source(name: str) -> Callable[..., Any] | None:
+    """Return the training source "MODALITY.SOURCE" of a modality, None for a name without a dot. Raises ConfigError."""
+    modality, dot, own = name.partition(".")
+    if not dot:
+        return None
+    row = find(modality)
+    if own not in row.sources:
+        raise ConfigError(
+            f"the modality {modality!r} has no source {own!r}; it has {', '.join(sorted(row.sources)) or 'none'}"
+        )
+    return row.sources[own]
+
+
+def add(model: Multimodal, name: str, sizes: Mapping[str, Any] | None = None, adapter: str | None = None) -> None:
+    """Add a modality with fresh networks and a fresh adapter to a model, whose decoder keeps every bit.
+
+    sizes: fields of the modality's config. adapter: the name of the adapter; unless given, the one that its route
+    names. Raises ConfigError.
+    """
+    row = find(name)
+    model.add_modality(name, parse(row.config, dict(sizes or {}), f"modality {name!r}"))
+    routed = row.routes[frozenset({name})].adapter
+    if routed is None:
+        return
+    model.add_adapter(adapter or routed, row.adapter)
+    if adapter not in (None, routed):
+        model.config = replace(model.config, aliases={**model.config.aliases, routed: adapter})
+
+
+def routes(config: ModelConfig) -> dict[frozenset[str], Rule]:
+    """Return which adapter and projectors a model's rows use, by the modalities that a row holds.
+
+    Raises ConfigError when two modalities disagree about rows that hold both.
+    """
+    found = dict(ROUTES)
+    for name in config.encoders:
+        row = find(name)
+        for kinds, rule in row.routes.items():
+            rule = replace(rule, adapter=config.aliases.get(rule.adapter or "", rule.adapter))
+            if name not in kinds or found.get(kinds, rule) != rule:
+                raise ConfigError(
+                    f"the modality {name!r} of {row.package} has a route for {' + '.join(sorted(kinds))} that is not "
+                    "its own to give, or that another modality gives otherwise"
+                )
+            found[kinds] = rule
+    return found
+
+
+def brought_by(config: ModelConfig, adapter: str) -> list[str]:
+    """Return the further modalities whose rows use an adapter; they are stored with it."""
+    table = routes(config)
+    return [name for name in config.encoders if table[frozenset({name})].adapter == adapter]
+
+
+def media(config: ModelConfig, tokenizer: TextTokenizer) -> dict[str, Medium]:
+    """Return how a model's modalities are read. Raises ConfigError when no token is left to stand for one."""
+    found: dict[str, Medium] = {}
+    for number, (name, sizes) in enumerate(config.modalities.items()):
+        row = find(name)
+        placeholder = _placeholder(row, tokenizer, config.decoder.vocab_size, number)
+        found[name] = Medium(placeholder, row.features, row.settings(sizes))
+    return found
+
+
+def _placeholder(row: Modality, tokenizer: TextTokenizer, vocab_size: int, number: int) -> tuple[str, int]:
+    """Return name and id: the control token of the row, else one of the ids that the embedding has beyond the words."""
+    if tokenizer.has_control(row.placeholder):
+        return row.placeholder, tokenizer.control(row.placeholder)
+    spare = tokenizer.last_id + 1 + number
+    if spare >= vocab_size:
+        raise ConfigError(
+            f"modality {row.name!r}: this tokenizer has no control token {row.placeholder!r}, and all {vocab_size} ids "
+            "are words; name as the placeholder one of its control tokens that no chat format writes"
+        )
+    return f"<|{row.name}|>", spare
+
+
+def write_encoders(config: ModelConfig) -> dict[str, Any]:
+    """Return the JSON of a model's further modalities: the package that brought each, and its sizes."""
+    return {name: {"package": find(name).package, "sizes": asdict(sizes)} for name, sizes in config.encoders.items()}
+
+
+def read_encoders(fields: Any, where: str) -> dict[str, EncoderConfig]:
+    """Return the sizes of further modalities from their JSON. Raises ConfigError, naming a package that is missing."""
+    if not isinstance(fields, dict) or not all(
+        isinstance(told, dict) and isinstance(told.get("package"), str) and isinstance(told.get("sizes"), dict)
+        for told in fields.values()
+    ):
+        raise ConfigError(f"{where}: encoders must give each modality a package and sizes; it is {fields!r:.80}")
+    found: dict[str, EncoderConfig] = {}
+    for name, told in fields.items():
+        try:
+            row = find(name, told["package"])
+        except ConfigError as error:
+            raise ConfigError(f"{where} needs the modality {name!r} of {told['package']}: {error}") from error
+        found[name] = parse(row.config, told["sizes"], f"{where}: {name}")
+    return found
