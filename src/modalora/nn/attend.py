@@ -43,12 +43,22 @@ def attend(
     if name not in BACKENDS:
         raise ConfigError(f"attention backend {name!r} is unknown; known are {', '.join(BACKENDS)}")
     run = BACKENDS[name].run
+    if mask.spans is not None:
+        return _end_to_end(run, q, k, v, mask, scale)
     if mask.padded is not None:
         if q.dtype == torch.float32 and q.device.type == "cpu":
             return _row_by_row(run, q, k, v, mask, pair_bias, scale)
         # no real query of a causal row sees its padding: then there is nothing to mask
         mask = replace(mask, padded=None, lengths=None if mask.causal else mask.padded)
     return run(q, k, v, mask, pair_bias, scale)
+
+
+def _end_to_end(run: Run, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+    """Compute each row of a sequence of rows alone: what a block-diagonal mask would tell, without its pairs."""
+    assert mask.spans is not None
+    alone = replace(mask, spans=None)
+    rows = zip(*(x.split(mask.spans, dim=1) for x in (q, k, v)), strict=True)
+    return torch.cat([run(own_q, own_k, own_v, alone, None, scale) for own_q, own_k, own_v in rows], dim=1)
 
 
 def _row_by_row(
