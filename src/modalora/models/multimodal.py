@@ -127,6 +127,11 @@ class Multimodal(nn.Module):
         hidden = self.decoder.embed(batch.input_ids)
         if not batch.media:
             return hidden
+        features, rows, columns = self._features(batch)
+        return hidden.index_put((rows, columns), features.to(hidden.dtype))
+
+    def _features(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what media become, (tokens, width), and the row and column of each of these tokens, (tokens,)."""
         features: list[Tensor] = []
         rows: list[Tensor] = []
         columns: list[Tensor] = []
@@ -146,8 +151,8 @@ class Multimodal(nn.Module):
                     item = items[index]
                     rows.append(torch.full((item.tokens,), item.row))
                     columns.append(torch.arange(item.start, item.start + item.tokens))
-        at = (torch.cat(rows).to(hidden.device), torch.cat(columns).to(hidden.device))
-        return hidden.index_put(at, torch.cat(features).to(hidden.dtype))
+        device = batch.input_ids.device
+        return torch.cat(features), torch.cat(rows).to(device), torch.cat(columns).to(device)
 
     def hidden(self, batch: Batch, cache: Cache | None = None) -> Tensor:
         """Return the decoder's final states, (batch, time, width), of whole rows from their first token on."""
@@ -185,14 +190,36 @@ class Multimodal(nn.Module):
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the next-token losses of the labelled tokens and the row that each belongs to, both (labelled,).
 
-        Only labelled positions go through the output projection.
+        The rows lie end to end in one sequence, those of one adapter together: nothing is computed for padding.
+        Only labelled positions go through the output projection, which makes no logits.
         """
         if batch.labels is None:
             raise ShapeError("loss needs a batch with labels; build it with Processor.training_batch")
         targets = batch.labels[:, 1:]
         rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
-        logits = self.decoder.head(self.hidden(batch)[rows, columns])
-        return nn.functional.cross_entropy(logits.float(), targets[rows, columns], reduction="none"), rows
+        states, starts = self._end_to_end(batch)
+        return self.decoder.losses(states[starts[rows] + columns], targets[rows, columns]), rows
+
+    def _end_to_end(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the final states of all real tokens, (tokens, width), and where each row starts, (batch,)."""
+        lengths, adapters = batch.lengths.tolist(), batch.route.adapters
+        order = sorted(range(len(lengths)), key=lambda row: str(adapters[row]))
+        spans = tuple(lengths[row] for row in order)
+        starts = torch.tensor(lengths)
+        starts[order] = torch.tensor((0, *spans[:-1])).cumsum(0)
+        device = batch.input_ids.device
+        starts = starts.to(device)
+        ids = torch.cat([batch.input_ids[row, : lengths[row]] for row in order])
+        hidden = self.decoder.embed(ids[None])
+        if batch.media:
+            features, rows, columns = self._features(batch)
+            hidden = hidden.index_put((torch.zeros_like(rows), starts[rows] + columns), features.to(hidden.dtype))
+        step = Step(
+            lengths=torch.tensor(spans, device=device),
+            route=Route(tuple(adapters[row] for row in order), spans),
+            long=torch.tensor(is_long(self.config.decoder.rope, spans), device=device),
+        )
+        return self.decoder(hidden, step)[0], starts
 
 
 def part_of(name: str) -> str:
