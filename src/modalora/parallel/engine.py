@@ -51,6 +51,10 @@ class Engine(Protocol):
         """Scale gradients, whose norm is given, down to the limit."""
         ...
 
+    def local(self, tensor: Tensor) -> Tensor:
+        """Return the numbers of a parameter or gradient that this rank holds."""
+        ...
+
     def write(self, folder: Path, stem: str, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
         """Write tensors into a folder that all ranks see."""
         ...
@@ -92,6 +96,10 @@ class Single:
     def clip(self, trained: Mapping[str, nn.Parameter], norm: Tensor, limit: float) -> None:
         """Scale gradients, whose norm is given, down to the limit."""
         nn.utils.clip_grads_with_norm_(list(trained.values()), limit, norm)
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """Return the tensor."""
+        return tensor
 
     def write(self, folder: Path, stem: str, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
         """Write FOLDER/STEM.safetensors."""

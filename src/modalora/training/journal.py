@@ -12,11 +12,13 @@ from typing import Any
 class Journal:
     """Lines that each name their "step"; those behind the step that a run resumes from are taken away.
 
-    They tell of steps whose results were lost, which will be made and written again.
+    last: the last line that was there. What is taken away tells of steps whose results were lost, which will be made and written again.
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        kept = b"".join(line for line in _lines(path) if json.loads(line)["step"] <= step)
+        lines = [line for line in _lines(path) if json.loads(line)["step"] <= step]
+        kept = b"".join(lines)
+        self.last: dict[str, Any] = json.loads(lines[-1]) if lines else {}
         if not path.exists() or path.stat().st_size != len(kept):
             draft = path.with_name(f".{path.name}.draft")
             draft.write_bytes(kept)
