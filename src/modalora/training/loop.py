@@ -1,174 +1,368 @@
 """The training loop: micro-batches to one update, with metrics, a loss curve, checkpoints and exact resume.
 
-Everything random comes from (seed, step), so a resumed run repeats what an uninterrupted one would have done.
+Every label of a step counts alike, over micro-batches and processes: the loss is the sum of all single losses over
+their number. A state holds all that the next step depends on, so a resumed run repeats, bit for bit, what an
+uninterrupted one would have done.
 """
 
 from __future__ import annotations
 
-import json
-import signal
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from modalora.checkpoint.resume import load_state, save_state
+from modalora.checkpoint.preserve import differences, preservation
+from modalora.checkpoint.resume import locked
 from modalora.config import RunConfig, dump
-from modalora.contracts import IGNORED, Batch
-from modalora.errors import ConfigError, TrainingError
+from modalora.contracts import Batch, Batches
+from modalora.errors import TrainingError
 from modalora.models.multimodal import Multimodal
+from modalora.parallel.engine import Engine, Single
+from modalora.training.audit import Audit, check_settings, check_trained, parts_reached, trained_part
+from modalora.training.journal import Journal
+from modalora.training.nonfinite import Fault, guilty_rows, not_finite, row_name
 from modalora.training.objectives import OBJECTIVES, Losses
 from modalora.training.optimizer import Optimizer, freeze
-from modalora.training.report import plot_losses
+from modalora.training.randomness import seed_all
+from modalora.training.report import plot_metrics, what_trains
+from modalora.training.signals import Asked, Interrupted, Stop
+from modalora.training.states import Moment, States
+from modalora.training.trackers import open_trackers
 
 Metrics = dict[str, Any]
-
-
-class Interrupted(KeyboardInterrupt):
-    """Training was asked to stop and has saved its state."""
+Say = Callable[[str], None]
 
 
 def train(
     run: RunConfig,
     model: Multimodal,
-    batches: Callable[[int], list[Batch]],
+    batches: Batches,
     report: Callable[[Metrics], None] = lambda metrics: None,
+    *,
+    engine: Engine | None = None,
+    say: Say = lambda line: None,
 ) -> Metrics:
     """Train the parts that `run` names and return the last metrics; the model is changed in place.
 
-    batches: step -> the micro-batches of that step. report: called with the metrics of every logged step.
-    Resumes from run.output/resume when it holds a state. Raises TrainingError when the loss is not finite,
-    Interrupted when stopped by SIGINT or SIGTERM; both leave a state that training can go on from.
+    report: called with the metrics of every logged step. engine: the processes that train together, by default this
+    one alone. say: told in words what a user should know. Resumes from run.output/resume when it holds a state.
+
+    Raises ConfigError for settings under which nothing is learnt; TrainingError when a loss or gradient is not finite,
+    when something does not learn that should or moves that should not, or when the disk is full; Interrupted when
+    stopped by SIGINT or SIGTERM. All leave a state that training can go on from.
     """
-    folder = Path(run.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    if run.threads:
-        torch.set_num_threads(run.threads)
-    torch.manual_seed(run.seed)
-    objective = OBJECTIVES[run.objective](model)
-    trained = freeze(model, run.train)
-    trained |= {f"objective.{name}": parameter for name, parameter in objective.named_parameters()}
-    optimizer = Optimizer(trained, run.optim, run.steps)
-    first = _resume(run, folder, trained, optimizer)
-    (folder / "run.yaml").write_text(dump(run), encoding="utf-8")
-    model.train()
-    metrics: Metrics = {}
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as log, _stoppable() as stop:
-        started, seen = time.perf_counter(), 0
-        recent: dict[str, list[float]] = defaultdict(list)  # since the last logged step: one step's loss says little
-        for step in range(first, run.steps):
-            torch.manual_seed(hash((run.seed, step)) & 0x7FFFFFFF)  # dropout
-            micro = batches(step)
-            for name, value in _step(run, model, objective, trained, optimizer, micro, step).items():
-                recent[name].append(value)
-            seen += sum(int(batch.lengths.sum()) for batch in micro)
-            done = step + 1
-            if done % run.log_every == 0 or done == run.steps:
-                spent = time.perf_counter() - started
-                rate = seen / spent
-                metrics = {
-                    "step": done,
-                    "steps": run.steps,
-                    **{name: round(sum(values) / len(values), 4) for name, values in recent.items()},
-                    "lr": optimizer.rate(step),
-                    "tokens_per_second": round(rate),
-                    "remaining_seconds": round(spent / (done - first) * (run.steps - done)),
-                }
-                log.write(json.dumps(metrics) + "\n")
-                log.flush()
-                report(metrics)
-                recent.clear()
-            if done % run.save_every == 0 or done == run.steps or stop():
-                state = {name: parameter.detach() for name, parameter in trained.items()} | optimizer.state()
-                save_state(folder, done, state, {"run": run.model_dump(mode="json")}, run.keep)
-            if stop() and done < run.steps:
-                raise Interrupted(f"stopped after step {done}; the same command goes on from there")
-    plot_losses(folder / "metrics.jsonl", folder / "loss.png")
-    model.eval()
-    return metrics
+    check_settings(run)
+    with ExitStack() as stack:
+        stop = stack.enter_context(Stop())
+        try:
+            stop.breakable = True
+            loop = _Loop(run, model, batches, engine or Single(), report, say, stop, stack)
+            stop.breakable = False
+        except Asked:
+            raise Interrupted("stopped before the first step; nothing is lost", stop.asked) from None
+        finally:
+            stop.breakable = False
+        loop.run_all()
+    return loop.metrics
 
 
-def _step(
-    run: RunConfig,
-    model: Multimodal,
-    objective: nn.Module,
-    trained: dict[str, nn.Parameter],
-    optimizer: Optimizer,
-    micro: list[Batch],
-    step: int,
-) -> dict[str, float]:
-    total, count = 0.0, 0
-    by_route: dict[str, list[float]] = defaultdict(list)
-    targets = sum(_targets(batch) for batch in micro)
-    if run.objective == "next_token" and not targets:
-        raise TrainingError(
-            f"step {step + 1} has no labelled token; the mixture's conversations need an assistant's turn"
+@dataclass(frozen=True)
+class _Outcome:
+    """What the micro-batches of a step came to, over all ranks. by_route: sum and number of its losses."""
+
+    loss: float
+    labels: float
+    tokens: float
+    by_route: dict[str, tuple[float, float]]
+    reached: set[str]
+    bad_rows: tuple[str, ...]
+    asked: int
+
+
+class _Loop:
+    def __init__(
+        self,
+        run: RunConfig,
+        model: Multimodal,
+        batches: Batches,
+        engine: Engine,
+        report: Callable[[Metrics], None],
+        say: Say,
+        stop: Stop,
+        stack: ExitStack,
+    ) -> None:
+        self.run, self.model, self.batches, self.engine = run, model, batches, engine
+        self.report, self.say, self.stop = report, say, stop
+        folder = Path(run.output)
+        if engine.rank == 0:
+            stack.enter_context(locked(folder))
+        engine.barrier()
+        if run.threads:
+            torch.set_num_threads(run.threads)
+        seed_all(run.seed, engine.rank)
+        self.objective = OBJECTIVES[run.objective](model)
+        declared = freeze(model, run.train)
+        self.preserved = preservation(model, declared)
+        engine.shard(model)
+        self.trained = {name: own for name, own in model.named_parameters() if own.requires_grad}
+        check_trained(declared, self.trained, run)
+        self.trained |= {f"objective.{name}": own for name, own in self.objective.named_parameters()}
+        self.parts: dict[str, dict[str, nn.Parameter]] = defaultdict(dict)
+        for name, parameter in self.trained.items():
+            self.parts[trained_part(name)][name] = parameter
+        self.optimizer = Optimizer(self.trained, run.optim, run.steps)
+        for line in what_trains(model, self.trained, self.optimizer):
+            say(line)
+        self.states = States(run, engine, self.trained, self.optimizer, self.preserved.fingerprint)
+        self.progress = self.states.resume(batches, say)
+        self.saved = self.progress.step if self.progress.step else None
+        seen = self.progress
+        self.audit = Audit(model, self.trained, self.objective.idle, engine, say, seen.judged, seen.rows)
+        step = self.progress.step
+        self.log = stack.enter_context(Journal(folder / "metrics.jsonl", step)) if engine.rank == 0 else None
+        self.events = stack.enter_context(Journal(folder / "events.jsonl", step)) if engine.rank == 0 else None
+        self.metrics: Metrics = self.log.last if self.log else {}
+        ledger = "ledger.jsonl" if engine.world == 1 else f"ledger-{engine.rank:05d}.jsonl"
+        self.ledger = stack.enter_context(Journal(folder / ledger, step)) if run.ledger else None
+        self.track = open_trackers(run, stack) if engine.rank == 0 else []
+        if engine.rank == 0:
+            (folder / "run.yaml").write_text(dump(run), encoding="utf-8")
+
+    def run_all(self) -> None:
+        run, progress = self.run, self.progress
+        self.model.train()
+        first, started = progress.step, time.perf_counter()
+        since = started
+        while progress.step < run.steps:
+            moment = Moment.now(self.batches)
+            asked, micro, outcome = self._try()
+            if outcome is None:  # the step was broken off: as if it had not begun
+                self._clear()
+            else:
+                fault = self._fault(micro, outcome)
+                if fault:
+                    self._refuse(fault, moment)
+                else:
+                    self._update(outcome)
+                progress.step += 1
+                if self.ledger:
+                    told = [name for batch in micro for name in batch.samples]
+                    self.ledger.write({"step": progress.step, "samples": told} | ({"skipped": True} if fault else {}))
+                now = time.perf_counter()
+                progress.note({"seconds": now - since})
+                since = now
+                if progress.step % run.log_every == 0 or progress.step == run.steps:
+                    self._tell((now - started) / (progress.step - first))
+                moment = Moment.now(self.batches)
+            if progress.step % run.save_every == 0 or progress.step == run.steps or asked:
+                self._save(moment)
+            if asked and progress.step < run.steps:
+                raise Interrupted(f"stopped after step {progress.step}; the same command goes on from there", asked)
+        self.audit.finish(run.steps)
+        self._check_preserved()
+        self.model.eval()
+        if self.log:
+            folder = Path(run.output)
+            plot_metrics(folder / "metrics.jsonl", folder / "loss.png")
+
+    def _try(self) -> tuple[int, list[Batch], _Outcome | None]:
+        """Return the signal that came, the micro-batches of a step and what they came to; None if it was broken off."""
+        try:
+            self.stop.breakable = self.engine.world == 1  # one rank alone must not leave the others waiting
+            micro = self.batches.take()
+            outcome = self._gradients(micro)
+            self.stop.breakable = False
+        except Asked:
+            return self.stop.asked, [], None
+        finally:
+            self.stop.breakable = False
+        return outcome.asked, micro, outcome
+
+    def _losses(self, batch: Batch, labels: float) -> Losses:
+        """Add the gradients of a micro-batch of a step with so many labels; return its losses."""
+        device = torch.device(self.run.device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.run.precision == "bf16"):
+            losses: Losses = self.objective(self.model, batch.to(device))
+        self.engine.backward(losses.values.sum() / labels)
+        return losses
+
+    def _gradients(self, micro: list[Batch]) -> _Outcome:
+        labels = self.engine.totals({"labels": sum(self.objective.count(batch) for batch in micro)})["labels"]
+        if not labels:
+            raise TrainingError(
+                f"step {self.progress.step + 1} has no labelled token; the mixture's conversations need an assistant's "
+                "turn, and it must not be masked"
+            )
+        found: dict[str, float] = defaultdict(float)
+        for number, batch in enumerate(micro):
+            _check_spans(batch, number)
+            losses = self._losses(batch, labels)
+            found["tokens"] += int(batch.lengths.sum())
+            totals, counts = _by_row(batch, losses)
+            for row, adapter in enumerate(batch.route.adapters):
+                if counts[row]:
+                    found[f"sum {adapter or 'text'}"] += totals[row]
+                    found[f"count {adapter or 'text'}"] += counts[row]
+                if not isfinite(totals[row]):
+                    found[f"bad {row_name(batch, number, row)}"] += 1
+            if self.audit.watched:
+                for part in parts_reached(batch, [row for row, count in enumerate(counts) if count]):
+                    found[f"part {part}"] += 1
+        if self.stop.asked:
+            found[f"asked {self.stop.asked}"] = 1
+        found = self.engine.totals(found)
+        by_route = {name: (found[f"sum {name}"], found[f"count {name}"]) for name in _under("sum ", found)}
+        return _Outcome(
+            loss=sum(total for total, _ in by_route.values()),
+            labels=labels,
+            tokens=found["tokens"],
+            by_route=by_route,
+            reached=set(_under("part ", found)),
+            bad_rows=tuple(_under("bad ", found)),
+            asked=max((int(number) for number in _under("asked ", found)), default=0),
         )
-    for batch in micro:
-        batch = batch.to(run.device)
-        with torch.autocast(torch.device(run.device).type, torch.bfloat16, enabled=run.precision == "bf16"):
-            losses: Losses = objective(model, batch)
-        # Every target counts alike, however the step is cut into micro-batches.
-        share = targets if run.objective == "next_token" else len(losses.values) * len(micro)
-        mean = losses.values.sum() / share
-        if mean.requires_grad:  # rows whose route reaches no trained part add nothing
-            mean.backward()
-        values = losses.values.detach()
-        total, count = total + float(values.sum()), count + len(values)
-        for row in losses.rows.unique().tolist():
-            by_route[batch.route.adapters[row] or "text"].append(float(values[losses.rows == row].mean()))
-    if not torch.isfinite(torch.tensor(total)):
-        raise TrainingError(
-            f"the loss of step {step + 1} is {total}; weights are as before it: lower optim.lr, check the data"
-        )
-    norm = nn.utils.clip_grad_norm_(list(trained.values()), run.optim.clip_norm)
-    if not torch.isfinite(norm):
-        raise TrainingError(f"the gradient of step {step + 1} is not finite; weights are as before it: lower optim.lr")
-    optimizer.step(step)
-    routes = {f"loss_{name}": sum(own) / len(own) for name, own in sorted(by_route.items())}
-    return {"loss": total / max(1, count), **(routes if len(routes) > 1 else {}), "grad_norm": float(norm)}
+
+    def _fault(self, micro: list[Batch], outcome: _Outcome) -> Fault | None:
+        """Return what is wrong with a step's loss or gradient, if it is not finite."""
+        self.norms = {part: self.engine.norm(own) for part, own in self.parts.items()}
+        norm = float(torch.linalg.vector_norm(torch.stack(list(self.norms.values()))))
+        if isfinite(outcome.loss) and isfinite(norm):
+            return None
+        weights = not_finite(self.model.state_dict().items())
+        gradients = not_finite((name, own.grad) for name, own in self.trained.items())
+        rows = outcome.bad_rows
+        if not rows and self.engine.world == 1:
+            rows = guilty_rows(micro, self.trained, lambda batch: self._again(batch, outcome.labels))
+        what, value = ("gradient", norm) if isfinite(outcome.loss) else ("loss", outcome.loss)
+        return Fault(what, value, weights, gradients, rows)
+
+    def _again(self, batch: Batch, labels: float) -> None:
+        if self.objective.count(batch):
+            self._losses(batch, labels)
+
+    def _refuse(self, fault: Fault, moment: Moment) -> None:
+        """Leave the weights as they are; stop, or count the step as skipped."""
+        run, progress = self.run, self.progress
+        self._clear()
+        told = f"step {progress.step + 1}: {fault}; weights are as before it"
+        skips = run.nonfinite == "skip" and progress.skipped_in_row + 1 < run.nonfinite_most
+        if self.events:
+            event = {"step": progress.step + 1, "event": "skipped" if skips else "stopped", "what": fault.what}
+            lists = {"weights": fault.weights[:8], "gradients": fault.gradients[:8], "rows": fault.rows}
+            self.events.write({**event, **{key: list(names) for key, names in lists.items()}})
+        if skips:
+            progress.skipped += 1
+            progress.skipped_in_row += 1
+            self.say(f"{told}; it is skipped")
+            return
+        self._save(moment)
+        if run.nonfinite == "skip":
+            raise TrainingError(f"{told}; it is the {run.nonfinite_most}th in a row, so it is not skipped any more")
+        raise TrainingError(f"{told}; lower optim.lr, mend the data, or go on with nonfinite=skip")
+
+    def _update(self, outcome: _Outcome) -> None:
+        """Change the weights, and note the figures of the step."""
+        run, progress = self.run, self.progress
+        norm = torch.linalg.vector_norm(torch.stack(list(self.norms.values())))
+        watching = bool(self.audit.watched)
+        if watching:
+            self.audit.before(outcome.reached)
+        self.engine.clip(self.trained, norm, run.optim.clip_norm)
+        self.optimizer.step(progress.step)
+        if watching:
+            self.audit.after(warming=progress.step + 1 < run.optim.warmup_steps)
+            progress.judged, progress.rows = self.audit.judged, dict(self.audit.rows)
+        progress.skipped_in_row = 0
+        progress.tokens += int(outcome.tokens)
+        routes = {f"loss_{name}": total / count for name, (total, count) in outcome.by_route.items()}
+        by_part = {f"grad_norm_{part}": float(own) for part, own in self.norms.items()}
+        figures = {"loss": outcome.loss / outcome.labels, "grad_norm": float(norm)}
+        figures |= routes if len(routes) > 1 else {}
+        figures |= by_part if len(by_part) > 1 else {}
+        progress.note({**figures, "tokens": outcome.tokens, "labels": outcome.labels})
+
+    def _tell(self, seconds_per_step: float) -> None:
+        """Log the means since the last logged step."""
+        run, progress = self.run, self.progress
+        sums = {name: progress.recent.pop(name, [0.0, 0])[0] for name in ("seconds", "tokens", "labels")}
+        means = {name: total / count for name, (total, count) in progress.recent.items()}
+        progress.recent.clear()
+        if "loss" in means and (progress.best_loss is None or means["loss"] < progress.best_loss):
+            progress.best_loss, progress.best_step = means["loss"], progress.step
+        self.metrics = {
+            "step": progress.step,
+            "steps": run.steps,
+            **means,
+            "lr": self.optimizer.rate(progress.step - 1),
+            "tokens_per_second": round(sums["tokens"] / sums["seconds"]),
+            "labels_per_second": round(sums["labels"] / sums["seconds"]),
+            "remaining_seconds": round(seconds_per_step * (run.steps - progress.step)),
+            **memory(torch.device(run.device)),
+            **({"skipped": progress.skipped} if progress.skipped else {}),
+        }
+        if self.log:
+            self.log.write(self.metrics)
+        for track in self.track:
+            track(self.metrics)
+        self.report(self.metrics)
+
+    def _save(self, moment: Moment) -> None:
+        if self.saved == self.progress.step:
+            return
+        for journal in (self.log, self.events, self.ledger):
+            if journal:
+                journal.sync()  # no state is ahead of them
+        self.states.save(self.progress, moment)
+        self.saved = self.progress.step
+
+    def _clear(self) -> None:
+        for parameter in self.trained.values():
+            parameter.grad = None
+
+    def _check_preserved(self) -> None:
+        """Compare everything frozen with what it was at the start. Raises TrainingError naming what moved."""
+        if self.engine.world > 1:
+            return  # whole tensors are compared where they are gathered to be written
+        moved = differences(self.preserved, preservation(self.model, self.trained))
+        if moved:
+            raise TrainingError(f"what is frozen has moved while training: {'; '.join(moved[:4])}; the run is no good")
 
 
-def _targets(batch: Batch) -> int:
-    return 0 if batch.labels is None else int((batch.labels[:, 1:] != IGNORED).sum())
+def memory(device: torch.device) -> dict[str, int]:
+    """Return the most memory held so far, in MB: of the process, and on a GPU."""
+    import resource
+
+    found = {"memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+    if device.type == "cuda":
+        found["gpu_memory_mb"] = torch.cuda.max_memory_allocated(device) // 2**20
+    return found
 
 
-def _resume(run: RunConfig, folder: Path, trained: dict[str, nn.Parameter], optimizer: Optimizer) -> int:
-    found = load_state(folder)
-    if found is None:
-        return 0
-    tensors, fields = found
-    free = {"steps", "log_every", "save_every", "keep", "threads", "device", "output", "cache", "data"}
-    before, now = fields["run"], run.model_dump(mode="json")
-    changed = sorted(key for key in now if key not in free and before.get(key) != now[key])
-    if changed:
-        raise ConfigError(
-            f"{folder} was trained with other settings ({', '.join(changed)}); give another output, or remove {folder}"
-        )
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(tensors[name])
-    optimizer.load(tensors)
-    return int(fields["step"])
+def _check_spans(batch: Batch, number: int) -> None:
+    """Refuse media that do not lie in their row. Raises TrainingError naming the row."""
+    for item in batch.media:
+        if item.start < 0 or item.start + item.tokens > int(batch.lengths[item.row]):
+            raise TrainingError(
+                f"row {row_name(batch, number, item.row)}: its {item.modality} fills tokens {item.start} to "
+                f"{item.start + item.tokens}, and the row has {int(batch.lengths[item.row])}; was it cut off?"
+            )
 
 
-@contextmanager
-def _stoppable() -> Iterator[Callable[[], bool]]:
-    """Give a question that turns true once SIGINT or SIGTERM arrived."""
-    asked: list[int] = []
+def _by_row(batch: Batch, losses: Losses) -> tuple[list[float], list[int]]:
+    """Return the sum and the number of the losses of each row."""
+    values: Tensor = losses.values.detach().double()
+    rows, size = losses.rows.to(values.device), len(batch.lengths)
+    totals = torch.zeros(size, dtype=values.dtype, device=values.device).index_add(0, rows, values)
+    return totals.tolist(), torch.bincount(rows, minlength=size).tolist()
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _under(prefix: str, found: dict[str, float]) -> list[str]:
+    return sorted(name.removeprefix(prefix) for name in found if name.startswith(prefix))

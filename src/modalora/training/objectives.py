@@ -23,8 +23,14 @@ class Losses:
 class NextToken(nn.Module):
     """Cross-entropy of the labelled tokens."""
 
+    idle: tuple[str, ...] = ()  # parameters that no loss of the objective reaches
+
     def __init__(self, model: Multimodal) -> None:
         super().__init__()
+
+    def count(self, batch: Batch) -> int:
+        """Return how many losses a batch has."""
+        return 0 if batch.labels is None else int((batch.labels[:, 1:] != IGNORED).sum())
 
     def forward(self, model: Multimodal, batch: Batch) -> Losses:
         """Return one loss per labelled token."""
@@ -39,12 +45,18 @@ class Ctc(nn.Module):
     CTC: Graves et al. 2006.
     """
 
+    idle: tuple[str, ...] = ()
+
     def __init__(self, model: Multimodal) -> None:
         super().__init__()
         config = model.config
         assert config.speech is not None
         self.blank = config.decoder.vocab_size
         self.head = nn.Linear(config.speech.hidden_size, self.blank + 1)
+
+    def count(self, batch: Batch) -> int:
+        """Return how many losses a batch has."""
+        return len(batch.media)
 
     def forward(self, model: Multimodal, batch: Batch) -> Losses:
         """Return one loss per row, divided by its target length. Each row holds one sound and one answer."""
@@ -68,6 +80,7 @@ class Cells(nn.Module):
     Media carry "cells" and "counts" (data/rows.py:cells); IGNORED targets, such as those of separators, are left out.
     """
 
+    idle: tuple[str, ...] = ("encoders.image.line_end", "encoders.image.view_end")  # separators lie on no cell
     ATTRIBUTES, CLASSES = 3, 24  # kind, colour, size; 0 = empty cell
     COUNTS, MOST = 2 * 56, 9  # data/rows.py: COUNTED in two regions, 0 .. MOST
 
@@ -77,6 +90,10 @@ class Cells(nn.Module):
         width = model.config.vision.hidden_size
         self.cells = nn.Linear(width, self.ATTRIBUTES * self.CLASSES)
         self.counts = nn.Linear(width, self.COUNTS * self.MOST)
+
+    def count(self, batch: Batch) -> int:
+        """Return how many losses a batch has."""
+        return 2 * sum(int((item.features["cells"][:, 0] != IGNORED).sum()) for item in batch.media)
 
     def forward(self, model: Multimodal, batch: Batch) -> Losses:
         """Return per image token the loss of its cell, summed over the attributes, and the mean loss of its counts.
@@ -100,6 +117,8 @@ def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     values = functional.cross_entropy(logits.float().movedim(-1, 1), targets, ignore_index=IGNORED, reduction="none")
     return values.sum(1) / (targets != IGNORED).sum(1)
 
+
+Objective = NextToken | Ctc | Cells
 
 OBJECTIVES: dict[str, type[NextToken] | type[Ctc] | type[Cells]] = {
     "next_token": NextToken,

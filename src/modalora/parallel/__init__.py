@@ -1,0 +1,1 @@
+"""What many processes do otherwise than one, behind one set of methods."""
