@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from modalora.config import RunConfig, dump, load_run, load_stages, parse
+from modalora.config import FittedRate, RunConfig, dump, load_run, load_stages, parse
 from modalora.errors import ConfigError
 from modalora.models.multimodal import ModelConfig
 from modalora.models.sizes import SIZES
@@ -201,3 +201,21 @@ def test_a_wrong_chain_says_which_stage(tmp_path: Path) -> None:
     chain.write_text("init: a\noutput: b\nstages: [{recipe: one.yaml}, {recipe: one.yaml}]\n")
     with pytest.raises(ConfigError, match="two stages have one name"):
         load_stages(chain, tmp_path)
+
+
+def fields_of_a_run(**more: Any) -> dict[str, Any]:
+    basis = {"init": "tiny", "output": "out", "train": ["decoder"], "mixture": [{"source": "books"}], "steps": 100}
+    return {**basis, "rows": 4, "accumulate": 2, "window": 128, **more}
+
+
+def test_a_fitted_rate_falls_with_the_tokens_of_the_run() -> None:
+    law = {"lr": 0.002, "tokens": 5e10}
+    run = parse(RunConfig, fields_of_a_run(optim={"fitted": law}), "test")
+    tokens = 100 * 4 * 2 * 128
+    assert run.optim.lr == pytest.approx(0.002 * (tokens / 5e10) ** -0.32)
+    # the report's own figure: 5 T tokens take 0.229 of the rate of 50 B
+    assert FittedRate(lr=1, tokens=5e10).rate(5e12) == pytest.approx(0.229, abs=5e-4)
+    again = parse(RunConfig, run.model_dump(mode="json"), "test")  # a resolved run can be read again
+    assert again.optim.lr == run.optim.lr
+    with pytest.raises(ConfigError, match="leave one out"):
+        parse(RunConfig, fields_of_a_run(optim={"fitted": law, "lr": 0.1}), "test")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from modalora.errors import ConfigError
 
@@ -23,11 +23,34 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class FittedRate(Settings):
+    """A learning rate found best for a number of training tokens; another number D gets lr (D / tokens)^exponent.
+
+    Source: arXiv:2503.01743, section 3.1, after Bjorck et al. 2024.
+    """
+
+    lr: float = Field(gt=0)
+    tokens: float = Field(gt=0)
+    exponent: float = -0.32
+
+    def rate(self, tokens: float) -> float:
+        """Return the learning rate for a run over so many tokens."""
+        return self.lr * (tokens / self.tokens) ** self.exponent
+
+
+class MediaConfig(Settings):
+    """Limits on training media. None: the model's own."""
+
+    max_crops: int | None = Field(None, ge=1)  # of one picture
+    max_seconds: float | None = Field(None, gt=0)  # of one sound
+
+
 class OptimConfig(Settings):
     """The optimiser and its schedule: linear warm-up, then down to final_lr_ratio along a cosine or a line, or level."""
 
     name: Literal["adamw", "muon"] = "adamw"  # muon: hidden matrices by Muon, the rest by AdamW
     lr: float = Field(1e-3, gt=0)
+    fitted: FittedRate | None = None  # gives lr from the tokens of the run
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.01, ge=0)
@@ -56,10 +79,12 @@ class RunConfig(Settings):
     modality_files: list[str] = Field(default_factory=list)  # Python files that set MODALITY; they are run
     adapters: dict[str, dict[str, Any]] = Field(default_factory=dict)  # adapter to add -> fields of LoraConfig
     take: dict[str, str] = Field(default_factory=dict)  # part pattern -> folder that gives its weights
+    copy_parts: dict[str, str] = Field(default_factory=dict)  # part -> part of the same shape that it starts from
     int8: bool = False  # store the matrices of the written model as int8
     train: list[str]  # parts that train, e.g. "decoder", "image.*", "adapter.vision"; all others are frozen
     preserve: list[str] = Field(default_factory=list)  # parts that must not train, whatever train: matches
     mixture: list[SourceConfig] = Field(min_length=1)
+    media: MediaConfig = Field(default_factory=MediaConfig)
     whiten: list[str] = Field(
         default_factory=list
     )  # modalities whose fresh projectors start from their features' statistics
@@ -83,6 +108,21 @@ class RunConfig(Settings):
     data: str = "../shared/data"  # the folder of docs/nano.md
     cache: str = "runs/cache"
     optim: OptimConfig = Field(default_factory=OptimConfig)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step, over all processes: the budget, or whole text windows."""
+        return self.accumulate * self.rows * self.window
+
+    @model_validator(mode="after")
+    def _fit_rate(self) -> RunConfig:
+        if (law := self.optim.fitted) is None:
+            return self
+        rate = law.rate(self.steps * self.step_tokens)
+        if "lr" in self.optim.model_fields_set and self.optim.lr != rate:
+            raise ValueError(f"optim.lr={self.optim.lr:g} and optim.fitted, which gives {rate:g}: leave one out")
+        object.__setattr__(self, "optim", self.optim.model_copy(update={"lr": rate}))  # frozen once it is made
+        return self
 
 
 class StageConfig(Settings):

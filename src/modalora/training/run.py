@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from modalora.assistant import find_model, make_processor
 from modalora.checkpoint.adapters import save_adapter
 from modalora.checkpoint.store import load_model, save_model
-from modalora.config import RunConfig, parse
+from modalora.config import MediaConfig, RunConfig, parse
 from modalora.contracts import Batches
 from modalora.data.mixture import Context, Mixture
 from modalora.data.text import tokenizer_corpus
@@ -24,6 +25,7 @@ from modalora.models.sizes import SIZES
 from modalora.models.speech import SpeechEncoder
 from modalora.nn.lora import LoraConfig
 from modalora.nn.mlp import Projector
+from modalora.processing.processor import Processor
 from modalora.processing.tokenizer import TextTokenizer
 from modalora.training.loop import Metrics, train
 
@@ -52,7 +54,9 @@ def run_recipe(run: RunConfig, report: Callable[[Metrics], None] = lambda metric
     for name, size in run.adapters.items():
         model.add_adapter(name, parse(LoraConfig, size, f"adapter {name!r}"))
     _take_parts(model, run.take)
+    _copy_parts(model, run.copy_parts)
     processor = make_processor(model.config, tokenizer)
+    _limit_media(processor, run.media)
     context = Context(folder=data, cache=cache, processor=processor, window=run.window)
 
     def batches() -> Mixture:
@@ -102,6 +106,36 @@ def _take_parts(model: Multimodal, take: dict[str, str]) -> None:
                 raise CheckpointError(f"take: {name} of {folder} does not fit this model; both must be of one size")
             with torch.no_grad():
                 tensors[name].copy_(given[name])
+
+
+def _copy_parts(model: Multimodal, copies: dict[str, str]) -> None:
+    """Let parts start as other parts of the same model."""
+    tensors = model.state_dict()
+    for part, source in copies.items():
+        own = {name: tensor for name, tensor in tensors.items() if part_of(name) == part}
+        given = [tensor for name, tensor in tensors.items() if part_of(name) == source]
+        if not own or [tensor.shape for tensor in own.values()] != [tensor.shape for tensor in given]:
+            parts = ", ".join(sorted({part_of(name) for name in tensors}))
+            raise ConfigError(
+                f"copy_parts: {part!r} cannot start as {source!r}; both must be parts of this model ({parts}), and of one "
+                "shape"
+            )
+        for tensor, start in zip(own.values(), given, strict=True):
+            tensor.copy_(start)
+
+
+def _limit_media(processor: Processor, limits: MediaConfig) -> None:
+    """Let training media be smaller than those that the model may read."""
+    for modality, key, value in (
+        ("image", "max_crops", limits.max_crops),
+        ("audio", "max_seconds", limits.max_seconds),
+    ):
+        if value is None:
+            continue
+        if modality not in processor.media:
+            raise ConfigError(f"media.{key}={value}: this model takes no {modality}; leave it out")
+        medium = processor.media[modality]
+        processor.media[modality] = replace(medium, settings=replace(medium.settings, **{key: value}))
 
 
 def _set_mel_statistics(model: Multimodal, batches: Batches, steps: int = 20) -> None:
