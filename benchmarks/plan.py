@@ -1,0 +1,163 @@
+"""How near does `modalora plan` come to the memory that a step takes?
+
+Six runs, each in a process of its own through the real training loop: the most that the process held beyond what it
+held before the model was made (resident, as the system counts it), beside what the plan said without allocating.
+
+    python benchmarks/plan.py [NAME]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modalora.config import RunConfig, parse
+from modalora.models.multimodal import ModelConfig, Multimodal
+from modalora.models.sizes import nano, phi4_multimodal
+from modalora.nn.lora import LoraConfig
+from modalora.training.loop import train
+from modalora.training.plan import plan_step, shaped_batch
+
+LAUNCH = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",  # what is freed goes back at once, so that the system counts what is in use
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_ARENA_MAX": "1",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: a model, its dtype, settings, and the shapes of its rows."""
+
+    config: Callable[[], ModelConfig]
+    dtype: torch.dtype
+    settings: dict[str, Any]
+    shapes: list[str]
+
+
+def wide() -> ModelConfig:
+    """Four layers of Phi-4-Mini's width with one adapter."""
+    decoder = replace(phi4_multimodal().decoder, num_hidden_layers=4)
+    return ModelConfig(decoder=decoder, adapters={"vision": LoraConfig(r=320, lora_alpha=640)})
+
+
+def seeing() -> ModelConfig:
+    """A third of the picture tower at full width before a small decoder."""
+    full = phi4_multimodal()
+    return replace(nano(), vision=replace(full.vision, num_hidden_layers=9), speech=None, adapters={
+        "vision": LoraConfig(r=32, lora_alpha=64)})  # fmt: skip
+
+
+def hearing() -> ModelConfig:
+    """A third of the sound encoder at full width before a small decoder."""
+    full = phi4_multimodal()
+    return replace(nano(), vision=None, speech=replace(full.speech, num_blocks=8), adapters={
+        "speech": LoraConfig(r=32, lora_alpha=64)})  # fmt: skip
+
+
+SINGLE, HALF = torch.float32, torch.bfloat16
+CASES = {
+    "text, nano, all of the decoder": Case(nano, SINGLE, {"train": ["decoder"], "rows": 32}, ["text=256"]),
+    "mixed rows, nano, adapters": Case(
+        nano, SINGLE, {"train": ["adapter.*"], "rows": 12},
+        ["text=150,image=400x100", "text=120,audio=4", "text=300", "text=80,image=300x300,audio=3"],
+    ),
+    "text, width 3072, rank 320": Case(wide, HALF, {"train": ["adapter.*"], "rows": 1, "route": True}, ["text=1024"]),
+    "the same, recomputed": Case(
+        wide, HALF, {"train": ["adapter.*"], "rows": 1, "route": True}, ["text=4096"]
+    ),
+    "picture of 1344 x 1344, encoder": Case(
+        seeing, SINGLE, {"train": ["image.*", "adapter.vision"], "rows": 1}, ["text=64,image=1344x1344"]
+    ),
+    "sound of 30 s, encoder": Case(
+        hearing, SINGLE, {"train": ["audio.encoder", "audio.projector.speech"], "rows": 2}, ["text=64,audio=30"]
+    ),
+}  # fmt: skip
+
+
+class Same:
+    """The same micro-batch at every step."""
+
+    def __init__(self, batch: Any) -> None:
+        self.batch = batch
+
+    def take(self) -> list[Any]:
+        return [self.batch]
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: Any) -> None:
+        del state
+
+
+def resident(key: str) -> int:
+    """Return a line of /proc/self/status in bytes: VmRSS now, VmHWM at most."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"/proc/self/status has no {key}; this benchmark needs Linux")
+
+
+def measure(name: str) -> dict[str, float]:
+    case = CASES[name]
+    torch.set_num_threads(1)
+    settings = dict(case.settings)
+    routed = settings.pop("route", False)
+    with tempfile.TemporaryDirectory() as folder:
+        fields = {
+            "init": "x", "output": folder, "mixture": [{"source": "books"}], "steps": 3, "save_every": 1000,
+            "optim": {"warmup_steps": 0}, **settings,
+        }  # fmt: skip
+        run = parse(RunConfig, fields, name)
+        config = case.config()
+        batch = shaped_batch(config, case.shapes, run.rows)
+        if routed:
+            batch = replace(batch, route=replace(batch.route, adapters=tuple(config.adapters) * run.rows))
+        plan = plan_step(config, run, [batch], case.dtype)
+        torch.ones(64, 64) @ torch.ones(64, 64)
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts anew
+        torch.manual_seed(0)
+        model = build(config, case.dtype)
+        train(run, model, Same(batch))
+        return {"plan": plan.peak, "seen": resident("VmHWM") - before}
+
+
+def build(config: ModelConfig, dtype: torch.dtype) -> Multimodal:
+    """Make the weights in their dtype at once, so that nothing passes through a larger copy."""
+    torch.set_default_dtype(dtype)
+    model = Multimodal(config)
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        print(json.dumps(measure(sys.argv[1])))
+        return
+    print(f"{date.today()}, {platform.machine()}, torch {torch.__version__}, 1 thread\n")
+    print("| run | plan MB | seen MB | plan / seen |\n|---|---|---|---|")
+    for name in CASES:
+        command = [sys.executable, __file__, name]
+        done = subprocess.run(command, env=os.environ | LAUNCH, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{name}: {done.stderr[-2000:]}")
+        told = json.loads(done.stdout.splitlines()[-1])
+        print(f"| {name} | {told['plan'] / 1e6:,.0f} | {told['seen'] / 1e6:,.0f} | {told['plan'] / told['seen']:.3f} |")
+
+
+if __name__ == "__main__":
+    main()
