@@ -17,6 +17,7 @@ from modalora.data.mixture import Context, Mixture
 from modalora.data.text import tokenizer_corpus
 from modalora.errors import CheckpointError, ConfigError
 from modalora.models.multimodal import Multimodal, part_of
+from modalora.models.recompute import recompute
 from modalora.models.sizes import SIZES
 from modalora.models.speech import SpeechEncoder
 from modalora.nn.mlp import Projector
@@ -48,6 +49,8 @@ def run_recipe(run: RunConfig, report: Callable[[Metrics], None] = lambda metric
         _set_mel_statistics(model, batches)
     for modality in run.whiten:
         _whiten_projectors(model, modality, run.train, batches)
+    if run.recompute:
+        recompute(model)
     metrics = train(run, model.to(run.device), batches, report)
     save_model(model, tokenizer, target, int8=run.int8, notes={"trained": run.model_dump(mode="json"), "last": metrics})
     return target
