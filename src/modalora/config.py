@@ -94,6 +94,7 @@ class RunConfig(Settings):
     window: int = Field(256, ge=8)  # tokens of a plain text window
     steps: int = Field(ge=1)
     precision: Literal["bf16", "fp32"] = "bf16"
+    recompute: bool = False  # layers run again in the backward pass instead of keeping what they computed
     seed: int = 0
     log_every: int = Field(10, ge=1)
     save_every: int = Field(200, ge=1)

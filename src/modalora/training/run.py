@@ -21,6 +21,7 @@ from modalora.errors import CheckpointError, ConfigError
 from modalora.modality import add as add_modality
 from modalora.modality import load_file
 from modalora.models.multimodal import Multimodal, part_of
+from modalora.models.recompute import recompute
 from modalora.models.sizes import SIZES
 from modalora.models.speech import SpeechEncoder
 from modalora.nn.lora import LoraConfig
@@ -66,6 +67,8 @@ def run_recipe(run: RunConfig, report: Callable[[Metrics], None] = lambda metric
         _set_mel_statistics(model, batches())
     for modality in run.whiten:
         _whiten_projectors(model, modality, run.train, batches())
+    if run.recompute:
+        recompute(model)
     metrics = train(run, model.to(run.device), batches(), report)
     _save_adapters(run, model)
     save_model(model, tokenizer, target, int8=run.int8, notes={"trained": run.model_dump(mode="json"), "last": metrics})
