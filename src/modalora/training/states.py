@@ -137,7 +137,14 @@ class States:
         if missing := [key for key in _PARTS if key not in fields]:
             raise CheckpointError(f"{folder / STATE} lacks {', '.join(missing)}; it is no whole state of this version")
         self._compare(fields, folder)
+        if set(fields["progress"]) != set(Progress.__dataclass_fields__):
+            raise CheckpointError(f"{folder / STATE}: its progress is no whole one of this version")
         progress = parse(Progress, fields["progress"], str(folder / STATE))
+        rate = self.optimizer.rate(progress.step)
+        if fields["settings"]["steps"] == self.run.steps and fields["rate"] != rate:
+            raise CheckpointError(
+                f"{folder / STATE}: its rate is {fields['rate']}, and the schedule's at step {progress.step} is {rate}"
+            )
         notes = self._notes(int(folder.name))
         told = {"run": fields["run"], "step": fields["step"]}
         if told != notes or progress.step != int(folder.name):
