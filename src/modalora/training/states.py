@@ -110,7 +110,7 @@ class States:
                     "frozen": self.frozen,
                     "rate": self.optimizer.rate(step),
                     "progress": asdict(progress),
-                    "data": moment.data,
+                    "data": {"step": step, "state": moment.data},
                 }
                 write_json(draft / STATE, fields)
                 retire(commit(draft), self.run.keep)
@@ -165,7 +165,11 @@ class States:
                 f"{fields['world']} processes saved this state and {engine.world} go on: dropout is drawn anew, the "
                 "data goes on as it was"
             )
-        batches.restore(fields["data"])
+        if fields["data"].get("step") != progress.step:
+            raise CheckpointError(
+                f"{folder / STATE}: its place in the data is of step {fields['data'].get('step')}, not {progress.step}"
+            )
+        batches.restore(fields["data"]["state"])
         say(f"goes on after step {progress.step}, from {folder}")
         return progress
 
