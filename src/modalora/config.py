@@ -46,7 +46,7 @@ class MediaConfig(Settings):
 
 
 class OptimConfig(Settings):
-    """The optimiser and its schedule: linear warm-up, then down to final_lr_ratio along a cosine or a line, or level."""
+    """The optimiser and its schedule: linear warm-up, then a cosine or a line down to final_lr_ratio, or no change."""
 
     name: Literal["adamw", "muon"] = "adamw"  # muon: hidden matrices by Muon, the rest by AdamW
     lr: float = Field(1e-3, gt=0)

@@ -21,6 +21,7 @@ from torch import nn
 
 from modalora.checkpoint.files import Weights, inside, read_json, write_folder, write_json
 from modalora.checkpoint.modules import MODALITY, add_modules, find_modules, modules_of
+from modalora.checkpoint.preserve import CERTIFICATE, Preservation
 from modalora.config import parse
 from modalora.contracts import Batch, Route, terms
 from modalora.errors import CheckpointError, ConfigError
@@ -84,8 +85,8 @@ def fingerprint(model: Multimodal) -> str:
     return found.hexdigest()[:16]
 
 
-def save_adapter(model: Multimodal, name: str, folder: Path) -> None:
-    """Write one adapter as a new PEFT folder, which PEFT loads on transformers' Phi-3.
+def save_adapter(model: Multimodal, name: str, folder: Path, certificate: Preservation | None = None) -> None:
+    """Write one adapter as a new PEFT folder, which PEFT loads on transformers' Phi-3; certificate: of its base.
 
     The encoder and projectors of a modality whose rows use it, and projectors of its own, go with it.
     """
@@ -125,6 +126,8 @@ def save_adapter(model: Multimodal, name: str, folder: Path) -> None:
         if modality:
             write_json(draft / MODALITY, modality)
         save_file(tensors, draft / WEIGHTS, metadata={"format": "pt", _BASE: fingerprint(model)})
+        if certificate:
+            write_json(draft / CERTIFICATE, certificate.fields())
 
     write_folder(folder, fill, manifest=False)
 

@@ -160,7 +160,7 @@ class Audit:
             self._first_words()
 
     def finish(self, steps: int) -> None:
-        """At the end of a run of so many steps, refuse parts that no row ever reached. Raises TrainingError naming them."""
+        """At the end of a run of so many steps, refuse parts that no row reached. Raises TrainingError naming them."""
         idle = [part for part in self.waits if not self.rows[part]]
         if idle and steps > AUDITED:
             raise TrainingError(
@@ -210,8 +210,8 @@ class Audit:
         if not self.judged and not any(watch.graded for watch in self.watched.values()):
             raise TrainingError(
                 f"no labelled row of the first {AUDITED} steps reached anything that trains "
-                f"({', '.join(self.waits)}); rows reached {', '.join(sorted(self.rows)) or 'nothing'}: give the mixture "
-                "rows that are routed to what trains"
+                f"({', '.join(self.waits)}); rows reached {', '.join(sorted(self.rows)) or 'nothing'}: give the "
+                "mixture rows that are routed to what trains"
             )
         if not self.judged and not any(watch.moved for watch in self.watched.values()):
             raise TrainingError(

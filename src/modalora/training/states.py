@@ -110,7 +110,7 @@ class States:
                     "frozen": self.frozen,
                     "rate": self.optimizer.rate(step),
                     "progress": asdict(progress),
-                    "data": moment.data,
+                    "data": {"step": step, "state": moment.data},
                 }
                 write_json(draft / STATE, fields)
                 retire(commit(draft), self.run.keep)
@@ -137,7 +137,14 @@ class States:
         if missing := [key for key in _PARTS if key not in fields]:
             raise CheckpointError(f"{folder / STATE} lacks {', '.join(missing)}; it is no whole state of this version")
         self._compare(fields, folder)
+        if set(fields["progress"]) != set(Progress.__dataclass_fields__):
+            raise CheckpointError(f"{folder / STATE}: its progress is no whole one of this version")
         progress = parse(Progress, fields["progress"], str(folder / STATE))
+        rate = self.optimizer.rate(progress.step)
+        if fields["settings"]["steps"] == self.run.steps and fields["rate"] != rate:
+            raise CheckpointError(
+                f"{folder / STATE}: its rate is {fields['rate']}, and the schedule's at step {progress.step} is {rate}"
+            )
         notes = self._notes(int(folder.name))
         told = {"run": fields["run"], "step": fields["step"]}
         if told != notes or progress.step != int(folder.name):
@@ -158,7 +165,11 @@ class States:
                 f"{fields['world']} processes saved this state and {engine.world} go on: dropout is drawn anew, the "
                 "data goes on as it was"
             )
-        batches.restore(fields["data"])
+        if fields["data"].get("step") != progress.step:
+            raise CheckpointError(
+                f"{folder / STATE}: its place in the data is of step {fields['data'].get('step')}, not {progress.step}"
+            )
+        batches.restore(fields["data"]["state"])
         say(f"goes on after step {progress.step}, from {folder}")
         return progress
 
