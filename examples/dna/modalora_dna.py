@@ -78,8 +78,8 @@ def _read(path: str | Path) -> str:
         (record,) = SeqIO.parse(path, kind)
     except (OSError, ValueError, TypeError) as error:
         raise MediaError(
-            f"{str(path)!r:.80} is neither DNA letters nor a {kind} file of one record: {error}; give ACGT in frame, or "
-            "such a file"
+            f"{str(path)!r:.80} is neither DNA letters nor a {kind} file of one record: {error}; give ACGT in frame, "
+            "or such a file"
         ) from None
     return str(record.seq)
 
