@@ -22,7 +22,9 @@ from Bio.Seq import Seq
 from torch import Tensor, nn
 from torch.nn import functional
 
+from modalora.assistant import Assistant
 from modalora.config import check_sizes
+from modalora.contracts import IGNORED
 from modalora.errors import DataError, MediaError
 from modalora.modality import Modality
 from modalora.nn.lora import LoraConfig
@@ -282,6 +284,41 @@ def tasks(context: Any) -> Draw:
         return context.processor.row(task(kind, gene, rng), answer=False)
 
     return draw
+
+
+# -------------------------------------------------------------------------------------------------------------- scoring
+
+
+@torch.inference_mode()
+def codon_logs(assistant: Assistant, stretches: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[Tensor]:
+    """Return log2 of the probability of each codon, (codons,) per pair of a sequence and the codons that follow it.
+
+    The model answers CONTINUE letter by letter. At each letter its probabilities of A, C, G and T are divided by their
+    sum, and a codon has the product of its three: these sum to 1 over the 64 codons, and uniform scores -6. Codons of
+    the pair before the one that is scored stand in the answer, as if the model had written them.
+    """
+    tokenizer = assistant.processor.tokenizer
+    first = torch.tensor([tokenizer.encode(letter) for letter in "ACGT"])
+    later = torch.tensor([tokenizer.encode(f"A {letter}")[1:] for letter in "ACGT"])
+    if first.shape != (4, 1) or later.shape != (4, 1):
+        raise DataError(
+            "this tokenizer does not write a spaced letter as one token; codons cannot be scored letterwise"
+        )
+    made = [
+        assistant.processor.row(conversation(given, CONTINUE, spaced("".join(asked))), answer=False)
+        for given, asked in stretches
+    ]
+    batch = assistant.processor.collate(made)
+    logits = assistant.model(batch.to(assistant.device)).float().cpu()
+    found = []
+    for number, (_, asked) in enumerate(stretches):
+        letters = torch.tensor(["ACGT".index(letter) for letter in "".join(asked)])
+        start = int((batch.labels[number] != IGNORED).nonzero()[0])
+        own = logits[number, start - 1 : start - 1 + len(letters)]
+        four = torch.cat((own[:1, first[:, 0]], own[1:, later[:, 0]]))
+        logs = four.log_softmax(-1).gather(1, letters[:, None]) / np.log(2)
+        found.append(logs.view(-1, 3).sum(1))
+    return found
 
 
 MODALITY = Modality(
