@@ -21,7 +21,7 @@ from modalora.contracts import Batch, Message, terms
 from modalora.errors import CheckpointError, ConfigError, PromptError, RouteError
 from modalora.generation.engine import generate
 from modalora.generation.sampling import Sampling
-from modalora.models.multimodal import ModelConfig, Multimodal
+from modalora.models.multimodal import MODALITIES, ModelConfig, Multimodal
 from modalora.models.router import route as route_of
 from modalora.nn.rope import LongRope, Regime
 from modalora.processing.chat import FORMATS, ChatFormat
@@ -183,6 +183,8 @@ class Assistant:
 
         None: it has no mode for this batch, or this model lacks the mode's adapter.
         """
+        if not {item.modality for item in batch.media} <= set(MODALITIES):
+            return [None] * len(batch.input_ids)
         try:
             rule = self.processor.router({item.modality for item in batch.media}, "auto")
         except RouteError:

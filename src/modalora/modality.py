@@ -80,8 +80,8 @@ def check_name(name: str) -> None:
     """Refuse what cannot name a modality. Raises ConfigError."""
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in _TAKEN or name in dir(nn.ModuleDict):
         raise ConfigError(
-            f"{name!r} cannot name a modality; use small letters, digits and _, such as 'time_series', and no word that "
-            f"is taken ({', '.join(_TAKEN)}, or a method of torch's modules)"
+            f"{name!r} cannot name a modality; use small letters, digits and _, such as 'time_series', and no word "
+            f"that is taken ({', '.join(_TAKEN)}, or a method of torch's modules)"
         )
 
 
@@ -155,12 +155,10 @@ def find(name: str, package: str = "") -> Modality:
         return row
     entries = list(importlib.metadata.entry_points(group=GROUP, name=name))
     if not entries:
-        wanted = package.removeprefix("the file ")
-        mend = f"pip install {package}" if package and wanted == package else f"name its file {wanted}".rstrip()
-        raise ConfigError(
-            f"the modality {name!r} is not installed (there are {', '.join(known())}); {mend}: --modality FILE on the "
-            "command line, modalora.load(..., modalities=[FILE]) in Python"
-        )
+        file = package.removeprefix("the file ")
+        named = f"name {'its Python file' if file == package else file} with --modality-file, or load(..., modalities=)"
+        mend = f"pip install {package}, or {named}" if package and file == package else named
+        raise ConfigError(f"the modality {name!r} is not installed (there are {', '.join(known())}); {mend}")
     origins = [entry.dist.name if entry.dist else entry.value for entry in entries]
     if len(entries) > 1:
         raise ConfigError(f"the modality {name!r} is brought by {' and '.join(sorted(origins))}; uninstall one of them")

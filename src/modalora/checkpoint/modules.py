@@ -77,7 +77,7 @@ def find_modules(
             unknown.append(key)
         else:
             stored[own] = key
-    absent = [one for one in wanted or () if not any(f".{one}." in f".{_WRAPPED.sub('', key)}" for key in keys)]
+    absent = [one for one in wanted or () if not any(f".{one}." in f".{_WRAPPED.sub('', key)}." for key in keys)]
     if absent:
         raise CheckpointError(f"{where} has modules_to_save={absent}, of which {folder} holds no tensor")
     missing = sorted(set(_shapes(model, new)) - set(stored))

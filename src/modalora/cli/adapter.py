@@ -30,9 +30,8 @@ def new(
 
     folder = out or Path(f"modalora-{modality.replace('_', '-')}")
     print(f"wrote {folder}: {', '.join(new_package(modality, folder))}")
-    print(
-        f"next: pip install -e {folder} && modalora train {folder / 'recipe.yaml'}; then change what is marked CHANGE"
-    )
+    print(f"next: pip install -e {folder} && modalora train {folder / 'recipe.yaml'}")
+    print("then replace what is marked CHANGE with your own")
 
 
 @adapters.command("list")

@@ -32,7 +32,7 @@ from modalora.data.rows import (
 )
 from modalora.data.scenes import free_scene, nlvr_like
 from modalora.data.speech import Clip, augment, mask_bands, spoken_digits
-from modalora.data.text import recurring_window, token_stream, windows
+from modalora.data.text import file_stream, recurring_window, token_stream, windows
 from modalora.data.voices import digit_voices, sentence_voices
 from modalora.errors import ConfigError, DataError
 from modalora.processing.processor import Processor, Row
@@ -103,6 +103,20 @@ def _books(context: Context, split: str = "train", recurring: float = 0.0) -> So
             ids = recurring_window(stream, context.window, rng)
         else:
             (ids,) = windows(stream, context.window, 1, rng)
+        return Row(ids=ids, labels=list(ids))
+
+    return draw
+
+
+def _text_files(context: Context, files: Sequence[str]) -> Source:
+    stream = file_stream([files] if isinstance(files, str) else files, context.processor.tokenizer)
+    if len(stream) <= context.window:
+        raise DataError(
+            f"{list(files)}: {len(stream)} tokens are no more than one window of {context.window}; lower window"
+        )
+
+    def draw(rng: np.random.Generator) -> Row:
+        (ids,) = windows(stream, context.window, 1, rng)
         return Row(ids=ids, labels=list(ids))
 
     return draw
@@ -223,4 +237,5 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "pictures": _pictures,
     "seen_and_heard": _seen_and_heard,
     "sentences": _sentences,
+    "text_files": _text_files,
 }

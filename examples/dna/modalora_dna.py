@@ -1,0 +1,330 @@
+"""DNA for modalora: coding sequences, one codon to one token, and tasks on real genes (docs/modality.md).
+
+A codon is three letters of ACGT, numbered 0 to 63 in that order; 64 stands for one with another letter. Genes come from
+GenBank and FASTA files through Biopython. The plasmid NC_005816 is read by the benchmark alone, never by a source.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from Bio import SeqIO
+from Bio.Data import CodonTable
+from Bio.Seq import Seq
+from torch import Tensor, nn
+from torch.nn import functional
+
+from modalora.assistant import Assistant
+from modalora.config import check_sizes
+from modalora.contracts import IGNORED
+from modalora.errors import DataError, MediaError
+from modalora.modality import Modality
+from modalora.nn.lora import LoraConfig
+
+Rng = np.random.Generator
+CODONS = tuple("".join(letters) for letters in product("ACGT", repeat=3))
+NUMBER = {codon: number for number, codon in enumerate(CODONS)}
+UNKNOWN = 64
+TABLE = CodonTable.unambiguous_dna_by_id[11]  # of bacteria and plastids; differs from the standard one in starts alone
+AMINO = {codon: TABLE.forward_table.get(codon, "*") for codon in CODONS}
+SYNONYMS = {amino: [c for c in CODONS if AMINO[c] == amino] for amino in set(AMINO.values())}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What the features and the encoder must agree on."""
+
+    branches: ClassVar[tuple[str, ...]] = ("dna",)
+    hidden_size: int = 96
+    blocks: int = 2
+    most: int = 768  # codons in one sequence
+
+    def __post_init__(self) -> None:
+        """Refuse sizes below 1."""
+        check_sizes(self)
+
+    def encoder(self) -> Encoder:
+        """Return the networks, with fresh weights."""
+        return Encoder(self)
+
+
+def numbers(letters: str) -> list[int]:
+    """Return the codons of a sequence in frame; one or two letters behind the last whole codon are left out."""
+    letters = letters.upper().replace("U", "T")
+    return [NUMBER.get(letters[at : at + 3], UNKNOWN) for at in range(0, len(letters) - 2, 3)]
+
+
+def features(payload: str | Path, sizes: Sizes) -> tuple[dict[str, Tensor], int]:
+    """Return the codons of a sequence, (tokens,), one token each.
+
+    payload: letters, or a FASTA or GenBank file with one record. Raises MediaError.
+    """
+    letters = payload if isinstance(payload, str) and re.fullmatch(r"[ACGTUNacgtun]{3,}", payload) else _read(payload)
+    codons = numbers(letters)
+    if not 1 <= len(codons) <= sizes.most:
+        raise MediaError(f"the DNA has {len(codons)} whole codons; give 1 to {sizes.most}, or a part of it")
+    return {"codons": torch.tensor(codons)}, len(codons)
+
+
+def _read(path: str | Path) -> str:
+    kind = "genbank" if Path(path).suffix in (".gb", ".gbk", ".genbank") else "fasta"
+    try:
+        (record,) = SeqIO.parse(path, kind)
+    except (OSError, ValueError, TypeError) as error:
+        raise MediaError(
+            f"{str(path)!r:.80} is neither DNA letters nor a {kind} file of one record: {error}; give ACGT in frame, "
+            "or such a file"
+        ) from None
+    return str(record.seq)
+
+
+class Encoder(nn.Module):
+    """Codons to tokens: a table and convolutions over five codons; each sequence is encoded by itself."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        width = sizes.hidden_size
+        self.table = nn.Embedding(UNKNOWN + 1, width)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(sizes.blocks))
+        self.convolutions = nn.ModuleList(nn.Conv1d(width, width, 5, padding=2) for _ in range(sizes.blocks))
+
+    def forward(self, items: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+        """items: {"codons": (tokens,)} each -> (tokens, hidden_size) each."""
+        return [self._encode(item["codons"]) for item in items]
+
+    def _encode(self, codons: Tensor) -> Tensor:
+        x = self.table(codons)
+        for norm, convolution in zip(self.norms, self.convolutions, strict=True):
+            x = x + functional.gelu(convolution(norm(x).t()[None])[0].t())
+        return x
+
+
+# ---------------------------------------------------------------------------------------------------------- real genes
+
+PLASTID, PLASMID = "NC_000932.gb", "NC_005816.gb"
+HELD_OUT = ("rbcL", "petA", "atpB", "rps4", "ndhC", "psbD")  # of the plastid: seen by no source, for choosing settings
+LEAST = 30  # codons
+
+
+@dataclass(frozen=True)
+class Gene:
+    """A coding sequence from its start to its stop codon."""
+
+    name: str
+    organism: str
+    letters: str
+
+
+def coding_genes(path: Path) -> list[Gene]:
+    """Return the coding sequences of a GenBank record, those that stand there twice once. Raises DataError."""
+    if not path.exists():
+        raise DataError(f"{path} is missing; `data` must name a folder with genomes/{path.name}")
+    record = SeqIO.read(path, "genbank")
+    found: dict[str, Gene] = {}
+    for feature in record.features:
+        letters = str(feature.extract(record.seq)) if feature.type == "CDS" else ""
+        if len(letters) >= 3 * LEAST and len(letters) % 3 == 0 and set(letters) <= set("ACGT"):
+            name = feature.qualifiers.get("gene", feature.qualifiers.get("locus_tag"))[0]
+            found.setdefault(letters, Gene(name, record.annotations["organism"], letters))
+    return list(found.values())
+
+
+def longest_frame(letters: str) -> str:
+    """Return the longest stretch from ATG to a stop codon, in any of the three frames of this strand."""
+    found = re.findall(r"(?=(ATG(?:...)*?(?:TAA|TAG|TGA)))", letters)
+    return max(found, key=len, default="")
+
+
+@cache
+def training_genes(folder: Path) -> tuple[Gene, ...]:
+    """Return the genes that sources draw from: of the plastid without HELD_OUT, of flies and of mammals."""
+    genes = [gene for gene in coding_genes(folder / "genomes" / PLASTID) if gene.name not in HELD_OUT]
+    seen: set[str] = set()
+    for file, name in (("drosophila.fasta", "Adh"), ("egfr_nucl.fa", "EGFR")):
+        for record in SeqIO.parse(folder / "genomes" / file, "fasta"):
+            species = " ".join(re.findall(r"(Drosophila|D\.|Bos|Homo|Rattus|Sus) ?([a-z]+)", record.description)[0])
+            species = species.replace("D. ", "Drosophila ")
+            letters = longest_frame(str(record.seq))
+            if len(letters) >= 3 * LEAST and f"{name} {species}" not in seen:
+                seen.add(f"{name} {species}")
+                genes.append(Gene(name, species, letters))
+    return tuple(genes)
+
+
+# --------------------------------------------------------------------------------------------------- made-up organisms
+
+# Shares of amino acids in the proteins of UniProtKB/Swiss-Prot (release notes 2023_05), in percent.
+SWISS_PROT = dict(zip("ALGVESIKRDTPNQFYMHCW", (
+    8.25, 9.65, 7.07, 6.86, 6.71, 6.65, 5.91, 5.80, 5.53, 5.46, 5.36, 4.74, 4.06, 3.93, 3.86, 2.92, 2.41, 2.27, 1.38,
+    1.10,
+), strict=True))  # fmt: skip
+
+
+def usage(rng: Rng) -> dict[str, tuple[list[str], np.ndarray]]:
+    """Return the codons of each amino acid and their shares in one made-up organism.
+
+    The organism prefers G and C at the third place, or A and T, as real ones do; other preferences are small.
+    """
+    strong = rng.uniform(0.15, 0.85)
+    made = {}
+    for amino, codons in SYNONYMS.items():
+        weights = np.array([strong if codon[2] in "GC" else 1 - strong for codon in codons])
+        made[amino] = (codons, rng.dirichlet(1 + 8 * weights / weights.mean()) * weights)
+    return {amino: (codons, shares / shares.sum()) for amino, (codons, shares) in made.items()}
+
+
+def made_up(proteins: Sequence[str], rng: Rng, length: int) -> list[str]:
+    """Return codons of a made-up organism: real proteins, changed here and there, or random ones, in its own codons."""
+    own = usage(rng)
+    letters, shares = list(SWISS_PROT), np.array(list(SWISS_PROT.values()))
+    shares = rng.dirichlet(120 * shares / shares.sum())
+    change = rng.choice([0.1, 0.4, 1.0])
+    protein = ""
+    while len(protein) < length:
+        one = str(rng.choice(proteins))
+        keep = rng.random(len(one)) >= change
+        random = rng.choice(letters, size=len(one), p=shares)
+        protein += "M" + "".join(np.where(keep, list(one), random)[1:-1]) + "*"
+    at = int(rng.integers(0, len(protein) - length + 1))
+    return [str(rng.choice(own[amino][0], p=own[amino][1])) for amino in protein[at : at + length]]
+
+
+# --------------------------------------------------------------------------------------------------------------- tasks
+
+CONTINUE = "Continue."
+TRANSLATE, REVERSE, ORGANISM, GENE = "Translate.", "Reverse complement?", "Which organism?", "Which gene?"
+
+
+def spaced(letters: str) -> str:
+    """Return letters with spaces between them: each is then one token of the bundled tokenizer."""
+    return " ".join(letters)
+
+
+def conversation(codons: Sequence[str], question: str, answer: str) -> list[dict[str, Any]]:
+    """Return one question about a sequence with its answer."""
+    parts = [{"type": "dna", "dna": "".join(codons)}, {"type": "text", "text": question}]
+    return [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
+
+
+def triplets(letters: str) -> list[str]:
+    """Return the codons of a sequence in frame."""
+    return [letters[at : at + 3] for at in range(0, len(letters), 3)]
+
+
+def task(kind: str, gene: Gene, rng: Rng) -> list[dict[str, Any]]:
+    """Return a question of a kind about a part of a gene, with its answer."""
+    lengths = {TRANSLATE: (4, 13), REVERSE: (2, 7), ORGANISM: (40, 97), GENE: (40, 97)}[kind]
+    codons = triplets(gene.letters)
+    count = min(int(rng.integers(*lengths)), len(codons))
+    at = int(rng.integers(0, len(codons) - count + 1))
+    part = codons[at : at + count]
+    letters = "".join(part)
+    answers = {
+        TRANSLATE: spaced("".join(AMINO[codon] for codon in part)),
+        REVERSE: spaced(str(Seq(letters).reverse_complement())),
+        ORGANISM: gene.organism,
+        GENE: gene.name,
+    }
+    return conversation(part, kind, answers[kind])
+
+
+def mutated(gene: Gene, rng: Rng, share: float) -> Gene:
+    """Return a gene in which a share of the letters is drawn anew."""
+    letters = np.array(list(gene.letters))
+    change = rng.random(len(letters)) < share
+    letters[change] = rng.choice(list("ACGT"), size=int(change.sum()))
+    return replace(gene, letters="".join(letters))
+
+
+Draw = Callable[[Rng], Any]
+
+
+def codons(context: Any, before: int = 96, after: int = 48, made: float = 0.6) -> Draw:
+    """Source: codons of a stretch of genes as a sequence, the next ones as the answer. made: share made up."""
+    genes = training_genes(context.folder)
+    streams = [triplets(gene.letters) for gene in genes]
+    plastid = [gene.organism == genes[0].organism for gene in genes]
+    proteins = ["".join(AMINO[codon] for codon in stream) for stream in streams]
+
+    def draw(rng: Rng) -> Any:
+        held = int(rng.integers(1, before + 1))
+        if rng.random() < made:
+            stretch = made_up(proteins, rng, held + after)
+        else:
+            own = bool(rng.random() < 0.7)  # the plastid has most of the genes; flies and mammals are seen too
+            chosen = [stream for stream, one in zip(streams, plastid, strict=True) if one == own]
+            stretch = []
+            while len(stretch) < held + after:
+                stretch += chosen[int(rng.integers(len(chosen)))]
+            at = int(rng.integers(0, len(stretch) - held - after + 1))
+            stretch = stretch[at : at + held + after]
+        answer = spaced("".join(stretch[held:]))
+        return context.processor.row(conversation(stretch[:held], CONTINUE, answer), answer=False)
+
+    return draw
+
+
+def tasks(context: Any) -> Draw:
+    """Source: what a part of a gene codes for, its other strand, its organism, its name."""
+    genes = training_genes(context.folder)
+    kinds, weights = (TRANSLATE, REVERSE, ORGANISM, GENE), (0.35, 0.35, 0.15, 0.15)
+
+    def draw(rng: Rng) -> Any:
+        kind = str(rng.choice(kinds, p=weights))
+        gene = genes[int(rng.integers(len(genes)))]
+        gene = mutated(gene, rng, 0.03 if kind in (ORGANISM, GENE) else rng.choice([0.0, 0.5]))
+        return context.processor.row(task(kind, gene, rng), answer=False)
+
+    return draw
+
+
+# -------------------------------------------------------------------------------------------------------------- scoring
+
+
+@torch.inference_mode()
+def codon_logs(assistant: Assistant, stretches: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[Tensor]:
+    """Return log2 of the probability of each codon, (codons,) per pair of a sequence and the codons that follow it.
+
+    The model answers CONTINUE letter by letter. At each letter its probabilities of A, C, G and T are divided by their
+    sum, and a codon has the product of its three: these sum to 1 over the 64 codons, and uniform scores -6. Codons of
+    the pair before the one that is scored stand in the answer, as if the model had written them.
+    """
+    tokenizer = assistant.processor.tokenizer
+    first = torch.tensor([tokenizer.encode(letter) for letter in "ACGT"])
+    later = torch.tensor([tokenizer.encode(f"A {letter}")[1:] for letter in "ACGT"])
+    if first.shape != (4, 1) or later.shape != (4, 1):
+        raise DataError(
+            "this tokenizer does not write a spaced letter as one token; codons cannot be scored letterwise"
+        )
+    made = [
+        assistant.processor.row(conversation(given, CONTINUE, spaced("".join(asked))), answer=False)
+        for given, asked in stretches
+    ]
+    batch = assistant.processor.collate(made)
+    logits = assistant.model(batch.to(assistant.device)).float().cpu()
+    found = []
+    for number, (_, asked) in enumerate(stretches):
+        letters = torch.tensor(["ACGT".index(letter) for letter in "".join(asked)])
+        start = int((batch.labels[number] != IGNORED).nonzero()[0])
+        own = logits[number, start - 1 : start - 1 + len(letters)]
+        four = torch.cat((own[:1, first[:, 0]], own[1:, later[:, 0]]))
+        logs = four.log_softmax(-1).gather(1, letters[:, None]) / np.log(2)
+        found.append(logs.view(-1, 3).sum(1))
+    return found
+
+
+MODALITY = Modality(
+    name="dna",
+    config=Sizes,
+    features=features,
+    adapter=LoraConfig(r=16, lora_alpha=32),
+    sources={"codons": codons, "tasks": tasks},
+)

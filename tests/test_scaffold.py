@@ -1,0 +1,167 @@
+"""`adapter new`: the package works as it stands, and a time series becomes a modality by changing it alone."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import modalora
+from modalora import modality
+from modalora.assistant import question_messages
+from modalora.cli.main import main
+from modalora.errors import CheckpointError, ConfigError
+from modalora.scaffold import new_package
+
+Run = Callable[..., tuple[int, str, str]]
+
+# What a user changes to read the motion of a wrist, two channels of acceleration, as CSV files: old -> new.
+CHANGES = {
+    "    patch: int = 4  # numbers in one token": "    patch: int = 4  # moments in one token, of two channels each",
+    "        values = torch.as_tensor(np.asarray(payload, dtype=np.float32))": (
+        "        values = torch.as_tensor(np.asarray(payload, dtype=np.float32)).view(-1, 2)"
+    ),
+    "    if values.ndim != 1 or not 1": "    if not 1",
+    "    values = functional.pad(values, (0, -len(values) % sizes.patch))": (
+        "    values = functional.pad(values, (0, 0, 0, -len(values) % sizes.patch))"
+    ),
+    "    patches = values.view(-1, sizes.patch)": "    patches = values.reshape(-1, 2 * sizes.patch)",
+    "nn.Linear(sizes.patch, width)": "nn.Linear(2 * sizes.patch, width)",
+    'KINDS = ("rising", "falling", "wave", "noise")': 'KINDS = ("left circle", "right circle", "shake", "rest")',
+    'QUESTION = "What does the series show?"': 'QUESTION = "How does the hand move?"',
+    "    slope = rng.uniform(0.5, 2.0)": "    turn = 2 * np.pi * (rng.uniform(1.5, 3.0) * time + rng.random())",
+    '        "rising": slope * (time - 0.5),': '        "left circle": np.stack((np.cos(turn), np.sin(turn)), 1),',
+    '        "falling": slope * (0.5 - time),': '        "right circle": np.stack((np.cos(turn), -np.sin(turn)), 1),',
+    '        "wave": slope / 2 * np.sin(2 * np.pi * (rng.uniform(2, 5) * time + rng.random())),': (
+        '        "shake": np.stack((np.cos(turn), np.cos(turn)), 1),'
+    ),
+    '        "noise": 0.4 * rng.standard_normal(len(time)),': '        "rest": np.zeros((len(time), 2)),',
+    "0.05 * rng.standard_normal(len(time))": "0.05 * rng.standard_normal((len(time), 2))",
+}
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every test leaves no modality behind."""
+    monkeypatch.setattr(modality, "_given", {})
+    return
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in this process; return exit code, stdout and stderr."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["modalora", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    return call
+
+
+def install(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Do what `pip install -e` would: put the folder on the path, with the metadata of its pyproject."""
+    import tomllib
+
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    info = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    points = project["entry-points"]["modalora.modalities"]
+    lines = [f"{key} = {value}" for key, value in points.items()]
+    (info / "entry_points.txt").write_text("\n".join(["[modalora.modalities]", *lines]))
+    monkeypatch.syspath_prepend(str(folder))
+    return importlib.import_module(f"modalora_{name}")
+
+
+def test_the_package_passes_its_own_tests_as_it_stands(tmp_path: Path) -> None:
+    files = new_package("wave_form", tmp_path / "package")
+    assert files == ["modalora_wave_form.py", "pyproject.toml", "recipe.yaml", "test_wave_form.py", "README.md"]
+    for name in files:
+        assert "$" not in (tmp_path / "package" / name).read_text()
+    source = str(Path(modalora.__file__).parents[1])
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", "."]
+    environment = {"PYTHONPATH": f"{source}:{tmp_path / 'package'}", "PATH": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path / "package", env=environment, capture_output=True, text=True)
+    assert "5 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_time_series_becomes_a_modality_by_changing_the_scaffold_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    folder = tmp_path / "modalora-motion"
+    assert run("adapter", "new", "--modality", "motion", "--out", str(folder))[0] == 0
+    module = folder / "modalora_motion.py"
+    written = module.read_text()
+    changed = written
+    for old, new in CHANGES.items():
+        assert changed.count(old) == 1, old
+        changed = changed.replace(old, new)
+    module.write_text(changed)
+    edited = [line for line in difflib.ndiff(written.splitlines(), changed.splitlines()) if line.startswith("+ ")]
+    assert len(edited) <= 150
+    own = install(folder, "motion", monkeypatch)
+
+    monkeypatch.chdir(tmp_path)
+    short = ["steps=60", "rows=8", "threads=1", "optim.warmup_steps=5", "log_every=60"]
+    code, out, err = run("train", str(folder / "recipe.yaml"), *short)
+    assert (code, "wrote runs/motion/model" in out) == (0, True), err
+
+    rng = np.random.default_rng(99)  # series that no training row held
+    cases = [(kind, own.make(kind, rng)) for kind in own.KINDS for _ in range(8)]
+    asked = [question_messages(own.QUESTION, media={"motion": series}) for _, series in cases]
+    model = modalora.load("runs/motion/model")
+    answers = [answer.text for answer in model.ask_many(asked, max_tokens=8)]
+    right = sum(answer == kind for answer, (kind, _) in zip(answers, cases, strict=True))
+    assert right >= 28, answers  # of 32; guessing gives 8
+
+    # the adapter's folder alone, on the bundled model, says the same and leaves text to the bit
+    nano = modalora.load("nano")
+    text = nano.logits("The old man went home.")
+    assert nano.load_adapter("runs/motion/adapters/motion", "motion").modules == ("motion",)
+    assert torch.equal(nano.logits("The old man went home."), text)
+    assert [answer.text for answer in nano.ask_many(asked[:8], max_tokens=8)] == answers[:8]
+
+    # every verb takes it
+    Path("wrist.csv").write_text("\n".join(f"{x:.4f},{y:.4f}" for x, y in cases[0][1]))
+    media = ["--media", "motion=wrist.csv"]
+    adapter = ["--adapter", "motion=runs/motion/adapters/motion"]
+    assert run("ask", "runs/motion/model", own.QUESTION, *media)[1].strip() == answers[0]
+    assert run("ask", "nano", own.QUESTION, *media, *adapter)[1].strip() == answers[0]
+    record = json.loads(run("route", "explain", "nano", own.QUESTION, *media, *adapter, "--json")[1])
+    assert (record["adapter"], record["projectors"], record["official"]) == ("motion", {"motion": "motion"}, None)
+    verified = json.loads(run("adapter", "verify", "nano", "runs/motion/adapters/motion", "--json")[1])
+    assert (verified["text_bits_changed"], verified["modules"], verified["matched"]) == (0, ["motion"], True)
+    lines = iter(["/motion wrist.csv", own.QUESTION, "/exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    assert answers[0] in run("chat", "runs/motion/model")[1]
+    code, _, err = run("ask", "nano", "?", "--media", "motion")
+    assert (code, "--media 'motion' must be NAME=FILE, such as dna=gene.fasta" in err) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["image", "Motion", "text", "a-b"])
+def test_a_name_that_is_taken_or_none_writes_nothing(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="is shipped with modalora|cannot name a modality"):
+        new_package(name, tmp_path / "package")
+    assert not (tmp_path / "package").exists()
+
+
+def test_a_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "package").mkdir()
+    with pytest.raises(CheckpointError, match="exists; give a new folder"):
+        new_package("motion", tmp_path / "package")
+    assert not list((tmp_path / "package").iterdir())
