@@ -164,6 +164,22 @@ class Batch:
         )
 
 
+class Batches(Protocol):
+    """Where training takes its batches from."""
+
+    def take(self) -> list[Batch]:
+        """Return this process's micro-batches of the next step; none when the data have ended."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Return what `restore` needs to go on behind the last step taken, as JSON holds it."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on behind the step that a state was taken at."""
+        ...
+
+
 def subsampled(frames: int, rate: int = 8) -> int:
     """Return the encoder frames that log-mel frames become; each is one token of sound.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from modalora.contracts import IGNORED, Batch, Media, Message, Route, Rule, subsampled
 from modalora.errors import PromptError
-from modalora.processing.audio import AudioConfig, log_mel, open_audio
+from modalora.processing.audio import AudioConfig, count_frames, log_mel, open_audio
 from modalora.processing.chat import FORMATS, ChatFormat, Piece, as_text, render, render_raw
-from modalora.processing.image import ImageConfig, image_features, open_image
+from modalora.processing.image import ImageConfig, count_image_tokens, image_features, open_image
 from modalora.processing.tokenizer import PLACEHOLDERS, TextTokenizer
 
 Compat = Literal["official"] | None
@@ -72,10 +72,32 @@ class Processor:
         """Return a prompt that is already in the model's format, control tokens and all, as tokens."""
         return self._row(render_raw(prompt, media, self.tokenizer.controls))
 
+    def measure(self, messages: Sequence[Message], *, answer: bool = True) -> int:
+        """Return how many tokens a conversation has, beyond the window or not, reading only the headers of its media.
+
+        Raises PromptError, and MediaError for what a header tells.
+        """
+        total = 0
+        for piece, after, before in _between(render(messages, answer=answer, chat=self.chat)):
+            if piece.kind in PLACEHOLDERS:
+                total += self._media_tokens(piece.kind, piece.value)
+            elif piece.kind == "text":
+                total += len(self.tokenizer.encode(piece.value, after=after, before=before))
+            else:
+                self.tokenizer.control(piece.value)  # raises where there is none
+                total += 1
+        return total
+
+    def _media_tokens(self, modality: str, payload: Any) -> int:
+        if modality == "image" and self.image is not None:
+            return count_image_tokens(payload, self.image)
+        if modality == "audio" and self.audio is not None:
+            return subsampled(count_frames(payload, self.audio))
+        return self._features(modality, payload)[1]  # says what the model lacks
+
     def _row(self, pieces: Sequence[Piece]) -> Row:
         row = Row()
-        names = [PLACEHOLDERS.get(piece.kind, piece.value if piece.kind == "control" else None) for piece in pieces]
-        for piece, after, before in zip(pieces, [None, *names[:-1]], [*names[1:], None], strict=True):
+        for piece, after, before in _between(pieces):
             if piece.kind in PLACEHOLDERS:
                 features, tokens = self._features(piece.kind, piece.value)
                 row.media.append((piece.kind, features, len(row.ids), tokens))
@@ -135,6 +157,12 @@ class Processor:
             texts=tuple(row.text for row in rows),
             samples=tuple(row.sample for row in rows),
         )
+
+
+def _between(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, str | None, str | None]]:
+    """Yield every piece with the control tokens before and behind it, None where there is none."""
+    names = [PLACEHOLDERS.get(piece.kind, piece.value if piece.kind == "control" else None) for piece in pieces]
+    yield from zip(pieces, [None, *names[:-1]], [*names[1:], None], strict=True)
 
 
 def _modalities(rows: Sequence[Row]) -> set[str]:

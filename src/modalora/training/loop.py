@@ -20,7 +20,7 @@ from torch import nn
 
 from modalora.checkpoint.resume import load_state, save_state
 from modalora.config import RunConfig, dump
-from modalora.contracts import IGNORED, Batch
+from modalora.contracts import IGNORED, Batch, Batches
 from modalora.errors import ConfigError, TrainingError
 from modalora.models.multimodal import Multimodal
 from modalora.training.objectives import OBJECTIVES, Losses
@@ -37,12 +37,12 @@ class Interrupted(KeyboardInterrupt):
 def train(
     run: RunConfig,
     model: Multimodal,
-    batches: Callable[[int], list[Batch]],
+    batches: Batches,
     report: Callable[[Metrics], None] = lambda metrics: None,
 ) -> Metrics:
     """Train the parts that `run` names and return the last metrics; the model is changed in place.
 
-    batches: step -> the micro-batches of that step. report: called with the metrics of every logged step.
+    batches: the micro-batches of each step in turn. report: called with the metrics of every logged step.
     Resumes from run.output/resume when it holds a state. Raises TrainingError when the loss is not finite,
     Interrupted when stopped by SIGINT or SIGTERM; both leave a state that training can go on from.
     """
@@ -55,7 +55,7 @@ def train(
     trained = freeze(model, run.train)
     trained |= {f"objective.{name}": parameter for name, parameter in objective.named_parameters()}
     optimizer = Optimizer(trained, run.optim, run.steps)
-    first = _resume(run, folder, trained, optimizer)
+    first = _resume(run, folder, trained, optimizer, batches)
     (folder / "run.yaml").write_text(dump(run), encoding="utf-8")
     model.train()
     metrics: Metrics = {}
@@ -64,7 +64,9 @@ def train(
         recent: dict[str, list[float]] = defaultdict(list)  # since the last logged step: one step's loss says little
         for step in range(first, run.steps):
             torch.manual_seed(hash((run.seed, step)) & 0x7FFFFFFF)  # dropout
-            micro = batches(step)
+            micro = batches.take()
+            if not micro:  # the data have ended before the steps have
+                break
             for name, value in _step(run, model, objective, trained, optimizer, micro, step).items():
                 recent[name].append(value)
             seen += sum(int(batch.lengths.sum()) for batch in micro)
@@ -86,7 +88,8 @@ def train(
                 recent.clear()
             if done % run.save_every == 0 or done == run.steps or stop():
                 state = {name: parameter.detach() for name, parameter in trained.items()} | optimizer.state()
-                save_state(folder, done, state, {"run": run.model_dump(mode="json")}, run.keep)
+                fields = {"run": run.model_dump(mode="json"), "data": batches.state()}
+                save_state(folder, done, state, fields, run.keep)
             if stop() and done < run.steps:
                 raise Interrupted(f"stopped after step {done}; the same command goes on from there")
     plot_losses(folder / "metrics.jsonl", folder / "loss.png")
@@ -139,12 +142,14 @@ def _targets(batch: Batch) -> int:
     return 0 if batch.labels is None else int((batch.labels[:, 1:] != IGNORED).sum())
 
 
-def _resume(run: RunConfig, folder: Path, trained: dict[str, nn.Parameter], optimizer: Optimizer) -> int:
+def _resume(
+    run: RunConfig, folder: Path, trained: dict[str, nn.Parameter], optimizer: Optimizer, batches: Batches
+) -> int:
     found = load_state(folder)
     if found is None:
         return 0
     tensors, fields = found
-    free = {"steps", "log_every", "save_every", "keep", "threads", "device", "output", "cache", "data"}
+    free = set("steps log_every save_every keep threads workers quarantine_most device output cache data".split())
     before, now = fields["run"], run.model_dump(mode="json")
     changed = sorted(key for key in now if key not in free and before.get(key) != now[key])
     if changed:
@@ -155,6 +160,7 @@ def _resume(run: RunConfig, folder: Path, trained: dict[str, nn.Parameter], opti
         for name, parameter in trained.items():
             parameter.copy_(tensors[name])
     optimizer.load(tensors)
+    batches.restore(fields["data"])
     return int(fields["step"])
 
 

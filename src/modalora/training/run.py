@@ -12,8 +12,10 @@ import torch
 from modalora.assistant import find_model, make_processor
 from modalora.checkpoint.store import load_model, save_model
 from modalora.config import RunConfig
-from modalora.contracts import Batch
-from modalora.data.mixture import Context, Mixture
+from modalora.contracts import Batches
+from modalora.data.mixture import Mixture
+from modalora.data.quarantine import Quarantine
+from modalora.data.sources import Context
 from modalora.data.text import tokenizer_corpus
 from modalora.errors import CheckpointError, ConfigError
 from modalora.models.multimodal import Multimodal, part_of
@@ -43,14 +45,26 @@ def run_recipe(run: RunConfig, report: Callable[[Metrics], None] = lambda metric
     _take_parts(model, run.take)
     processor = make_processor(model.config, tokenizer)
     context = Context(folder=data, cache=cache, processor=processor, window=run.window)
-    batches = Mixture(context, run.mixture, rows=run.rows, accumulate=run.accumulate, seed=run.seed)
     if "audio.encoder" in run.train:
-        _set_mel_statistics(model, batches)
+        _set_mel_statistics(model, make_mixture(run, context))
     for modality in run.whiten:
-        _whiten_projectors(model, modality, run.train, batches)
-    metrics = train(run, model.to(run.device), batches, report)
+        _whiten_projectors(model, modality, run.train, make_mixture(run, context))
+    quarantine = Quarantine(Path(run.output) / "quarantine.jsonl", run.quarantine_most)
+    batches = make_mixture(run, context, workers=run.workers, quarantine=quarantine)
+    try:
+        metrics = train(run, model.to(run.device), batches, report)
+    finally:
+        batches.close()
     save_model(model, tokenizer, target, int8=run.int8, notes={"trained": run.model_dump(mode="json"), "last": metrics})
     return target
+
+
+def make_mixture(run: RunConfig, context: Context, workers: int = 0, quarantine: Quarantine | None = None) -> Mixture:
+    """Return the data of a run, from its first step on."""
+    return Mixture(
+        context, run.mixture, rows=run.rows, tokens=run.tokens, accumulate=run.accumulate, seed=run.seed,
+        steps=run.steps, workers=workers, quarantine=quarantine,
+    )  # fmt: skip
 
 
 def _fresh_tokenizer(data: Path, cache: Path, vocab_size: int) -> TextTokenizer:
@@ -79,7 +93,7 @@ def _take_parts(model: Multimodal, take: dict[str, str]) -> None:
                 tensors[name].copy_(given[name])
 
 
-def _set_mel_statistics(model: Multimodal, batches: Callable[[int], list[Batch]], steps: int = 20) -> None:
+def _set_mel_statistics(model: Multimodal, batches: Batches, steps: int = 20) -> None:
     """Give a fresh sound encoder the mean and inverse deviation of each mel channel, from the first batches with
     sound."""
     if "audio" not in model.encoders:
@@ -88,9 +102,7 @@ def _set_mel_statistics(model: Multimodal, batches: Callable[[int], list[Batch]]
     assert isinstance(encoder, SpeechEncoder)
     if not torch.equal(encoder.global_mean, torch.zeros_like(encoder.global_mean)):
         return
-    media = [
-        item for step in range(steps) for batch in batches(step) for item in batch.media if item.modality == "audio"
-    ]
+    media = [item for _ in range(steps) for batch in batches.take() for item in batch.media if item.modality == "audio"]
     if media:
         mel = torch.cat([item.features["mel"] for item in media])
         encoder.global_mean.copy_(mel.mean(0))
@@ -99,7 +111,7 @@ def _set_mel_statistics(model: Multimodal, batches: Callable[[int], list[Batch]]
 
 @torch.no_grad()
 def _whiten_projectors(
-    model: Multimodal, modality: str, patterns: Sequence[str], batches: Callable[[int], list[Batch]], steps: int = 8
+    model: Multimodal, modality: str, patterns: Sequence[str], batches: Batches, steps: int = 8
 ) -> None:
     """Let the trained projectors of a modality start on features of mean 0 and deviation 1, at the scale of embeddings.
 
@@ -109,7 +121,7 @@ def _whiten_projectors(
     if modality not in model.encoders:
         raise ConfigError(f"whiten: this model has no {modality!r} encoder; it has {', '.join(model.encoders)}")
     media = [
-        item for step in range(steps) for batch in batches(step) for item in batch.media if item.modality == modality
+        item for _ in range(steps) for batch in batches.take() for item in batch.media if item.modality == modality
     ]
     features = torch.cat(model.encoders[modality]([dict(item.features) for item in media]))
     mean, deviation = features.mean(0), features.std(0).clamp(min=1e-3)
