@@ -87,7 +87,7 @@ class RunConfig(Settings):
     tokens: int = Field(0, ge=0)  # instead of rows: the budget that rows of a micro-batch fill together
     accumulate: int = Field(1, ge=1)  # micro-batches per step, over all processes
     workers: int = Field(0, ge=0)  # processes that prepare rows ahead
-    quarantine_most: float = Field(0.01, ge=0, le=1)  # share of bad rows that stops the run
+    quarantine_most: float = Field(0.01, ge=0, lt=1)  # share of bad rows that stops the run
     window: int = Field(256, ge=8)  # tokens of a plain text window
     steps: int = Field(ge=1)
     precision: Literal["bf16", "fp32"] = "bf16"

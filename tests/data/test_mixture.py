@@ -377,7 +377,7 @@ def test_every_row_stands_once_in_a_shuffled_epoch(rows: int, seed: int, epoch: 
 
 
 def test_a_shuffle_sends_a_row_everywhere_alike() -> None:
-    rows, seeds = 10, 4000
+    rows, seeds = 10, 1500
     places = np.array([[shuffled(place, rows, (seed, 1)) for place in range(rows)] for seed in range(seeds)])
     counts = np.stack([np.bincount(places[:, place], minlength=rows) for place in range(rows)])
     expected = seeds / rows

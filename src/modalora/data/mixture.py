@@ -170,10 +170,7 @@ class Mixture:
         planned = self._next()
         step = self._taken.step + 1
         for bad in planned.bad:
-            if self.rank == 0:
-                self._put_aside(bad, step, planned.position.drawn)
-            else:
-                self.quarantine.count += 1
+            self._put_aside(bad, step, planned.position.drawn, written=self.rank == 0)
         batches: list[Batch] = []
         for micro in planned.micro:
             rows: list[Row] = []
@@ -282,9 +279,9 @@ class Mixture:
         return made
 
     def _draw(self, count: int, bad: list[Bad]) -> list[Name]:
-        """Return the next good rows, fewer only when every source has ended; their lengths are known then."""
+        """Return the next good rows, fewer when every source has ended or too many rows are bad; they are measured."""
         good: list[Name] = []
-        while len(good) < count:
+        while len(good) < count and not self.quarantine.is_too_much(len(bad), self._position.drawn):
             names: list[Name] = []
             while len(names) < count - len(good) and (name := self._draw_name()) is not None:
                 names.append(name)
@@ -345,8 +342,8 @@ class Mixture:
         """Return a row that trains nothing, for a micro-batch whose rows all turned out bad."""
         return Row(ids=[self.processor.tokenizer.control(END_OF_TEXT)], labels=[IGNORED])
 
-    def _put_aside(self, bad: Bad, step: int, drawn: int) -> None:
-        self.quarantine.add(bad, step)
+    def _put_aside(self, bad: Bad, step: int, drawn: int, written: bool = True) -> None:
+        self.quarantine.add(bad, step, written)
         self.quarantine.check(drawn, bad)
 
 

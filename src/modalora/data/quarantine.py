@@ -20,23 +20,27 @@ class Quarantine:
         """path: a file of JSON lines, appended to. most: share of all rows that may be bad."""
         self.path, self.most, self.count = path, most, 0
 
-    def add(self, bad: Bad, step: int) -> None:
-        """Write a bad row of a step down."""
+    def add(self, bad: Bad, step: int, written: bool = True) -> None:
+        """Count a bad row of a step and write it down, unless another process does."""
         self.count += 1
-        if self.path is not None:
+        if written and self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **asdict(bad)}, ensure_ascii=True) + "\n")
 
     def check(self, rows: int, last: Bad) -> None:
         """Raise TrainingError when the bad rows are more than their share of the rows drawn so far."""
-        if self.count > self.most * max(rows, LEAST):
+        if self.is_too_much(self.count, rows):
             raise TrainingError(
                 f"{self.count} of {rows} rows are bad, more than quarantine_most={self.most:g} of them (counted over "
                 f"at least {LEAST} rows); the last: {last.sample}"
                 f"{f' ({last.file}:{last.line})' if last.file else ''}: {last.reason}. "
                 f"See {self.path or 'them with `modalora data check`'}, or raise quarantine_most"
             )
+
+    def is_too_much(self, count: int, rows: int) -> bool:
+        """Tell whether so many bad ones of all rows drawn stop a run."""
+        return count > self.most * max(rows, LEAST)
 
     def rewind(self, step: int, count: int) -> None:
         """Go back to the state behind a step: what later steps wrote down is written again when they come again."""

@@ -267,12 +267,20 @@ def count_image_tokens(source: str | Path | bytes | Image.Image, config: ImageCo
             image = open_image(source, config)
         width, height = image.size
         try:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            turned = not _is_upright_png(image) and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
         except Exception as error:  # decoders fail in many ways on damaged data
             raise MediaError(f"{name} has damaged metadata ({error}); export it again") from error
     size = (height, width) if turned else (width, height)
     _, _, (columns, rows) = _layout(size, config)
     return image_tokens(rows, columns, config.side)
+
+
+def _is_upright_png(image: Image.Image) -> bool:
+    """Tell whether a PNG has no place for an orientation: to look for one, Pillow would decode it whole."""
+    if image.format != "PNG" or not isinstance(image.fp, io.BytesIO):
+        return False
+    data = image.fp.getvalue()
+    return not any(mark in data for mark in (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type"))
 
 
 def image_features(image: Image.Image, config: ImageConfig) -> tuple[dict[str, Tensor], int]:
