@@ -81,12 +81,12 @@ def open_records(path: Path, cache: Path, split: str | None = None) -> Records:
         name = name.removesuffix(".gz").replace(".tgz", ".tar")
         plain = cached(path, cache, "." + name.rpartition(".")[2], gunzip)
     if name.endswith((".jsonl", ".ndjson")) or (name.endswith(".json") and _first_byte(plain) != b"["):
-        return Lines(path, plain, cached(plain, cache, ".lines.npy", index_lines))
+        return Lines(path, plain, cached(path, cache, ".lines.npy", index_lines, plain))
     if name.endswith(".json"):
-        return Lines(path, plain, cached(plain, cache, ".array.npy", index_array))
+        return Lines(path, plain, cached(path, cache, ".array.npy", index_array, plain))
     if name.endswith(".tar"):
-        members = cached(plain, cache, ".members.jsonl", index_tar)
-        return Tar(path, plain, Lines(path, members, cached(members, cache, ".lines.npy", index_lines)))
+        members = cached(path, cache, ".members.jsonl", index_tar, plain)
+        return Tar(path, plain, Lines(path, members, cached(path, cache, ".members.npy", index_lines, members)))
     if name.endswith(".parquet"):
         return Rows(path, cached(path, cache, ".arrow", unpack_parquet))
     raise DataError(
@@ -94,8 +94,11 @@ def open_records(path: Path, cache: Path, split: str | None = None) -> Records:
     )
 
 
-def cached(path: Path, cache: Path, ending: str, make: Callable[[Path, Path], None]) -> Path:
-    """Return the file that `make(path, draft)` writes, from the cache where it was made for this state of `path`."""
+def cached(path: Path, cache: Path, ending: str, make: Callable[[Path, Path], None], plain: Path | None = None) -> Path:
+    """Return the file that `make(plain or path, draft)` writes, from the cache where it holds it for this `path`.
+
+    plain: an unpacked copy of path. Raises DataError when path is written to meanwhile.
+    """
     before = path.stat()
     stem = f"{path.name[:40]}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
     target = cache / "files" / f"{stem}-{before.st_size}-{before.st_mtime_ns}{ending}"
@@ -104,7 +107,7 @@ def cached(path: Path, cache: Path, ending: str, make: Callable[[Path, Path], No
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.stem}.{os.getpid()}.draft{target.suffix}")
     try:
-        make(path, draft)
+        make(plain or path, draft)
         after = path.stat()
         if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
             raise DataError(f"{path} was written to while it was indexed; try again when it is complete")

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
+from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 from torch.nn import functional
 
@@ -277,7 +278,7 @@ def count_image_tokens(source: str | Path | bytes | Image.Image, config: ImageCo
 
 def _is_upright_png(image: Image.Image) -> bool:
     """Tell whether a PNG has no place for an orientation: to look for one, Pillow would decode it whole."""
-    if image.format != "PNG" or not isinstance(image.fp, io.BytesIO):
+    if not isinstance(image, PngImageFile) or not isinstance(image.fp, io.BytesIO):
         return False
     data = image.fp.getvalue()
     return not any(mark in data for mark in (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type"))
