@@ -1,7 +1,7 @@
 """How well does nano with the DNA adapter predict the codons of genes that no training row held, and do the DNA tasks?
 
     modalora train examples/dna/recipe.yaml data=../shared/data            # about half an hour of one core
-    python benchmarks/dna.py --adapter runs/dna/adapters/dna --data ../shared/data
+    python benchmarks/dna.py --adapter runs/dna/dna-lora --data ../shared/data
 
 Held out wholly: the plasmid NC_005816 (Yersinia pestis), 10 genes. Scored is every codon of a gene but the first, from
 the codons before it: up to 96 as DNA, of its gene and of the gene that stands before, and those of its block of 48 as
@@ -90,7 +90,7 @@ def accuracy(assistant: modalora.Assistant, cases: Sequence[list[dict]], rows: i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--adapter", type=Path, default=Path("runs/dna/adapters/dna"))
+    parser.add_argument("--adapter", type=Path, default=Path("runs/dna/dna-lora"))
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--cases", type=int, default=100, help="questions of each task")
     parser.add_argument("--seed", type=int, default=0)

@@ -132,19 +132,19 @@ def test_a_time_series_becomes_a_modality_by_changing_the_scaffold_alone(
     # the adapter's folder alone, on the bundled model, says the same and leaves text to the bit
     nano = modalora.load("nano")
     text = nano.logits("The old man went home.")
-    assert nano.load_adapter("runs/motion/adapters/motion", "motion").modules == ("motion",)
+    assert nano.load_adapter("runs/motion/motion-lora", "motion").modules == ("motion",)
     assert torch.equal(nano.logits("The old man went home."), text)
     assert [answer.text for answer in nano.ask_many(asked[:8], max_tokens=8)] == answers[:8]
 
     # every verb takes it
     Path("wrist.csv").write_text("\n".join(f"{x:.4f},{y:.4f}" for x, y in cases[0][1]))
     media = ["--media", "motion=wrist.csv"]
-    adapter = ["--adapter", "motion=runs/motion/adapters/motion"]
+    adapter = ["--adapter", "motion=runs/motion/motion-lora"]
     assert run("ask", "runs/motion/model", own.QUESTION, *media)[1].strip() == answers[0]
     assert run("ask", "nano", own.QUESTION, *media, *adapter)[1].strip() == answers[0]
     record = json.loads(run("route", "explain", "nano", own.QUESTION, *media, *adapter, "--json")[1])
     assert (record["adapter"], record["projectors"], record["official"]) == ("motion", {"motion": "motion"}, None)
-    verified = json.loads(run("adapter", "verify", "nano", "runs/motion/adapters/motion", "--json")[1])
+    verified = json.loads(run("adapter", "verify", "nano", "runs/motion/motion-lora", "--json")[1])
     assert (verified["text_bits_changed"], verified["modules"], verified["matched"]) == (0, ["motion"], True)
     lines = iter(["/motion wrist.csv", own.QUESTION, "/exit"])
     monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from math import inf
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from modalora.errors import ConfigError
 
@@ -62,12 +63,37 @@ class OptimConfig(Settings):
 
 
 class SourceConfig(Settings):
-    """One source of a mixture."""
+    """One source of a mixture.
+
+    weight: its share of the rows against the others' weights. Several phases of a run: {0: 3, 0.8: 1} is weight 3 from
+    the start and 1 from 80 % of the steps on. epochs: how often a source that ends is read; None: as long as the run.
+    name: what its rows are called in reports; by default the source.
+    """
 
     source: str
-    weight: float = Field(1.0, gt=0)
+    name: str = Field("", pattern=r"^[\w.-]*$")
+    weight: float | dict[float, float] = 1.0
+    epochs: int | None = Field(None, ge=1)
     route: str | None = None  # of its rows: "none" or an adapter, such as a language's; None: by their media
     options: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("weight")
+    @classmethod
+    def _check_weight(cls, weight: float | dict[float, float]) -> float | dict[float, float]:
+        if isinstance(weight, dict):
+            if 0 not in weight or not all(0 <= share < 1 for share in weight):
+                raise ValueError("phases are shares of the run, the first 0 and all below 1, such as {0: 3, 0.8: 1}")
+            if not all(0 <= value < inf for value in weight.values()) or not any(weight.values()):
+                raise ValueError("the weights of phases must be 0 or more, and one of them above 0")
+        elif not 0 < weight < inf:
+            raise ValueError("it must be greater than 0")
+        return weight
+
+    def weight_at(self, share: float) -> float:
+        """Return the weight at a share of the run, 0 to 1."""
+        if not isinstance(self.weight, dict):
+            return self.weight
+        return self.weight[max(start for start in self.weight if start <= share)]
 
 
 class RunConfig(Settings):
@@ -90,7 +116,10 @@ class RunConfig(Settings):
     )  # modalities whose fresh projectors start from their features' statistics
     objective: Literal["next_token", "ctc", "cells"] = "next_token"
     rows: int = Field(16, ge=1)  # conversations or windows per micro-batch
-    accumulate: int = Field(1, ge=1)  # micro-batches per step
+    tokens: int = Field(0, ge=0)  # instead of rows: the budget that rows of a micro-batch fill together
+    accumulate: int = Field(1, ge=1)  # micro-batches per step, over all processes
+    workers: int = Field(0, ge=0)  # processes that prepare rows ahead
+    quarantine_most: float = Field(0.01, ge=0, lt=1)  # share of bad rows that stops the run
     window: int = Field(256, ge=8)  # tokens of a plain text window
     steps: int = Field(ge=1)
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -113,7 +142,13 @@ class RunConfig(Settings):
     @property
     def step_tokens(self) -> int:
         """Tokens of a step, over all processes: the budget, or whole text windows."""
-        return self.accumulate * self.rows * self.window
+        return self.accumulate * (self.tokens or self.rows * self.window)
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> RunConfig:
+        if self.tokens and self.rows != RunConfig.model_fields["rows"].default:
+            raise ValueError(f"rows={self.rows} and tokens={self.tokens} both set the micro-batch; leave one out")
+        return self
 
     @model_validator(mode="after")
     def _fit_rate(self) -> RunConfig:

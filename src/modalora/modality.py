@@ -26,8 +26,8 @@ from modalora.models.router import ROUTES
 from modalora.models.speech import SpeechConfig
 from modalora.models.vision import VisionConfig
 from modalora.nn.lora import LoraConfig
-from modalora.processing.audio import AudioConfig, read_audio
-from modalora.processing.image import ImageConfig, read_image
+from modalora.processing.audio import AudioConfig, count_audio_tokens, read_audio
+from modalora.processing.image import ImageConfig, count_image_tokens, read_image
 from modalora.processing.processor import Medium
 from modalora.processing.tokenizer import PLACEHOLDERS, TextTokenizer
 
@@ -44,6 +44,7 @@ class Modality:
     config: the dataclass of its sizes, which names the projectors and builds the encoder (models/multimodal.py:
     EncoderConfig).
     features: (payload, settings) -> named tensors for the encoder, and the number of tokens that they become.
+    count: (payload, settings) -> the number of tokens, where it can be told without the features.
     settings: what `features` takes, made from the sizes; unless told otherwise the sizes themselves.
     adapter: size of its LoRA adapter. routes: what rows use, by all the modalities that they hold; unless told
     otherwise {name}: the adapter `name` and the first projector.
@@ -57,6 +58,7 @@ class Modality:
     features: Callable[[Any, Any], tuple[dict[str, Tensor], int]]
     adapter: LoraConfig
     settings: Callable[[Any], Any] = lambda sizes: sizes
+    count: Callable[[Any, Any], int] | None = None
     routes: Mapping[frozenset[str], Rule] = field(default_factory=dict)
     placeholder: str = SPARE
     sources: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
@@ -94,6 +96,7 @@ IMAGE = Modality(
     config=VisionConfig,
     settings=lambda sizes: ImageConfig(crop=sizes.crop, patch=sizes.patch, max_crops=sizes.max_crops),
     features=read_image,
+    count=count_image_tokens,
     adapter=LoraConfig(r=256, lora_alpha=512),
     routes=ROUTES,
     placeholder=PLACEHOLDERS["image"],
@@ -103,6 +106,7 @@ AUDIO = Modality(
     config=SpeechConfig,
     settings=lambda sizes: AudioConfig(mels=sizes.mels),
     features=read_audio,
+    count=count_audio_tokens,
     adapter=LoraConfig(r=320, lora_alpha=640, lora_dropout=0.01),
     routes=ROUTES,
     placeholder=PLACEHOLDERS["audio"],
@@ -237,8 +241,12 @@ def media(config: ModelConfig, tokenizer: TextTokenizer) -> dict[str, Medium]:
     for number, (name, sizes) in enumerate(config.modalities.items()):
         row = find(name)
         placeholder = _placeholder(row, tokenizer, config.decoder.vocab_size, number)
-        found[name] = Medium(placeholder, row.features, row.settings(sizes))
+        found[name] = Medium(placeholder, row.features, row.count or _counted(row.features), row.settings(sizes))
     return found
+
+
+def _counted(features: Callable[[Any, Any], tuple[Any, int]]) -> Callable[[Any, Any], int]:
+    return lambda payload, settings: features(payload, settings)[1]
 
 
 def _placeholder(row: Modality, tokenizer: TextTokenizer, vocab_size: int, number: int) -> tuple[str, int]:

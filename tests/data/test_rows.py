@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import numpy as np
-import pyarrow
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
-from pyarrow import parquet
 from torch import Tensor
 
-from modalora.assistant import make_processor
-from modalora.config import SourceConfig
-from modalora.contracts import IGNORED, Batch, Message
+from modalora.contracts import IGNORED, Message
 from modalora.data.instruct import instruct, recall, repetition
-from modalora.data.mixture import Context, Mixture, make_source
 from modalora.data.questions import NUMBERS
 from modalora.data.rows import COUNTED, cells, conversation, number_and_picture
 from modalora.data.scenes import BOX_NAMES, COLORS, KINDS, SIZES, Scene, Shape, free_scene, nlvr_like
 from modalora.data.speech import DIGITS, Clip, number_words
 from modalora.data.text import recurring_window
-from modalora.errors import ConfigError, DataError
 from modalora.models.sizes import tiny
 from modalora.models.vision import ImageEmbedder
 from modalora.processing.image import ImageConfig, image_features
@@ -317,86 +306,3 @@ def test_small_text_questions_have_one_right_answer() -> None:
             assert answer == NUMBERS[len(question.partition(": ")[2].split())], question
             seen["words"] += 1
     assert min(seen.values()) > 20, seen
-
-
-# ---------------------------------------------------------------------------------------------------------- mixtures
-
-
-@pytest.fixture
-def context(tmp_path: Path) -> Context:
-    folder = tmp_path / "data"
-    (folder / "books").mkdir(parents=True)
-    table = {"name": ["a"], "title": ["A"], "text": [STORY]}
-    parquet.write_table(pyarrow.table(table), folder / "books" / "train.parquet")
-    return Context(folder, tmp_path / "cache", make_processor(tiny(), TOKENIZER), window=40)
-
-
-def mixture(context: Context, seed: int = 0) -> Mixture:
-    sources = [SourceConfig(source="books", weight=2), SourceConfig(source="pictures", options={"turns": 2})]
-    return Mixture(context, sources, rows=3, accumulate=2, seed=seed)
-
-
-def same(one: Batch, other: Batch) -> bool:
-    return (
-        torch.equal(one.input_ids, other.input_ids)
-        and one.route == other.route
-        and len(one.media) == len(other.media)
-        and all(
-            torch.equal(a.features["pixels"], b.features["pixels"]) for a, b in zip(one.media, other.media, strict=True)
-        )
-    )
-
-
-def test_a_mixture_goes_on_from_its_state(context: Context) -> None:
-    whole = mixture(context)
-    forward = [whole.take() for _ in range(4)]
-    begun, resumed = mixture(context), mixture(context)
-    begun.take()
-    resumed.restore(json.loads(json.dumps(begun.state())))
-    for one, other in zip(forward[1:], [resumed.take() for _ in range(3)], strict=True):
-        assert len(one) == 2
-        assert all(same(a, b) for a, b in zip(one, other, strict=True))
-    batches = [batch for step in forward for batch in step]
-    assert all(len(batch.input_ids) == 3 for batch in batches)
-    assert any(batch.media for batch in batches)
-    assert any(None in batch.route.adapters for batch in batches)
-
-
-def test_steps_micro_batches_and_seeds_differ(context: Context) -> None:
-    one = mixture(context)
-    batches = [*one.take(), *one.take(), *mixture(context, seed=1).take()]
-    for place, one_batch in enumerate(batches):
-        assert not any(same(one_batch, other) for other in batches[place + 1 :])
-
-
-def test_a_window_of_running_text_is_trained_on_whole(context: Context) -> None:
-    (batch,) = Mixture(context, [SourceConfig(source="books")], rows=2, accumulate=1, seed=0).take()
-    assert batch.input_ids.shape == (2, 40)
-    assert batch.labels is not None
-    assert torch.equal(batch.labels, batch.input_ids)
-    assert all(context.processor.tokenizer.decode(ids) in STORY for ids in batch.input_ids.tolist())
-
-
-@pytest.mark.parametrize(
-    ("config", "told"),
-    [
-        ({"source": "book"}, "unknown source 'book'; known are books, cells, digits, .*pictures"),
-        ({"source": "pictures", "options": {"turn": 2}}, "source 'pictures' does not take these options: .*'turn'"),
-    ],
-)
-def test_an_unknown_source_or_option_is_refused(context: Context, config: dict[str, Any], told: str) -> None:
-    make: Callable[..., Any] = make_source
-    with pytest.raises(ConfigError, match=told):
-        make(context, SourceConfig(**config))
-
-
-def test_kinds_of_questions_are_checked_and_scenes_without_them_drawn_again(context: Context) -> None:
-    for ask in (["colour"], []):
-        with pytest.raises(ConfigError, match="must name some of the kinds count"):
-            make_source(context, SourceConfig(source="pictures", options={"ask": ask}))
-    rng = np.random.default_rng(0)
-    rare = make_source(context, SourceConfig(source="pictures", options={"ask": ["touch"]}))  # none about towers
-    assert all(any(label != IGNORED for label in rare(rng).labels) for _ in range(20))
-    never = make_source(context, SourceConfig(source="pictures", options={"ask": ["touch"], "towers": 1.0}))
-    with pytest.raises(DataError, match="no question of"):
-        never(rng)

@@ -63,7 +63,7 @@ def test_the_recipe_teaches_its_route_and_leaves_the_decoder_to_the_bit(base: Pa
 
 def test_its_folder_is_an_adapter_for_the_base(base: Path, trained: Path) -> None:
     after, other = modalora.load(trained), modalora.load(base)
-    other.load_adapter(trained.parent / "adapters" / "gl", "gl")
+    other.load_adapter(trained.parent / "gl-lora", "gl")
     assert torch.equal(other.logits("O mar", route="gl"), after.logits("O mar", route="gl"))
 
 
@@ -83,14 +83,12 @@ def test_rows_of_the_language_stand_in_a_batch_with_others(trained: Path) -> Non
 
 def test_a_mixture_routes_each_source(trained: Path, tmp_path: Path) -> None:
     context = Context(tmp_path, tmp_path, modalora.load(trained).processor, window=16)
-    files = {"files": str(EXAMPLE / "gl.txt")}
-    sources = [SourceConfig(source="text_files", options=files, route=route) for route in ("gl", None)]
-    (batch,) = Mixture(context, sources, rows=12, accumulate=1, seed=0)(0)
+    files = {"path": str(EXAMPLE / "gl.txt")}
+    sources = [SourceConfig(source="files", options=files, route=route) for route in ("gl", None)]
+    (batch,) = Mixture(context, sources, rows=12, accumulate=1, seed=0).take()
     assert set(batch.route.adapters) == {"gl", None}
     with pytest.raises(RouteError, match="unknown route 'lg'; use one of auto, none, gl, speech, vision"):
-        Mixture(context, [SourceConfig(source="text_files", options=files, route="lg")], rows=1, accumulate=1, seed=0)(
-            0
-        )
+        Mixture(context, [SourceConfig(source="files", options=files, route="lg")], rows=1, accumulate=1, seed=0).take()
 
 
 def test_it_is_asked_by_its_route(
@@ -119,7 +117,7 @@ def test_text_files_that_cannot_be_read_are_named(
 ) -> None:
     context = Context(tmp_path, tmp_path, modalora.load(trained).processor, window=window)
     with pytest.raises(DataError, match=told):
-        make_source(context, SourceConfig(source="text_files", options={"files": files}))
+        make_source(context, SourceConfig(source="files", options={"files": files}))
 
 
 def test_an_adapter_that_is_there_already_is_not_added_again(trained: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from modalora.checkpoint.store import load_model
 from modalora.cli.train import RECIPES
 from modalora.config import load_run
-from modalora.data.mixture import SOURCES
+from modalora.data.sources import SOURCES
 from modalora.models.multimodal import Multimodal, part_of
 from modalora.models.sizes import nano
 from modalora.training.run import run_recipe

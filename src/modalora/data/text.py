@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -41,26 +41,6 @@ def token_stream(folder: Path, split: str, tokenizer: TextTokenizer, cache: Path
         np.save(draft, np.concatenate(parts))
         draft.replace(path)
     return np.asarray(np.load(path, mmap_mode="r"))
-
-
-def file_stream(files: Sequence[str], tokenizer: TextTokenizer) -> np.ndarray:
-    """Return UTF-8 text files (paths, or patterns such as texts/*.txt) as one row of ids, each ended by <|endoftext|>.
-
-    Raises DataError for a pattern without a file, and for a file that is not UTF-8.
-    """
-    parts: list[int] = []
-    for pattern in files:
-        whole = Path(pattern).absolute()  # pathlib's patterns are relative
-        paths = sorted(Path(whole.anchor).glob(str(whole.relative_to(whole.anchor))))
-        if not paths:
-            raise DataError(f"no file matches {pattern!r}, seen from {str(Path.cwd())!r}; give UTF-8 text files")
-        for path in paths:
-            try:
-                text = path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise DataError(f"{path} is not a text file in UTF-8: {error}") from None
-            parts += [*tokenizer.encode(text), tokenizer.control(END_OF_TEXT)]
-    return np.array(parts)
 
 
 def windows(stream: np.ndarray, length: int, rows: int, rng: np.random.Generator) -> list[list[int]]:

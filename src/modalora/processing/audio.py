@@ -99,6 +99,36 @@ def read_audio(
     return {"mel": mel}, subsampled(len(mel))
 
 
+def count_audio_tokens(source: str | Path | bytes | tuple[ArrayLike, int], config: AudioConfig) -> int:
+    """Return the tokens that a sound fills, from its header where that is exact (WAV, FLAC), else by decoding.
+
+    Raises MediaError as open_audio does for what the header tells.
+    """
+    if not isinstance(source, tuple):
+        name, data = read_source(source, "audio", config.max_bytes)
+        with _sound_file(name, data) as file:
+            samples, rate, exact = int(file.frames), int(file.samplerate), file.format in ("WAV", "FLAC")
+        if exact and not _missing_bytes(data):
+            _check_rate(name, rate)
+            _check_seconds(name, samples, rate, config)
+        else:
+            wave, rate = open_audio(data, config)
+            samples = len(wave)
+    else:
+        name = "the given audio"
+        wave, rate = open_audio(source, config)
+        samples = len(wave)
+    target = rate if rate in (WIDE, NARROW) else WIDE if rate > NARROW else NARROW
+    if target != rate:
+        samples = int(samples * target / rate + 0.5)  # what soxr gives
+    length, hop = target * WINDOW_MS // 1000, target * HOP_MS // 1000
+    if samples < length:
+        raise MediaError(
+            f"{name} lasts {1000 * samples / target:.1f} ms, and one window needs {WINDOW_MS} ms; give more"
+        )
+    return subsampled((samples - length) // hop + 1)
+
+
 def _check_rate(name: str, rate: int) -> None:
     if not SLOWEST <= rate <= FASTEST:
         raise MediaError(
@@ -164,16 +194,19 @@ class _Tape:
         return part
 
 
-def _decode(name: str, data: bytes, config: AudioConfig) -> tuple[Wave, int]:
+def _sound_file(name: str, data: bytes) -> soundfile.SoundFile:
     try:
-        file = soundfile.SoundFile(_Tape(data))
+        return soundfile.SoundFile(_Tape(data))
     except (soundfile.LibsndfileError, RuntimeError, ValueError, TypeError) as error:
         known = data[:4] in (b"RIFF", b"fLaC", b"OggS")
         what = "starts like a sound file but is damaged or cut short" if known else "is not a sound file"
         raise MediaError(
             f"{name} {what} (first bytes {data[:12]!r}); give a whole WAV, FLAC, OGG or MP3 file"
         ) from error
-    with file:
+
+
+def _decode(name: str, data: bytes, config: AudioConfig) -> tuple[Wave, int]:
+    with _sound_file(name, data) as file:
         rate, promised = int(file.samplerate), int(file.frames)
         counted = file.format not in ("MP3", "MPEG") or _has_frame_count(data)
         _check_rate(name, rate)

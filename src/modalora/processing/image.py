@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
+from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 from torch.nn import functional
 
@@ -118,22 +119,7 @@ def open_image(source: str | Path | bytes | Image.Image, config: ImageConfig) ->
     """
     with warnings.catch_warnings():  # Pillow warns of large pictures and odd metadata; the config decides instead
         warnings.simplefilter("ignore")
-        if isinstance(source, Image.Image):
-            name, image = "the given image", source
-        else:
-            name, data = read_source(source, "image", config.max_bytes)
-            image = _read_header(name, data, config)
-        width, height = image.size
-        if min(width, height) < config.min_side:
-            raise MediaError(
-                f"{name}: {width}x{height} pixels, and each side must have at least {config.min_side}; "
-                "give a larger picture"
-            )
-        if width * height > config.max_pixels:
-            raise MediaError(
-                f"{name}: {width}x{height} pixels, and at most {config.max_pixels:,} in all are read; "
-                "scale it down or raise max_pixels"
-            )
+        name, image = _open_unread(source, config)
         try:
             full = image.size
             if config.fast:  # a JPEG is decoded at a half or less, never below the grid
@@ -154,6 +140,27 @@ def open_image(source: str | Path | bytes | Image.Image, config: ImageConfig) ->
             raise MediaError(
                 f"{name} cannot be decoded ({error}), it is damaged or cut short; export it again"
             ) from error
+
+
+def _open_unread(source: str | Path | bytes | Image.Image, config: ImageConfig) -> tuple[str, Image.Image]:
+    """Return what to call a picture, and it with its header read; the limits of the config are checked."""
+    if isinstance(source, Image.Image):
+        name, image = "the given image", source
+    else:
+        name, data = read_source(source, "image", config.max_bytes)
+        image = _read_header(name, data, config)
+    width, height = image.size
+    if min(width, height) < config.min_side:
+        raise MediaError(
+            f"{name}: {width}x{height} pixels, and each side must have at least {config.min_side}; "
+            "give a larger picture"
+        )
+    if width * height > config.max_pixels:
+        raise MediaError(
+            f"{name}: {width}x{height} pixels, and at most {config.max_pixels:,} in all are read; "
+            "scale it down or raise max_pixels"
+        )
+    return name, image
 
 
 def _read_header(name: str, data: bytes, config: ImageConfig) -> Image.Image:
@@ -234,6 +241,54 @@ def _resized(image: Image.Image, width: int, height: int, config: ImageConfig) -
     return small[0].permute(1, 2, 0).numpy()
 
 
+def _layout(size: tuple[int, int], config: ImageConfig) -> tuple[tuple[int, int], ...]:
+    """Return three pairs, across and down: crops, pixels of the scaled picture, patches that hold some of it."""
+    own_width, own_height = size
+    columns, rows = grid(own_width, own_height, config)
+    full_width, full_height = config.crop * columns, config.crop * rows
+    stretch_width, stretch_height = full_width / own_width, full_height / own_height
+    if stretch_width < stretch_height:
+        width, height = full_width, int(own_height * stretch_width)
+    else:
+        width, height = int(own_width * stretch_height), full_height
+    if min(width, height) < THINNEST:
+        raise MediaError(
+            f"an image of {own_width}x{own_height} pixels would be scaled to {width}x{height}, and each side must "
+            f"keep at least {THINNEST}; cut it into pieces of a less extreme shape"
+        )
+    valid_rows = rows * config.side - (full_height - height) // config.patch
+    valid_columns = columns * config.side - (full_width - width) // config.patch
+    return (columns, rows), (width, height), (valid_columns, valid_rows)
+
+
+def count_image_tokens(source: str | Path | bytes | Image.Image, config: ImageConfig) -> int:
+    """Return the tokens that a picture fills, from its header alone.
+
+    Raises MediaError as open_image does for what the header tells.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        name, image = _open_unread(source, config)
+        if image.format == "TIFF":  # Pillow turns it while decoding
+            image = open_image(source, config)
+        width, height = image.size
+        try:
+            turned = not _is_upright_png(image) and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        except Exception as error:  # decoders fail in many ways on damaged data
+            raise MediaError(f"{name} has damaged metadata ({error}); export it again") from error
+    size = (height, width) if turned else (width, height)
+    _, _, (columns, rows) = _layout(size, config)
+    return image_tokens(rows, columns, config.side)
+
+
+def _is_upright_png(image: Image.Image) -> bool:
+    """Tell whether a PNG has no place for an orientation: to look for one, Pillow would decode it whole."""
+    if not isinstance(image, PngImageFile) or not isinstance(image.fp, io.BytesIO):
+        return False
+    data = image.fp.getvalue()
+    return not any(mark in data for mark in (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type"))
+
+
 def image_features(image: Image.Image, config: ImageConfig) -> tuple[dict[str, Tensor], int]:
     """Return the features of one picture and the tokens that it fills.
 
@@ -247,22 +302,8 @@ def image_features(image: Image.Image, config: ImageConfig) -> tuple[dict[str, T
     if image.mode != "RGB":
         raise MediaError(f"an image of mode {image.mode!r} must be RGB here; pass it through open_image first")
     crop, side = config.crop, config.side
-    own_width, own_height = image.info.get(_FULL, image.size)
-    columns, rows = grid(own_width, own_height, config)
+    (columns, rows), (width, height), (valid_columns, valid_rows) = _layout(image.info.get(_FULL, image.size), config)
     full_width, full_height = crop * columns, crop * rows
-    stretch_width, stretch_height = full_width / own_width, full_height / own_height
-    if stretch_width < stretch_height:
-        width, height = full_width, int(own_height * stretch_width)
-    else:
-        width, height = int(own_width * stretch_height), full_height
-    if min(width, height) < THINNEST:
-        raise MediaError(
-            f"an image of {own_width}x{own_height} pixels would be scaled to {width}x{height}, and each side must "
-            f"keep at least {THINNEST}; cut it into pieces of a less extreme shape"
-        )
-    valid_rows = rows * side - (full_height - height) // config.patch
-    valid_columns = columns * side - (full_width - width) // config.patch
-
     padded = np.full((full_height, full_width, 3), 255, dtype=np.uint8)
     padded[:height, :width] = _resized(image, width, height, config)
     normal = torch.from_numpy(padded).permute(2, 0, 1).float().div_(255).sub_(0.5).div_(0.5).contiguous()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,10 +25,12 @@ class Medium:
     """How one modality is read. placeholder: name and id of the token that fills its spans.
 
     read: (payload, settings) -> features, named tensors that the encoder takes, and the number of tokens they become.
+    count: (payload, settings) -> that number alone.
     """
 
     placeholder: tuple[str, int]
     read: Callable[[Any, Any], tuple[dict[str, Tensor], int]]
+    count: Callable[[Any, Any], int]
     settings: Any
 
 
@@ -100,10 +102,31 @@ class Processor:
         """Return a prompt that is already in the model's format, control tokens and all, as tokens."""
         return self._row(render_raw(prompt, media, self.tokenizer.controls, self.kinds))
 
+    def measure(self, messages: Sequence[Message], *, answer: bool = True) -> int:
+        """Return how many tokens a conversation has, beyond the window or not, reading only the headers of its media.
+
+        Raises PromptError, and MediaError for what a header tells.
+        """
+        total = 0
+        for piece, after, before in self._between(render(messages, answer=answer, chat=self.chat, kinds=self.kinds)):
+            if piece.kind == "text":
+                total += len(self.tokenizer.encode(piece.value, after=after, before=before))
+            elif piece.kind == "control":
+                self.tokenizer.control(piece.value)  # raises where there is none
+                total += 1
+            else:
+                medium = self.media[piece.kind]
+                total += medium.count(piece.value, medium.settings)
+        return total
+
+    def _between(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, str | None, str | None]]:
+        """Yield every piece with the control tokens before and behind it, None where there is none."""
+        names = [self._control_name(piece) for piece in pieces]
+        yield from zip(pieces, [None, *names[:-1]], [*names[1:], None], strict=True)
+
     def _row(self, pieces: Sequence[Piece]) -> Row:
         row = Row()
-        names = [self._control_name(piece) for piece in pieces]
-        for piece, after, before in zip(pieces, [None, *names[:-1]], [*names[1:], None], strict=True):
+        for piece, after, before in self._between(pieces):
             if piece.kind == "control":
                 ids = [self.tokenizer.control(piece.value)]
             elif piece.kind == "text":

@@ -124,6 +124,7 @@ class _Loop:
         self.states = States(run, engine, self.trained, self.optimizer, self.preserved.fingerprint)
         self.progress = self.states.resume(batches, say)
         self.saved = self.progress.step if self.progress.step else None
+        self.ended = False  # the data
         seen = self.progress
         self.audit = Audit(model, self.trained, self.objective.idle, engine, say, seen.judged, seen.rows)
         step = self.progress.step
@@ -141,10 +142,12 @@ class _Loop:
         self.model.train()
         first, started = progress.step, time.perf_counter()
         since = started
-        while progress.step < run.steps:
+        while progress.step < run.steps and not self.ended:
             moment = Moment.now(self.batches)
             asked, micro, outcome = self._try()
-            if outcome is None:  # the step was broken off: as if it had not begun
+            if self.ended:
+                self.say(f"the data have ended: {progress.step} of {run.steps} steps were made")
+            elif outcome is None:  # the step was broken off: as if it had not begun
                 self._clear()
             else:
                 fault = self._fault(micro, outcome)
@@ -162,11 +165,11 @@ class _Loop:
                 if progress.step % run.log_every == 0 or progress.step == run.steps:
                     self._tell((now - started) / (progress.step - first))
                 moment = Moment.now(self.batches)
-            if progress.step % run.save_every == 0 or progress.step == run.steps or asked:
+            if progress.step % run.save_every == 0 or progress.step == run.steps or asked or self.ended:
                 self._save(moment)
-            if asked and progress.step < run.steps:
+            if asked and progress.step < run.steps and not self.ended:
                 raise Interrupted(f"stopped after step {progress.step}; the same command goes on from there", asked)
-        self.audit.finish(run.steps)
+        self.audit.finish(progress.step)
         self._check_preserved()
         self.model.eval()
         if self.log:
@@ -178,6 +181,9 @@ class _Loop:
         try:
             self.stop.breakable = self.engine.world == 1  # one rank alone must not leave the others waiting
             micro = self.batches.take()
+            if not micro:
+                self.ended = True
+                return self.stop.asked, [], None
             outcome = self._gradients(micro)
             self.stop.breakable = False
         except Asked:

@@ -17,7 +17,9 @@ from modalora.checkpoint.preserve import preservation
 from modalora.checkpoint.store import load_model, rounded_by_int8, save_model
 from modalora.config import MediaConfig, RunConfig, load_run, parse
 from modalora.contracts import Batches
-from modalora.data.mixture import Context, Mixture
+from modalora.data.mixture import Mixture
+from modalora.data.quarantine import Quarantine
+from modalora.data.sources import Context
 from modalora.data.text import tokenizer_corpus
 from modalora.errors import CheckpointError, ConfigError
 from modalora.modality import add as add_modality
@@ -68,20 +70,29 @@ def run_recipe(
     processor = make_processor(model.config, tokenizer)
     _limit_media(processor, run.media)
     context = Context(folder=data, cache=cache, processor=processor, window=run.window)
-
-    def batches() -> Mixture:
-        return Mixture(context, run.mixture, rows=run.rows, accumulate=run.accumulate, seed=run.seed)
-
     if "audio.encoder" in run.train:
-        _set_mel_statistics(model, batches())
+        _set_mel_statistics(model, make_mixture(run, context))
     for modality in run.whiten:
-        _whiten_projectors(model, modality, run.train, batches())
+        _whiten_projectors(model, modality, run.train, make_mixture(run, context))
     if run.recompute:
         recompute(model)
-    metrics = train(run, model.to(run.device), batches(), report, say=say)
+    quarantine = Quarantine(Path(run.output) / "quarantine.jsonl", run.quarantine_most)
+    batches = make_mixture(run, context, workers=run.workers, quarantine=quarantine)
+    try:
+        metrics = train(run, model.to(run.device), batches, report, say=say)
+    finally:
+        batches.close()
     notes = {"trained": run.model_dump(mode="json"), "last": metrics}
     _write(run, model, tokenizer, target, notes, say)
     return target
+
+
+def make_mixture(run: RunConfig, context: Context, workers: int = 0, quarantine: Quarantine | None = None) -> Mixture:
+    """Return the data of a run, from its first step on."""
+    return Mixture(
+        context, run.mixture, rows=run.rows, tokens=run.tokens, accumulate=run.accumulate, seed=run.seed,
+        steps=run.steps, workers=workers, quarantine=quarantine,
+    )  # fmt: skip
 
 
 def _check_finished(run: RunConfig, target: Path) -> None:

@@ -27,7 +27,7 @@ from modalora.training.randomness import random_state, seed_all, set_random_stat
 # settings that may differ between a run and its resumption
 FREE = {
     "steps", "log_every", "save_every", "keep", "threads", "device", "output", "cache", "data", "nonfinite",
-    "nonfinite_most", "ledger", "trackers", "peak_tflops",
+    "nonfinite_most", "workers", "quarantine_most", "ledger", "trackers", "peak_tflops",
 }  # fmt: skip
 _PARTS = ("run", "step", "world", "settings", "rate", "progress", "data")
 

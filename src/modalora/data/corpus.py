@@ -1,0 +1,298 @@
+"""The source "files": conversations of data files, or windows of their plain text.
+
+Each epoch has an order of its own, shuffled by the seed of the run. Token lengths are kept in the cache as they become
+known.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from modalora.contracts import Message
+from modalora.data.files import Fields, Records, cached, find_files, open_records
+from modalora.data.forms import FORMS, Options, detect, read_record, read_text
+from modalora.data.order import shuffled
+from modalora.data.sources import Context, Key
+from modalora.errors import ConfigError, DataError, InputError, PromptError
+from modalora.processing.processor import Row
+from modalora.processing.tokenizer import END_OF_TEXT
+
+Truncate = Literal["messages"]
+SAMPLED = 64  # records of a file, evenly spread, whose form is looked at
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One data file: its records, how they are read, and why so."""
+
+    records: Records
+    form: str
+    because: str
+    options: Options
+
+
+def open_corpus(
+    context: Context,
+    key: Key,
+    path: str | Sequence[str],
+    form: str = "auto",
+    split: str | None = None,
+    media_root: str | None = None,
+    rename: Mapping[str, str] | None = None,
+    prompt: str = "",
+    tags: bool = True,
+    truncate: Truncate | None = None,
+    shuffle: bool = True,
+) -> Corpus | Passages:
+    """Return the rows of data files.
+
+    path: files or patterns. form: a name of forms.FORMS, or auto. split: of a folder of `datasets`. media_root: the
+    folder that media paths are relative to and may not leave; by default the data file's. rename: field in the file ->
+    field that the form knows. prompt: what is asked of a picture or sound that comes with a caption. tags: whether
+    <image> and <audio> in texts stand for media. truncate: "messages" drops whole turns from the end of a conversation
+    that is too long; by default it is a bad row. shuffle: whether rows come in another order each epoch.
+    Raises ConfigError, DataError.
+    """
+    if form not in ("auto", *FORMS):
+        raise ConfigError(f"form={form!r} must be auto or one of {', '.join(FORMS)}")
+    if truncate is not None and truncate not in get_args(Truncate):
+        raise ConfigError(f"truncate={truncate!r} must be 'messages', or left out")
+    volumes: list[Volume] = []
+    for file in find_files(path):
+        root = Path(media_root) if media_root else file if file.is_dir() else file.parent
+        options = Options(root, dict(rename or {}), prompt, tags)
+        volumes.append(_open_volume(file, context.cache, form, split, options))
+    texts = [volume for volume in volumes if volume.form == "text"]
+    if texts and len(texts) < len(volumes):
+        raise DataError(
+            f"{texts[0].records.path} is plain text and other files of this source are not; give each kind a source"
+        )
+    if texts:
+        return Passages(context, key, volumes, shuffle)
+    return Corpus(context, key, volumes, shuffle, truncate)
+
+
+def _open_volume(file: Path, cache: Path, form: str, split: str | None, options: Options) -> Volume:
+    records = open_records(file, cache, split)
+    if not len(records):
+        raise DataError(f"{file} holds no record; leave it out")
+    if form != "auto":
+        return Volume(records, form, "as the recipe says", options)
+    try:
+        found, because = detect(_sample(records), options)
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from None
+    return Volume(records, found, f"its records have {because}", options)
+
+
+def _sample(records: Records) -> Iterator[Fields]:
+    for number in np.linspace(0, len(records) - 1, min(SAMPLED, len(records))).astype(int).tolist():
+        try:
+            yield records.read(number)
+        except DataError:  # a bad record says nothing about the others; it is reported where it is used
+            continue
+
+
+class _Shelf:
+    """Several files in one numbering, and the order of each epoch."""
+
+    def __init__(self, key: Key, volumes: Sequence[Volume], shuffle: bool) -> None:
+        self.key, self.volumes, self.shuffle = key, tuple(volumes), shuffle
+        self._starts = np.cumsum([0, *(len(volume.records) for volume in volumes)])
+
+    @property
+    def records(self) -> int:
+        """How many records the files hold."""
+        return int(self._starts[-1])
+
+    def find(self, record: int) -> tuple[int, int]:
+        """Return the place of a record's file, and its number there."""
+        volume = bisect_right(self._starts, record) - 1
+        return volume, record - int(self._starts[volume])
+
+    def read(self, record: int) -> tuple[Volume, Fields]:
+        """Return a record with its file. Raises DataError."""
+        place, inner = self.find(record)
+        return self.volumes[place], self.volumes[place].records.read(inner)
+
+    def ordered(self, number: int, rows: int) -> int:
+        """Return which row the run's row of a number is."""
+        epoch, place = divmod(number, rows)
+        return shuffled(place, rows, (*self.key, epoch)) if self.shuffle else place
+
+    def place(self, record: int) -> tuple[str, int]:
+        """Return the file and line of a record."""
+        place, inner = self.find(record)
+        return str(self.volumes[place].records.path), self.volumes[place].records.line(inner)
+
+
+class Corpus:
+    """Conversations, a row per record."""
+
+    def __init__(
+        self, context: Context, key: Key, volumes: Sequence[Volume], shuffle: bool, truncate: Truncate | None
+    ) -> None:
+        """volumes: what open_corpus found in the files."""
+        self.shelf = _Shelf(key, volumes, shuffle)
+        self.processor, self.truncate = context.processor, truncate
+        self.most = min(filter(None, (context.most, context.processor.window)))
+        self.rows: int = self.shelf.records
+        self._lengths = _lengths(context, volumes, f"{truncate} {self.most}", self.rows)
+
+    def measure(self, number: int) -> int:
+        """Return the tokens of a row, from the cache, or from texts and headers of media. Raises InputError."""
+        record = self.shelf.ordered(number, self.rows)
+        if not self._lengths[record]:
+            tokens = self.processor.measure(self.conversation(record)[0], answer=False)
+            if tokens > self.most:
+                raise PromptError(
+                    f"{'its first question and answer are' if self.truncate else 'it is'} {tokens} tokens, and a row "
+                    f"has at most {self.most}; shorten it, give fewer or smaller media"
+                    + ("" if self.truncate else ", or set truncate: messages to drop turns from its end")
+                )
+            self._lengths[record] = tokens
+        return int(self._lengths[record])
+
+    def row(self, number: int) -> Row:
+        """Return a row. Raises InputError for a bad record."""
+        record = self.shelf.ordered(number, self.rows)
+        return self.processor.row(self.conversation(record)[0], answer=False)
+
+    def messages(self, number: int) -> Sequence[Message]:
+        """Return the conversation that a row is made of."""
+        return self.conversation(self.shelf.ordered(number, self.rows))[0]
+
+    def place(self, number: int) -> tuple[str, int]:
+        """Return the file that a row comes from and the line there."""
+        return self.shelf.place(self.shelf.ordered(number, self.rows))
+
+    def conversation(self, record: int) -> tuple[list[dict[str, Any]], int]:
+        """Return a record as messages, cut where that is asked for, and how many messages were cut off."""
+        volume, fields = self.shelf.read(record)
+        messages = read_record(fields, volume.form, volume.options)
+        if self.truncate is None:
+            return messages, 0
+        kept = self._fitting(messages)
+        return messages[:kept], len(messages) - kept
+
+    def _fitting(self, messages: Sequence[Message]) -> int:
+        """Return how many messages from the start, up to an answer, fit; media are kept or dropped with theirs."""
+
+        def too_long(count: int) -> bool:
+            return self.processor.measure(messages[:count], answer=False) > self.most
+
+        if not too_long(len(messages)):
+            return len(messages)
+        ends = [place for place, message in enumerate(messages, start=1) if message["role"] == "assistant"]
+        fitting = bisect_left(ends, True, key=too_long)
+        return ends[fitting - 1] if fitting else ends[0]  # not even one pair fits: the row is refused by its length
+
+
+def _lengths(context: Context, volumes: Sequence[Volume], how: str, rows: int) -> np.ndarray:
+    """Return tokens per record, 0 = not known yet; a file of the cache that all processes write known lengths to."""
+    made = context.processor
+    parts: list[Any] = [made.tokenizer.definition, made.image, made.audio, made.window, made.chat, how]
+    for volume in volumes:
+        status = volume.records.path.stat()
+        parts += [
+            volume.records.path.resolve(),
+            status.st_size,
+            status.st_mtime_ns,
+            volume.form,
+            asdict(volume.options),
+        ]
+    digest = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+    target = context.cache / "files" / f"lengths-{digest}.npy"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = target.with_name(f".{target.stem}.{os.getpid()}.npy")
+        np.save(draft, np.zeros(rows, dtype=np.int32))
+        draft.replace(target)
+    return np.load(target, mmap_mode="r+")
+
+
+class Passages:
+    """Windows of plain text. Each document ends with <|endoftext|>; no window reaches into the next."""
+
+    def __init__(self, context: Context, key: Key, volumes: Sequence[Volume], shuffle: bool) -> None:
+        """volumes: what open_corpus found in the files."""
+        self.shelf = _Shelf(key, volumes, shuffle)
+        self.processor = context.processor
+        self.window = min(filter(None, (context.window, context.most, context.processor.window)))
+        self._ids, sizes = zip(*(_tokenised(volume, context) for volume in volumes), strict=True)
+        self._sizes = np.concatenate(sizes)  # tokens per record, 0 for one that cannot be read
+        self._starts = [np.cumsum([0, *own]) for own in sizes]
+        windows = np.maximum(1, -(-(self._sizes - 1) // self.window))  # one token alone has nothing to predict
+        self._windows = np.concatenate(([0], np.cumsum(windows)))
+        self.rows: int = int(self._windows[-1])
+
+    def _find(self, number: int) -> tuple[int, int]:
+        """Return record and window of a row."""
+        place = self.shelf.ordered(number, self.rows)
+        record = int(np.searchsorted(self._windows, place, side="right")) - 1
+        return record, place - int(self._windows[record])
+
+    def measure(self, number: int) -> int:
+        """Return the tokens of a window. Raises InputError for a record that cannot be read."""
+        record, window = self._find(number)
+        size = int(self._sizes[record])
+        if not size:
+            volume, fields = self.shelf.read(record)
+            self.processor.tokenizer.encode(read_text(fields, volume.options))
+            raise DataError("it could not be read before and can be now; remove the cache")
+        return min(self.window, size - window * self.window)
+
+    def row(self, number: int) -> Row:
+        """Return a window, all of it trained. Raises InputError for a record that cannot be read."""
+        length = self.measure(number)
+        record, window = self._find(number)
+        place, inner = self.shelf.find(record)
+        start = int(self._starts[place][inner]) + window * self.window
+        ids = self._ids[place][start : start + length].tolist()
+        return Row(ids=ids, labels=list(ids), text=self.processor.tokenizer.decode(ids))
+
+    def messages(self, number: int) -> None:
+        """Return None: text is no conversation."""
+        return
+
+    def place(self, number: int) -> tuple[str, int]:
+        """Return the file that a window comes from and the line there."""
+        return self.shelf.place(self._find(number)[0])
+
+
+def _tokenised(volume: Volume, context: Context) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids of all texts of a file one after the other, mapped from the cache, and the tokens of each."""
+    tokenizer = context.processor.tokenizer
+    kind = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    how = f"{hashlib.sha256(tokenizer.definition.encode()).hexdigest()[:12]}{_renaming(volume.options)}"
+
+    def write(path: Path, target: Path) -> None:
+        end = tokenizer.control(END_OF_TEXT)
+        sizes = np.zeros(len(volume.records), dtype=np.int64)
+        with target.open("wb") as file:
+            for number in range(len(volume.records)):
+                try:
+                    ids = [*tokenizer.encode(read_text(volume.records.read(number), volume.options)), end]
+                except InputError:  # reported where the row is used
+                    continue
+                sizes[number] = len(ids)
+                file.write(np.array(ids, dtype=kind).tobytes())
+            file.write(sizes.tobytes())
+
+    path = cached(volume.records.path, context.cache, f".{how}.ids", write)
+    count = len(volume.records)
+    tokens = (path.stat().st_size - 8 * count) // np.dtype(kind).itemsize
+    ids = np.memmap(path, dtype=kind, mode="r", shape=(tokens,)) if tokens else np.zeros(0, dtype=kind)
+    return ids, np.fromfile(path, dtype=np.int64, offset=path.stat().st_size - 8 * count)
+
+
+def _renaming(options: Options) -> str:
+    return hashlib.sha256(repr(sorted(options.rename.items())).encode()).hexdigest()[:6] if options.rename else ""

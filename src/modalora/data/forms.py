@@ -1,0 +1,378 @@
+"""Records of the usual shapes into messages with media parts.
+
+A form is told by the keys of a record; a file is of one form. Media stand beside the text as lists, tags say where
+(<image>, <audio>, <|image_1|>); without tags they stand before the first words, as in `ask`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modalora.errors import DataError
+from modalora.processing.chat import ROLES
+from modalora.processing.tokenizer import CONTROL_TOKENS, PLACEHOLDERS
+
+Fields = Mapping[str, Any]
+Messages = list[dict[str, Any]]
+
+SPEAKERS = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
+    "system": "system", "tool": "tool", "observation": "tool",
+}  # fmt: skip
+UNREAD = ("video", "videos", "chosen", "rejected")  # fields that change what a record means and are not read
+
+
+@dataclass(frozen=True)
+class Form:
+    """One shape of records. fits: whether a record has its keys. read: record to messages."""
+
+    fits: Callable[[Fields], bool]
+    read: Callable[[Fields, Options], Messages]
+    because: str
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the records of a source are read.
+
+    rename: name in the file -> name that the form knows. root: folder that media paths may not leave. prompt: what is
+    asked of media that have a caption alone. tags: whether <image> and <audio> in texts stand for media.
+    """
+
+    root: Path
+    rename: Mapping[str, str] = field(default_factory=dict)
+    prompt: str = ""
+    tags: bool = True
+
+
+def detect(records: Iterable[Fields], options: Options) -> tuple[str, str]:
+    """Return the form that all these records have, and why. Raises DataError when there is none or more than one."""
+    found: Counter[str] = Counter()
+    for fields in records:
+        found[form_of(renamed(fields, options))] += 1
+    if not found:
+        raise DataError("it holds no record that can be read; see its first lines")
+    if len(found) > 1:
+        counts = ", ".join(f"{count} {name}" for name, count in found.most_common())
+        raise DataError(f"its records are of several forms ({counts}); split the file, or name one form for all: form=")
+    (name,) = found
+    return name, FORMS[name].because
+
+
+def form_of(fields: Fields) -> str:
+    """Return the name of the one form whose keys a record has. Raises DataError."""
+    names = [name for name, form in FORMS.items() if form.fits(fields)]
+    if len(names) == 1:
+        return names[0]
+    keys = ", ".join(map(repr, fields)) or "none"
+    if names:
+        raise DataError(f"its keys ({keys}) fit the forms {', '.join(names)} alike; name one: form={names[0]}")
+    raise DataError(
+        f"its keys ({keys}) fit no form; rename them (rename: {{question: instruction, answer: output}}) or write "
+        f"{', '.join(f'{name} ({form.because})' for name, form in FORMS.items())}"
+    )
+
+
+def read_record(fields: Fields, form: str, options: Options) -> Messages:
+    """Return a record as messages. Raises DataError saying what is wrong with it and what to do."""
+    fields = renamed(fields, options)
+    for key in UNREAD:
+        if fields.get(key):
+            raise DataError(f"it has {key!r}, which is not read; take it out, or the record means something else")
+    if not FORMS[form].fits(fields):
+        raise DataError(f"it is not of the form {form} ({FORMS[form].because}): its keys are {', '.join(fields)}")
+    messages = FORMS[form].read(fields, options)
+    _check_turns(messages)
+    return _with_media(messages, fields, options)
+
+
+def read_text(fields: Fields, options: Options) -> str:
+    """Return the text of a record of the form "text". Raises DataError."""
+    text = renamed(fields, options).get("text")
+    return _string(text, "text")
+
+
+def renamed(fields: Fields, options: Options) -> Fields:
+    """Return the record under the names that forms know."""
+    return {options.rename.get(key, key): value for key, value in fields.items()} if options.rename else fields
+
+
+def control_tokens(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the control tokens that texts spell out: they are read as plain text, which may not be what was meant."""
+    texts = [part for message in messages for part in _texts(message["content"])]
+    return [token for token in CONTROL_TOKENS if any(token in text for text in texts)]
+
+
+def _texts(content: Any) -> list[str]:
+    return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+
+
+# ----------------------------------------------------------------------------------------------------- forms
+
+
+def _string(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        kind = "missing" if value is None else f"of type {type(value).__name__}"
+        raise DataError(f"{what} is {kind}, and must be text; write a string")
+    if "\0" in value:
+        raise DataError(f"{what} holds NUL characters; take them out")
+    return value
+
+
+def _list(value: Any, what: str) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{what} must be a list of turns and is {value!r:.60}; write at least one question and answer")
+    return value
+
+
+def _messages(fields: Fields, options: Options) -> Messages:
+    made: Messages = []
+    for number, turn in enumerate(_list(fields["messages"], "messages"), start=1):
+        what = f"message {number}"
+        if not isinstance(turn, Mapping) or turn.get("role") not in ROLES:
+            role = turn.get("role") if isinstance(turn, Mapping) else turn
+            raise DataError(f"{what} has the role {role!r:.40}; use one of {', '.join(ROLES)}")
+        if turn.get("tool_calls"):
+            raise DataError(f"{what} has tool_calls, which are not read; write the call as the assistant's text")
+        content = turn.get("content")
+        if isinstance(content, list):
+            content = [_part(part, f"{what}, part {place}") for place, part in enumerate(content, start=1)]
+        else:
+            content = _string(content, f"the content of {what}")
+        extra = {key: turn[key] for key in ("loss", "tools") if turn.get(key) is not None}
+        made.append({"role": turn["role"], "content": content, **extra})
+    return made
+
+
+def _part(part: Any, what: str) -> dict[str, Any]:
+    kinds = ("text", *PLACEHOLDERS, "image_url", "input_audio")
+    if not isinstance(part, Mapping) or part.get("type") not in kinds:
+        raise DataError(f"{what} is {part!r:.60}; write a part with a type of {', '.join(kinds)}")
+    kind = part["type"]
+    payload = part.get(kind)
+    if kind == "text":
+        return {"type": "text", "text": _string(payload, what)}
+    if kind == "image_url":
+        return {"type": "image", "image": payload.get("url") if isinstance(payload, Mapping) else payload}
+    if kind == "input_audio":
+        data = payload.get("data") if isinstance(payload, Mapping) else payload
+        return {"type": "audio", "audio": _bare_base64(data, what)}
+    return {"type": kind, kind: payload}  # without payload: the next of the record's media
+
+
+def _sharegpt(fields: Fields, options: Options) -> Messages:
+    made: Messages = []
+    if fields.get("system"):
+        made.append({"role": "system", "content": _string(fields["system"], "system")})
+    if fields.get("tools"):
+        made = [*made, {"role": "system", "content": ""}][:1]
+        made[0]["tools"] = fields["tools"]
+    for number, turn in enumerate(_list(fields["conversations"], "conversations"), start=1):
+        if not isinstance(turn, Mapping) or turn.get("from") not in SPEAKERS:
+            speaker = turn.get("from") if isinstance(turn, Mapping) else turn
+            raise DataError(f"turn {number} is from {speaker!r:.40}; use one of {', '.join(SPEAKERS)}")
+        made.append(
+            {"role": SPEAKERS[turn["from"]], "content": _string(turn.get("value"), f"the value of turn {number}")}
+        )
+    return made
+
+
+def _alpaca(fields: Fields, options: Options) -> Messages:
+    made: Messages = []
+    if fields.get("system"):
+        made.append({"role": "system", "content": _string(fields["system"], "system")})
+    for number, pair in enumerate(fields.get("history") or [], start=1):
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise DataError(f"history {number} is {pair!r:.60}; write [question, answer]")
+        made += _pair(pair[0], pair[1], f"of history {number}")
+    asked = _string(fields["instruction"], "instruction")
+    given = _string(fields.get("input") or "", "input")
+    return made + _pair(f"{asked}\n{given}" if asked and given else asked + given, fields["output"], "")
+
+
+def _pair(question: Any, answer: Any, where: str) -> Messages:
+    return [
+        {"role": "user", "content": _string(question, f"the question {where}".strip())},
+        {"role": "assistant", "content": _string(answer, f"the answer {where}".strip())},
+    ]
+
+
+def _caption(fields: Fields, options: Options) -> Messages:
+    return _pair(options.prompt, fields["text"], "")
+
+
+def _plain(fields: Fields, options: Options) -> Messages:
+    raise DataError("plain text has no turns; it is read in windows")
+
+
+def _has_media(fields: Fields) -> bool:
+    return any(fields.get(key) for kind in PLACEHOLDERS for key in (kind, f"{kind}s"))
+
+
+def _turns_of(key: str, inner: str) -> Callable[[Fields], bool]:
+    def fits(fields: Fields) -> bool:
+        turns = fields.get(key)
+        return key in fields and (not isinstance(turns, list) or not turns or inner in (turns[0] or {}))
+
+    return fits
+
+
+FORMS: dict[str, Form] = {
+    "messages": Form(lambda fields: "messages" in fields, _messages, "'messages' of role and content, as OpenAI's"),
+    "sharegpt": Form(_turns_of("conversations", "from"), _sharegpt, "'conversations' of from and value"),
+    "alpaca": Form(
+        lambda fields: "instruction" in fields and "output" in fields, _alpaca, "'instruction' and 'output'"
+    ),
+    "caption": Form(
+        lambda fields: "text" in fields and _has_media(fields), _caption, "'text' with 'images' or 'audios'"
+    ),
+    "text": Form(lambda fields: "text" in fields and not _has_media(fields), _plain, "'text' alone"),
+}
+
+
+def _check_turns(messages: Messages) -> None:
+    """Refuse conversations from which nothing is learnt, or not what was meant."""
+    for number, message in enumerate(messages, start=1):
+        role = message["role"]
+        if role == "system" and number > 1:
+            raise DataError(f"message {number} is a system message, which stands first or not at all; move it there")
+        if role == "assistant" and number > 1 and messages[number - 2]["role"] == "assistant":
+            raise DataError(f"messages {number - 1} and {number} are both the assistant's; join them")
+        if role == "assistant" and message["content"] in ("", []):
+            raise DataError(f"message {number}, the assistant's, is empty; give an answer or drop the record")
+    spoken = [message for message in messages if message["role"] == "assistant"]
+    if not spoken:
+        raise DataError("it has no assistant's message, so nothing in it is trained; add an answer")
+    if messages[0]["role"] == "assistant" or (messages[0]["role"] == "system" and messages[1]["role"] == "assistant"):
+        raise DataError("the assistant speaks first; put the question before it")
+    if not any(message["role"] == "user" for message in messages):
+        raise DataError("it has no user's message; put the question before the answer")
+    if not any(message.get("loss", True) for message in spoken):
+        raise DataError("loss is false for every assistant's message, so nothing in it is trained; train at least one")
+
+
+# ----------------------------------------------------------------------------------------------------- media
+
+_TAG = re.compile(r"(<image>|<audio>|<\|image_\d+\|>|<\|audio_\d+\|>)")
+
+
+def _with_media(messages: Messages, fields: Fields, options: Options) -> Messages:
+    """Put the record's media where its tags and empty parts are, and load none of them yet."""
+    waiting = {kind: _listed(fields, kind) for kind in PLACEHOLDERS}
+    used = dict.fromkeys(waiting, 0)
+    if any(waiting.values()) and not any(_places(message["content"], options.tags) for message in messages):
+        first = next(message for message in messages if message["role"] == "user")
+        parts = [{"type": kind, kind: None} for kind, held in waiting.items() for _ in held]
+        own = first["content"]
+        first["content"] = (
+            [*parts, *([{"type": "text", "text": own}] if own else [])] if isinstance(own, str) else [*parts, *own]
+        )
+    for message in messages:
+        message["content"] = _filled(message["content"], waiting, used, options)
+    for kind, held in waiting.items():
+        if used[kind] != len(held):
+            raise DataError(
+                f"it has {used[kind]} <{kind}> places and {len(held)} {kind}s; give as many of one as of the other"
+                + ("" if held else ", or set tags: false when the tag is mere text")
+            )
+    return messages
+
+
+def _listed(fields: Fields, kind: str) -> list[Any]:
+    both = [key for key in (kind, f"{kind}s") if fields.get(key) is not None]
+    if len(both) > 1:
+        raise DataError(f"it has both {both[0]!r} and {both[1]!r}; keep one")
+    given = fields[both[0]] if both else []
+    return list(given) if isinstance(given, list) else [given]
+
+
+def _places(content: Any, tags: bool) -> bool:
+    if isinstance(content, str):
+        return tags and bool(_TAG.search(content))
+    return any(part["type"] in PLACEHOLDERS and part[part["type"]] is None for part in content) or any(
+        tags and _TAG.search(part["text"]) for part in content if part["type"] == "text"
+    )
+
+
+def _filled(content: Any, waiting: Mapping[str, list[Any]], used: dict[str, int], options: Options) -> Any:
+    if isinstance(content, str):
+        if not (options.tags and _TAG.search(content)):
+            return content
+        content = [{"type": "text", "text": content}]
+    made: list[dict[str, Any]] = []
+    for part in content:
+        if part["type"] in PLACEHOLDERS:
+            kind, payload = part["type"], part[part["type"]]
+            made.append(
+                {
+                    "type": kind,
+                    kind: _next(kind, waiting, used, options) if payload is None else resolve(payload, kind, options),
+                }
+            )
+            continue
+        pieces = _TAG.split(part["text"]) if options.tags else [part["text"]]
+        for piece in pieces:
+            if options.tags and _TAG.fullmatch(piece):
+                kind, _, place = piece.strip("<|>").partition("_")
+                if place and int(place) != used[kind] + 1:
+                    raise DataError(
+                        f"the tag {piece} stands where {kind} {used[kind] + 1} belongs; number tags in order"
+                    )
+                made.append({"type": kind, kind: _next(kind, waiting, used, options)})
+            elif piece:
+                made.append({"type": "text", "text": piece})
+    return made
+
+
+def _next(kind: str, waiting: Mapping[str, list[Any]], used: dict[str, int], options: Options) -> Any:
+    used[kind] += 1
+    held = waiting[kind]
+    return resolve(held[used[kind] - 1], kind, options) if used[kind] <= len(held) else b""
+
+
+def resolve(value: Any, kind: str, options: Options) -> Any:
+    """Return a medium as the processor takes it: a path inside the root, bytes, or (array, rate).
+
+    value: also a data URL, and what `datasets` has: {"bytes", "path"} or {"array", "sampling_rate"}. Raises DataError.
+    """
+    if isinstance(value, Mapping):
+        if value.get("bytes") is not None:
+            return resolve(value["bytes"], kind, options)
+        if value.get("array") is not None and kind == "audio":
+            return np.asarray(value["array"], dtype=np.float32), value.get("sampling_rate")
+        inner = value.get("path") or value.get("url")
+        if inner is None:
+            raise DataError(f"an {kind} is {{{', '.join(map(repr, value))}}}; give a path, bytes, or a data URL")
+        return resolve(inner, kind, options)
+    if not isinstance(value, str):
+        if value is None or isinstance(value, int | float | list):
+            raise DataError(f"an {kind} is {value!r:.40}; give a path, bytes, or a data URL")
+        return value
+    if value.startswith("data:"):
+        return _bare_base64(value.partition(",")[2], f"the data URL of an {kind}")
+    if "://" in value:
+        raise DataError(f"the {kind} {value!r:.60} is on the network, and nothing is fetched; download it beforehand")
+    if "\0" in value or not value:
+        raise DataError(f"the path of an {kind} is {value!r:.60}; give the path of a file")
+    path = options.root / value
+    if not path.resolve().is_relative_to(options.root.resolve()):
+        raise DataError(
+            f"the {kind} {value!r:.80} lies outside {str(options.root)!r}; write paths from there, or set media_root"
+        )
+    return path
+
+
+def _bare_base64(data: Any, what: str) -> bytes:
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, TypeError, ValueError):
+        raise DataError(f"{what} is not base64; write 'data:TYPE;base64,...'") from None

@@ -1,0 +1,269 @@
+"""What a mixture draws from: makers of rows without end, and data files.
+
+Every source gives rows by number: a row depends on the seed, the source and its number, on nothing else.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from modalora.contracts import Message
+from modalora.data.instruct import instruct
+from modalora.data.nlvr import nlvr_scenes
+from modalora.data.questions import QUESTION_KINDS
+from modalora.data.rows import (
+    Conversation,
+    cells,
+    drawn_picture,
+    heard_digits,
+    heard_sentence,
+    number_and_picture,
+    real_scene,
+    spoken_question,
+)
+from modalora.data.scenes import free_scene, nlvr_like
+from modalora.data.speech import Clip, augment, mask_bands, spoken_digits
+from modalora.data.text import recurring_window, token_stream, windows
+from modalora.data.voices import digit_voices, sentence_voices
+from modalora.errors import ConfigError, DataError, InputError
+from modalora.processing.processor import Processor, Row
+
+Key = tuple[int, int]  # seed of the run, place of the source in the mixture
+Draw = Callable[[np.random.Generator], Row]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What sources are made from.
+
+    folder: the data of docs/nano.md. cache: where derived files are kept. window: tokens of a plain text window.
+    most: tokens that a row may have, where that is less than the model reads (0: it is not).
+    """
+
+    folder: Path
+    cache: Path
+    processor: Processor
+    window: int
+    most: int = 0
+
+
+class Source(Protocol):
+    """Rows by number."""
+
+    @property
+    def rows(self) -> int | None:
+        """How many there are in one epoch; None: without end."""
+        ...
+
+    def measure(self, number: int) -> int | None:
+        """Return the tokens of a row where they are known without making it. Raises InputError for a bad row."""
+        ...
+
+    def row(self, number: int) -> Row:
+        """Return a row. Raises InputError for a bad one."""
+        ...
+
+    def messages(self, number: int) -> Sequence[Message] | None:
+        """Return the conversation that a row is made of, or None where there is none."""
+        ...
+
+    def place(self, number: int) -> tuple[str, int]:
+        """Return the file that a row comes from and the line there, ("", 0) where there is none."""
+        ...
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A row that cannot be used, why, and what would mend it."""
+
+    sample: str
+    file: str
+    line: int
+    reason: str
+    mend: str
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Rows that are made up, or put together from stores, at random: each number has a generator of its own."""
+
+    draw: Draw
+    key: Key
+    rows: int | None = None
+
+    def _rng(self, number: int) -> np.random.Generator:
+        seed, place = self.key
+        return np.random.default_rng((seed, 2, place, number))  # 2: no other stream of the run begins so
+
+    def measure(self, number: int) -> int | None:
+        """Return None: a row is known once it is made."""
+        return None
+
+    def row(self, number: int) -> Row:
+        """Return a row."""
+        return self.draw(self._rng(number))
+
+    def messages(self, number: int) -> Sequence[Message] | None:
+        """Return the conversation of a row, None for a source of none."""
+        return self.draw.converse(self._rng(number)) if isinstance(self.draw, Conversations) else None
+
+    def place(self, number: int) -> tuple[str, int]:
+        """Return no place."""
+        return "", 0
+
+
+def bad_row(error: InputError, sample: str, source: Source, number: int) -> Bad:
+    """Return what an error says about a row: messages end with what to do, behind the last semicolon."""
+    file, line = source.place(number)
+    reason, _, mend = str(error).rpartition("; ")
+    return Bad(sample, file, line, reason or mend, mend if reason else "")
+
+
+def _books(context: Context, split: str = "train", recurring: float = 0.0) -> Draw:
+    stream = token_stream(context.folder, split, context.processor.tokenizer, context.cache)
+
+    def draw(rng: np.random.Generator) -> Row:
+        if rng.random() < recurring:
+            ids = recurring_window(stream, context.window, rng)
+        else:
+            (ids,) = windows(stream, context.window, 1, rng)
+        return Row(ids=ids, labels=list(ids))
+
+    return draw
+
+
+def _cells(context: Context, nlvr: float = 0.2, free: float = 0.32, towers: float = 0.4) -> Draw:
+    real = nlvr_scenes(context.folder, "train")
+    image = context.processor.image
+    if image is None:
+        raise ConfigError("source 'cells' needs a model with a picture encoder")
+
+    def draw(rng: np.random.Generator) -> Row:
+        draw = rng.random()
+        if draw < nlvr:
+            scene = real[rng.integers(len(real))].scene
+        else:
+            scene = free_scene(rng) if draw < nlvr + free else nlvr_like(rng, towers)
+        row = context.processor.row([{"role": "user", "content": [{"type": "image", "image": scene.image}]}])
+        features = row.media[0][1]
+        features.update(cells(scene.shapes, scene.image.size, features, image.patch))
+        return row
+
+    return draw
+
+
+def _pictures(context: Context, turns: int = 6, ask: Sequence[str] | None = None, towers: float = 0.6) -> Draw:
+    return _conversations(context, _asking(ask, lambda rng: drawn_picture(rng, turns, ask, towers)))
+
+
+def _nlvr(context: Context, turns: int = 6, ask: Sequence[str] | None = None) -> Draw:
+    rows = nlvr_scenes(context.folder, "train")
+    return _conversations(context, _asking(ask, lambda rng: real_scene(rows[rng.integers(len(rows))], rng, turns, ask)))
+
+
+def _digits(
+    context: Context,
+    transcribe_only: bool = False,
+    without: str | None = None,
+    real: int = 2,
+    most: int = 7,
+    masks: int = 0,
+) -> Draw:
+    rows = real * spoken_digits(context.folder, "train", without=without) + digit_voices(context.cache)
+    draw = _conversations(context, lambda rng: heard_digits(rows, rng, most, transcribe_only=transcribe_only))
+
+    def masked(rng: np.random.Generator) -> Row:
+        row = draw(rng)
+        features = row.media[0][1]
+        features["mel"] = torch.from_numpy(mask_bands(features["mel"].numpy(), rng, masks))
+        return row
+
+    return masked if masks else draw
+
+
+def _sentences(context: Context) -> Draw:
+    clips = sentence_voices(context.cache)
+
+    def converse(rng: np.random.Generator) -> Conversation:
+        clip = clips[rng.integers(len(clips))]
+        return heard_sentence(replace(clip, wave=augment(clip.wave, clip.rate, rng)))
+
+    return _conversations(context, converse)
+
+
+def _seen_and_heard(context: Context, spoken: float = 0.25, turns: int = 1, without: str | None = None) -> Draw:
+    digits: dict[str, list[Clip]] = defaultdict(list)
+    for clip in 2 * spoken_digits(context.folder, "train", without=without) + digit_voices(context.cache):
+        digits[clip.words[0]].append(clip)
+    bank: dict[str, list[Clip]] = defaultdict(list)
+    for clip in sentence_voices(context.cache):
+        bank[clip.text].append(clip)
+    real = nlvr_scenes(context.folder, "train")
+
+    def converse(rng: np.random.Generator) -> Conversation:
+        draw = rng.random()
+        scene = real[rng.integers(len(real))].scene if draw < 0.4 else nlvr_like(rng) if draw < 0.8 else free_scene(rng)
+        asked = spoken_question(scene, bank, rng) if rng.random() < spoken else None
+        return asked or number_and_picture(scene, digits, rng, turns=turns)
+
+    return _conversations(context, converse)
+
+
+def _instruct(context: Context) -> Draw:
+    tokenizer = context.processor.tokenizer
+    stream = token_stream(context.folder, "train", tokenizer, context.cache)
+    return _conversations(context, instruct(stream, tokenizer))
+
+
+def _asking(
+    ask: Sequence[str] | None, converse: Callable[[np.random.Generator], Conversation]
+) -> Callable[[np.random.Generator], Conversation]:
+    """Check the kinds of questions asked for, and draw again where a scene gives rise to none of them."""
+    if ask is not None and (not ask or not set(ask) <= set(QUESTION_KINDS)):
+        raise ConfigError(f"ask: {list(ask)} must name some of the kinds {', '.join(QUESTION_KINDS)}")
+
+    def draw(rng: np.random.Generator) -> Conversation:
+        for _ in range(_TRIES):
+            if made := converse(rng):
+                return made
+        raise DataError(f"ask: no question of {ask} in {_TRIES} scenes; name more kinds, or other scenes")
+
+    return draw
+
+
+_TRIES = 200
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """Draws conversations and makes rows of them."""
+
+    processor: Processor
+    converse: Callable[[np.random.Generator], Conversation]
+
+    def __call__(self, rng: np.random.Generator) -> Row:
+        """Return one row."""
+        return self.processor.row(self.converse(rng), answer=False)
+
+
+def _conversations(context: Context, converse: Callable[[np.random.Generator], Conversation]) -> Conversations:
+    return Conversations(context.processor, converse)
+
+
+SOURCES: dict[str, Callable[..., Draw]] = {
+    "books": _books,
+    "cells": _cells,
+    "digits": _digits,
+    "instruct": _instruct,
+    "nlvr": _nlvr,
+    "pictures": _pictures,
+    "seen_and_heard": _seen_and_heard,
+    "sentences": _sentences,
+}
