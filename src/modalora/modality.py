@@ -241,12 +241,8 @@ def media(config: ModelConfig, tokenizer: TextTokenizer) -> dict[str, Medium]:
     for number, (name, sizes) in enumerate(config.modalities.items()):
         row = find(name)
         placeholder = _placeholder(row, tokenizer, config.decoder.vocab_size, number)
-        found[name] = Medium(placeholder, row.features, row.count or _counted(row.features), row.settings(sizes))
+        found[name] = Medium(placeholder, row.features, row.settings(sizes), row.count)
     return found
-
-
-def _counted(features: Callable[[Any, Any], tuple[Any, int]]) -> Callable[[Any, Any], int]:
-    return lambda payload, settings: features(payload, settings)[1]
 
 
 def _placeholder(row: Modality, tokenizer: TextTokenizer, vocab_size: int, number: int) -> tuple[str, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from modalora.contracts import IGNORED, Message
 from modalora.data.instruct import instruct, recall, repetition
 from modalora.data.questions import NUMBERS
-from modalora.data.rows import COUNTED, cells, conversation, number_and_picture
+from modalora.data.rows import COUNTED, cells, conversation, frames, number_and_picture
 from modalora.data.scenes import BOX_NAMES, COLORS, KINDS, SIZES, Scene, Shape, free_scene, nlvr_like
 from modalora.data.speech import DIGITS, Clip, number_words
 from modalora.data.text import recurring_window
@@ -306,3 +308,29 @@ def test_small_text_questions_have_one_right_answer() -> None:
             assert answer == NUMBERS[len(question.partition(": ")[2].split())], question
             seen["words"] += 1
     assert min(seen.values()) > 20, seen
+
+
+def test_questions_about_several_pictures_are_answered_by_the_one_they_name() -> None:
+    rng = np.random.default_rng(0)
+    most = named = 0
+    for _ in range(60):
+        scenes = [free_scene(rng) for _ in range(int(rng.integers(2, 5)))]
+        first, *rest = frames(scenes, rng, 4)
+        assert [part["image"] for part in first["content"][:-1]] == [scene.image for scene in scenes]
+        turns = [first["content"][-1]["text"], *(turn["content"] for turn in rest)]
+        texts = [turn if isinstance(turn, str) else turn[-1]["text"] for turn in turns]
+        for question, answer in zip(texts[::2], texts[1::2], strict=True):
+            if match := re.fullmatch(r"Which picture has the most (\w+) shapes\?", question):
+                counts = [sum(shape.color == match[1] for shape in scene.shapes) for scene in scenes]
+                assert answer == f"picture {NUMBERS[1 + int(np.argmax(counts))]}"
+                assert counts.count(max(counts)) == 1
+                most += 1
+            elif match := re.fullmatch(
+                r"In picture (\w+): How many (\w+) (?:shapes|objects|things|items) are there\?", question
+            ):
+                if match[2] in COLORS:
+                    shapes = scenes[NUMBERS.index(match[1]) - 1].shapes
+                    assert answer == NUMBERS[sum(shape.color == match[2] for shape in shapes)], question
+                named += 1
+    assert most > 20
+    assert named > 5

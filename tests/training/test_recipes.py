@@ -1,39 +1,131 @@
 from __future__ import annotations
 
+import json
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import numpy as np
 import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
+import soundfile
 import torch
+from PIL import Image
 
 from modalora.checkpoint.store import load_model
 from modalora.cli.train import RECIPES
-from modalora.config import load_run
+from modalora.config import RunConfig, load_run, load_stages
 from modalora.data.sources import SOURCES
 from modalora.models.multimodal import Multimodal, part_of
-from modalora.models.sizes import nano
+from modalora.models.sizes import SIZES, nano
 from modalora.training.run import run_recipe
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+RUNS = {
+    f"{name}/{title}": run for name in NAMES for title, run in load_stages(RECIPES / f"{name}.yaml", RECIPES).items()
+}
+
+# arXiv:2503.01743, section 3: what each stage trains; all else is frozen. Rates and steps where they are published.
+PUBLISHED = {
+    "language-1-pretrain": ({"decoder"}, None, None),
+    "language-2-posttrain": ({"decoder"}, None, None),
+    "vision-1-align": ({"image.projector.vision"}, None, None),
+    "vision-2-joint": ({"image.encoder", "image.projector.vision"}, None, None),
+    "vision-3-generative": ({"adapter.vision", "image.encoder", "image.projector.vision"}, None, None),
+    "vision-4-frames": ({"adapter.vision", "image.projector.vision"}, None, None),
+    "speech-1-pretrain": ({"audio.encoder", "audio.projector.speech"}, 4e-5, 50_000),
+    "speech-2-posttrain": ({"audio.projector.speech", "adapter.speech"}, 1e-4, 50_000),
+    "joint-vision-speech": ({"adapter.vision", "image.encoder", "image.projector.vision"}, None, None),
+}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RUNS)
 def test_a_recipe_names_sources_and_parts_that_exist(name: str) -> None:
-    run = load_run(RECIPES / f"{name}.yaml")
-    assert {source.source for source in run.mixture} <= set(SOURCES)
+    run = RUNS[name]
+    assert {source.source for source in run.mixture} <= {"files", *SOURCES}
     with torch.device("meta"):
         parts = {part_of(parameter) for parameter, _ in Multimodal(nano()).named_parameters()}
-    for pattern in (*run.train, *run.take, *run.optim.lr_scale):
+    for pattern in (*run.train, *run.take, *run.optim.lr_scale, *run.copy_parts, *run.copy_parts.values()):
         assert any(fnmatchcase(part, pattern) for part in parts), pattern
 
 
 def test_a_recipe_starts_from_models_that_other_recipes_write() -> None:
-    runs = [load_run(RECIPES / f"{name}.yaml") for name in NAMES]
-    written = {f"{run.output}/model" for run in runs}
-    for run in runs:
-        assert {start for start in (run.init, *run.take.values()) if "/" in start} <= written
+    written = {f"{run.output}/model" for run in RUNS.values()}
+    for run in RUNS.values():
+        assert {start for start in (run.init, *run.take.values()) if start not in SIZES} <= written
+
+
+def test_the_stages_of_the_paper_train_what_the_paper_trains() -> None:
+    for chain in ("chain-phi4", "chain-nano"):
+        runs = load_stages(RECIPES / f"{chain}.yaml", RECIPES)
+        stages = {title: run for title, run in runs.items() if title in PUBLISHED}
+        assert list(stages) == list(PUBLISHED)
+        assert {title: set(run.train) for title, run in stages.items()} == {
+            title: parts for title, (parts, *_) in PUBLISHED.items()
+        }
+    for title, (_, rate, steps) in PUBLISHED.items():
+        run = load_run(RECIPES / f"{title}.yaml")
+        assert rate in (None, run.optim.lr)
+        assert steps in (None, run.steps)
+    frames = load_run(RECIPES / "vision-4-frames.yaml")
+    assert frames.tokens == 64 * 1024
+    crops = {title: load_run(RECIPES / f"{title}.yaml").media.max_crops for title in PUBLISHED if "vision" in title}
+    assert (crops["vision-2-joint"], crops["vision-3-generative"]) == (16, 36)
+
+
+def test_the_rate_of_pretraining_falls_to_the_published_share_at_five_trillion_tokens() -> None:
+    run = load_run(RECIPES / "language-1-pretrain.yaml")
+    assert run.steps * run.step_tokens == pytest.approx(5e12, rel=1e-4)
+    assert run.optim.fitted is not None
+    assert run.optim.lr / run.optim.fitted.lr == pytest.approx(0.229, abs=5e-4)
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Records of all kinds that the stages read: text, a picture, several, a sound, a picture with a sound."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        Image.fromarray(rng.integers(0, 255, (90, 130, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+        soundfile.write(folder / f"{number}.wav", 0.1 * rng.standard_normal(16_000), 16_000)
+    media = [[], ["image"], ["image", "image"], ["audio"], ["image", "audio"]]
+    lines = []
+    for number in range(20):
+        parts = [
+            {"type": kind, kind: f"{number % 3}.{'png' if kind == 'image' else 'wav'}"} for kind in media[number % 5]
+        ]
+        content = [*parts, {"type": "text", "text": f"What is in it, number {number}?"}]
+        answer = {"role": "assistant", "content": f"Something that I call number {number}."}
+        lines.append(json.dumps({"messages": [{"role": "user", "content": content}, answer]}))
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    return folder / "rows.jsonl"
+
+
+def test_the_chain_of_the_paper_runs_at_nano_size_and_each_stage_changes_its_parts_alone(
+    conversations: Path, tmp_path: Path
+) -> None:
+    small = [
+        f"mixture=[{{source: files, options: {{path: {conversations}}}}}]", "steps=2", "accumulate=1", "save_every=100",
+        "optim.warmup_steps=0", "precision=fp32", "threads=1",
+    ]  # fmt: skip
+    stages = load_stages(RECIPES / "chain-phi4.yaml", RECIPES, small)
+    before, start = "bundled/nano", "bundled/nano"
+    for title, run in stages.items():
+        own = run.model_copy(
+            update={"init": before, "output": str(tmp_path / title), "cache": str(tmp_path / "cache"), "window": 64}
+            | ({"rows": 5} if not run.tokens else {"tokens": 1000})
+        )
+        folder = run_recipe(own)
+        assert changed_parts(start, folder) == PUBLISHED[title][0] | set(run.copy_parts), title
+        before = start = str(folder)
+
+
+def changed_parts(start: str, folder: Path) -> set[str]:
+    from modalora.assistant import find_model
+
+    one, other = load_model(find_model(start.removeprefix("bundled/"))).model, load_model(folder).model
+    after = other.state_dict()
+    return {part_of(name) for name, tensor in one.state_dict().items() if not torch.equal(tensor, after[name])}
 
 
 def test_the_base_recipe_runs_from_books_to_a_model_folder(tmp_path: Path) -> None:
@@ -51,8 +143,9 @@ def test_the_base_recipe_runs_from_books_to_a_model_folder(tmp_path: Path) -> No
         "window=16",
         f"data={tmp_path}",
         f"cache={tmp_path / 'cache'}",
+        "optim.warmup_steps=0",
     ]
-    run = load_run(RECIPES / "nano-1-base.yaml", [*small, f"output={tmp_path / 'out'}"])
+    run: RunConfig = load_run(RECIPES / "nano-1-base.yaml", [*small, f"output={tmp_path / 'out'}"])
     folder = run_recipe(run)
     loaded = load_model(folder)
     assert loaded.notes["last"]["step"] == 2

@@ -17,7 +17,7 @@ from torch import Tensor
 from modalora.contracts import IGNORED, Message
 from modalora.data.nlvr import NlvrRow
 from modalora.data.pictures import chart_picture, word_picture
-from modalora.data.questions import DESCRIBE, questions
+from modalora.data.questions import DESCRIBE, NUMBERS, questions
 from modalora.data.scenes import COLORS, KINDS, SIZES, Scene, Shape, caption, cell_labels, free_scene, nlvr_like
 from modalora.data.speech import DIGITS, TRANSCRIBE, Clip, digit_string, speech_questions
 from modalora.data.statements import nlvr_case, statement
@@ -137,6 +137,26 @@ def number_and_picture(
         pairs += counted[: turns // 3]
         rng.shuffle(pairs)
     return conversation([("image", scene.image), ("audio", (clip.wave, clip.rate))], pairs)
+
+
+def frames(scenes: Sequence[Scene], rng: Rng, turns: int) -> Conversation:
+    """Return several pictures with questions about one of them, by its number, or about which has the most of a colour.
+
+    Scenes in the manner of NLVR or free, at least two.
+    """
+    pairs: list[tuple[str, str]] = []
+    for color in rng.permutation(COLORS).tolist():
+        counts = [sum(shape.color == color for shape in scene.shapes) for scene in scenes]
+        if counts.count(max(counts)) == 1:
+            question = f"Which picture has the most {color} shapes?"
+            pairs.append((question, f"picture {NUMBERS[1 + counts.index(max(counts))]}"))
+            break
+    for number in rng.integers(len(scenes), size=turns).tolist():
+        for question, answer in questions(scenes[number], rng, 1, ("count", "color", "presence")):
+            pairs.append((f"In picture {NUMBERS[number + 1]}: {question}", answer))
+    asked = list(dict(pairs).items())[:turns]  # a question once
+    rng.shuffle(asked)
+    return conversation([("image", scene.image) for scene in scenes], [(str(q), str(a)) for q, a in asked])
 
 
 def spoken_question(scene: Scene, bank: dict[str, list[Clip]], rng: Rng) -> Conversation | None:

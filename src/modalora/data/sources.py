@@ -22,6 +22,7 @@ from modalora.data.rows import (
     Conversation,
     cells,
     drawn_picture,
+    frames,
     heard_digits,
     heard_sentence,
     number_and_picture,
@@ -168,6 +169,19 @@ def _nlvr(context: Context, turns: int = 6, ask: Sequence[str] | None = None) ->
     return _conversations(context, _asking(ask, lambda rng: real_scene(rows[rng.integers(len(rows))], rng, turns, ask)))
 
 
+def _frames(context: Context, turns: int = 4, most: int = 3) -> Draw:
+    if not 2 <= most <= 12:
+        raise ConfigError(f"most={most} pictures of source 'frames' must lie in 2 .. 12")
+    real = nlvr_scenes(context.folder, "train")
+
+    def converse(rng: np.random.Generator) -> Conversation:
+        count = int(rng.integers(2, most + 1))
+        scenes = [real[rng.integers(len(real))].scene if rng.random() < 0.5 else free_scene(rng) for _ in range(count)]
+        return frames(scenes, rng, turns)
+
+    return _conversations(context, converse)
+
+
 def _digits(
     context: Context,
     transcribe_only: bool = False,
@@ -261,6 +275,7 @@ SOURCES: dict[str, Callable[..., Draw]] = {
     "books": _books,
     "cells": _cells,
     "digits": _digits,
+    "frames": _frames,
     "instruct": _instruct,
     "nlvr": _nlvr,
     "pictures": _pictures,

@@ -25,13 +25,17 @@ class Medium:
     """How one modality is read. placeholder: name and id of the token that fills its spans.
 
     read: (payload, settings) -> features, named tensors that the encoder takes, and the number of tokens they become.
-    count: (payload, settings) -> that number alone.
+    count: (payload, settings) -> that number alone; None: as `read` tells it.
     """
 
     placeholder: tuple[str, int]
     read: Callable[[Any, Any], tuple[dict[str, Tensor], int]]
-    count: Callable[[Any, Any], int]
     settings: Any
+    count: Callable[[Any, Any], int] | None = None
+
+    def tokens(self, payload: Any) -> int:
+        """Return how many tokens a payload becomes."""
+        return self.count(payload, self.settings) if self.count else self.read(payload, self.settings)[1]
 
 
 @dataclass
@@ -115,8 +119,7 @@ class Processor:
                 self.tokenizer.control(piece.value)  # raises where there is none
                 total += 1
             else:
-                medium = self.media[piece.kind]
-                total += medium.count(piece.value, medium.settings)
+                total += self.media[piece.kind].tokens(piece.value)
         return total
 
     def _between(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, str | None, str | None]]:
