@@ -22,6 +22,7 @@ from modalora.models.sizes import SIZES
 from modalora.models.speech import SpeechEncoder
 from modalora.nn.mlp import Projector
 from modalora.processing.tokenizer import TextTokenizer
+from modalora.quantize import quantize, restore
 from modalora.training.loop import Metrics, train
 
 
@@ -33,17 +34,9 @@ def run_recipe(run: RunConfig, report: Callable[[Metrics], None] = lambda metric
     target = Path(run.output) / "model"
     if target.exists():
         return target
-    data, cache = Path(run.data), Path(run.cache)
-    torch.manual_seed(run.seed)
-    if run.init in SIZES:
-        model = Multimodal(SIZES[run.init]())
-        tokenizer = _fresh_tokenizer(data, cache, model.config.decoder.vocab_size)
-    else:
-        loaded = load_model(find_model(run.init))
-        model, tokenizer = loaded.model, loaded.tokenizer
-    _take_parts(model, run.take)
+    model, tokenizer = _start(run)
     processor = make_processor(model.config, tokenizer)
-    context = Context(folder=data, cache=cache, processor=processor, window=run.window)
+    context = Context(folder=Path(run.data), cache=Path(run.cache), processor=processor, window=run.window)
     batches = Mixture(context, run.mixture, rows=run.rows, accumulate=run.accumulate, seed=run.seed)
     if "audio.encoder" in run.train:
         _set_mel_statistics(model, batches)
@@ -51,9 +44,26 @@ def run_recipe(run: RunConfig, report: Callable[[Metrics], None] = lambda metric
         _whiten_projectors(model, modality, run.train, batches)
     if run.recompute:
         recompute(model)
+    if run.base_bits is not None:
+        quantize(model, run.base_bits)
     metrics = train(run, model.to(run.device), batches, report)
+    if run.base_bits is not None:  # what was trained belongs to the plain weights
+        restore(model.cpu(), _start(run)[0])
     save_model(model, tokenizer, target, int8=run.int8, notes={"trained": run.model_dump(mode="json"), "last": metrics})
     return target
+
+
+def _start(run: RunConfig) -> tuple[Multimodal, TextTokenizer]:
+    """Return the weights that a run starts from, the same at each call, and their tokenizer."""
+    torch.manual_seed(run.seed)
+    if run.init in SIZES:
+        model = Multimodal(SIZES[run.init]())
+        tokenizer = _fresh_tokenizer(Path(run.data), Path(run.cache), model.config.decoder.vocab_size)
+    else:
+        loaded = load_model(find_model(run.init))
+        model, tokenizer = loaded.model, loaded.tokenizer
+    _take_parts(model, run.take)
+    return model, tokenizer
 
 
 def _fresh_tokenizer(data: Path, cache: Path, vocab_size: int) -> TextTokenizer:
