@@ -32,6 +32,7 @@ from modalora.nn.lora import LoraConfig
 from modalora.nn.mlp import Projector
 from modalora.processing.processor import Processor
 from modalora.processing.tokenizer import TextTokenizer
+from modalora.quantize import quantize, restore
 from modalora.training.loop import Metrics, train
 from modalora.training.states import FREE
 
@@ -51,37 +52,28 @@ def run_recipe(
     if target.exists():
         _check_finished(run, target)
         return target
-    data, cache = Path(run.data), Path(run.cache)
     for file in run.modality_files:
         load_file(file)
-    torch.manual_seed(run.seed)
-    if run.init in SIZES:
-        model = Multimodal(SIZES[run.init]())
-        tokenizer = _fresh_tokenizer(data, cache, model.config.decoder.vocab_size)
-    else:
-        loaded = load_model(find_model(run.init))
-        model, tokenizer = loaded.model, loaded.tokenizer
-    for name, sizes in run.modalities.items():
-        add_modality(model, name, sizes)
-    for name, size in run.adapters.items():
-        model.add_adapter(name, parse(LoraConfig, size, f"adapter {name!r}"))
-    _take_parts(model, run.take)
-    _copy_parts(model, run.copy_parts)
+    model, tokenizer = _start(run)
     processor = make_processor(model.config, tokenizer)
     _limit_media(processor, run.media)
-    context = Context(folder=data, cache=cache, processor=processor, window=run.window)
+    context = Context(folder=Path(run.data), cache=Path(run.cache), processor=processor, window=run.window)
     if "audio.encoder" in run.train:
         _set_mel_statistics(model, make_mixture(run, context))
     for modality in run.whiten:
         _whiten_projectors(model, modality, run.train, make_mixture(run, context))
     if run.recompute:
         recompute(model)
+    if run.base_bits is not None:
+        quantize(model, run.base_bits)
     quarantine = Quarantine(Path(run.output) / "quarantine.jsonl", run.quarantine_most)
     batches = make_mixture(run, context, workers=run.workers, quarantine=quarantine)
     try:
         metrics = train(run, model.to(run.device), batches, report, say=say)
     finally:
         batches.close()
+    if run.base_bits is not None:  # what was trained belongs to the plain weights
+        restore(model.cpu(), _start(run)[0])
     notes = {"trained": run.model_dump(mode="json"), "last": metrics}
     _write(run, model, tokenizer, target, notes, say)
     return target
@@ -126,6 +118,24 @@ def _write(
         if kind == "adapter" and certificate and not (folder := target.parent / f"{name}-lora").exists():
             save_adapter(model, name, folder, certificate)
     save_model(model, tokenizer, target, int8=run.int8, notes=notes, certificate=certificate)
+
+
+def _start(run: RunConfig) -> tuple[Multimodal, TextTokenizer]:
+    """Return the weights that a run starts from, the same at each call, and their tokenizer."""
+    torch.manual_seed(run.seed)
+    if run.init in SIZES:
+        model = Multimodal(SIZES[run.init]())
+        tokenizer = _fresh_tokenizer(Path(run.data), Path(run.cache), model.config.decoder.vocab_size)
+    else:
+        loaded = load_model(find_model(run.init))
+        model, tokenizer = loaded.model, loaded.tokenizer
+    for name, sizes in run.modalities.items():
+        add_modality(model, name, sizes)
+    for name, size in run.adapters.items():
+        model.add_adapter(name, parse(LoraConfig, size, f"adapter {name!r}"))
+    _take_parts(model, run.take)
+    _copy_parts(model, run.copy_parts)
+    return model, tokenizer
 
 
 def _fresh_tokenizer(data: Path, cache: Path, vocab_size: int) -> TextTokenizer:
