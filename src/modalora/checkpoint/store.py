@@ -91,14 +91,9 @@ def read_card(folder: Path) -> Card:
     return Card(layout, parse(ModelConfig, fields, str(path)), notes, chat)
 
 
-def load_model(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu", pack: bool = False) -> Loaded:
-    """Read a model folder, checking names, shapes and dtypes against the config before allocating.
-
-    dtype: None keeps the stored one, and maps the files instead of copying them. pack: make the decoder faster to read
-    and impossible to change (Decoder.pack). Raises CheckpointError.
-    """
+def read_texts(folder: Path) -> tuple[Card, TextTokenizer, ChatFormat]:
+    """Return what makes a model folder's prompts, without opening a weight. Raises CheckpointError."""
     card = read_card(folder)
-    weights, stored = _open(folder, card)
     inside(folder, TOKENIZER)
     tokenizer = TextTokenizer.from_folder(folder)
     if tokenizer.vocab_size > card.config.decoder.vocab_size:
@@ -107,6 +102,17 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None, device: str = 
             f"{card.config.decoder.vocab_size}; they are not of one model"
         )
     _check_placeholders(folder, card.layout, tokenizer)
+    return card, tokenizer, card.chat or _chat(folder, card.layout, tokenizer)
+
+
+def load_model(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu", pack: bool = False) -> Loaded:
+    """Read a model folder, checking names, shapes and dtypes against the config before allocating.
+
+    dtype: None keeps the stored one, and maps the files instead of copying them. pack: make the decoder faster to read
+    and impossible to change (Decoder.pack). Raises CheckpointError.
+    """
+    card, tokenizer, chat = read_texts(folder)
+    weights, stored = _open(folder, card)
     model = _without_memory(folder, card, weights)
     tensors = {}
     for name, place in stored.items():
@@ -116,7 +122,6 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None, device: str = 
         load_adapter(model, folder / f"{name}-lora", name, idle=True)
     if pack:
         model.decoder.pack(release)  # dropping is not enough: the file stays mapped
-    chat = card.chat or _chat(folder, card.layout, tokenizer)
     return Loaded(model.eval(), tokenizer, chat, _stop_ids(folder, card, tokenizer), card.notes)
 
 

@@ -29,11 +29,16 @@ def train(
     except ModuleNotFoundError as missing:
         raise InputError(f"training needs {missing.name}; pip install 'modalora[train]'") from None
 
-    bundled = RECIPES / f"{recipe}.yaml"
-    run = load_run(bundled if bundled.exists() else Path(recipe), overrides or [])
+    run = load_run(find_recipe(recipe), overrides or [])
     show = _bar(run.steps) if sys.stderr.isatty() else _line
     folder = run_recipe(run, show)
     print(f"wrote {folder}; loss curve: {folder.parent / 'loss.png'}")
+
+
+def find_recipe(name: str) -> Path:
+    """Return the file of a recipe: a bundled one by its name, else a path."""
+    bundled = RECIPES / f"{name}.yaml"
+    return bundled if bundled.exists() else Path(name)
 
 
 def _line(metrics: dict[str, Any]) -> None:

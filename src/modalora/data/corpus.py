@@ -183,6 +183,11 @@ class Corpus:
         kept = self._fitting(messages)
         return messages[:kept], len(messages) - kept
 
+    def unread(self, record: int) -> list[str]:
+        """Return the fields of a record that its form does not read."""
+        volume, fields = self.shelf.read(record)
+        return [name for name in fields if volume.options.rename.get(name, name) not in FORMS[volume.form].fields]
+
     def _fitting(self, messages: Sequence[Message]) -> int:
         """Return how many messages from the start, up to an answer, fit; media are kept or dropped with theirs."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from modalora.assistant import find_model, make_processor
-from modalora.checkpoint.store import load_model, save_model
+from modalora.checkpoint.store import load_model, read_texts, save_model
 from modalora.config import RunConfig
 from modalora.contracts import Batches
 from modalora.data.mixture import Mixture
@@ -22,6 +22,7 @@ from modalora.models.multimodal import Multimodal, part_of
 from modalora.models.sizes import SIZES
 from modalora.models.speech import SpeechEncoder
 from modalora.nn.mlp import Projector
+from modalora.processing.chat import FORMATS
 from modalora.processing.tokenizer import TextTokenizer
 from modalora.training.loop import Metrics, train
 
@@ -37,13 +38,13 @@ def run_recipe(run: RunConfig, report: Callable[[Metrics], None] = lambda metric
     data, cache = Path(run.data), Path(run.cache)
     torch.manual_seed(run.seed)
     if run.init in SIZES:
-        model = Multimodal(SIZES[run.init]())
+        model, chat = Multimodal(SIZES[run.init]()), FORMATS["phi4"]
         tokenizer = _fresh_tokenizer(data, cache, model.config.decoder.vocab_size)
     else:
         loaded = load_model(find_model(run.init))
-        model, tokenizer = loaded.model, loaded.tokenizer
+        model, tokenizer, chat = loaded.model, loaded.tokenizer, loaded.chat
     _take_parts(model, run.take)
-    processor = make_processor(model.config, tokenizer)
+    processor = make_processor(model.config, tokenizer, chat)
     context = Context(folder=data, cache=cache, processor=processor, window=run.window)
     if "audio.encoder" in run.train:
         _set_mel_statistics(model, make_mixture(run, context))
@@ -55,8 +56,26 @@ def run_recipe(run: RunConfig, report: Callable[[Metrics], None] = lambda metric
         metrics = train(run, model.to(run.device), batches, report)
     finally:
         batches.close()
-    save_model(model, tokenizer, target, int8=run.int8, notes={"trained": run.model_dump(mode="json"), "last": metrics})
+    notes = {"trained": run.model_dump(mode="json"), "last": metrics}
+    save_model(model, tokenizer, target, int8=run.int8, chat=chat, notes=notes)
     return target
+
+
+def open_context(run: RunConfig) -> Context:
+    """Return what the sources of a run are made from, without loading a weight.
+
+    Raises CheckpointError, ConfigError, DataError.
+    """
+    if run.init in SIZES:
+        config, chat = SIZES[run.init](), FORMATS["phi4"]
+        tokenizer = _fresh_tokenizer(Path(run.data), Path(run.cache), config.decoder.vocab_size)
+    else:
+        card, tokenizer, chat = read_texts(find_model(run.init))
+        config = card.config
+    processor = make_processor(config, tokenizer, chat)
+    return Context(
+        folder=Path(run.data), cache=Path(run.cache), processor=processor, window=run.window, most=run.tokens
+    )
 
 
 def make_mixture(run: RunConfig, context: Context, workers: int = 0, quarantine: Quarantine | None = None) -> Mixture:
