@@ -328,12 +328,13 @@ def set_regime(model: Multimodal, regime: Regime) -> None:
 
 
 def find_model(name: str | Path) -> Path:
-    """Return the folder of a model: a path, or the name of a bundled model."""
+    """Return the folder of a model: a path, or the name of a bundled model, which may be written bundled/NAME."""
     path = Path(name)
     if path.is_dir():
         return path
-    if (BUNDLED / str(name)).is_dir():
-        return BUNDLED / str(name)
+    short = str(name).removeprefix("bundled/")
+    if (BUNDLED / short).is_dir():
+        return BUNDLED / short
     bundled = ", ".join(sorted(folder.name for folder in BUNDLED.glob("*/") if (folder / "config.json").exists()))
     raise CheckpointError(
         f"no model folder {str(name)!r}; give a folder, or a bundled model ({bundled or 'none here'})"

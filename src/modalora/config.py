@@ -73,7 +73,7 @@ class SourceConfig(Settings):
 class RunConfig(Settings):
     """One training run."""
 
-    init: str  # a folder to start from, or a name of models/sizes.py for fresh weights
+    init: str  # a folder, bundled/nano, or a name of models/sizes.py for fresh weights
     output: str
     take: dict[str, str] = Field(default_factory=dict)  # part pattern -> folder that gives its weights
     int8: bool = False  # store the matrices of the written model as int8

@@ -111,8 +111,10 @@ def read_record(fields: Fields, form: str, options: Options) -> Messages:
 
 def read_text(fields: Fields, options: Options) -> str:
     """Return the text of a record of the form "text". Raises DataError."""
-    text = renamed(fields, options).get("text")
-    return _string(text, "text")
+    text = _string(renamed(fields, options).get("text"), "text")
+    if not text:
+        raise DataError("its text is empty, so nothing in it is trained; drop the record")
+    return text
 
 
 def renamed(fields: Fields, options: Options) -> Fields:
