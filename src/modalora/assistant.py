@@ -353,11 +353,11 @@ def find_model(name: str | Path) -> Path:
     "bundled/NAME" is the same, for recipes, where a bare nano means fresh weights of that size.
     """
     path = Path(name)
-    name = str(name).removeprefix("bundled/")
     if path.is_dir():
         return path
-    if (BUNDLED / str(name)).is_dir():
-        return BUNDLED / str(name)
+    short = str(name).removeprefix("bundled/")
+    if (BUNDLED / short).is_dir():
+        return BUNDLED / short
     bundled = ", ".join(sorted(folder.name for folder in BUNDLED.glob("*/") if (folder / "config.json").exists()))
     raise CheckpointError(
         f"no model folder {str(name)!r}; give a folder, or a bundled model ({bundled or 'none here'})"

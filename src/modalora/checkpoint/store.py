@@ -96,16 +96,9 @@ def read_card(folder: Path, *, check: bool = True) -> Card:
     return Card(layout, replace(parse(ModelConfig, fields, str(path)), encoders=encoders), notes, chat)
 
 
-def load_model(
-    folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu", pack: bool = False, check: bool = True
-) -> Loaded:
-    """Read a model folder, checking names, shapes and dtypes against the config before allocating.
-
-    dtype: None keeps the stored one, and maps the files instead of copying them. pack: make the decoder faster to read
-    and impossible to change (Decoder.pack). check: compare the files with the manifest first. Raises CheckpointError.
-    """
+def read_texts(folder: Path, *, check: bool = True) -> tuple[Card, TextTokenizer, ChatFormat]:
+    """Return what makes a model folder's prompts, without opening a weight. Raises CheckpointError."""
     card = read_card(folder, check=check)
-    weights, stored = _open(folder, card)
     inside(folder, TOKENIZER)
     tokenizer = TextTokenizer.from_folder(folder)
     if tokenizer.vocab_size > card.config.decoder.vocab_size:
@@ -114,6 +107,19 @@ def load_model(
             f"{card.config.decoder.vocab_size}; they are not of one model"
         )
     _check_placeholders(folder, card.layout, tokenizer)
+    return card, tokenizer, card.chat or _chat(folder, card.layout, tokenizer)
+
+
+def load_model(
+    folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu", pack: bool = False, check: bool = True
+) -> Loaded:
+    """Read a model folder, checking names, shapes and dtypes against the config before allocating.
+
+    dtype: None keeps the stored one, and maps the files instead of copying them. pack: make the decoder faster to read
+    and impossible to change (Decoder.pack). check: compare the files with the manifest first. Raises CheckpointError.
+    """
+    card, tokenizer, chat = read_texts(folder, check=check)
+    weights, stored = _open(folder, card)
     model = _without_memory(folder, card, weights)
     tensors = {}
     for name, place in stored.items():
@@ -124,7 +130,6 @@ def load_model(
         load_adapter(model, folder / f"{name}-lora", name, idle=True)
     if pack:
         model.decoder.pack(release)  # dropping is not enough: the file stays mapped
-    chat = card.chat or _chat(folder, card.layout, tokenizer)
     return Loaded(model.eval(), tokenizer, chat, _stop_ids(folder, card, tokenizer), card.notes)
 
 

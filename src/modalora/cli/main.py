@@ -7,7 +7,7 @@ import sys
 import typer
 
 from modalora import __version__
-from modalora.cli import adapter, ask, chat, convert, demo, doctor, inspect, plan, route, train
+from modalora.cli import adapter, ask, chat, convert, data, demo, doctor, inspect, plan, route, train
 from modalora.errors import ModaloraError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command("doctor")(doctor.doctor)
 routes = typer.Typer(help="Which adapter and projectors a prompt uses.", no_args_is_help=True)
 routes.command("explain")(route.explain)
 app.add_typer(routes, name="route")
+app.add_typer(data.data, name="data")
 app.add_typer(adapter.adapters, name="adapter")
 
 

@@ -32,10 +32,10 @@ def plan(
     from modalora.models.sizes import SIZES
 
     recipe = find_recipe(what)
-    if recipe is None and (what in SIZES or Path(what).is_dir() or "." not in what):
+    if not recipe.is_file() and (what in SIZES or Path(what).is_dir() or "." not in what):
         _reading(what, machine, as_json)
         return
-    _training(recipe or Path(what), overrides or [], row or [], (machine, count, share, hourly), as_json)
+    _training(recipe, overrides or [], row or [], (machine, count, share, hourly), as_json)
 
 
 def _training(

@@ -44,7 +44,7 @@ def _train(recipe: str, overrides: list[str]) -> None:
     except ModuleNotFoundError as missing:
         raise InputError(f"training needs {missing.name}; pip install 'modalora[train]'") from None
 
-    runs = load_stages(find_recipe(recipe) or Path(recipe), RECIPES, overrides)
+    runs = load_stages(find_recipe(recipe), RECIPES, overrides)
     for number, (title, run) in enumerate(runs.items(), 1):
         if len(runs) > 1:
             print(f"stage {number} of {len(runs)}: {title}")
@@ -55,12 +55,6 @@ def _train(recipe: str, overrides: list[str]) -> None:
             print(f"modalora: {stopped}", file=sys.stderr)
             raise typer.Exit(stopped.exit_code) from None
         print(f"wrote {folder}; curves: {folder.parent / 'loss.png'}")
-
-
-def find_recipe(name: str) -> Path | None:
-    """Return the file of a bundled recipe or of a path to one; None where there is no such file."""
-    found = [path for path in (RECIPES / f"{name}.yaml", Path(name)) if path.is_file()]
-    return found[0] if found else None
 
 
 def _end(number: int, frame: FrameType | None) -> None:
@@ -86,6 +80,12 @@ def _shown(steps: int) -> Iterator[tuple[Callable[[dict[str, Any]], None], Calla
             progress.update(task, completed=metrics["step"], description=text)
 
         yield show, lambda line: progress.console.print(line, markup=False, highlight=False)
+
+
+def find_recipe(name: str) -> Path:
+    """Return the file of a recipe: a bundled one by its name, else a path."""
+    bundled = RECIPES / f"{name}.yaml"
+    return bundled if bundled.exists() else Path(name)
 
 
 def _line(metrics: dict[str, Any]) -> None:

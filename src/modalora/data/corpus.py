@@ -183,6 +183,11 @@ class Corpus:
         kept = self._fitting(messages)
         return messages[:kept], len(messages) - kept
 
+    def unread(self, record: int) -> list[str]:
+        """Return the fields of a record that its form does not read."""
+        volume, fields = self.shelf.read(record)
+        return [name for name in fields if volume.options.rename.get(name, name) not in FORMS[volume.form].fields]
+
     def _fitting(self, messages: Sequence[Message]) -> int:
         """Return how many messages from the start, up to an answer, fit; media are kept or dropped with theirs."""
 
@@ -230,7 +235,7 @@ class Passages:
         self._ids, sizes = zip(*(_tokenised(volume, context) for volume in volumes), strict=True)
         self._sizes = np.concatenate(sizes)  # tokens per record, 0 for one that cannot be read
         self._starts = [np.cumsum([0, *own]) for own in sizes]
-        windows = np.maximum(1, -(-(self._sizes - 1) // self.window))  # one token alone has nothing to predict
+        windows = np.maximum(1, -(-self._sizes // self.window))  # of nearly one length each
         self._windows = np.concatenate(([0], np.cumsum(windows)))
         self.rows: int = int(self._windows[-1])
 
@@ -240,23 +245,28 @@ class Passages:
         record = int(np.searchsorted(self._windows, place, side="right")) - 1
         return record, place - int(self._windows[record])
 
-    def measure(self, number: int) -> int:
-        """Return the tokens of a window. Raises InputError for a record that cannot be read."""
-        record, window = self._find(number)
+    def _cut(self, record: int, window: int) -> tuple[int, int]:
+        """Return where in its text a window begins and ends, in tokens. Raises InputError for an unreadable record."""
         size = int(self._sizes[record])
         if not size:
             volume, fields = self.shelf.read(record)
             self.processor.tokenizer.encode(read_text(fields, volume.options))
             raise DataError("it could not be read before and can be now; remove the cache")
-        return min(self.window, size - window * self.window)
+        count = int(self._windows[record + 1] - self._windows[record])
+        return size * window // count, size * (window + 1) // count
+
+    def measure(self, number: int) -> int:
+        """Return the tokens of a window. Raises InputError for a record that cannot be read."""
+        start, stop = self._cut(*self._find(number))
+        return stop - start
 
     def row(self, number: int) -> Row:
         """Return a window, all of it trained. Raises InputError for a record that cannot be read."""
-        length = self.measure(number)
         record, window = self._find(number)
+        start, stop = self._cut(record, window)
         place, inner = self.shelf.find(record)
-        start = int(self._starts[place][inner]) + window * self.window
-        ids = self._ids[place][start : start + length].tolist()
+        base = int(self._starts[place][inner])
+        ids = self._ids[place][base + start : base + stop].tolist()
         return Row(ids=ids, labels=list(ids), text=self.processor.tokenizer.decode(ids))
 
     def messages(self, number: int) -> None:

@@ -28,16 +28,23 @@ SPEAKERS = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
     "system": "system", "tool": "tool", "observation": "tool",
 }  # fmt: skip
+MEDIA_FIELDS = tuple(name for kind in PLACEHOLDERS for name in (kind, f"{kind}s"))
 UNREAD = ("video", "videos", "chosen", "rejected")  # fields that change what a record means and are not read
 
 
 @dataclass(frozen=True)
 class Form:
-    """One shape of records. fits: whether a record has its keys. read: record to messages."""
+    """One shape of records. fits: whether a record has its keys. read: record to messages. keys: all it reads."""
 
     fits: Callable[[Fields], bool]
     read: Callable[[Fields, Options], Messages]
     because: str
+    keys: tuple[str, ...]
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """Fields of a record that are read, media included."""
+        return frozenset((*self.keys, *MEDIA_FIELDS))
 
 
 @dataclass(frozen=True)
@@ -57,10 +64,14 @@ class Options:
 def detect(records: Iterable[Fields], options: Options) -> tuple[str, str]:
     """Return the form that all these records have, and why. Raises DataError when there is none or more than one."""
     found: Counter[str] = Counter()
+    problem = DataError("it holds no record that can be read; look at its first lines")
     for fields in records:
-        found[form_of(renamed(fields, options))] += 1
+        try:
+            found[form_of(renamed(fields, options))] += 1
+        except DataError as error:  # a single one is a bad row when it is read
+            problem = error
     if not found:
-        raise DataError("it holds no record that can be read; see its first lines")
+        raise problem
     if len(found) > 1:
         counts = ", ".join(f"{count} {name}" for name, count in found.most_common())
         raise DataError(f"its records are of several forms ({counts}); split the file, or name one form for all: form=")
@@ -89,7 +100,10 @@ def read_record(fields: Fields, form: str, options: Options) -> Messages:
         if fields.get(key):
             raise DataError(f"it has {key!r}, which is not read; take it out, or the record means something else")
     if not FORMS[form].fits(fields):
-        raise DataError(f"it is not of the form {form} ({FORMS[form].because}): its keys are {', '.join(fields)}")
+        keys = ", ".join(fields) or "none"
+        raise DataError(
+            f"it is not of the form {form} ({FORMS[form].because}): its keys are {keys}; give it those of the others"
+        )
     messages = FORMS[form].read(fields, options)
     _check_turns(messages)
     return _with_media(messages, fields, options)
@@ -97,8 +111,10 @@ def read_record(fields: Fields, form: str, options: Options) -> Messages:
 
 def read_text(fields: Fields, options: Options) -> str:
     """Return the text of a record of the form "text". Raises DataError."""
-    text = renamed(fields, options).get("text")
-    return _string(text, "text")
+    text = _string(renamed(fields, options).get("text"), "text")
+    if not text:
+        raise DataError("its text is empty, so nothing in it is trained; drop the record")
+    return text
 
 
 def renamed(fields: Fields, options: Options) -> Fields:
@@ -215,27 +231,46 @@ def _plain(fields: Fields, options: Options) -> Messages:
 
 
 def _has_media(fields: Fields) -> bool:
-    return any(fields.get(key) for kind in PLACEHOLDERS for key in (kind, f"{kind}s"))
+    return any(fields.get(key) for key in MEDIA_FIELDS)
 
 
-def _turns_of(key: str, inner: str) -> Callable[[Fields], bool]:
-    def fits(fields: Fields) -> bool:
-        turns = fields.get(key)
-        return key in fields and (not isinstance(turns, list) or not turns or inner in (turns[0] or {}))
-
-    return fits
+def _has_turns(fields: Fields) -> bool:
+    turns = fields.get("conversations")
+    first = turns[0] if isinstance(turns, list) and turns else {"from": ""}  # what is no list is told when it is read
+    return "conversations" in fields and isinstance(first, Mapping) and "from" in first
 
 
 FORMS: dict[str, Form] = {
-    "messages": Form(lambda fields: "messages" in fields, _messages, "'messages' of role and content, as OpenAI's"),
-    "sharegpt": Form(_turns_of("conversations", "from"), _sharegpt, "'conversations' of from and value"),
+    "messages": Form(
+        lambda fields: "messages" in fields,
+        _messages,
+        "'messages' of role and content, as OpenAI's",
+        ("messages",),
+    ),
+    "sharegpt": Form(
+        _has_turns,
+        _sharegpt,
+        "'conversations' of from and value",
+        ("conversations", "system", "tools"),
+    ),
     "alpaca": Form(
-        lambda fields: "instruction" in fields and "output" in fields, _alpaca, "'instruction' and 'output'"
+        lambda fields: "instruction" in fields and "output" in fields,
+        _alpaca,
+        "'instruction' and 'output'",
+        ("instruction", "input", "output", "system", "history"),
     ),
     "caption": Form(
-        lambda fields: "text" in fields and _has_media(fields), _caption, "'text' with 'images' or 'audios'"
+        lambda fields: "text" in fields and _has_media(fields),
+        _caption,
+        "'text' with 'images' or 'audios'",
+        ("text",),
     ),
-    "text": Form(lambda fields: "text" in fields and not _has_media(fields), _plain, "'text' alone"),
+    "text": Form(
+        lambda fields: "text" in fields and not _has_media(fields),
+        _plain,
+        "'text' alone",
+        ("text",),
+    ),
 }
 
 

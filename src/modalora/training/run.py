@@ -14,7 +14,7 @@ import torch
 from modalora.assistant import find_model, make_processor
 from modalora.checkpoint.adapters import fingerprint, save_adapter
 from modalora.checkpoint.preserve import preservation
-from modalora.checkpoint.store import load_model, rounded_by_int8, save_model
+from modalora.checkpoint.store import load_model, read_texts, rounded_by_int8, save_model
 from modalora.config import MediaConfig, RunConfig, load_run, parse
 from modalora.contracts import Batches
 from modalora.data.mixture import Mixture
@@ -24,12 +24,13 @@ from modalora.data.text import tokenizer_corpus
 from modalora.errors import CheckpointError, ConfigError
 from modalora.modality import add as add_modality
 from modalora.modality import load_file
-from modalora.models.multimodal import Multimodal, part_of
+from modalora.models.multimodal import ModelConfig, Multimodal, part_of
 from modalora.models.recompute import recompute
 from modalora.models.sizes import SIZES
 from modalora.models.speech import SpeechEncoder
 from modalora.nn.lora import LoraConfig
 from modalora.nn.mlp import Projector
+from modalora.processing.chat import FORMATS, ChatFormat
 from modalora.processing.processor import Processor
 from modalora.processing.tokenizer import TextTokenizer
 from modalora.quantize import quantize, restore
@@ -52,12 +53,8 @@ def run_recipe(
     if target.exists():
         _check_finished(run, target)
         return target
-    for file in run.modality_files:
-        load_file(file)
-    model, tokenizer = _start(run)
-    processor = make_processor(model.config, tokenizer)
-    _limit_media(processor, run.media)
-    context = Context(folder=Path(run.data), cache=Path(run.cache), processor=processor, window=run.window)
+    model, tokenizer, chat = _start(run)
+    context = _context(run, model.config, tokenizer, chat)
     if "audio.encoder" in run.train:
         _set_mel_statistics(model, make_mixture(run, context))
     for modality in run.whiten:
@@ -75,8 +72,43 @@ def run_recipe(
     if run.base_bits is not None:  # what was trained belongs to the plain weights
         restore(model.cpu(), _start(run)[0])
     notes = {"trained": run.model_dump(mode="json"), "last": metrics}
-    _write(run, model, tokenizer, target, notes, say)
+    _write(run, model, tokenizer, chat, target, notes, say)
     return target
+
+
+def open_context(run: RunConfig) -> Context:
+    """Return what the sources of a run are made from, without loading a weight.
+
+    Raises CheckpointError, ConfigError, DataError.
+    """
+    if run.init in SIZES:
+        config, chat = SIZES[run.init](), FORMATS["phi4"]
+        tokenizer = _fresh_tokenizer(Path(run.data), Path(run.cache), config.decoder.vocab_size)
+    else:
+        card, tokenizer, chat = read_texts(find_model(run.init))
+        config = card.config
+    with torch.device("meta"):
+        model = Multimodal(config)
+        _grow(model, run)
+    return _context(run, model.config, tokenizer, chat)
+
+
+def _context(run: RunConfig, config: ModelConfig, tokenizer: TextTokenizer, chat: ChatFormat) -> Context:
+    processor = make_processor(config, tokenizer, chat)
+    _limit_media(processor, run.media)
+    return Context(
+        folder=Path(run.data), cache=Path(run.cache), processor=processor, window=run.window, most=run.tokens
+    )
+
+
+def _grow(model: Multimodal, run: RunConfig) -> None:
+    """Add the modalities and adapters that a run adds."""
+    for file in run.modality_files:
+        load_file(file)
+    for name, sizes in run.modalities.items():
+        add_modality(model, name, sizes)
+    for name, size in run.adapters.items():
+        model.add_adapter(name, parse(LoraConfig, size, f"adapter {name!r}"))
 
 
 def make_mixture(run: RunConfig, context: Context, workers: int = 0, quarantine: Quarantine | None = None) -> Mixture:
@@ -102,6 +134,7 @@ def _write(
     run: RunConfig,
     model: Multimodal,
     tokenizer: TextTokenizer,
+    chat: ChatFormat,
     target: Path,
     notes: dict[str, Any],
     say: Callable[[str], None],
@@ -117,25 +150,22 @@ def _write(
         kind, _, name = part.partition(".")
         if kind == "adapter" and certificate and not (folder := target.parent / f"{name}-lora").exists():
             save_adapter(model, name, folder, certificate)
-    save_model(model, tokenizer, target, int8=run.int8, notes=notes, certificate=certificate)
+    save_model(model, tokenizer, target, int8=run.int8, chat=chat, notes=notes, certificate=certificate)
 
 
-def _start(run: RunConfig) -> tuple[Multimodal, TextTokenizer]:
-    """Return the weights that a run starts from, the same at each call, and their tokenizer."""
+def _start(run: RunConfig) -> tuple[Multimodal, TextTokenizer, ChatFormat]:
+    """Return the weights that a run starts from, the same at each call, their tokenizer and chat format."""
     torch.manual_seed(run.seed)
     if run.init in SIZES:
-        model = Multimodal(SIZES[run.init]())
+        model, chat = Multimodal(SIZES[run.init]()), FORMATS["phi4"]
         tokenizer = _fresh_tokenizer(Path(run.data), Path(run.cache), model.config.decoder.vocab_size)
     else:
         loaded = load_model(find_model(run.init))
-        model, tokenizer = loaded.model, loaded.tokenizer
-    for name, sizes in run.modalities.items():
-        add_modality(model, name, sizes)
-    for name, size in run.adapters.items():
-        model.add_adapter(name, parse(LoraConfig, size, f"adapter {name!r}"))
+        model, tokenizer, chat = loaded.model, loaded.tokenizer, loaded.chat
+    _grow(model, run)
     _take_parts(model, run.take)
     _copy_parts(model, run.copy_parts)
-    return model, tokenizer
+    return model, tokenizer, chat
 
 
 def _fresh_tokenizer(data: Path, cache: Path, vocab_size: int) -> TextTokenizer:

@@ -1,0 +1,118 @@
+"""`modalora data`: look at a training set before a model is trained on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from modalora.cli.train import find_recipe
+
+if TYPE_CHECKING:
+    from modalora.config import RunConfig
+    from modalora.data.sources import Context
+
+data = typer.Typer(help="Prove that data fit a model, and look at them.", no_args_is_help=True)
+
+Recipe = Annotated[str, typer.Argument(help="A YAML file, or the name of a bundled recipe such as nano-1-base.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change, e.g. tokens=4096.")]
+
+
+@data.command("check")
+def check(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Make every row of a recipe's files: counts, lengths, labels, media. Lists every bad one; exit code 1 if any.
+
+    Example: modalora data check recipe.yaml tokens=4096
+    """
+    run, context = _open(recipe, overrides)
+    from modalora.data.check import check_data
+
+    found = check_data(context, run.mixture, run.seed, labelled=run.objective == "next_token")
+    if as_json:
+        print(json.dumps([one.summary() for one in found], ensure_ascii=False))
+    else:
+        _print([one.summary() for one in found])
+    if any(one.bad for one in found):
+        raise typer.Exit(1)
+
+
+@data.command("preview")
+def preview(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of each source.")] = 3,
+    page: Annotated[Path | None, typer.Option("--html", help="Write a page with pictures and sounds.")] = None,
+) -> None:
+    """Show the first rows of each source as the model reads them, the trained text coloured.
+
+    Example: modalora data preview recipe.yaml --rows 5 --html rows.html
+    """
+    run, context = _open(recipe, overrides)
+    from rich.console import Console
+
+    from modalora.data.preview import as_page, as_terminal
+    from modalora.data.preview import preview as shown_rows
+
+    shown = list(shown_rows(context, run.mixture, rows, run.seed))
+    if page is None:
+        console = Console(soft_wrap=True)
+        for one in shown:
+            console.print(as_terminal(one))
+        return
+    page.write_text(as_page(shown, f"Rows of {recipe}", context.processor), encoding="utf-8")
+    print(f"wrote {page}, {len(shown)} rows")
+
+
+def _open(recipe: str, overrides: list[str] | None) -> tuple[RunConfig, Context]:
+    from modalora.config import load_run
+    from modalora.errors import InputError
+
+    try:
+        from modalora.training.run import open_context
+    except ModuleNotFoundError as missing:
+        raise InputError(f"training data need {missing.name}; pip install 'modalora[train]'") from None
+    run = load_run(find_recipe(recipe), overrides or [])
+    return run, open_context(run)
+
+
+def _print(found: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(soft_wrap=True)
+    for one in found:
+        for line in one["read"]:
+            console.print(f"{one['source']}: {line}", markup=False, highlight=False)
+    table = Table("source", "rows", "tokens: min", "median", "max", "trained", "media", "truncated", "bad")
+    for one in found:
+        tokens = one["tokens"]
+        table.add_row(
+            one["source"],
+            f"{one['rows']:,}{' looked at, no end' if one['endless'] else ''}",
+            *(f"{tokens[key]:,}" for key in ("min", "median", "max")),
+            f"{one['trained_share']:.0%}",
+            ", ".join(f"{count:,} {kind}" for kind, count in one["media"].items()) or "-",
+            f"{one['truncated']:,}",
+            f"{len(one['bad']):,}",
+        )
+    console.print(table)
+    for one in found:
+        if one["control_tokens"]:
+            print(
+                f"{one['source']}: the text of {one['control_tokens']:,} rows spells out control tokens, read as "
+                "mere text; if a chat template rendered the records, give the words alone"
+            )
+        if one["unread_fields"]:
+            listed = ", ".join(f"{name} ({count:,})" for name, count in one["unread_fields"].items())
+            print(f"{one['source']}: fields that are not read: {listed}")
+        for bad in one["bad"]:
+            where = f"{bad['file']}:{bad['line']}" if bad["file"] else bad["sample"]
+            print(f"bad  {where}  {bad['reason']}\n     -> {bad['mend'] or 'see the message'}")
+    bad_rows = sum(len(one["bad"]) for one in found)
+    print(f"{bad_rows:,} bad rows" if bad_rows else "every row is good")

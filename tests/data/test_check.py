@@ -1,0 +1,372 @@
+"""Checks and previews: lengths are exact, media spans whole, every bad row listed, and pages need no other file."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from modalora.assistant import make_processor
+from modalora.config import SourceConfig
+from modalora.contracts import IGNORED
+from modalora.data.check import check_data, check_row
+from modalora.data.corpus import Corpus, Passages, Volume
+from modalora.data.forms import Options, read_record
+from modalora.data.mixture import make_source
+from modalora.data.preview import as_page, as_terminal, preview
+from modalora.data.sources import Context
+from modalora.errors import DataError, InputError, PromptError
+from modalora.models.multimodal import Multimodal
+from modalora.models.sizes import tiny
+from modalora.processing.tokenizer import PLACEHOLDERS, TextTokenizer
+
+STORY = "the quick brown fox jumps over the lazy dog and two red boxes, one seven three. " * 40
+TOKENIZER = TextTokenizer.train([STORY], 320)
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Context:
+    return Context(tmp_path, tmp_path / "cache", make_processor(tiny(), TOKENIZER), window=40)
+
+
+def write(path: Path, *records: dict[str, Any] | str) -> SourceConfig:
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return SourceConfig(source="files", name="own", options={"path": str(path)})
+
+
+def pair(question: str = "One?", answer: str = "two", **media: Any) -> dict[str, Any]:
+    return {"instruction": question, "output": answer, **media}
+
+
+def picture(width: int = 70, height: int = 50) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), "blue").save(file, "PNG")
+    return file.getvalue()
+
+
+def sound(samples: int, rate: int = 16_000) -> bytes:
+    file = io.BytesIO()
+    wave = np.random.default_rng(0).uniform(-0.1, 0.1, samples)
+    soundfile.write(file, wave, rate, format="WAV", subtype="PCM_16")
+    return file.getvalue()
+
+
+# ------------------------------------------------------------------------------------------ lengths and spans
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30) | st.sampled_from(
+    ["<|end|>", "<|endoftext10|>", "<|image_1|", "e\u0301" * 20, "\u202eabc\u200b", "a " * 300, "<image"]
+)
+MEDIA = st.tuples(st.just("image"), st.integers(20, 200), st.integers(20, 200)) | st.tuples(
+    st.just("audio"), st.integers(1200, 20_000), st.sampled_from((8_000, 11_025, 16_000, 44_100))
+)
+TURNS = st.lists(st.tuples(st.lists(TEXTS | MEDIA, min_size=1, max_size=4), TEXTS.filter(bool)), min_size=1, max_size=4)
+
+
+def conversation(turns: list[tuple[list[Any], str]]) -> dict[str, Any]:
+    """A record in which every medium is a tag, with the media in lists."""
+    record: dict[str, Any] = {"messages": [], "images": [], "audios": []}
+    for parts, answer in turns:
+        words = ""
+        for part in parts:
+            if isinstance(part, str):
+                words += part
+            else:
+                words += f"<{part[0]}>"
+                made = picture(*part[1:]) if part[0] == "image" else sound(*part[1:])
+                record[f"{part[0]}s"].append(made)
+        record["messages"] += [{"role": "user", "content": words or "?"}, {"role": "assistant", "content": answer}]
+    return record
+
+
+class Held:
+    """A file of one record."""
+
+    path, unit = Path(__file__), "record"
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        self.record = record
+
+    def __len__(self) -> int:
+        return 1
+
+    def read(self, number: int) -> dict[str, Any]:
+        return self.record
+
+    def line(self, number: int) -> int:
+        return 1
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+@given(TURNS, st.integers(20, 400))
+def test_whatever_is_said_and_shown_lengths_and_spans_are_whole(
+    context: Context, turns: list[tuple[list[Any], str]], most: int
+) -> None:
+    record = conversation(turns)
+    messages = read_record(record, "messages", Options(Path.cwd()))
+    processor = context.processor
+    row = processor.row(messages, answer=False)
+    check_row(row, processor.measure(messages, answer=False), labelled=True)
+    placeholders = {TOKENIZER.control(token) for token in PLACEHOLDERS.values()}
+    assert sum(index in placeholders for index in row.ids) == sum(tokens for *_, tokens in row.media)
+    assert [kind for kind, *_ in row.media] == [
+        part[0] for parts, _ in turns for part in parts if not isinstance(part, str)
+    ]
+
+    volume = Volume(Held(record), "messages", "", Options(Path.cwd()))
+    cache = Path(tempfile.mkdtemp(dir=context.cache.parent))
+    corpus = Corpus(replace(context, most=most, cache=cache), (0, 0), [volume], shuffle=False, truncate="messages")
+    kept, dropped = corpus.conversation(0)
+    assert kept == messages[: len(messages) - dropped]  # whole messages, from the end
+    assert kept[-1]["role"] == "assistant"
+    fits = processor.measure(kept, answer=False) <= most
+    assert fits or len(kept) == 2
+    if dropped:
+        assert processor.measure(messages[: len(kept) + 2], answer=False) > most  # no more than need be
+    if fits:
+        cut = corpus.row(0)
+        check_row(cut, corpus.measure(0), labelled=True)
+        assert cut.ids == row.ids[: len(cut.ids)]
+    else:
+        with pytest.raises(PromptError, match=f"its first question and answer are .* at most {most}"):
+            corpus.measure(0)
+
+
+def test_spans_are_as_long_as_what_the_encoders_give(context: Context) -> None:
+    torch.manual_seed(0)
+    model = Multimodal(tiny()).eval()
+    for size in ((70, 50), (200, 30), (56, 56), (111, 222)):
+        parts = [{"type": "image", "image": picture(*size)}, {"type": "audio", "audio": sound(size[0] * 99)}]
+        batch = context.processor([[{"role": "user", "content": parts}]])
+        for item in batch.media:
+            with torch.no_grad():
+                (features,) = model.encoders[item.modality]([dict(item.features)])
+            assert len(features) == item.tokens
+
+
+def test_a_conversation_that_is_too_long_is_bad_unless_turns_may_be_dropped(context: Context, tmp_path: Path) -> None:
+    turns = [{"role": role, "content": "fox " * 60} for _ in range(40) for role in ("user", "assistant")]
+    config = write(tmp_path / "a.jsonl", {"messages": turns})
+    with pytest.raises(PromptError, match=r"a row has at most 2048; .* or set truncate: messages"):
+        make_source(context, config).measure(0)
+    cut = SourceConfig(source="files", options={**config.options, "truncate": "messages"})
+    source = make_source(context, cut)
+    assert 1500 < source.measure(0) <= 2048
+    assert len(source.row(0).ids) == source.measure(0)
+    assert check_data(context, [cut])[0].truncated == 1
+
+
+def test_plain_text_becomes_windows_that_hold_each_token_once(context: Context, tmp_path: Path) -> None:
+    texts = [STORY[:1000], "a", STORY[500:700]]
+    records = [{"text": texts[0]}, {"text": texts[1]}, "{broken", {"text": ""}, {"text": texts[2]}]
+    config = write(tmp_path / "a.jsonl", *records)
+    source = make_source(context, SourceConfig(source="files", options={**config.options, "shuffle": False}))
+    assert isinstance(source, Passages)
+    ids: list[int] = []
+    for number in range(source.rows):
+        line = source.place(number)[1]
+        if line in (3, 4):
+            with pytest.raises(InputError, match="not JSON" if line == 3 else "its text is empty"):
+                source.row(number)
+            continue
+        row = source.row(number)
+        assert row.ids == row.labels
+        assert 2 <= len(row.ids) <= 40
+        assert source.measure(number) == len(row.ids)
+        ids += row.ids
+    end = TOKENIZER.control("<|endoftext|>")
+    assert ids == [index for text in texts for index in [*TOKENIZER.encode(text), end]]
+    assert [bad.line for bad in check_data(context, [config])[0].bad] == [3, 4]
+
+
+# -------------------------------------------------------------------------------------------------- the check
+
+
+def test_every_bad_row_is_listed_with_its_place_and_what_mends_it(context: Context, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "cut.wav").write_bytes(sound(8000)[:4000])
+    source = write(
+        tmp_path / "a.jsonl",
+        pair(), pair(images=["a.png"]), "", pair(images=["gone.png"]), "{", pair(answer=""), pair("<image>"),
+        pair(audio="cut.wav"), pair("x\ud800"), pair("fox " * 3000), pair("<|end|>", extra=1), pair(audio="a.png"),
+        pair(images=["../a.png"]), '{"instruction": ' + "[" * 5000, '{"instruction": "a\0"}',
+    )  # fmt: skip
+    (found,) = check_data(context, [source])
+    assert found.rows == 14
+    assert len(found.tokens) == 3
+    assert found.media == {"image": 1}
+    assert found.control == 1
+    assert found.unread == {"extra": 1}
+    told = {bad.line: bad.reason for bad in found.bad}
+    expected = {
+        4: "does not exist", 5: "not JSON", 6: "is empty", 7: "1 <image> places and 0 images", 8: "cut short",
+        9: "Unicode", 10: "tokens", 12: "not a sound file", 13: "lies outside", 14: "not JSON|nested", 15: "NUL",
+    }  # fmt: skip
+    assert told.keys() == expected.keys()
+    for line, words in expected.items():
+        assert re.search(words, told[line]), (line, told[line])
+    assert all(bad.mend and bad.file == str(tmp_path / "a.jsonl") for bad in found.bad)
+    assert found.summary()["tokens"]["max"] == max(found.tokens)
+    assert 0 < found.trained < sum(found.tokens)
+
+
+def test_a_damaged_file_is_a_finding_and_the_others_are_checked_still(context: Context, tmp_path: Path) -> None:
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 and nothing")
+    broken = SourceConfig(source="files", name="broken", options={"path": str(tmp_path / "bad.parquet")})
+    one, two = check_data(context, [broken, write(tmp_path / "a.jsonl", pair())])
+    assert "no whole Parquet file" in one.bad[0].reason
+    assert two.bad == []
+    assert two.rows == 1
+
+
+def test_a_check_leaves_the_lengths_in_the_cache(context: Context, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", pair(), pair(answer="fox fox"))
+    check_data(context, [source])
+    (lengths,) = (tmp_path / "cache" / "files").glob("lengths-*.npy")
+    opened = make_source(context, source)
+    assert sorted(np.load(lengths).tolist()) == sorted(opened.measure(number) for number in range(2))
+
+
+def test_a_span_that_is_not_whole_is_noticed(context: Context) -> None:
+    asked = {"role": "user", "content": [{"type": "image", "image": picture()}]}
+    row = context.processor.row([asked, {"role": "assistant", "content": "a"}], answer=False)
+    check_row(row, len(row.ids), labelled=True)
+    kind, features, start, tokens = row.media[0]
+    for broken in (start - 1, start + 1):
+        row.media[0] = (kind, features, broken, tokens)
+        with pytest.raises(DataError, match="span of its image"):
+            check_row(row, len(row.ids), labelled=True)
+    row.media[0] = (kind, features, start, tokens)
+    row.labels = [IGNORED] * len(row.labels)
+    with pytest.raises(DataError, match="no token of it is trained"):
+        check_row(row, len(row.ids), labelled=True)
+
+
+# ----------------------------------------------------------------------------------------------- command line
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    (tmp_path / "a.png").write_bytes(picture(900, 600))
+    (tmp_path / "a.wav").write_bytes(sound(16_000))
+    write(
+        tmp_path / "a.jsonl",
+        pair("<script>alert(1)</script>", "a & <b>"), pair("What? <image>", "blue", images=["a.png"]),
+        pair("And <audio>", "noise", audios=["a.wav"]), pair(answer=""),
+    )  # fmt: skip
+    (tmp_path / "r.yaml").write_text(
+        f"init: bundled/nano\noutput: {tmp_path}/out\ncache: {tmp_path}/cache\ntrain: [adapter.*]\nsteps: 1\n"
+        f"mixture: [{{source: files, name: own, options: {{path: {tmp_path}/a.jsonl, shuffle: false}}}}]\n"
+    )
+    return tmp_path / "r.yaml"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    from modalora.cli.main import main
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["modalora", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    return call
+
+
+def test_data_check_loads_no_weight_and_fails_when_a_row_is_bad(
+    recipe: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("a weight was loaded")
+
+    monkeypatch.setattr("modalora.checkpoint.store.Weights", refuse)
+    monkeypatch.setattr("modalora.models.multimodal.Multimodal.__init__", refuse)
+    code, out, _ = run("data", "check", str(recipe))
+    assert code == 1
+    assert "read as alpaca because its records have 'instruction' and 'output'" in out
+    assert f"{recipe.parent / 'a.jsonl'}:4  message 2, the assistant's, is empty" in out
+    assert "-> give an answer or drop the record" in out
+    code, out, _ = run("data", "check", str(recipe), "--json")
+    assert code == 1
+    (found,) = json.loads(out)
+    assert found["rows"] == 4
+    assert found["media"] == {"image": 1, "audio": 1}
+    assert [bad["line"] for bad in found["bad"]] == [4]
+    lines = (recipe.parent / "a.jsonl").read_text().splitlines()
+    (recipe.parent / "a.jsonl").write_text("\n".join(lines[:3]))
+    code, out, _ = run("data", "check", str(recipe))
+    assert code == 0
+    assert "every row is good" in out
+    code, _, err = run("data", "check", str(recipe), "mixture.0.options.form=chat")
+    assert code == 2
+    assert "form='chat' must be auto or one of messages" in err
+
+
+class Links(HTMLParser):
+    """What a page loads, and its tags."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.loaded += [value or "" for name, value in attrs if name in ("src", "href")]
+
+
+def test_a_preview_is_one_page_with_pictures_and_sounds_inside(recipe: Path, run: Run) -> None:
+    page = recipe.parent / "rows.html"
+    code, out, _ = run("data", "preview", str(recipe), "--rows", "9", "--html", str(page))
+    assert code == 0
+    assert "4 rows" in out
+    text = page.read_text(encoding="utf-8")
+    links = Links()
+    links.feed(text)
+    assert "script" not in links.tags
+    assert {"img", "audio"} <= set(links.tags)
+    assert [link.partition(",")[0] for link in links.loaded] == ["data:image/png;base64", "data:audio/wav;base64"]
+    small = Image.open(io.BytesIO(base64.b64decode(links.loaded[0].partition(",")[2])))
+    assert small.size == (320, 213)
+    wave, rate = soundfile.read(io.BytesIO(base64.b64decode(links.loaded[1].partition(",")[2])))
+    assert (len(wave), rate) == (16_000, 16_000)
+    assert '<span class="trained">a &amp; &lt;b&gt;</span>' in text
+    assert '<span class="trained">&lt;script' not in text
+    assert "the assistant&#x27;s, is empty" in text
+
+
+def test_what_is_trained_is_green_in_a_terminal(recipe: Path, context: Context, run: Run) -> None:
+    source = SourceConfig(source="files", options={"path": str(recipe.parent / "a.jsonl"), "shuffle": False})
+    shown = list(preview(context, [source], rows=4))
+    text = as_terminal(shown[1])
+    green = "".join(text.plain[span.start : span.end] for span in text.spans if span.style == "bold green")
+    assert green == "blue<|end|>"
+    assert f"[image: {shown[1].spans[2].tokens} tokens]" in text.plain
+    assert sum(span.tokens for span in shown[1].spans) == len(make_source(context, source).row(1).ids)
+    code, out, _ = run("data", "preview", str(recipe), "--rows", "4")
+    assert code == 0
+    assert "blue<|end|>" in out
+    assert as_page(shown, "x", context.processor).count("<article>") == 4

@@ -1,0 +1,236 @@
+"""Records of the usual forms become the same messages; what cannot be read for sure is refused with its reason."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from modalora.data.forms import FORMS, Options, control_tokens, detect, form_of, read_record, resolve
+from modalora.errors import DataError
+
+ROOT = Path(__file__).parent
+OPTIONS = Options(ROOT)
+SAID = [
+    {"role": "system", "content": "Be short."},
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "two"},
+    {"role": "user", "content": "Two?"},
+    {"role": "assistant", "content": "three"},
+]
+SAME: dict[str, dict[str, Any]] = {
+    "messages": {"messages": SAID},
+    "sharegpt": {
+        "system": "Be short.",
+        "conversations": [
+            {"from": "human", "value": "One?"}, {"from": "gpt", "value": "two"},
+            {"from": "human", "value": "Two?"}, {"from": "gpt", "value": "three"},
+        ],
+    },
+    "alpaca": {
+        "system": "Be short.", "history": [["One?", "two"]], "instruction": "Two?", "input": "", "output": "three",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", SAME)
+def test_forms_are_told_by_their_keys_and_say_the_same(form: str) -> None:
+    assert form_of(SAME[form]) == form
+    assert read_record(SAME[form], form, OPTIONS) == SAID
+
+
+def test_input_stands_below_the_instruction() -> None:
+    record = {"instruction": "Add.", "input": "1 2", "output": "3"}
+    assert read_record(record, "alpaca", OPTIONS)[0]["content"] == "Add.\n1 2"
+
+
+def test_fields_of_other_names_are_read_under_those_that_are_known() -> None:
+    options = Options(ROOT, rename={"question": "instruction", "answer": "output"})
+    messages = read_record({"question": "One?", "answer": "two"}, "alpaca", options)
+    assert [message["content"] for message in messages] == ["One?", "two"]
+
+
+def test_a_file_has_one_form_and_says_why() -> None:
+    assert detect([SAME["alpaca"]] * 3, OPTIONS) == ("alpaca", "'instruction' and 'output'")
+    assert detect([SAME["alpaca"], {"other": 1}], OPTIONS)[0] == "alpaca"  # the other is a bad row when it is read
+    with pytest.raises(DataError, match=r"several forms \(2 alpaca, 1 sharegpt\); split the file"):
+        detect([SAME["alpaca"], SAME["sharegpt"], SAME["alpaca"]], OPTIONS)
+    with pytest.raises(DataError, match=r"keys \('question', 'answer'\) fit no form; rename them"):
+        detect([{"question": "a", "answer": "b"}], OPTIONS)
+    with pytest.raises(DataError, match="fit the forms messages, text alike; name one"):
+        form_of({"messages": [], "text": "a"})
+
+
+def pair(**changes: Any) -> dict[str, Any]:
+    return {"instruction": "a", "output": "b"} | changes
+
+
+def asked(content: Any, **media: Any) -> tuple[str, dict[str, Any]]:
+    return "messages", {
+        "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "c"}],
+        **media,
+    }
+
+
+A, B, EMPTY = {"type": "text", "text": "A "}, {"type": "text", "text": " b "}, {"type": "image"}
+BOTH = ["1.png", "2.png"]
+ONE, TWO = {"type": "image", "image": "1.png"}, {"type": "image_url", "image_url": {"url": "2.png"}}
+TURNS = [{"from": "human", "value": "A <image> b <image>"}, {"from": "gpt", "value": "c"}]
+PICTURES: list[tuple[str, dict[str, Any]]] = [
+    asked("A <image> b <image>", images=BOTH),
+    asked("A <|image_1|> b <|image_2|>", images=BOTH),
+    asked([A, EMPTY, B, EMPTY], images=BOTH),
+    asked([A, ONE, B, EMPTY], images=BOTH[1:]),
+    asked([A, ONE, B, TWO]),
+    ("sharegpt", {"conversations": TURNS, "image": BOTH}),
+    ("alpaca", pair(instruction="A <image> b <image>", images=[{"path": "1.png", "bytes": None}, "2.png"])),
+]
+
+
+@pytest.mark.parametrize(("form", "record"), PICTURES)
+def test_media_stand_where_tags_and_empty_parts_are(form: str, record: dict[str, Any]) -> None:
+    assert form_of(record) == form
+    one, two = ROOT / "1.png", ROOT / "2.png"
+    assert read_record(record, form, OPTIONS)[0]["content"] == [
+        {"type": "text", "text": "A "},
+        {"type": "image", "image": one},
+        {"type": "text", "text": " b "},
+        {"type": "image", "image": two},
+    ]
+
+
+def test_media_without_tags_stand_before_the_first_words() -> None:
+    record = {"instruction": "What?", "output": "a", "images": ["1.png"], "audio": "1.wav"}
+    assert read_record(record, "alpaca", OPTIONS)[0]["content"] == [
+        {"type": "image", "image": ROOT / "1.png"},
+        {"type": "audio", "audio": ROOT / "1.wav"},
+        {"type": "text", "text": "What?"},
+    ]
+
+
+def test_captions_answer_the_prompt_of_the_source() -> None:
+    record = {"text": "a cat", "images": [b"P"]}
+    assert form_of(record) == "caption"
+    assert read_record(record, "caption", Options(ROOT, prompt="Describe."))[0]["content"] == [
+        {"type": "image", "image": b"P"},
+        {"type": "text", "text": "Describe."},
+    ]
+    assert form_of({"text": "a cat"}) == "text"
+
+
+def test_tags_may_be_mere_text() -> None:
+    record = {"instruction": "What does <image> do in SVG?", "output": "it shows a picture"}
+    with pytest.raises(DataError, match="1 <image> places and 0 images; .* or set tags: false"):
+        read_record(record, "alpaca", OPTIONS)
+    assert read_record(record, "alpaca", Options(ROOT, tags=False))[0]["content"] == record["instruction"]
+
+
+WAVE = base64.b64encode(b"wave").decode()
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "expected"),
+    [
+        (b"bytes", "image", b"bytes"),
+        ({"bytes": b"bytes", "path": "/gone.png"}, "image", b"bytes"),
+        (f"data:audio/wav;base64,{WAVE}", "audio", b"wave"),
+        ({"path": "a/b.png"}, "image", ROOT / "a/b.png"),
+        (str(ROOT / "a.png"), "image", ROOT / "a.png"),  # inside the root
+        ("a/../b.png", "image", ROOT / "a/../b.png"),
+    ],
+)
+def test_media_are_paths_or_bytes(value: Any, kind: str, expected: Any) -> None:
+    assert resolve(value, kind, OPTIONS) == expected
+
+
+def test_arrays_keep_their_rate() -> None:
+    wave, rate = resolve({"array": [0.0, 0.5], "sampling_rate": 8000}, "audio", OPTIONS)
+    assert rate == 8000
+    np.testing.assert_array_equal(wave, np.array([0, 0.5], dtype=np.float32))
+    part = {"type": "input_audio", "input_audio": {"data": WAVE, "format": "wav"}}
+    record = {"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "a"}]}
+    assert read_record(record, "messages", OPTIONS)[0]["content"] == [{"type": "audio", "audio": b"wave"}]
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("/etc/passwd", "lies outside .*; write paths from there, or set media_root"),
+        ("../secret.png", "lies outside"),
+        ("a/../../secret.png", "lies outside"),
+        ("https://host/a.png", "on the network, and nothing is fetched"),
+        ("file:///etc/passwd", "on the network"),
+        ("data:image/png;base64,@@", "not base64"),
+        ("a\0b", "the path of an image is"),
+        ("", "the path of an image is"),
+        ({"url": None}, "give a path, bytes, or a data URL"),
+        (None, "give a path"),
+        (3, "give a path"),
+    ],
+)
+def test_media_of_other_kinds_and_places_are_refused(value: Any, told: str) -> None:
+    with pytest.raises(DataError, match=told):
+        resolve(value, "image", OPTIONS)
+
+
+def test_a_link_that_leads_out_of_the_root_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "link.png").symlink_to(tmp_path / "out.png")
+    with pytest.raises(DataError, match="lies outside"):
+        resolve("link.png", "image", Options(tmp_path / "in"))
+
+
+@pytest.mark.parametrize(
+    ("form", "record", "told"),
+    [
+        ("alpaca", pair(output=None), "the answer is missing"),
+        ("alpaca", pair(output=7), "the answer is of type int"),
+        ("alpaca", pair(output=""), "the assistant's, is empty"),
+        ("alpaca", pair(instruction="a\0"), "NUL"),
+        ("alpaca", {"instruction": "a", "response": "b"},
+         "not of the form alpaca .* its keys are instruction, response;"),
+        ("alpaca", pair(history=[["a"]]), r"history 1 is \['a'\]"),
+        ("alpaca", pair(videos=["a.mp4"]), "'videos', which is not read"),
+        ("alpaca", pair(instruction="<image>", images=["1", "2"]), "1 <image> places and 2 images"),
+        ("alpaca", pair(instruction="<|image_2|><|image_1|>", images=["1", "2"]), "number tags in order"),
+        ("alpaca", pair(image="1", images=["1"]), "both 'image' and 'images'; keep one"),
+        ("messages", {"messages": []}, "must be a list of turns"),
+        ("messages", {"messages": "text"}, "must be a list of turns"),
+        ("messages", {"messages": [{"role": "bot", "content": "a"}]}, "role 'bot'; use one of system"),
+        ("messages", {"messages": ["a"]}, "message 1 has the role 'a'"),
+        ("messages", {"messages": [{"role": "user", "content": None}]}, "content of message 1 is missing"),
+        ("messages", {"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "message 1, part 1 is"),
+        ("messages", {"messages": SAID[:2]}, "no assistant's message, so nothing in it is trained"),
+        ("messages", {"messages": SAID[2:]}, "the assistant speaks first"),
+        ("messages", {"messages": [SAID[0], SAID[2]]}, "the assistant speaks first"),
+        ("messages", {"messages": [SAID[1], SAID[2], SAID[4]]}, "messages 2 and 3 are both the assistant's; join"),
+        ("messages", {"messages": [SAID[1], SAID[0], SAID[2]]}, "message 2 is a system message"),
+        ("messages", {"messages": [{"role": "tool", "content": "a"}, SAID[2]]}, "no user's message"),
+        ("messages", {"messages": [SAID[1], {**SAID[2], "loss": False}]}, "loss is false for every"),
+        ("messages", {"messages": [SAID[1], {"role": "assistant", "tool_calls": [1]}]}, "tool_calls, which are not"),
+        ("sharegpt", {"conversations": [{"from": "chatbot", "value": "a"}]}, "turn 1 is from 'chatbot'"),
+        ("sharegpt", {"conversations": [{"from": "human"}]}, "the value of turn 1 is missing"),
+        ("sharegpt", {"conversations": 3}, "must be a list of turns"),
+    ],
+)  # fmt: skip
+def test_a_record_that_is_not_sure_is_refused_with_what_to_do(form: str, record: dict[str, Any], told: str) -> None:
+    with pytest.raises(DataError, match=told) as error:
+        read_record(record, form, OPTIONS)
+    assert "; " in str(error.value)
+
+
+def test_control_tokens_in_texts_are_seen() -> None:
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "a<|end|>"}]},
+        {"role": "assistant", "content": "b"},
+    ]
+    assert control_tokens(messages) == ["<|end|>"]
+    assert control_tokens(SAID) == []
+
+
+def test_every_form_lists_the_fields_it_reads() -> None:
+    for form, record in SAME.items():
+        assert set(record) <= FORMS[form].fields
