@@ -12,6 +12,7 @@ from PIL import Image
 
 import modalora
 from modalora.assistant import Assistant, make_processor, question_messages
+from modalora.cli.main import main
 from modalora.config import SourceConfig, load_run
 from modalora.data.mixture import Context, Mixture, make_source
 from modalora.errors import ConfigError, DataError, RouteError
@@ -101,7 +102,7 @@ def test_it_is_asked_by_its_route(
         monkeypatch.setattr(
             sys, "argv", ["modalora", "ask", str(trained), "O mar", "--route", route, "--max-tokens", "12"]
         )
-        main_or_exit()
+        main()
         told[route] = capsys.readouterr().out
     assert told["gl"] != told["auto"]
 
