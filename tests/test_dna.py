@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 import modalora
 from modalora import modality
 from modalora.assistant import question_messages
-from modalora.cli.main import main
 from modalora.config import load_run
 from modalora.errors import DataError, MediaError
 from modalora.training.run import run_recipe
@@ -148,14 +147,13 @@ def test_text_pictures_and_sound_keep_every_bit(assistant: modalora.Assistant) -
 
 
 def test_dna_is_asked_like_any_other_medium(
-    assistant: modalora.Assistant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    assistant: modalora.Assistant, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
 ) -> None:
     assistant.save(tmp_path / "model")
     (tmp_path / "gene.fasta").write_text(FASTA)
-    media = f"dna={tmp_path / 'gene.fasta'}"
-    monkeypatch.setattr(sys, "argv", ["modalora", "ask", str(tmp_path / "model"), "Translate.", "--media", media])
-    main()
-    assert capsys.readouterr().out.strip() == assistant.ask("Translate.", media={"dna": "ATGGCCAAATAA"}).text.strip()
+    code, out, _ = run("ask", str(tmp_path / "model"), "Translate.", "--media", f"dna={tmp_path / 'gene.fasta'}")
+    assert code == 0
+    assert out.strip() == assistant.ask("Translate.", media={"dna": "ATGGCCAAATAA"}).text.strip()
 
 
 def test_absent_genomes_are_named(dna: Any, tmp_path: Path) -> None:
