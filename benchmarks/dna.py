@@ -4,8 +4,8 @@
     python benchmarks/dna.py --adapter runs/dna/dna-lora --data ../shared/data
 
 Held out wholly: the plasmid NC_005816 (Yersinia pestis), 10 genes. Scored is every codon of a gene but the first, from
-the codons before it: up to 96 as DNA, of its gene and of the gene that stands before, and those of its block of 48 as
-text. Probabilities are the decoder's own over letters, normalised over A, C, G and T (modalora_dna.py:codon_logs).
+the codons before it: up to 64 as DNA, of its gene and of the gene that stands before, and those of its block of 48 as
+text. Probabilities are the decoder's own, normalised over the 64 codons (modalora_dna.py:codon_logs).
 Baselines see the genes that the model was trained on: unigram with one added to every count; bigram mixed with the
 unigram, its weight chosen on plastid genes that nothing was trained on; and the unigram of the same made-up organisms
 besides real genes. The control shuffles the codons inside each gene: what is left then was usage, not order.
@@ -27,7 +27,7 @@ import modalora
 import modalora_dna as dna
 from modalora.modality import register
 
-BEFORE, BLOCK = 96, 48
+BEFORE, BLOCK = 64, 48
 Genes = Sequence[Sequence[str]]
 
 

@@ -18,7 +18,6 @@ import torch
 import modalora
 from modalora import modality
 from modalora.assistant import question_messages
-from modalora.cli.main import main
 from modalora.errors import CheckpointError, ConfigError
 from modalora.scaffold import new_package
 
@@ -54,23 +53,6 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every test leaves no modality behind."""
     monkeypatch.setattr(modality, "_given", {})
     return
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process; return exit code, stdout and stderr."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["modalora", *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        told = capsys.readouterr()
-        return code, told.out, told.err
-
-    return call
 
 
 def install(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Any:

@@ -19,6 +19,7 @@ import torch
 from Bio import SeqIO
 from Bio.Data import CodonTable
 from Bio.Seq import Seq
+from Bio.SeqRecord import SeqRecord
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -77,13 +78,19 @@ def features(payload: str | Path, sizes: Sizes) -> tuple[dict[str, Tensor], int]
 def _read(path: str | Path) -> str:
     kind = "genbank" if Path(path).suffix in (".gb", ".gbk", ".genbank") else "fasta"
     try:
-        (record,) = SeqIO.parse(path, kind)
+        (record,) = records(path, kind)
     except (OSError, ValueError, TypeError) as error:
         raise MediaError(
             f"{str(path)!r:.80} is neither DNA letters nor a {kind} file of one record: {error}; give ACGT in frame, "
             "or such a file"
         ) from None
     return str(record.seq)
+
+
+def records(path: str | Path, kind: str) -> list[SeqRecord]:
+    """Return the records of a file that Biopython reads."""
+    with Path(path).open(encoding="utf-8") as file:
+        return list(SeqIO.parse(file, kind))
 
 
 class Encoder(nn.Module):
@@ -127,7 +134,7 @@ def coding_genes(path: Path) -> list[Gene]:
     """Return the coding sequences of a GenBank record, those that stand there twice once. Raises DataError."""
     if not path.exists():
         raise DataError(f"{path} is missing; `data` must name a folder with genomes/{path.name}")
-    record = SeqIO.read(path, "genbank")
+    (record,) = records(path, "genbank")
     found: dict[str, Gene] = {}
     for feature in record.features:
         letters = str(feature.extract(record.seq)) if feature.type == "CDS" else ""
@@ -149,7 +156,7 @@ def training_genes(folder: Path) -> tuple[Gene, ...]:
     genes = [gene for gene in coding_genes(folder / "genomes" / PLASTID) if gene.name not in HELD_OUT]
     seen: set[str] = set()
     for file, name in (("drosophila.fasta", "Adh"), ("egfr_nucl.fa", "EGFR")):
-        for record in SeqIO.parse(folder / "genomes" / file, "fasta"):
+        for record in records(folder / "genomes" / file, "fasta"):
             species = " ".join(re.findall(r"(Drosophila|D\.|Bos|Homo|Rattus|Sus) ?([a-z]+)", record.description)[0])
             species = species.replace("D. ", "Drosophila ")
             letters = longest_frame(str(record.seq))
@@ -203,9 +210,9 @@ CONTINUE = "Continue."
 TRANSLATE, REVERSE, ORGANISM, GENE = "Translate.", "Reverse complement?", "Which organism?", "Which gene?"
 
 
-def spaced(letters: str) -> str:
-    """Return letters with spaces between them: each is then one token of the bundled tokenizer."""
-    return " ".join(letters)
+def words(codons: Sequence[str]) -> str:
+    """Return codons as an answer has them, a word each: the space tells the model where a codon begins."""
+    return " ".join(codons)
 
 
 def conversation(codons: Sequence[str], question: str, answer: str) -> list[dict[str, Any]]:
@@ -228,8 +235,8 @@ def task(kind: str, gene: Gene, rng: Rng) -> list[dict[str, Any]]:
     part = codons[at : at + count]
     letters = "".join(part)
     answers = {
-        TRANSLATE: spaced("".join(AMINO[codon] for codon in part)),
-        REVERSE: spaced(str(Seq(letters).reverse_complement())),
+        TRANSLATE: " ".join(AMINO[codon] for codon in part),
+        REVERSE: words(triplets(str(Seq(letters).reverse_complement()))),
         ORGANISM: gene.organism,
         GENE: gene.name,
     }
@@ -247,7 +254,7 @@ def mutated(gene: Gene, rng: Rng, share: float) -> Gene:
 Draw = Callable[[Rng], Any]
 
 
-def codons(context: Any, before: int = 96, after: int = 48, made: float = 0.6) -> Draw:
+def codons(context: Any, before: int = 64, after: int = 48, made: float = 0.5) -> Draw:
     """Source: codons of a stretch of genes as a sequence, the next ones as the answer. made: share made up."""
     genes = training_genes(context.folder)
     streams = [triplets(gene.letters) for gene in genes]
@@ -266,7 +273,7 @@ def codons(context: Any, before: int = 96, after: int = 48, made: float = 0.6) -
                 stretch += chosen[int(rng.integers(len(chosen)))]
             at = int(rng.integers(0, len(stretch) - held - after + 1))
             stretch = stretch[at : at + held + after]
-        answer = spaced("".join(stretch[held:]))
+        answer = words(stretch[held:])
         return context.processor.row(conversation(stretch[:held], CONTINUE, answer), answer=False)
 
     return draw
@@ -289,35 +296,46 @@ def tasks(context: Any) -> Draw:
 # -------------------------------------------------------------------------------------------------------------- scoring
 
 
+def trie(paths: Sequence[Sequence[int]]) -> dict[tuple[int, ...], list[int]]:
+    """Return by each beginning of a path the tokens that may follow it."""
+    found: dict[tuple[int, ...], dict[int, None]] = {}
+    for path in paths:
+        for at, token in enumerate(path):
+            found.setdefault(tuple(path[:at]), {})[token] = None
+    return {beginning: list(following) for beginning, following in found.items()}
+
+
 @torch.inference_mode()
 def codon_logs(assistant: Assistant, stretches: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[Tensor]:
     """Return log2 of the probability of each codon, (codons,) per pair of a sequence and the codons that follow it.
 
-    The model answers CONTINUE letter by letter. At each letter its probabilities of A, C, G and T are divided by their
-    sum, and a codon has the product of its three: these sum to 1 over the 64 codons, and uniform scores -6. Codons of
-    the pair before the one that is scored stand in the answer, as if the model had written them.
+    The model answers CONTINUE with codons as words of two or three tokens. At each token, the probabilities of those
+    that go on towards one of the 64 codons are divided by their sum, and a codon has the product over its tokens: these
+    sum to 1 over the 64. Codons of the pair before the one that is scored stand in the answer, as if the model had
+    written them.
     """
     tokenizer = assistant.processor.tokenizer
-    first = torch.tensor([tokenizer.encode(letter) for letter in "ACGT"])
-    later = torch.tensor([tokenizer.encode(f"A {letter}")[1:] for letter in "ACGT"])
-    if first.shape != (4, 1) or later.shape != (4, 1):
-        raise DataError(
-            "this tokenizer does not write a spaced letter as one token; codons cannot be scored letterwise"
-        )
+    first = {codon: tokenizer.encode(codon) for codon in CODONS}
+    later = {codon: tokenizer.encode(f"A {codon}")[1:] for codon in CODONS}
+    tries = trie(list(first.values())), trie(list(later.values()))
     made = [
-        assistant.processor.row(conversation(given, CONTINUE, spaced("".join(asked))), answer=False)
-        for given, asked in stretches
+        assistant.processor.row(conversation(given, CONTINUE, words(asked)), answer=False) for given, asked in stretches
     ]
     batch = assistant.processor.collate(made)
-    logits = assistant.model(batch.to(assistant.device)).float().cpu()
+    logs = assistant.model(batch.to(assistant.device)).float().cpu().log_softmax(-1)
     found = []
     for number, (_, asked) in enumerate(stretches):
-        letters = torch.tensor(["ACGT".index(letter) for letter in "".join(asked)])
-        start = int((batch.labels[number] != IGNORED).nonzero()[0])
-        own = logits[number, start - 1 : start - 1 + len(letters)]
-        four = torch.cat((own[:1, first[:, 0]], own[1:, later[:, 0]]))
-        logs = four.log_softmax(-1).gather(1, letters[:, None]) / np.log(2)
-        found.append(logs.view(-1, 3).sum(1))
+        at = int((batch.labels[number] != IGNORED).nonzero()[0])
+        scores = []
+        for place, codon in enumerate(asked):
+            path, following = (first, later)[place > 0][codon], tries[place > 0]
+            score = 0.0
+            for step, token in enumerate(path):
+                own = logs[number, at - 1]
+                score += float(own[token] - own[following[tuple(path[:step])]].logsumexp(0))
+                at += 1
+            scores.append(score)
+        found.append(torch.tensor(scores) / np.log(2))
     return found
 
 

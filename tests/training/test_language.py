@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -91,17 +91,10 @@ def test_a_mixture_routes_each_source(trained: Path, tmp_path: Path) -> None:
         Mixture(context, [SourceConfig(source="files", options=files, route="lg")], rows=1, accumulate=1, seed=0).take()
 
 
-def test_it_is_asked_by_its_route(
-    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    told = {}
-    for route in ("gl", "auto"):
-        monkeypatch.setattr(
-            sys, "argv", ["modalora", "ask", str(trained), "O mar", "--route", route, "--max-tokens", "12"]
-        )
-        main_or_exit()
-        told[route] = capsys.readouterr().out
-    assert told["gl"] != told["auto"]
+def test_it_is_asked_by_its_route(trained: Path, run: Callable[..., tuple[int, str, str]]) -> None:
+    told = [run("ask", str(trained), "O mar", "--route", route, "--max-tokens", "12") for route in ("gl", "auto")]
+    assert [code for code, *_ in told] == [0, 0]
+    assert told[0][1] != told[1][1]
 
 
 @pytest.mark.parametrize(
