@@ -32,7 +32,7 @@ from modalora.training.nonfinite import Fault, guilty_rows, not_finite, row_name
 from modalora.training.objectives import OBJECTIVES, Losses
 from modalora.training.optimizer import Optimizer, freeze
 from modalora.training.randomness import seed_all
-from modalora.training.report import plot_metrics, what_trains
+from modalora.training.report import what_trains
 from modalora.training.signals import Asked, Interrupted, Stop
 from modalora.training.states import Moment, States
 from modalora.training.trackers import open_trackers
@@ -162,16 +162,16 @@ class _Loop:
                 if progress.step % run.log_every == 0 or progress.step == run.steps:
                     self._tell((now - started) / (progress.step - first))
                 moment = Moment.now(self.batches)
-            if progress.step % run.save_every == 0 or progress.step == run.steps or asked:
+            if progress.step % run.save_every == 0 or progress.step == run.steps:
                 self._save(moment)
+            if self.engine.world == 1:
+                asked = self.stop.asked  # not only while the gradients were made
             if asked and progress.step < run.steps:
+                self._save(moment)
                 raise Interrupted(f"stopped after step {progress.step}; the same command goes on from there", asked)
         self.audit.finish(run.steps)
         self._check_preserved()
         self.model.eval()
-        if self.log:
-            folder = Path(run.output)
-            plot_metrics(folder / "metrics.jsonl", folder / "loss.png")
 
     def _try(self) -> tuple[int, list[Batch], _Outcome | None]:
         """Return the signal that came, the micro-batches of a step and what they came to; None if it was broken off."""

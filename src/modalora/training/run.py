@@ -25,6 +25,7 @@ from modalora.models.speech import SpeechEncoder
 from modalora.nn.mlp import Projector
 from modalora.processing.tokenizer import TextTokenizer
 from modalora.training.loop import Metrics, train
+from modalora.training.report import plot_metrics
 from modalora.training.states import FREE
 
 
@@ -63,6 +64,7 @@ def run_recipe(
     for modality in run.whiten:
         _whiten_projectors(model, modality, run.train, batches())
     metrics = train(run, model.to(run.device), batches(), report, say=say)
+    plot_metrics(target.parent / "metrics.jsonl", target.parent / "loss.png")
     notes = {"trained": run.model_dump(mode="json"), "last": metrics}
     _write(run, model, tokenizer, target, notes, say)
     return target
