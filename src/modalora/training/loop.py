@@ -23,7 +23,7 @@ from modalora.checkpoint.preserve import differences, preservation
 from modalora.checkpoint.resume import locked
 from modalora.config import RunConfig, dump
 from modalora.contracts import Batch, Batches
-from modalora.errors import TrainingError
+from modalora.errors import ShapeError, TrainingError
 from modalora.models.multimodal import Multimodal
 from modalora.parallel.engine import Engine, Single
 from modalora.training.audit import Audit, check_settings, check_trained, parts_reached, trained_part
@@ -204,7 +204,11 @@ class _Loop:
         found: dict[str, float] = defaultdict(float)
         for number, batch in enumerate(micro):
             _check_spans(batch, number)
-            losses = self._losses(batch, labels)
+            try:
+                losses = self._losses(batch, labels)
+            except ShapeError as error:
+                rows = ", ".join(row_name(batch, number, row) for row in range(len(batch.lengths)))
+                raise ShapeError(f"step {self.progress.step + 1}, one of the rows {rows:.300}: {error}") from None
             found["tokens"] += int(batch.lengths.sum())
             totals, counts = _by_row(batch, losses)
             for row, adapter in enumerate(batch.route.adapters):
