@@ -43,14 +43,14 @@ def test_the_audit_knows_a_lora_a_without_gradient_and_a_slow_warm_up(tmp_path: 
     run = settings(tmp_path, "adapter.vision", "decoder", steps=20_000, optim=optim)
     data = mixed_data()
 
-    class Enough(Exception):
+    class EnoughError(Exception):
         pass
 
     def report(metrics: dict[str, object]) -> None:
         if metrics["step"] == AUDITED + 2:
-            raise Enough
+            raise EnoughError
 
-    with pytest.raises(Enough):
+    with pytest.raises(EnoughError):
         train(run, fresh(), data, report)
 
 
@@ -83,12 +83,10 @@ class Clip(Single):
 def test_a_tensor_that_no_optimiser_moves_is_told(tmp_path: Path) -> None:
     def drop(trained: Mapping[str, nn.Parameter]) -> None:
         for name, own in trained.items():
-            if "lora_B.vision" in name and "layers.0" in name:
+            if "lora_A.vision" in name and "layers.0" in name:
                 own.grad = None
 
-    with pytest.raises(
-        TrainingError, match=r"adapter.vision trains, and 4 of its 16 tensors have gradients but did not"
-    ):
+    with pytest.raises(TrainingError, match=r"vision trains, and 4 of its 16 tensors have gradients but did not move"):
         train(settings(tmp_path, "adapter.vision", steps=8), fresh(), mixed_data(), engine=Clip(drop))
 
 
@@ -97,9 +95,7 @@ def test_updates_below_the_precision_of_the_weights_are_told(tmp_path: Path) -> 
     model.decoder.to(torch.bfloat16)
     optim = OptimConfig(lr=1e-7, warmup_steps=0)
     run = settings(tmp_path, "decoder", steps=8, precision="bf16", optim=optim)
-    with pytest.raises(
-        TrainingError, match=r"did not move .*too small for bfloat16|nothing moved in the first 4 steps"
-    ):
+    with pytest.raises(TrainingError, match=r"did not move .*too small for bfloat16"):
         train(run, model, Steps(lambda step: [text(step)]))
 
 
@@ -128,7 +124,5 @@ def test_one_frozen_number_that_moves_late_is_told_at_the_end(tmp_path: Path) ->
 
 def test_a_rate_scale_of_no_trained_part_is_refused(tmp_path: Path) -> None:
     optim = OptimConfig(warmup_steps=0, lr_scale={"image.*": 0.5})
-    with pytest.raises(
-        ConfigError, match=r"lr_scale: 'image.\*' matches no part that trains; these do: adapter.vision"
-    ):
+    with pytest.raises(ConfigError, match=r"'image.\*' matches no part that trains; these do: adapter.vision"):
         train(settings(tmp_path, "adapter.vision", optim=optim), fresh(), mixed_data())
