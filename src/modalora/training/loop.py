@@ -269,7 +269,9 @@ class _Loop:
             return
         self._save(moment)
         if run.nonfinite == "skip":
-            raise TrainingError(f"{told}; it is the {run.nonfinite_most}th in a row, so it is not skipped any more")
+            raise TrainingError(
+                f"{told}; {run.nonfinite_most} steps in a row were so, and nonfinite_most allows no more"
+            )
         raise TrainingError(f"{told}; lower optim.lr, mend the data, or go on with nonfinite=skip")
 
     def _update(self, outcome: _Outcome) -> None:
