@@ -321,7 +321,7 @@ ABLATIONS: dict[str, Callable[[Path, Path], None]] = {
     **{f"{name} missing": _missing(name) for name in FILES},
     **{f"{name} of an earlier step": _stale(name) for name in FILES},
     **{f"{name} without its first tensor": _fewer_tensors(name) for name in FILES[:3]},
-    **{f"state.json without {key}": _without(key) for key in (*states._PARTS, "frozen")},
+    **{f"state.json without {key}": _without(key) for key in states._PARTS},
     **{f"state.json with {key} of an earlier step": _old(key) for key in ("step", "rate", "progress", "data")},
     **{f"progress without {key}": _inner("progress", key) for key in states.Progress.__dataclass_fields__},
     **{f"data without {key}": _inner("data", key) for key in ("drawn", "waiting")},
@@ -381,7 +381,6 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch.optim.AdamW([torch.zeros(1)])  # imports half of torch, which else every fork would do
-    loop.plot_metrics = lambda metrics, picture: None  # the picture at the end costs more than these runs
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)

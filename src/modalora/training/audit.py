@@ -168,6 +168,9 @@ class Audit:
                 "give the mixture rows that are routed to it, or leave it out of train:"
             )
 
+    def _reached(self) -> list[str]:
+        return sorted(part for part, steps in self.rows.items() if steps)
+
     def _others(self) -> dict[str, Tensor]:
         return {name: own for name, own in self.model.state_dict().items() if name not in self.trained}
 
@@ -210,7 +213,7 @@ class Audit:
         if not self.judged and not any(watch.graded for watch in self.watched.values()):
             raise TrainingError(
                 f"no labelled row of the first {AUDITED} steps reached anything that trains "
-                f"({', '.join(self.waits)}); rows reached {', '.join(sorted(self.rows)) or 'nothing'}: give the "
+                f"({', '.join(self.waits)}); rows reached {', '.join(self._reached())}: give the "
                 "mixture rows that are routed to what trains"
             )
         if not self.judged and not any(watch.moved for watch in self.watched.values()):

@@ -35,6 +35,7 @@ from modalora.processing.processor import Processor
 from modalora.processing.tokenizer import TextTokenizer
 from modalora.quantize import quantize, restore
 from modalora.training.loop import Metrics, train
+from modalora.training.report import plot_metrics
 from modalora.training.states import FREE
 
 
@@ -69,6 +70,7 @@ def run_recipe(
         metrics = train(run, model.to(run.device), batches, report, say=say)
     finally:
         batches.close()
+    plot_metrics(target.parent / "metrics.jsonl", target.parent / "loss.png")
     if run.base_bits is not None:  # what was trained belongs to the plain weights
         restore(model.cpu(), _start(run)[0])
     notes = {"trained": run.model_dump(mode="json"), "last": metrics}

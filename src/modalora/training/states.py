@@ -29,7 +29,7 @@ FREE = {
     "steps", "log_every", "save_every", "keep", "threads", "device", "output", "cache", "data", "nonfinite",
     "nonfinite_most", "workers", "quarantine_most", "ledger", "trackers", "peak_tflops",
 }  # fmt: skip
-_PARTS = ("run", "step", "world", "settings", "rate", "progress", "data")
+_PARTS = ("run", "step", "world", "settings", "frozen", "rate", "progress", "data")
 
 
 @dataclass
@@ -181,8 +181,8 @@ class States:
                 f"{self.folder} was trained with other settings ({', '.join(changed)}); give another output, or remove "
                 f"{self.folder}"
             )
-        if fields.get("frozen") != self.frozen:
+        if fields["frozen"] != self.frozen:
             raise ConfigError(
                 f"{folder} was trained on another base: what does not train has the fingerprint {self.frozen}, there "
-                f"it had {fields.get('frozen')}; give another output, or the base as it was"
+                f"it had {fields['frozen']}; give another output, or the base as it was"
             )
