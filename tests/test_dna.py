@@ -185,5 +185,5 @@ def test_the_recipe_trains_its_own_parts_on_the_frozen_model(
     before, after = modalora.load("nano"), modalora.load("runs/dna/model")
     kept = before.model.state_dict()
     assert all(torch.equal(after.model.state_dict()[name], tensor) for name, tensor in kept.items())
-    verdict = before.load_adapter("runs/dna/adapters/dna", "dna")
+    verdict = before.load_adapter("runs/dna/dna-lora", "dna")
     assert (verdict.modules, len(verdict.zero)) == (("dna",), 0)

@@ -13,8 +13,8 @@ from PIL import Image
 import modalora
 from modalora.assistant import Assistant, make_processor, question_messages
 from modalora.config import SourceConfig, load_run
-from modalora.data.mixture import Context, Mixture, make_source
-from modalora.errors import ConfigError, DataError, RouteError
+from modalora.data.mixture import Context, Mixture
+from modalora.errors import ConfigError, RouteError
 from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import tiny
 from modalora.processing.processor import Row
@@ -41,7 +41,7 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("gl")
     # the tiny model is random: its adapter needs a higher rate than nano's
     small = [f"init={base}", f"output={out}", "steps=40", "window=32", "optim.lr=0.02"]
-    small.append(f"mixture.0.options.files=['{EXAMPLE / 'gl.txt'}']")
+    small.append(f"mixture.0.options.path={EXAMPLE / 'gl.txt'}")
     return run_recipe(load_run(EXAMPLE / "recipe.yaml", small))
 
 
@@ -95,22 +95,6 @@ def test_it_is_asked_by_its_route(trained: Path, run: Callable[..., tuple[int, s
     told = [run("ask", str(trained), "O mar", "--route", route, "--max-tokens", "12") for route in ("gl", "auto")]
     assert [code for code, *_ in told] == [0, 0]
     assert told[0][1] != told[1][1]
-
-
-@pytest.mark.parametrize(
-    ("files", "window", "told"),
-    [
-        (["absent/*.txt"], 16, "no file matches 'absent/\\*.txt'"),
-        ([str(EXAMPLE / "gl.txt")], 100_000, "tokens are no more than one window of 100000; lower window"),
-        ([modalora.__file__.replace("__init__.py", "bundled/demo/scene.png")], 16, "is not a text file in UTF-8"),
-    ],
-)
-def test_text_files_that_cannot_be_read_are_named(
-    trained: Path, tmp_path: Path, files: list[str], window: int, told: str
-) -> None:
-    context = Context(tmp_path, tmp_path, modalora.load(trained).processor, window=window)
-    with pytest.raises(DataError, match=told):
-        make_source(context, SourceConfig(source="files", options={"files": files}))
 
 
 def test_an_adapter_that_is_there_already_is_not_added_again(trained: Path, tmp_path: Path) -> None:

@@ -232,4 +232,4 @@ def _parts(names: Iterable[str]) -> list[str]:
 def _some(tensor: Tensor) -> Tensor:
     """Return up to 64 numbers of a tensor, evenly spaced; an optimiser that held it would change them all."""
     flat = tensor.detach().flatten()
-    return flat[:: max(1, len(flat) // 64)].clone()
+    return flat[:: max(1, len(flat) // 64)].clone().view(torch.uint8)  # bits: a NaN is itself

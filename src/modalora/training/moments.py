@@ -26,6 +26,11 @@ class SmallAdamW(torch.optim.Optimizer):
     ) -> None:
         self.bits = bits
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                zero = torch.zeros_like(parameter, dtype=torch.float32)
+                self.state[parameter] = {"step": torch.tensor(0.0), **self._small("exp_avg", zero)}
+                self.state[parameter] |= self._small("exp_avg_sq", zero)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -37,12 +42,12 @@ class SmallAdamW(torch.optim.Optimizer):
 
     def _update(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         (first, second), grad = group["betas"], parameter.grad.float()  # type: ignore[union-attr]
-        state["step"] = state.get("step", torch.tensor(0.0)) + 1
+        state["step"] += 1
         count = float(state["step"])
         mean = self._read(state, "exp_avg", grad).lerp_(grad, 1 - first)
         square = self._read(state, "exp_avg_sq", grad).mul_(second).addcmul_(grad, grad, value=1 - second)
-        self._write(state, "exp_avg", mean)
-        self._write(state, "exp_avg_sq", square)
+        for key, value in (self._small("exp_avg", mean) | self._small("exp_avg_sq", square)).items():
+            state[key].copy_(value)
         exact = parameter.float()
         exact.mul_(1 - group["lr"] * group["weight_decay"])
         spread = square.sqrt_().div_((1 - second**count) ** 0.5).add_(group["eps"])
@@ -50,20 +55,19 @@ class SmallAdamW(torch.optim.Optimizer):
         parameter.copy_(exact)
 
     def _read(self, state: dict[str, Any], name: str, like: Tensor) -> Tensor:
-        if name not in state:
-            return torch.zeros_like(like)
         if f"{name}_scale" not in state:
             return state[name].to(torch.float32, copy=True)
         numbers = table(name == "exp_avg").to(like.device)[state[name].int()] * state[f"{name}_scale"]
         return numbers.flatten()[: like.numel()].view(like.shape)
 
-    def _write(self, state: dict[str, Any], name: str, moment: Tensor) -> None:
+    def _small(self, name: str, moment: Tensor) -> dict[str, Tensor]:
+        """Return what is kept of a moment."""
         if moment.numel() < TINY or self.bits == 32:
-            state[name] = moment.clone()
-        elif self.bits == 16:
-            state[name] = moment.bfloat16()
-        else:
-            state[name], state[f"{name}_scale"] = to_codes(moment, signed=name == "exp_avg")
+            return {name: moment.clone()}
+        if self.bits == 16:
+            return {name: moment.bfloat16()}
+        codes, scale = to_codes(moment, signed=name == "exp_avg")
+        return {name: codes, f"{name}_scale": scale}
 
 
 def to_codes(moment: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:

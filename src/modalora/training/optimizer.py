@@ -80,7 +80,8 @@ class Optimizer:
                 torch.optim.Muon(groups, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
             )
         for part in self.parts:
-            _start(part)
+            if not isinstance(part, SmallAdamW):  # which starts its own
+                _start(part)
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""

@@ -89,10 +89,12 @@ def open_context(run: RunConfig) -> Context:
     else:
         card, tokenizer, chat = read_texts(find_model(run.init))
         config = card.config
-    with torch.device("meta"):
-        model = Multimodal(config)
-        _grow(model, run)
-    return _context(run, model.config, tokenizer, chat)
+    if run.modalities or run.adapters:
+        with torch.device("meta"):
+            model = Multimodal(config)
+            _grow(model, run)
+        config = model.config
+    return _context(run, config, tokenizer, chat)
 
 
 def _context(run: RunConfig, config: ModelConfig, tokenizer: TextTokenizer, chat: ChatFormat) -> Context:
