@@ -185,7 +185,7 @@ class RoutedLinear(nn.Module):
     def _product(self, x: Tensor, key: str, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if key in self._packed:
             return packed.linear(x, self._packed[key], bias)
-        return functional.linear(x, weight, bias)
+        return functional.linear(x, weight.to(x.dtype), bias)
 
 
 def _empty(weight: Tensor) -> None:
