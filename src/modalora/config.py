@@ -94,11 +94,13 @@ class SourceConfig(Settings):
     def _check_weight(cls, weight: float | dict[float, float]) -> float | dict[float, float]:
         if isinstance(weight, dict):
             if 0 not in weight or not all(0 <= share < 1 for share in weight):
-                raise ValueError("phases are shares of the run, the first 0 and all below 1, such as {0: 3, 0.8: 1}")
+                raise ConfigError(
+                    f"weight={weight}: phases are shares of the run, the first 0, all below 1, such as {{0: 3, 0.8: 1}}"
+                )
             if not all(0 <= value < inf for value in weight.values()) or not any(weight.values()):
-                raise ValueError("the weights of phases must be 0 or more, and one of them above 0")
+                raise ConfigError(f"weight={weight}: the weights of phases must be 0 or more, and one of them above 0")
         elif not 0 < weight < inf:
-            raise ValueError("it must be greater than 0")
+            raise ConfigError(f"weight={weight} must be greater than 0, such as 1")
         return weight
 
     def weight_at(self, share: float) -> float:
@@ -160,7 +162,7 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _check_budget(self) -> RunConfig:
         if self.tokens and self.rows != RunConfig.model_fields["rows"].default:
-            raise ValueError(f"rows={self.rows} and tokens={self.tokens} both set the micro-batch; leave one out")
+            raise ConfigError(f"rows={self.rows} and tokens={self.tokens} both set the micro-batch; leave one out")
         return self
 
     @model_validator(mode="after")

@@ -256,6 +256,30 @@ def test_a_tar_with_a_broken_header_in_the_middle_is_refused(tmp_path: Path) -> 
         open_records(tmp_path / "a.tar", tmp_path)
 
 
+@settings(max_examples=120, deadline=None)
+@given(
+    st.sampled_from(KINDS),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8),
+)
+def test_bytes_that_were_changed_give_records_or_a_reason(
+    tmp_path_factory: pytest.TempPathFactory, name: str, changes: list[tuple[float, int]]
+) -> None:
+    folder = tmp_path_factory.mktemp("changed")
+    data = bytearray(write(folder / name, RECORDS[:12]).read_bytes())
+    for share, value in changes:
+        data[int(share * len(data))] = value
+    (folder / name).write_bytes(data)
+    try:
+        records = open_records(folder / name, folder)
+    except DataError:
+        return
+    for number in range(len(records)):
+        try:
+            records.read(number)
+        except DataError:
+            continue
+
+
 def test_a_gzip_bomb_is_refused(tmp_path: Path) -> None:
     bomb = gzip.compress(bytes(MOST_BYTES * 2))
     (tmp_path / "a.jsonl.gz").write_bytes(bomb)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -147,6 +149,19 @@ def test_workers_change_nothing(context: Context) -> None:
     assert all(same(a, b) for x, y in zip(told[2:], again, strict=True) for a, b in zip(x, y, strict=True))
 
 
+def test_a_worker_that_dies_ends_the_run_with_its_reason(context: Context) -> None:
+    mixture = Mixture(context, everything(context), rows=2, workers=1)
+    try:
+        mixture.take()
+        assert mixture._pool is not None
+        (worker,) = mixture._pool._processes
+        os.kill(worker, signal.SIGKILL)
+        with pytest.raises(TrainingError, match="a worker that prepares rows ended by itself"):
+            list(iter(mixture.take, []))  # some steps are ready still
+    finally:
+        mixture.close()
+
+
 @pytest.mark.parametrize("budget", [{"rows": 2}, {"tokens": 300}], ids=str)
 @pytest.mark.parametrize("bad", [(), (0, 7, 22)])
 def test_every_row_of_every_epoch_is_kept_or_quarantined_once(
@@ -199,9 +214,7 @@ def test_too_many_bad_rows_stop_the_run_and_are_named(context: Context, tmp_path
     source = write_pairs(tmp_path / "pairs.jsonl", 50, bad=(1, 2, 3, 4, 5, 6))
     aside = Quarantine(tmp_path / "quarantine.jsonl", most=0.005)
     mixture = Mixture(context, [source], rows=50, quarantine=aside)
-    told = (
-        r"6 of 5\d rows are bad, more than quarantine_most=0.005 .* pairs:\d+ \(.*pairs.jsonl:\d\): the answer is mis"
-    )
+    told = r"6 of 5\d rows are bad, more than quarantine_most=0.005 .* pairs:\d+ \(.*pairs.jsonl:\d\): the answer is m"
     with pytest.raises(TrainingError, match=told):
         mixture.take()
 
@@ -251,6 +264,25 @@ def test_weights_change_at_their_share_of_the_run(context: Context) -> None:
     mixture = Mixture(context, sources, rows=4, steps=4)
     drawn = [{name.partition(":")[0] for name in names([mixture.take()])} for _ in range(4)]
     assert drawn == [{"early"}, {"early"}, {"late"}, {"late"}]
+
+
+def test_a_share_of_the_run_without_a_source_is_refused(context: Context, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="from 50% of the run on no source has a weight"):
+        Mixture(context, [SourceConfig(source="books", weight={0: 1, 0.5: 0})])
+    ends = write_pairs(tmp_path / "pairs.jsonl", 4).model_copy(update={"epochs": 1})
+    later = SourceConfig(source="books", weight={0: 0, 0.5: 1})
+    mixture = Mixture(context, [ends, later], rows=2, steps=100)
+    mixture.take()
+    mixture.take()
+    with pytest.raises(ConfigError, match="at 2% of the run every source that has a weight then has ended"):
+        mixture.take()
+
+
+def test_a_run_that_starts_anew_starts_its_quarantine_anew(context: Context, tmp_path: Path) -> None:
+    source = write_pairs(tmp_path / "pairs.jsonl", 10, bad=(1, 2))
+    for _ in range(2):
+        Mixture(context, [source], rows=8, quarantine=Quarantine(tmp_path / "aside.jsonl")).take()
+    assert len((tmp_path / "aside.jsonl").read_text().splitlines()) == 2
 
 
 def test_sources_are_drawn_by_their_weights(context: Context) -> None:

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context, parent_process
@@ -27,7 +28,7 @@ from modalora.data.corpus import open_corpus
 from modalora.data.packing import fill
 from modalora.data.quarantine import Quarantine
 from modalora.data.sources import SOURCES, Bad, Context, Drawn, Key, Source, bad_row
-from modalora.errors import ConfigError, DataError, InputError
+from modalora.errors import ConfigError, DataError, InputError, TrainingError
 from modalora.processing.processor import Row
 from modalora.processing.tokenizer import END_OF_TEXT
 
@@ -158,6 +159,9 @@ class Mixture:
                 raise ConfigError(
                     f"source {config.source!r} has no end, so epochs={config.epochs} says nothing; drop it"
                 )
+        for share in {start for one in sources if isinstance(one.weight, dict) for start in one.weight}:
+            if not any(one.weight_at(share) for one in sources):
+                raise ConfigError(f"from {share:.0%} of the run on no source has a weight; give one a weight above 0")
         self._position = Position(numbers=[0] * len(self.configs))
         self._taken = deepcopy(self._position)
         self._lengths: dict[Name, int] = {}
@@ -173,6 +177,8 @@ class Mixture:
         """
         planned = self._next()
         step = self._taken.step + 1
+        if step == 1:
+            self.quarantine.rewind(0, 0)  # of an earlier start that was never saved
         for bad in planned.bad:
             self._put_aside(bad, step, planned.position.drawn, written=self.rank == 0)
         batches: list[Batch] = []
@@ -239,7 +245,10 @@ class Mixture:
             return self._plan()
         while len(self._ahead) <= AHEAD:
             self._ahead.append(self._planner.submit(self._plan))
-        return self._ahead.popleft().result()
+        try:
+            return self._ahead.popleft().result()
+        except BrokenProcessPool:
+            raise _WORKER_ENDED from None
 
     def _forget_ahead(self) -> None:
         for future in self._ahead:
@@ -305,7 +314,12 @@ class Mixture:
             [0.0 if self._has_ended(place) else config.weight_at(share) for place, config in enumerate(self.configs)]
         )
         if not weights.any():
-            return None
+            if all(self._has_ended(place) for place in range(len(weights))):
+                return None
+            raise ConfigError(
+                f"at {share:.0%} of the run every source that has a weight then has ended; give it more epochs, or "
+                "another source a weight"
+            )
         point = np.random.default_rng((self.seed, 1, at.drawn)).random() * weights.sum()
         place = min(int(np.searchsorted(weights.cumsum(), point, side="right")), int(np.flatnonzero(weights)[-1]))
         name = (place, at.numbers[place])
@@ -340,7 +354,14 @@ class Mixture:
         if self._pool is None:
             return lambda: self.reader.make(name)
         future = self._pool.submit(_make, name)
-        return lambda: cast(Made, _landed(future.result()))
+
+        def arrived() -> Made:
+            try:
+                return cast(Made, _landed(future.result()))
+            except BrokenProcessPool:
+                raise _WORKER_ENDED from None
+
+        return arrived
 
     def _nothing(self) -> Row:
         """Return a row that trains nothing, for a micro-batch whose rows all turned out bad."""
@@ -353,6 +374,9 @@ class Mixture:
 
 # --------------------------------------------------------------------------------------------------- workers
 
+_WORKER_ENDED = TrainingError(
+    "a worker that prepares rows ended by itself, most likely for want of memory; set fewer workers, or smaller media"
+)
 _READER: list[Reader] = []  # of a worker process
 
 

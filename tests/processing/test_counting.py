@@ -1,0 +1,87 @@
+"""Tokens counted from headers alone are those that the features have."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from modalora.errors import MediaError
+from modalora.processing.audio import AudioConfig, count_frames, log_mel, open_audio
+from modalora.processing.image import ImageConfig, count_image_tokens, image_features, open_image
+
+SMALL, LARGE = ImageConfig(crop=56, patch=14, max_crops=6), ImageConfig()
+FAST = ImageConfig(crop=56, patch=14, max_crops=6, fast=True)
+
+
+def outcome(count: Any) -> Any:
+    """What a count is, or that it is refused."""
+    try:
+        return count()
+    except MediaError:
+        return MediaError
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(5, 300),
+    st.integers(5, 300),
+    st.sampled_from(("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP")),
+    st.integers(1, 8),
+    st.sampled_from((SMALL, LARGE, FAST)),
+)
+def test_a_picture_has_the_tokens_that_its_header_tells(
+    width: int, height: int, kind: str, orientation: int, config: ImageConfig
+) -> None:
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[274] = orientation
+    options = {"exif": exif} if kind in ("PNG", "JPEG", "WEBP", "TIFF") else {}
+    Image.new("RGB", (width, height), "red").save(file, kind, **options)
+    data = file.getvalue()
+    features = outcome(lambda: image_features(open_image(data, config), config)[1])
+    assert outcome(lambda: count_image_tokens(data, config)) == features
+
+
+def test_a_png_is_counted_without_its_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (200, 100), "red").save(file, "PNG")
+
+    def refuse(self: Image.Image) -> None:
+        raise AssertionError("pixels were decoded")
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", refuse)
+    assert count_image_tokens(file.getvalue(), SMALL) > 0
+
+
+RATES = (4_000, 6_000, 8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000, 96_000)
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.integers(1, 60_000), st.sampled_from(RATES), st.sampled_from(("WAV", "FLAC", "OGG", "array")))
+def test_a_sound_has_the_frames_that_its_header_tells(samples: int, rate: int, kind: str) -> None:
+    wave = np.zeros(samples, dtype=np.float32)
+    source: Any = (wave, rate)
+    if kind != "array":
+        file = io.BytesIO()
+        soundfile.write(file, wave, rate, format=kind)
+        source = file.getvalue()
+    config = AudioConfig()
+    frames = outcome(lambda: len(log_mel(*open_audio(source, config))))
+    assert outcome(lambda: count_frames(source, config)) == frames
+
+
+def test_what_is_missing_or_cut_short_is_refused_from_the_header(tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match="does not exist"):
+        count_image_tokens(tmp_path / "gone.png", SMALL)
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(8000), 8000, format="WAV", subtype="PCM_16")
+    with pytest.raises(MediaError, match="cut short"):
+        count_frames(file.getvalue()[:9000], AudioConfig())
