@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import modalora
 from modalora import modality
 from modalora.assistant import Assistant, make_processor, question_messages
-from modalora.checkpoint.adapters import CONFIG, WEIGHTS, save_adapter
+from modalora.checkpoint.adapters import CONFIG, WEIGHTS, compose, merge, save_adapter
 from modalora.checkpoint.files import read_json, write_json
 from modalora.config import SourceConfig
 from modalora.contracts import Rule
@@ -363,6 +363,29 @@ def test_a_saved_projector_stands_beside_the_old_one_for_the_rows_of_its_adapter
     assert torch.equal(load_file(tmp_path / "again" / WEIGHTS)[UP], -old)
     assistant.save(tmp_path / "model")
     assert torch.equal(modalora.load(tmp_path / "model").logits(asked, route="mine"), ours)
+
+
+def test_a_projector_of_its_own_is_lost_in_no_sum_and_no_merge(tmp_path: Path) -> None:
+    assistant = base()
+    old = assistant.model.projectors.get_submodule("image.vision").up.weight.detach()
+    assistant.load_adapter(with_module(tmp_path, {UP: -old}, ["img_projection_up"]), "mine")
+    for refused in (lambda: compose(assistant.model, "mine+vision", "both"), lambda: merge(assistant.model, "mine")):
+        with pytest.raises(CheckpointError, match="'mine' brings a projector of its own for image"):
+            refused()
+
+
+def test_another_adapters_projector_does_not_go_with_the_modality(tmp_path: Path) -> None:
+    assistant = smelling()
+    save_adapter(assistant.model, "nose", tmp_path / "nose")
+    tensors = load_file(tmp_path / "nose" / WEIGHTS)
+    key = "base_model.model.projectors.smell.plain.up.weight"
+    save_file({**tensors, key: -tensors[key]}, tmp_path / "nose" / WEIGHTS, {"format": "pt"})
+    assistant.load_adapter(tmp_path / "nose", "second")  # the encoder's bits are the same
+    assert (assistant.logits(ASKED, route="second") - assistant.logits(ASKED)).abs().max() > 0.01
+    save_adapter(assistant.model, "nose", tmp_path / "first")
+    assert set(load_file(tmp_path / "first" / WEIGHTS)) == set(tensors)
+    save_adapter(assistant.model, "second", tmp_path / "again")
+    assert torch.equal(load_file(tmp_path / "again" / WEIGHTS)[key], -tensors[key])
 
 
 @pytest.mark.parametrize(
