@@ -68,14 +68,15 @@ def whiffs(context: Context, notes: int = 3) -> Any:
     return draw
 
 
+ALONE, BOTH = frozenset({"smell"}), frozenset({"smell", "image"})
 SMELL = Modality(
     name="smell",
     config=Sizes,
     features=sniff,
     adapter=LoraConfig(r=4, lora_alpha=8),
     routes={
-        frozenset({"smell"}): Rule(adapter="nose", branches={"smell": "plain"}),
-        frozenset({"smell", "image"}): Rule(adapter="nose", branches={"smell": "loud", "image": "vision"}),
+        ALONE: Rule(adapter="nose", branches={"smell": "plain"}),
+        BOTH: Rule(adapter="nose", branches={"smell": "loud", "image": "vision"}),
     },
     sources={"whiffs": whiffs},
 )
@@ -176,7 +177,7 @@ def test_a_tokenizer_without_the_token_lends_an_id_behind_its_last() -> None:
     modality.register(row)
     assert modality.media(config, TOKENIZER)["smell"].placeholder == ("<|smell|>", 322)
     config = replace(config, decoder=tiny().decoder)
-    with pytest.raises(ConfigError, match="no control token '<|absent|>', and all 320 ids are words"):
+    with pytest.raises(ConfigError, match=r"no control token '<\|absent\|>', and no id of the model's 320 is free"):
         modality.media(config, TOKENIZER)
 
 
@@ -546,11 +547,45 @@ def test_a_name_that_cannot_be_a_modality_is_refused(name: str) -> None:
 
 def test_a_shipped_modality_is_not_replaced_and_one_is_not_added_twice() -> None:
     with pytest.raises(ConfigError, match="'image' is shipped with modalora"):
-        modality.register(replace(SMELL, name="image"))
+        modality.register(replace(SMELL, name="image", routes={}))
     with pytest.raises(ConfigError, match="has the modality 'smell' already"):
         smelling().add_modality("smell")
     with pytest.raises(ConfigError, match="unknown key 'hiden_size'; did you mean 'hidden_size'"):
         base().add_modality("smell", hiden_size=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            {"routes": {frozenset({"image", "smell"}): Rule(adapter="nose", branches={"smell": "plain"})}},
+            "must have a rule",
+        ),
+        (
+            {"routes": {frozenset({"smell"}): Rule(adapter="nose", branches={"smell": "absent"})}},
+            "one of its projectors",
+        ),
+        ({"routes": {frozenset({"smell"}): Rule(adapter="nose")}}, "one of its projectors .plain, loud."),
+        ({"config": TextTokenizer}, "must be a dataclass of sizes .* it has no encoder, branches, hidden_size"),
+    ],
+)
+def test_a_row_that_contradicts_itself_is_refused(change: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        replace(SMELL, **change)
+
+
+@pytest.mark.parametrize(
+    ("encoders", "told"),
+    [
+        ({"image": {"package": "x", "sizes": {}}}, "holds 'image', which is shipped"),
+        ({"smell": {"package": "x"}}, "must give each modality a package and sizes"),
+        ([], "must give each modality a package and sizes"),
+        ({"smell": {"package": "x", "sizes": {"hidden_size": "wide"}}}, "hidden_size='wide'"),
+    ],
+)
+def test_a_config_that_lies_about_its_modalities_is_refused(encoders: Any, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        modality.read_encoders(encoders, "config.json")
 
 
 def test_a_route_that_is_not_its_own_to_give_is_refused() -> None:
