@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import modalora
 from modalora import modality
 from modalora.assistant import Assistant, make_processor, question_messages
-from modalora.checkpoint.adapters import CONFIG, WEIGHTS, save_adapter
+from modalora.checkpoint.adapters import CONFIG, WEIGHTS, compose, merge, save_adapter
 from modalora.checkpoint.files import read_json, write_json
 from modalora.config import SourceConfig
 from modalora.contracts import Rule
@@ -68,14 +68,15 @@ def whiffs(context: Context, notes: int = 3) -> Any:
     return draw
 
 
+ALONE, BOTH = frozenset({"smell"}), frozenset({"smell", "image"})
 SMELL = Modality(
     name="smell",
     config=Sizes,
     features=sniff,
     adapter=LoraConfig(r=4, lora_alpha=8),
     routes={
-        frozenset({"smell"}): Rule(adapter="nose", branches={"smell": "plain"}),
-        frozenset({"smell", "image"}): Rule(adapter="nose", branches={"smell": "loud", "image": "vision"}),
+        ALONE: Rule(adapter="nose", branches={"smell": "plain"}),
+        BOTH: Rule(adapter="nose", branches={"smell": "loud", "image": "vision"}),
     },
     sources={"whiffs": whiffs},
 )
@@ -176,7 +177,7 @@ def test_a_tokenizer_without_the_token_lends_an_id_behind_its_last() -> None:
     modality.register(row)
     assert modality.media(config, TOKENIZER)["smell"].placeholder == ("<|smell|>", 322)
     config = replace(config, decoder=tiny().decoder)
-    with pytest.raises(ConfigError, match="no control token '<|absent|>', and all 320 ids are words"):
+    with pytest.raises(ConfigError, match=r"no control token '<\|absent\|>', and no id of the model's 320 is free"):
         modality.media(config, TOKENIZER)
 
 
@@ -365,6 +366,29 @@ def test_a_saved_projector_stands_beside_the_old_one_for_the_rows_of_its_adapter
     assert torch.equal(modalora.load(tmp_path / "model").logits(asked, route="mine"), ours)
 
 
+def test_a_projector_of_its_own_is_lost_in_no_sum_and_no_merge(tmp_path: Path) -> None:
+    assistant = base()
+    old = assistant.model.projectors.get_submodule("image.vision").up.weight.detach()
+    assistant.load_adapter(with_module(tmp_path, {UP: -old}, ["img_projection_up"]), "mine")
+    for refused in (lambda: compose(assistant.model, "mine+vision", "both"), lambda: merge(assistant.model, "mine")):
+        with pytest.raises(CheckpointError, match="'mine' brings a projector of its own for image"):
+            refused()
+
+
+def test_another_adapters_projector_does_not_go_with_the_modality(tmp_path: Path) -> None:
+    assistant = smelling()
+    save_adapter(assistant.model, "nose", tmp_path / "nose")
+    tensors = load_file(tmp_path / "nose" / WEIGHTS)
+    key = "base_model.model.projectors.smell.plain.up.weight"
+    save_file({**tensors, key: -tensors[key]}, tmp_path / "nose" / WEIGHTS, {"format": "pt"})
+    assistant.load_adapter(tmp_path / "nose", "second")  # the encoder's bits are the same
+    assert (assistant.logits(ASKED, route="second") - assistant.logits(ASKED)).abs().max() > 0.01
+    save_adapter(assistant.model, "nose", tmp_path / "first")
+    assert set(load_file(tmp_path / "first" / WEIGHTS)) == set(tensors)
+    save_adapter(assistant.model, "second", tmp_path / "again")
+    assert torch.equal(load_file(tmp_path / "again" / WEIGHTS)[key], -tensors[key])
+
+
 @pytest.mark.parametrize(
     ("key", "change", "told"),
     [
@@ -523,11 +547,45 @@ def test_a_name_that_cannot_be_a_modality_is_refused(name: str) -> None:
 
 def test_a_shipped_modality_is_not_replaced_and_one_is_not_added_twice() -> None:
     with pytest.raises(ConfigError, match="'image' is shipped with modalora"):
-        modality.register(replace(SMELL, name="image"))
+        modality.register(replace(SMELL, name="image", routes={}))
     with pytest.raises(ConfigError, match="has the modality 'smell' already"):
         smelling().add_modality("smell")
     with pytest.raises(ConfigError, match="unknown key 'hiden_size'; did you mean 'hidden_size'"):
         base().add_modality("smell", hiden_size=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            {"routes": {frozenset({"image", "smell"}): Rule(adapter="nose", branches={"smell": "plain"})}},
+            "must have a rule",
+        ),
+        (
+            {"routes": {frozenset({"smell"}): Rule(adapter="nose", branches={"smell": "absent"})}},
+            "one of its projectors",
+        ),
+        ({"routes": {frozenset({"smell"}): Rule(adapter="nose")}}, "one of its projectors .plain, loud."),
+        ({"config": TextTokenizer}, "must be a dataclass of sizes .* it has no encoder, branches, hidden_size"),
+    ],
+)
+def test_a_row_that_contradicts_itself_is_refused(change: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        replace(SMELL, **change)
+
+
+@pytest.mark.parametrize(
+    ("encoders", "told"),
+    [
+        ({"image": {"package": "x", "sizes": {}}}, "holds 'image', which is shipped"),
+        ({"smell": {"package": "x"}}, "must give each modality a package and sizes"),
+        ([], "must give each modality a package and sizes"),
+        ({"smell": {"package": "x", "sizes": {"hidden_size": "wide"}}}, "hidden_size='wide'"),
+    ],
+)
+def test_a_config_that_lies_about_its_modalities_is_refused(encoders: Any, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        modality.read_encoders(encoders, "config.json")
 
 
 def test_a_route_that_is_not_its_own_to_give_is_refused() -> None:

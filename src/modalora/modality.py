@@ -73,8 +73,21 @@ class Modality:
                 f"modality {self.name!r}: config={self.config!r:.60} must be a dataclass of sizes with branches, "
                 f"hidden_size and encoder(); it has no {', '.join(lacks)}"
             )
+        branches = self.config.branches
+        if not isinstance(branches, tuple) or not branches:
+            raise ConfigError(
+                f"modality {self.name!r}: branches={branches!r:.60} must name at least one projector, as a ClassVar of "
+                'the config: branches: ClassVar[tuple[str, ...]] = ("NAME",)'
+            )
+        own = {kinds: rule for kinds, rule in self.routes.items() if self.name in kinds}
+        wrong = [rule for rule in own.values() if rule.branches.get(self.name) not in branches]
+        if self.routes and (frozenset({self.name}) not in own or wrong):
+            raise ConfigError(
+                f"modality {self.name!r}: routes must have a rule for {{{self.name!r}}} alone, and every rule with it "
+                f"must give it one of its projectors ({', '.join(branches)})"
+            )
         if not self.routes:
-            rule = Rule(adapter=self.name, branches={self.name: self.config.branches[0]})
+            rule = Rule(adapter=self.name, branches={self.name: branches[0]})
             object.__setattr__(self, "routes", {frozenset({self.name}): rule})
 
 
@@ -250,10 +263,10 @@ def _placeholder(row: Modality, tokenizer: TextTokenizer, vocab_size: int, numbe
     if tokenizer.has_control(row.placeholder):
         return row.placeholder, tokenizer.control(row.placeholder)
     spare = tokenizer.last_id + 1 + number
-    if spare >= vocab_size:
+    if row.name in SHIPPED or spare >= vocab_size:  # a published model means one token, and no other
         raise ConfigError(
-            f"modality {row.name!r}: this tokenizer has no control token {row.placeholder!r}, and all {vocab_size} ids "
-            "are words; name as the placeholder one of its control tokens that no chat format writes"
+            f"modality {row.name!r}: this tokenizer has no control token {row.placeholder!r}, and no id of the model's "
+            f"{vocab_size} is free for it; name as the placeholder a control token that no chat format writes"
         )
     return f"<|{row.name}|>", spare
 
@@ -272,9 +285,13 @@ def read_encoders(fields: Any, where: str) -> dict[str, EncoderConfig]:
         raise ConfigError(f"{where}: encoders must give each modality a package and sizes; it is {fields!r:.80}")
     found: dict[str, EncoderConfig] = {}
     for name, told in fields.items():
+        if name in SHIPPED:
+            raise ConfigError(
+                f"{where}: encoders holds {name!r}, which is shipped; its sizes stand in a field of their own"
+            )
         try:
             row = find(name, told["package"])
         except ConfigError as error:
-            raise ConfigError(f"{where} needs the modality {name!r} of {told['package']}: {error}") from error
+            raise ConfigError(f"{where} needs the modality {name!r:.60} of {told['package']:.60}: {error}") from error
         found[name] = parse(row.config, told["sizes"], f"{where}: {name}")
     return found

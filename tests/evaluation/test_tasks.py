@@ -20,6 +20,7 @@ from modalora.evaluation.perplexity import bits_per_byte
 from modalora.evaluation.tasks import Case, Score, score
 from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import tiny
+from modalora.processing.processor import Row
 from modalora.processing.tokenizer import TextTokenizer
 
 TEXT = "Seven blue boxes touch the wall — and the quick brown fox jumps over the lazy dog; 東京, isn't it? "
@@ -102,7 +103,7 @@ def told_bits(assistant: Assistant, texts: Sequence[str], window: int) -> float:
         ids = tokenizer.encode(text)
         for at in range(0, len(ids), window - 1):
             piece = [tokenizer.control("<|endoftext|>"), *ids[at : at + window - 1]]
-            batch = assistant.processor.collate([Mock(ids=piece, labels=piece, media=[], text="")])
+            batch = assistant.processor.collate([Row(ids=piece, labels=piece)])
             shares = model(batch)[0].log_softmax(-1)
             nats -= sum(float(shares[place, index]) for place, index in enumerate(piece[1:]))
     return nats / log(2) / sum(len(text.encode()) for text in texts)

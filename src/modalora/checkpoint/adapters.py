@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from modalora.checkpoint.files import Weights, inside, read_json, write_folder, write_json
-from modalora.checkpoint.modules import MODALITY, add_modules, find_modules, modules_of
+from modalora.checkpoint.modules import MODALITY, add_modules, find_modules, modules_of, own_projectors
 from modalora.checkpoint.preserve import CERTIFICATE, Preservation
 from modalora.config import parse
 from modalora.contracts import Batch, Route, terms
@@ -234,6 +234,7 @@ def compose(model: Multimodal, route: str, name: str) -> LoraConfig:
     parts = terms(route)
     _needs_plain(model)
     held = {one: _held(model, one) for one, _ in parts}
+    _needs_matrices_alone(model, [one for one, _ in parts])
     _check_name(model, name)
     ranks = {one: max(linear.adapters[one].r for linear in linears.values()) for one, linears in held.items()}
     r = sum(ranks.values())
@@ -280,6 +281,7 @@ def merge(model: Multimodal, route: str) -> Merged:
         raise ConfigError("this model was quantised; merge into its plain weights")
     for one, _ in parts:
         _held(model, one)
+    _needs_matrices_alone(model, [one for one, _ in parts])
     errors: dict[str, tuple[float, float]] = {}
     for place, linear in model.decoder.routed().items():
         change = torch.zeros_like(linear.weight, dtype=torch.float32)
@@ -306,6 +308,15 @@ def merge(model: Multimodal, route: str) -> Merged:
 def _needs_plain(model: Multimodal) -> None:
     if model.decoder.is_packed:
         raise ConfigError("this model was packed for reading; load it with pack=False to change or save it")
+
+
+def _needs_matrices_alone(model: Multimodal, names: Sequence[str]) -> None:
+    for one in names:
+        if modalities := own_projectors(model, one):
+            raise CheckpointError(
+                f"the adapter {one!r} brings a projector of its own for {', '.join(modalities)}, which no sum "
+                "of matrices holds; use it by its route"
+            )
 
 
 def _check_name(model: Multimodal, name: str) -> None:

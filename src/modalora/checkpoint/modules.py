@@ -129,14 +129,17 @@ def modules_of(model: Multimodal, adapter: str) -> tuple[dict[str, Tensor], list
     what modality.json holds.
     """
     brought = brought_by(model.config, adapter)
+    sizes = model.config.modalities
     tensors: dict[str, Tensor] = {}
     modules = [f"{kind}.{name}" for name in brought for kind in ("encoders", "projectors")]
     for name, tensor in model.state_dict().items():
         kind, modality, *rest = name.split(".")
-        if kind in ("encoders", "projectors") and modality in brought:
+        if kind == "decoder":
+            continue
+        base = rest[0].removesuffix(f"-{adapter}")
+        if modality in brought and (kind == "encoders" or rest[0] in sizes[modality].branches):
             tensors[_PREFIX + name] = tensor
-        elif kind == "projectors" and rest[0].endswith(f"-{adapter}"):
-            base = rest[0].removesuffix(f"-{adapter}")
+        elif kind == "projectors" and base != rest[0] and base in sizes[modality].branches:
             plain = ".".join((kind, modality, base, *rest[1:]))
             if modality in ("image", "audio"):
                 plain = plan(_PUBLISHED, {plain: tuple(tensor.shape)}, model.config)[plain].name
@@ -146,6 +149,11 @@ def modules_of(model: Multimodal, adapter: str) -> tuple[dict[str, Tensor], list
             modules += [module] if module not in modules else []
     encoders = write_encoders(model.config)
     return tensors, modules, {name: encoders[name] for name in brought}
+
+
+def own_projectors(model: Multimodal, adapter: str) -> list[str]:
+    """Return the modalities for which an adapter brought projectors of its own."""
+    return [name for name, own in model.config.branches.items() if any(one.endswith(f"-{adapter}") for one in own)]
 
 
 def _read_modalities(folder: Path) -> dict[str, EncoderConfig]:
