@@ -27,6 +27,7 @@ from modalora.errors import ShapeError, TrainingError
 from modalora.models.multimodal import Multimodal
 from modalora.parallel.engine import Engine, Single
 from modalora.training.audit import Audit, check_settings, check_trained, parts_reached, trained_part
+from modalora.training.flops import StepFlops
 from modalora.training.journal import Journal
 from modalora.training.nonfinite import Fault, guilty_rows, not_finite, row_name
 from modalora.training.objectives import OBJECTIVES, Losses
@@ -119,6 +120,7 @@ class _Loop:
         for name, parameter in self.trained.items():
             self.parts[trained_part(name)][name] = parameter
         self.optimizer = Optimizer(self.trained, run.optim, run.steps)
+        self.flops = StepFlops(model, self.parts, decodes=run.objective == "next_token") if run.peak_tflops else None
         for line in what_trains(model, self.trained, self.optimizer):
             say(line)
         self.states = States(run, engine, self.trained, self.optimizer, self.preserved.fingerprint)
@@ -155,6 +157,8 @@ class _Loop:
                     self._refuse(fault, moment)
                 else:
                     self._update(outcome)
+                    if self.flops:
+                        progress.note({"flops": self.flops.of(micro)})
                 progress.step += 1
                 if self.ledger:
                     told = [name for batch in micro for name in batch.samples]
@@ -304,7 +308,7 @@ class _Loop:
     def _tell(self, seconds_per_step: float) -> None:
         """Log the means since the last logged step."""
         run, progress = self.run, self.progress
-        sums = {name: progress.recent.pop(name, [0.0, 0])[0] for name in ("seconds", "tokens", "labels")}
+        sums = {name: progress.recent.pop(name, [0.0, 0])[0] for name in ("seconds", "tokens", "labels", "flops")}
         means = {name: total / count for name, (total, count) in progress.recent.items()}
         progress.recent.clear()
         if "loss" in means and (progress.best_loss is None or means["loss"] < progress.best_loss):
@@ -317,6 +321,7 @@ class _Loop:
             "tokens_per_second": round(sums["tokens"] / sums["seconds"]),
             "labels_per_second": round(sums["labels"] / sums["seconds"]),
             "remaining_seconds": round(seconds_per_step * (run.steps - progress.step)),
+            **({"mfu": sums["flops"] / sums["seconds"] / (run.peak_tflops * 1e12)} if run.peak_tflops else {}),
             **memory(torch.device(run.device)),
             **({"skipped": progress.skipped} if progress.skipped else {}),
         }
