@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from modalora.contracts import IGNORED, Batch, Cache, Route, Step
+from modalora.contracts import IGNORED, NOWHERE, Batch, Cache, Media, Route, Step, image_tokens
 from modalora.errors import ShapeError
 from modalora.models.decoder import Decoder, DecoderConfig
 from modalora.models.speech import SpeechConfig, SpeechEncoder
 from modalora.models.vision import ImageEmbedder, VisionConfig
 from modalora.nn.cache import KVCache
+from modalora.nn.gate import gate
 from modalora.nn.lora import LoraConfig
 from modalora.nn.mlp import Projector
 from modalora.nn.rope import is_long
@@ -41,6 +42,20 @@ class Modality:
     encoder: Callable[[ModelConfig], nn.Module | None]
     width: Callable[[ModelConfig], int]
     branches: tuple[str, ...]  # projectors
+    smallest: Callable[[ModelConfig], tuple[dict[str, Tensor], int]]  # features of a blank item, and its tokens
+
+
+def _smallest_image(config: ModelConfig) -> tuple[dict[str, Tensor], int]:
+    assert config.vision is not None
+    crop, side = config.vision.crop, config.vision.side
+    mask = torch.ones(2, side, side, dtype=torch.bool)
+    features = {"pixels": torch.zeros(2, 3, crop, crop), "mask": mask, "grid": torch.tensor([1, 1])}
+    return features, image_tokens(side, side, side)
+
+
+def _smallest_sound(config: ModelConfig) -> tuple[dict[str, Tensor], int]:
+    assert config.speech is not None
+    return {"mel": torch.zeros(8, config.speech.mels)}, 1
 
 
 MODALITIES: dict[str, Modality] = {
@@ -48,11 +63,13 @@ MODALITIES: dict[str, Modality] = {
         encoder=lambda config: ImageEmbedder(config.vision) if config.vision else None,
         width=lambda config: config.vision.hidden_size if config.vision else 0,
         branches=("vision",),
+        smallest=_smallest_image,
     ),
     "audio": Modality(
         encoder=lambda config: SpeechEncoder(config.speech) if config.speech else None,
         width=lambda config: config.speech.hidden_size if config.speech else 0,
         branches=("speech", "vision"),
+        smallest=_smallest_sound,
     ),
 }
 
@@ -81,32 +98,56 @@ class Multimodal(nn.Module):
         """Names of the adapters that the decoder holds."""
         return tuple(self.config.adapters)
 
+    @property
+    def branches(self) -> tuple[tuple[str, str], ...]:
+        """Every modality with each of its projectors, in the order in which they run."""
+        return tuple((name, branch) for name, own in self.projectors.items() for branch, _ in own.named_children())
+
+    def smallest(self, modality: str, branch: str) -> Media:
+        """Return a blank item, as small as the modality has them, that no row gets."""
+        features, tokens = MODALITIES[modality].smallest(self.config)
+        return Media(modality, features, NOWHERE, 0, tokens, branch)
+
     def embed(self, batch: Batch) -> Tensor:
-        """Return the decoder's input, (batch, time, width): token embeddings, media spans filled with features."""
+        """Return the decoder's input, (batch, time, width): token embeddings, media spans filled with features.
+
+        Modalities and projectors run in the model's order, not the batch's: ranks that share them must agree on it.
+        """
         hidden = self.decoder.embed(batch.input_ids)
-        if not batch.media:
-            return hidden
+        unknown = {(item.modality, item.branch) for item in batch.media} - set(self.branches)
+        if unknown:
+            raise ShapeError(f"this model has no encoder with projector for {' / '.join(min(unknown))}")
         features: list[Tensor] = []
+        dropped: list[Tensor] = []
         rows: list[Tensor] = []
         columns: list[Tensor] = []
-        for name in dict.fromkeys(item.modality for item in batch.media):
+        for name, encoder in self.encoders.items():
             items = [item for item in batch.media if item.modality == name]
-            encoded = self.encoders[name]([dict(item.features) for item in items])
+            if not items:
+                continue
+            encoded = encoder([dict(item.features) for item in items])
             by_branch: dict[str, list[int]] = defaultdict(list)
             for index, item in enumerate(items):
                 if len(encoded[index]) != item.tokens:
                     raise ShapeError(f"{name} gave {len(encoded[index])} features for {item.tokens} placeholder tokens")
                 by_branch[item.branch].append(index)
-            for branch, chosen in by_branch.items():
-                features.append(
-                    self.projectors.get_submodule(f"{name}.{branch}")(torch.cat([encoded[index] for index in chosen]))
-                )
+            for branch, projector in self.projectors.get_submodule(name).named_children():
+                chosen = by_branch[branch]
+                if not chosen:
+                    continue
+                projected = projector(torch.cat([encoded[index] for index in chosen]))
+                if items[chosen[0]].row == NOWHERE:  # alone in its branch
+                    dropped.append(projected)
+                    continue
+                features.append(projected)
                 for index in chosen:
                     item = items[index]
                     rows.append(torch.full((item.tokens,), item.row))
                     columns.append(torch.arange(item.start, item.start + item.tokens))
-        at = (torch.cat(rows).to(hidden.device), torch.cat(columns).to(hidden.device))
-        return hidden.index_put(at, torch.cat(features).to(hidden.dtype))
+        if features:
+            at = (torch.cat(rows).to(hidden.device), torch.cat(columns).to(hidden.device))
+            hidden = hidden.index_put(at, torch.cat(features).to(hidden.dtype))
+        return gate(hidden, *dropped)[0] if dropped else hidden
 
     def hidden(self, batch: Batch, cache: Cache | None = None) -> Tensor:
         """Return the decoder's final states, (batch, time, width), of whole rows from their first token on."""

@@ -1,0 +1,1 @@
+"""Many processes: engines that share a finished model out over ranks, from outside."""
