@@ -166,6 +166,22 @@ class Batch:
         )
 
 
+class Batches(Protocol):
+    """The data of a run, step by step; where it stands is a small JSON state."""
+
+    def take(self) -> list[Batch]:
+        """Return the micro-batches of the next step, those of this rank."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Return where the data stands after the last step taken, as JSON: counters, and rows carried over."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state: the next `take` is the one that followed it."""
+        ...
+
+
 def subsampled(frames: int, rate: int = 8) -> int:
     """Return the encoder frames that log-mel frames become; each is one token of sound.
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +81,23 @@ def mixed(step: int) -> Batch:
     )
 
 
+class Steps:
+    """Batches that are a function of the step."""
+
+    def __init__(self, make: Callable[[int], list[Batch]]) -> None:
+        self.make, self.taken = make, 0
+
+    def take(self) -> list[Batch]:
+        self.taken += 1
+        return self.make(self.taken - 1)
+
+    def state(self) -> dict[str, Any]:
+        return {"taken": self.taken}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.taken = state["taken"]
+
+
 def weights(model: Multimodal) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -94,7 +112,7 @@ def test_the_loss_goes_down_and_is_recorded(tmp_path: Path) -> None:
     seen: list[dict[str, object]] = []
     model = fresh()
     run = settings(tmp_path / "run", steps=40, log_every=10, optim=OptimConfig(lr=5e-3, warmup_steps=2))
-    last = train(run, model, lambda step: [text(step)], seen.append)
+    last = train(run, model, Steps(lambda step: [text(step)]), seen.append)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines == seen
     assert [line["step"] for line in lines] == [10, 20, 30, 40]
@@ -118,7 +136,7 @@ def test_only_the_named_parts_move(tmp_path: Path, parts: tuple[str, ...]) -> No
     before = weights(model)
     # weight decay would pull on a frozen part too, if it reached one
     run = settings(tmp_path, *parts, optim=OptimConfig(lr=1e-2, warmup_steps=0, weight_decay=0.1))
-    train(run, model, lambda step: [mixed(step)])
+    train(run, model, Steps(lambda step: [mixed(step)]))
     idle = ("tower.layers.2", "post_layernorm", "tower.head", "global_")  # stored, never read or not trained
     for name, tensor in weights(model).items():
         named = any(fnmatchcase(part_of(name), part) for part in parts)
@@ -131,7 +149,7 @@ def test_training_adapters_changes_no_bit_of_text(tmp_path: Path) -> None:
     batch = text(0)
     with torch.no_grad():
         before = model(batch)
-    train(settings(tmp_path, "adapter.*", "image.*", "audio.*"), model, lambda step: [mixed(step)])
+    train(settings(tmp_path, "adapter.*", "image.*", "audio.*"), model, Steps(lambda step: [mixed(step)]))
     with torch.no_grad():
         assert torch.equal(model(batch), before)
 
@@ -142,7 +160,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path: Path, precisio
     parts = ("adapter.*", "audio.*", "decoder")
     changes = {"steps": 5, "precision": precision, "optim": OptimConfig(name=name, lr=1e-3, warmup_steps=2)}
     whole = fresh()
-    train(settings(tmp_path / "whole", *parts, **changes), whole, lambda step: [mixed(step)])
+    train(settings(tmp_path / "whole", *parts, **changes), whole, Steps(lambda step: [mixed(step)]))
 
     def interrupted(step: int) -> list[Batch]:
         if step == 2:
@@ -150,8 +168,8 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path: Path, precisio
         return [mixed(step)]
 
     run = settings(tmp_path / "cut", *parts, **changes)
-    with pytest.raises(Interrupted, match="stopped after step 3"):
-        train(run, fresh(), interrupted)
+    with pytest.raises(Interrupted, match="stopped after step 2"):
+        train(run, fresh(), Steps(interrupted))
     again = fresh()
     asked: list[int] = []
 
@@ -159,21 +177,21 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path: Path, precisio
         asked.append(step)
         return [mixed(step)]
 
-    train(run, again, rest)
-    assert asked == [3, 4]
+    train(run, again, Steps(rest))
+    assert asked == [2, 3, 4]
     assert_same_bits(weights(whole), weights(again))
 
 
 def test_signals_are_as_before_once_training_has_ended(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    train(settings(tmp_path, steps=1), fresh(), lambda step: [text(step)])
+    train(settings(tmp_path, steps=1), fresh(), Steps(lambda step: [text(step)]))
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
 def test_a_run_cannot_go_on_under_other_settings(tmp_path: Path) -> None:
-    train(settings(tmp_path, steps=2), fresh(), lambda step: [text(step)])
+    train(settings(tmp_path, steps=2), fresh(), Steps(lambda step: [text(step)]))
     with pytest.raises(ConfigError, match=r"other settings \(seed\)"):
-        train(settings(tmp_path, steps=3, seed=1), fresh(), lambda step: [text(step)])
+        train(settings(tmp_path, steps=3, seed=1), fresh(), Steps(lambda step: [text(step)]))
 
 
 def test_two_micro_batches_are_one_batch_of_all_their_rows(tmp_path: Path) -> None:
@@ -185,8 +203,12 @@ def test_two_micro_batches_are_one_batch_of_all_their_rows(tmp_path: Path) -> No
         return replace(batch, labels=labels)
 
     one, two = fresh(), fresh()
-    train(settings(tmp_path / "one"), one, lambda step: [unequal(step)])
-    train(settings(tmp_path / "two"), two, lambda step: [unequal(step).select([0, 1]), unequal(step).select([2, 3])])
+    train(settings(tmp_path / "one"), one, Steps(lambda step: [unequal(step)]))
+    train(
+        settings(tmp_path / "two"),
+        two,
+        Steps(lambda step: [unequal(step).select([0, 1]), unequal(step).select([2, 3])]),
+    )
     for name, tensor in weights(one).items():
         torch.testing.assert_close(weights(two)[name], tensor, **TOLERANCE)
 
@@ -196,11 +218,13 @@ def test_a_step_on_a_mixed_batch_is_the_sum_of_steps_on_its_rows(tmp_path: Path)
     # a large eps makes the update linear in the gradient; the clip is out of reach
     optim = OptimConfig(lr=1e-1, warmup_steps=0, eps=1.0, weight_decay=0, clip_norm=1e9)
     one, two = fresh(), fresh()
-    train(settings(tmp_path / "one", *parts, steps=1, optim=optim), one, lambda step: [mixed(step).select([1, 3])])
+    train(
+        settings(tmp_path / "one", *parts, steps=1, optim=optim), one, Steps(lambda step: [mixed(step).select([1, 3])])
+    )
     train(
         settings(tmp_path / "two", *parts, steps=1, optim=optim),
         two,
-        lambda step: [mixed(step).select([row]) for row in (1, 3)],
+        Steps(lambda step: [mixed(step).select([row]) for row in (1, 3)]),
     )
     start, ended, other = weights(fresh()), weights(one), weights(two)
     assert any(not torch.equal(start[name], ended[name]) for name in start)
@@ -212,16 +236,16 @@ def test_a_micro_batch_that_reaches_no_trained_part_adds_nothing(tmp_path: Path)
     model, told = fresh(), fresh()
     optim = OptimConfig(lr=1e-2, warmup_steps=0, clip_norm=1e9)
     run = settings(tmp_path / "run", "adapter.vision", steps=1, optim=optim)
-    train(run, model, lambda step: [mixed(step).select([0]), mixed(step).select([1])])
+    train(run, model, Steps(lambda step: [mixed(step).select([0]), mixed(step).select([1])]))
     run = settings(tmp_path / "told", "adapter.vision", steps=1, optim=optim)
-    train(run, told, lambda step: [mixed(step).select([0, 1])])
+    train(run, told, Steps(lambda step: [mixed(step).select([0, 1])]))
     for name, tensor in weights(told).items():
         torch.testing.assert_close(weights(model)[name], tensor, **TOLERANCE)
 
 
 def test_a_pattern_that_matches_nothing_is_refused_with_the_parts_there_are(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'adapter.visoin' matches no part .* adapter.speech, adapter.vision"):
-        train(settings(tmp_path, "decoder", "adapter.visoin"), fresh(), lambda step: [text(step)])
+        train(settings(tmp_path, "decoder", "adapter.visoin"), fresh(), Steps(lambda step: [text(step)]))
 
 
 def poisoned(step: int) -> list[Batch]:
@@ -236,9 +260,9 @@ def poisoned(step: int) -> list[Batch]:
 def test_a_loss_that_is_not_finite_stops_the_run_and_moves_no_weight(tmp_path: Path) -> None:
     model, told = fresh(), fresh()
     # the same step and the same rate, so that both differ in the poisoned step alone
-    train(settings(tmp_path / "told", "adapter.*", steps=1), told, poisoned)
+    train(settings(tmp_path / "told", "adapter.*", steps=1), told, Steps(poisoned))
     with pytest.raises(TrainingError, match=r"loss of step 2 is nan; weights are as before"):
-        train(settings(tmp_path / "run", "adapter.*", steps=3), model, poisoned)
+        train(settings(tmp_path / "run", "adapter.*", steps=3), model, Steps(poisoned))
     assert_same_bits(weights(model), weights(told))
 
 
@@ -246,7 +270,7 @@ def test_the_rate_warms_up_and_falls_to_its_share(tmp_path: Path) -> None:
     rates: list[float] = []
     optim = OptimConfig(lr=1.0, warmup_steps=2, final_lr_ratio=0.1, clip_norm=1e-9)
     run = settings(tmp_path, steps=6, optim=optim)
-    train(run, fresh(), lambda step: [text(step)], lambda metrics: rates.append(metrics["lr"]))
+    train(run, fresh(), Steps(lambda step: [text(step)]), lambda metrics: rates.append(metrics["lr"]))
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[2:] == sorted(rates[2:], reverse=True)
     assert 0.1 < rates[-1] < 0.3
@@ -256,7 +280,9 @@ def test_a_part_may_learn_at_a_rate_of_its_own(tmp_path: Path) -> None:
     model = fresh()
     before = weights(model)
     optim = OptimConfig(lr=1e-2, warmup_steps=0, lr_scale={"image.*": 0.0})
-    train(settings(tmp_path, "adapter.vision", "image.projector.*", optim=optim), model, lambda step: [mixed(step)])
+    train(
+        settings(tmp_path, "adapter.vision", "image.projector.*", optim=optim), model, Steps(lambda step: [mixed(step)])
+    )
     for name, tensor in weights(model).items():
         if part_of(name) == "image.projector.vision":
             assert torch.equal(tensor, before[name])
@@ -267,10 +293,10 @@ def test_a_part_may_learn_at_a_rate_of_its_own(tmp_path: Path) -> None:
 def test_losses_are_reported_per_route(tmp_path: Path) -> None:
     seen: list[dict[str, object]] = []
     report: Callable[[dict[str, object]], None] = seen.append
-    train(settings(tmp_path, "adapter.*", steps=1), fresh(), lambda step: [mixed(step)], report)
+    train(settings(tmp_path, "adapter.*", steps=1), fresh(), Steps(lambda step: [mixed(step)]), report)
     assert {"loss_text", "loss_vision", "loss_speech"} <= set(seen[0])
 
 
 def test_states_are_kept_as_the_run_says(tmp_path: Path) -> None:
-    train(settings(tmp_path, steps=7, save_every=2, keep=2), fresh(), lambda step: [text(step)])
+    train(settings(tmp_path, steps=7, save_every=2, keep=2), fresh(), Steps(lambda step: [text(step)]))
     assert sorted(path.name for path in (tmp_path / "resume").iterdir()) == ["00000006", "00000007"]

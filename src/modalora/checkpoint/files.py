@@ -49,12 +49,12 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def write_folder(folder: Path, fill: Callable[[Path], None], *, replace: bool = False, manifest: bool = True) -> None:
+def write_folder(folder: Path, fill: Callable[[Path], None], *, manifest: bool = True) -> None:
     """Create `folder` from what `fill` writes into a draft beside it, then rename: a reader sees all of it or none.
 
-    manifest: list every file with its SHA-256. Raises CheckpointError when the folder exists and replace is False.
+    manifest: list every file with its SHA-256. Raises CheckpointError when the folder exists.
     """
-    if folder.exists() and not replace:
+    if folder.exists():
         raise CheckpointError(f"{folder} exists; give a new folder, nothing was written")
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.draft")
@@ -62,26 +62,33 @@ def write_folder(folder: Path, fill: Callable[[Path], None], *, replace: bool = 
     draft.mkdir()
     try:
         fill(draft)
-        if manifest:
-            files = {
-                path.relative_to(draft).as_posix(): {"bytes": path.stat().st_size, "sha256": digest(path)}
-                for path in sorted(draft.rglob("*"))
-                if path.is_file()
-            }
-            write_json(draft / MANIFEST, {"format": FORMAT, "files": files})
-        for path in draft.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        if folder.exists():
-            old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-            folder.rename(old)
-            draft.rename(folder)
-            shutil.rmtree(old)
-        else:
-            draft.rename(folder)
+        seal(draft, manifest=manifest)
+        draft.rename(folder)
+        sync(folder.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def seal(draft: Path, *, manifest: bool = True) -> None:
+    """List every file of a draft with its SHA-256, and wait until files and folders are on the disk."""
+    if manifest:
+        files = {
+            path.relative_to(draft).as_posix(): {"bytes": path.stat().st_size, "sha256": digest(path)}
+            for path in sorted(draft.rglob("*"))
+            if path.is_file()
+        }
+        write_json(draft / MANIFEST, {"format": FORMAT, "files": files})
+    for path in [*draft.rglob("*"), draft]:
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def check_manifest(folder: Path, needed: Sequence[str] = ()) -> None:

@@ -1,45 +1,66 @@
-"""The state of a training run on disk: enough to go on as if it had not stopped."""
+"""The states of a training run on disk, RUN/resume/STEP: each is whole, or it is not there.
+
+A state is written into a draft, hashed, synced and renamed; older ones go only then. Which is the newest is found by
+checking manifests, not read from a pointer that could be torn. One process at a time may write into a run.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from modalora.checkpoint.files import check_manifest, seal, sync
+from modalora.errors import CheckpointError, ConfigError
 
-from modalora.checkpoint.files import check_manifest, read_json, write_folder, write_json
-from modalora.errors import CheckpointError
-
-_STATE, _TENSORS = "state.json", "state.safetensors"
+STATE = "state.json"
+_HIDDEN = re.compile(r"\..+\.(draft|old)")
 
 
-def save_state(run: Path, step: int, tensors: Mapping[str, Tensor], fields: Mapping[str, Any], keep: int) -> None:
-    """Write RUN/resume/STEP and remove all but the newest `keep`; the new one is whole before an old one goes."""
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold a run for this process alone and remove the drafts of killed ones; the system lets go when the process ends.
 
-    def fill(draft: Path) -> None:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, draft / _TENSORS)
-        write_json(draft / _STATE, {"step": step, **fields})
+    Raises ConfigError when another process holds it. The lock is POSIX's, which children do not inherit: one that
+    outlives a killed run does not block the next.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("a") as handle:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ConfigError(f"another process trains into {run}; wait for it, or give another output") from None
+        for place in (run, run / "resume"):
+            for path in place.iterdir() if place.is_dir() else ():
+                if _HIDDEN.fullmatch(path.name):
+                    shutil.rmtree(path, ignore_errors=True)
+        yield
 
-    write_folder(run / "resume" / f"{step:08d}", fill, replace=True)
-    for old in states(run)[:-keep]:
-        shutil.rmtree(old)
+
+def states(run: Path) -> list[Path]:
+    """Return the state folders of a run, oldest first."""
+    folder = run / "resume"
+    return sorted(path for path in folder.glob("*") if re.fullmatch(r"\d{8}", path.name)) if folder.is_dir() else []
 
 
-def load_state(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Return the newest whole state of a run, or None when there is none; an altered one is passed over for the one
-    before."""
+def newest(run: Path, say: Callable[[str], None] = lambda line: None) -> Path | None:
+    """Return the newest whole state of a run, or None when there are no states.
+
+    One that is not whole is passed over for the one before, and `say` is told. Raises CheckpointError when none is.
+    """
     problems: list[str] = []
     for folder in reversed(states(run)):
         try:
-            check_manifest(folder)
+            check_manifest(folder, [STATE])
         except CheckpointError as error:
             problems.append(str(error))
             continue
-        return load_file(folder / _TENSORS), read_json(folder / _STATE)
+        for problem in problems:
+            say(f"passed over a state that is not whole, for {folder.name}: {problem}")
+        return folder
     if problems:
         raise CheckpointError(
             f"no state under {run / 'resume'} is whole: {problems[0]}; remove the folder to start anew"
@@ -47,7 +68,43 @@ def load_state(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     return None
 
 
-def states(run: Path) -> list[Path]:
-    """Return the state folders of a run, oldest first."""
-    folder = run / "resume"
-    return sorted(path for path in folder.glob("*") if re.fullmatch(r"\d{8}", path.name)) if folder.is_dir() else []
+def draft_of(run: Path, step: int) -> Path:
+    """Return where the state of a step is written before it is whole; the same on every rank."""
+    return run / "resume" / f".{step:08d}.draft"
+
+
+def begin(draft: Path) -> None:
+    """Make an empty draft."""
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+
+
+def commit(draft: Path) -> Path:
+    """Make a filled draft the state of its step; return its folder."""
+    seal(draft)
+    folder = draft.with_name(draft.name[1:9])
+    if folder.exists():  # passed over when the run resumed, as it was not whole
+        _remove(folder)
+    draft.rename(folder)
+    sync(folder.parent)
+    return folder
+
+
+def retire(folder: Path, keep: int) -> None:
+    """Keep a state that was just written and the newest before it, `keep` in all; remove every other.
+
+    Later ones go too: the run did not resume from them, so they were not whole.
+    """
+    before = [path for path in states(folder.parents[1]) if path.name < folder.name]
+    kept = {folder, *before[max(0, len(before) - keep + 1) :]}
+    for path in states(folder.parents[1]):
+        if path not in kept:
+            _remove(path)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a state; killed on the way, what is left does not look like one."""
+    gone = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone)

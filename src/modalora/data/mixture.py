@@ -6,9 +6,10 @@ A source draws one training row: a conversation, or a window of running text.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,10 +59,20 @@ class Mixture:
         weights = np.array([source.weight for source in sources])
         self.shares = weights / weights.sum()
         self.sources = [make_source(context, source) for source in sources]
+        self.taken = 0  # steps
 
-    def __call__(self, step: int) -> list[Batch]:
-        """Return the micro-batches of a step, rows of like length together so that little is padding."""
-        rng = np.random.default_rng((self.seed, step))
+    def state(self) -> dict[str, Any]:
+        """Return how many steps were taken."""
+        return {"taken": self.taken}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self.taken = int(state["taken"])
+
+    def take(self) -> list[Batch]:
+        """Return the micro-batches of the next step, rows of like length together so that little is padding."""
+        rng = np.random.default_rng((self.seed, self.taken))
+        self.taken += 1
         count = self.rows * self.accumulate
         drawn = [self.sources[rng.choice(len(self.sources), p=self.shares)](rng) for _ in range(count)]
         drawn.sort(key=lambda row: len(row.ids))

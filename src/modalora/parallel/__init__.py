@@ -1,1 +1,1 @@
-"""Many processes: engines that share a finished model out over ranks, from outside."""
+"""What many processes do otherwise than one, behind one set of methods."""

@@ -26,6 +26,10 @@ class NextToken(nn.Module):
     def __init__(self, model: Multimodal) -> None:
         super().__init__()
 
+    def count(self, batch: Batch) -> int:
+        """Return how many losses a batch has."""
+        return 0 if batch.labels is None else int((batch.labels[:, 1:] != IGNORED).sum())
+
     def forward(self, model: Multimodal, batch: Batch) -> Losses:
         """Return one loss per labelled token."""
         return Losses(*model.loss(batch))
@@ -45,6 +49,10 @@ class Ctc(nn.Module):
         assert config.speech is not None
         self.blank = config.decoder.vocab_size
         self.head = nn.Linear(config.speech.hidden_size, self.blank + 1)
+
+    def count(self, batch: Batch) -> int:
+        """Return how many losses a batch has."""
+        return len(batch.media)
 
     def forward(self, model: Multimodal, batch: Batch) -> Losses:
         """Return one loss per row, divided by its target length. Each row holds one sound and one answer."""
@@ -78,6 +86,10 @@ class Cells(nn.Module):
         self.cells = nn.Linear(width, self.ATTRIBUTES * self.CLASSES)
         self.counts = nn.Linear(width, self.COUNTS * self.MOST)
 
+    def count(self, batch: Batch) -> int:
+        """Return how many losses a batch has."""
+        return 2 * sum(int((item.features["cells"][:, 0] != IGNORED).sum()) for item in batch.media)
+
     def forward(self, model: Multimodal, batch: Batch) -> Losses:
         """Return per image token the loss of its cell, summed over the attributes, and the mean loss of its counts.
 
@@ -100,6 +112,8 @@ def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     values = functional.cross_entropy(logits.float().movedim(-1, 1), targets, ignore_index=IGNORED, reduction="none")
     return values.sum(1) / (targets != IGNORED).sum(1)
 
+
+Objective = NextToken | Ctc | Cells
 
 OBJECTIVES: dict[str, type[NextToken] | type[Ctc] | type[Cells]] = {
     "next_token": NextToken,

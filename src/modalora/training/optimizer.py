@@ -74,6 +74,8 @@ class Optimizer:
             self.parts.append(
                 torch.optim.Muon(groups, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
             )
+        for part in self.parts:
+            _start(part)
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
@@ -93,23 +95,27 @@ class Optimizer:
             part.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return the moments by parameter name."""
-        tensors: dict[str, torch.Tensor] = {}
-        for part in self.parts:
-            for parameter, moments in part.state.items():
-                for key, value in moments.items():
-                    tensors[f"optim.{self.names[id(parameter)]}.{key}"] = torch.as_tensor(value)
-        return tensors
+        """Return the moments by parameter name; filling these tensors sets the optimiser back."""
+        return {
+            f"{self.names[id(parameter)]}.{key}": value
+            for part in self.parts
+            for parameter, moments in part.state.items()
+            for key, value in moments.items()
+        }
 
-    def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take back what `state` returned."""
-        for part in self.parts:
-            for group in part.param_groups:
-                for parameter in group["params"]:
-                    prefix = f"optim.{self.names[id(parameter)]}."
-                    found = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
-                    if found:
-                        part.state[parameter] = {key: value.clone() for key, value in found.items()}
+
+def _start(part: torch.optim.Optimizer) -> None:
+    """Give every parameter the moments that torch would give it at its first gradient, so that none is ever absent."""
+    for group in part.param_groups:
+        for parameter in group["params"]:
+            if isinstance(part, torch.optim.Muon):
+                part.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+            else:
+                part.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
 
 
 def _factor(part: str, config: OptimConfig) -> float:

@@ -12,7 +12,7 @@ import torch
 from modalora.assistant import find_model, make_processor
 from modalora.checkpoint.store import load_model, save_model
 from modalora.config import RunConfig
-from modalora.contracts import Batch
+from modalora.contracts import Batches
 from modalora.data.mixture import Context, Mixture
 from modalora.data.text import tokenizer_corpus
 from modalora.errors import CheckpointError, ConfigError
@@ -43,12 +43,15 @@ def run_recipe(run: RunConfig, report: Callable[[Metrics], None] = lambda metric
     _take_parts(model, run.take)
     processor = make_processor(model.config, tokenizer)
     context = Context(folder=data, cache=cache, processor=processor, window=run.window)
-    batches = Mixture(context, run.mixture, rows=run.rows, accumulate=run.accumulate, seed=run.seed)
+
+    def batches() -> Mixture:
+        return Mixture(context, run.mixture, rows=run.rows, accumulate=run.accumulate, seed=run.seed)
+
     if "audio.encoder" in run.train:
-        _set_mel_statistics(model, batches)
+        _set_mel_statistics(model, batches())
     for modality in run.whiten:
-        _whiten_projectors(model, modality, run.train, batches)
-    metrics = train(run, model.to(run.device), batches, report)
+        _whiten_projectors(model, modality, run.train, batches())
+    metrics = train(run, model.to(run.device), batches(), report)
     save_model(model, tokenizer, target, int8=run.int8, notes={"trained": run.model_dump(mode="json"), "last": metrics})
     return target
 
@@ -79,7 +82,7 @@ def _take_parts(model: Multimodal, take: dict[str, str]) -> None:
                 tensors[name].copy_(given[name])
 
 
-def _set_mel_statistics(model: Multimodal, batches: Callable[[int], list[Batch]], steps: int = 20) -> None:
+def _set_mel_statistics(model: Multimodal, batches: Batches, steps: int = 20) -> None:
     """Give a fresh sound encoder the mean and inverse deviation of each mel channel, from the first batches with
     sound."""
     if "audio" not in model.encoders:
@@ -88,9 +91,7 @@ def _set_mel_statistics(model: Multimodal, batches: Callable[[int], list[Batch]]
     assert isinstance(encoder, SpeechEncoder)
     if not torch.equal(encoder.global_mean, torch.zeros_like(encoder.global_mean)):
         return
-    media = [
-        item for step in range(steps) for batch in batches(step) for item in batch.media if item.modality == "audio"
-    ]
+    media = [item for _ in range(steps) for batch in batches.take() for item in batch.media if item.modality == "audio"]
     if media:
         mel = torch.cat([item.features["mel"] for item in media])
         encoder.global_mean.copy_(mel.mean(0))
@@ -99,7 +100,7 @@ def _set_mel_statistics(model: Multimodal, batches: Callable[[int], list[Batch]]
 
 @torch.no_grad()
 def _whiten_projectors(
-    model: Multimodal, modality: str, patterns: Sequence[str], batches: Callable[[int], list[Batch]], steps: int = 8
+    model: Multimodal, modality: str, patterns: Sequence[str], batches: Batches, steps: int = 8
 ) -> None:
     """Let the trained projectors of a modality start on features of mean 0 and deviation 1, at the scale of embeddings.
 
@@ -109,7 +110,7 @@ def _whiten_projectors(
     if modality not in model.encoders:
         raise ConfigError(f"whiten: this model has no {modality!r} encoder; it has {', '.join(model.encoders)}")
     media = [
-        item for step in range(steps) for batch in batches(step) for item in batch.media if item.modality == modality
+        item for _ in range(steps) for batch in batches.take() for item in batch.media if item.modality == modality
     ]
     features = torch.cat(model.encoders[modality]([dict(item.features) for item in media]))
     mean, deviation = features.mean(0), features.std(0).clamp(min=1e-3)
