@@ -44,6 +44,14 @@ class SourceConfig(Settings):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
+class MeshConfig(Settings):
+    """How the processes of a run stand: replicate x shard x tensor of them."""
+
+    replicate: int = Field(1, ge=1)  # copies of the model
+    shard: int = Field(0, ge=0)  # processes that a copy's parameters are cut over; 0: all that are left
+    tensor: int = Field(1, ge=1)  # processes that share the heads and channels of every layer
+
+
 class RunConfig(Settings):
     """One training run."""
 
@@ -67,6 +75,10 @@ class RunConfig(Settings):
     save_every: int = Field(200, ge=1)
     keep: int = Field(2, ge=1)  # resume checkpoints kept
     device: str = "cpu"  # a torch device
+    engine: Literal["fsdp", "zero1", "zero2", "zero3"] = "fsdp"  # what spreads a model over many processes
+    mesh: MeshConfig = Field(default_factory=MeshConfig)
+    offload: bool = False  # keep parameters and moments of many processes on the CPU
+    patience_seconds: int = Field(600, ge=1)  # how long a process waits for another
     threads: int = Field(0, ge=0)  # 0: torch's default
     data: str = "../shared/data"  # the folder of docs/nano.md
     cache: str = "runs/cache"

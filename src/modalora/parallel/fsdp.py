@@ -5,35 +5,108 @@ Zhao et al., arXiv:2304.11277; per-parameter sharding as in torchtitan, arXiv:24
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
-from modalora.models.multimodal import Multimodal
+from modalora.config import MeshConfig
+from modalora.contracts import Batch
+from modalora.errors import ConfigError
+from modalora.models.multimodal import Multimodal, part_of
 from modalora.models.speech import Subsampling
+from modalora.parallel.engine import Updates, step_and_clear
+from modalora.parallel.files import read, write_pieces
+from modalora.parallel.idle import Presence, gate_adapters
+from modalora.parallel.ranks import totals
+from modalora.parallel.tensor import rejoin_heads, split_heads
+
+DIMENSIONS = ("replicate", "shard", "tensor")
 
 
-def shard(model: Multimodal, mesh: DeviceMesh, *, bf16: bool) -> None:
-    """Cut every parameter of the model over the ranks of a mesh; what a layer needs is gathered while it runs.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """How a model is spread. Every choice that is off or of degree one changes nothing.
 
-    A unit is gathered at once: a decoder layer, a block of an encoder, the rest of an encoder, a projector, and the
-    rest of the model (embeddings, head, last norm). Frozen parameters are cut too and never have a gradient.
-    mesh: one dimension to cut over, or two: copies, then cuts (HSDP). bf16: gather in bfloat16, for a forward pass under
-    autocast; gradients are summed in float32 either way.
+    bf16: gather parameters in bfloat16, for a forward pass under autocast. recompute: keep only the input of each
+    decoder layer for the backward pass. compile: compile each decoder layer. offload: keep what a rank holds, and its
+    optimiser, on the CPU.
+    """
+
+    bf16: bool = False
+    recompute: bool = False
+    compile: bool = False
+    offload: bool = False
+
+
+def parallelize(model: Multimodal, mesh: DeviceMesh, plan: Plan) -> None:
+    """Spread a finished model over a mesh with the dimensions replicate, shard and tensor, in place.
+
+    Tensor parallelism comes first, since the rest works on what it leaves to a rank; FSDP last, since it gathers around
+    all of it. Raises ConfigError when heads or channels do not divide by mesh.tensor.
+    """
+    if mesh["tensor"].size() > 1:
+        split_heads(model, mesh["tensor"])
+    gate_adapters(model)
+    for layer in model.decoder.layers:
+        if plan.recompute:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        if plan.compile:
+            layer.compile()
+    shard(model, _data_mesh(mesh), plan)
+
+
+def _data_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    return mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"]
+
+
+def sizes(mesh: MeshConfig, world: int) -> tuple[int, int, int]:
+    """Return the sizes of a mesh over so many processes; mesh.shard=0 takes what the others leave.
+
+    Raises ConfigError when they do not multiply to the number of processes.
+    """
+    shard = mesh.shard or world // (mesh.replicate * mesh.tensor)
+    if mesh.replicate * shard * mesh.tensor != world:
+        raise ConfigError(
+            f"mesh: replicate={mesh.replicate} x shard={mesh.shard or 'the rest'} x tensor={mesh.tensor} do not make up "
+            f"{world} processes"
+        )
+    return mesh.replicate, shard, mesh.tensor
+
+
+def shard(model: Multimodal, mesh: DeviceMesh, plan: Plan) -> None:
+    """Cut every parameter over a mesh of one dimension, or of two: copies, then cuts (HSDP).
+
+    A unit is gathered while it runs: a decoder layer, a block of an encoder, the rest of an encoder, a projector, and
+    the rest of the model (embeddings, head, last norm). Frozen parameters are cut too and never have a gradient.
+    Gradients are summed in float32, not averaged: the loss is already divided by the labels of all ranks.
     """
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    full = MixedPrecisionPolicy(cast_forward_inputs=False)
+    full = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    offload = CPUOffloadPolicy() if plan.offload else OffloadPolicy()
     for unit in units(model):
-        # these convolutions run in float32 under autocast too
-        policy = half if bf16 and not isinstance(unit, Subsampling) else full
-        fully_shard(unit, mesh=mesh, mp_policy=policy)
+        # its convolutions run in float32 under autocast too
+        policy = half if plan.bf16 and not isinstance(unit, Subsampling) else full
+        fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload)
     register_fsdp_forward_method(model, "loss")
-    sum_gradients(model)
+    _sum_gradients(model)
 
 
 def units(model: Multimodal) -> Iterable[nn.Module]:
@@ -51,9 +124,114 @@ def units(model: Multimodal) -> Iterable[nn.Module]:
     yield model
 
 
-def sum_gradients(model: nn.Module) -> None:
-    """Sum gradients over ranks: the loss is already divided by the labels of all of them."""
+def _sum_gradients(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+
+
+class Sharded:
+    """Processes that each hold a share of every parameter, gradient and moment."""
+
+    def __init__(self, mesh: MeshConfig, plan: Plan, device: torch.device) -> None:
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.plan = plan
+        self.device = device
+        self.mesh = init_device_mesh(device.type, sizes(mesh, self.world), mesh_dim_names=DIMENSIONS)
+        data = self.mesh["replicate", "shard"]._flatten("data")
+        self.group = data.get_group()
+        self.share = (data.get_local_rank(), data.size())
+
+    def shard(self, model: Multimodal, objective: nn.Module) -> None:
+        """Spread the model, and the objective's own head if it has one."""
+        self.model = model
+        parallelize(model, self.mesh, self.plan)
+        if list(objective.parameters()):
+            fully_shard(objective, mesh=_data_mesh(self.mesh))
+            _sum_gradients(objective)
+
+    def wrap(self, optimizer: Updates) -> None:
+        """Take the optimiser."""
+        self.optimizer = optimizer
+
+    def level(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Agree with all ranks on which encoders and projectors run in each micro-batch."""
+        self.presence = Presence(self.model, batches, self._total)
+        return self.presence.level(batches)
+
+    def totals(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Return the sum over the shares by key."""
+        return totals(values, self.group)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradients of a micro-batch, summed over ranks; behind the last, parts that no row reached have none.
+
+        The optimiser then leaves those as they are, as in one process.
+        """
+        loss.backward()
+        if last:
+            for name, parameter in self.model.named_parameters():
+                if self.presence.is_idle(part_of(name)):
+                    parameter.grad = None
+
+    def norm(self, trained: Mapping[str, nn.Parameter]) -> Tensor:
+        """Return the norm of the gradients of some parameters, over all ranks' parts of them, ()."""
+        norms: list[Tensor] = []
+        for own in _by_mesh(trained):
+            norm = nn.utils.get_total_norm([parameter.grad for parameter in own if parameter.grad is not None])
+            norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    def clip(self, trained: Mapping[str, nn.Parameter], norm: Tensor, limit: float) -> None:
+        """Scale gradients, whose norm is given, down to the limit."""
+        for own in _by_mesh(trained):
+            nn.utils.clip_grads_with_norm_(own, limit, norm)
+
+    def step(self) -> None:
+        """Update this rank's share of every parameter and clear its gradient."""
+        step_and_clear(self.optimizer)
+
+    def save(self, folder: Path, trained: Mapping[str, nn.Parameter], notes: Mapping[str, str]) -> None:
+        """Write this rank's pieces."""
+        write_pieces(folder / "weights", trained, self._notes(notes))
+        write_pieces(folder / "optimizer", self.optimizer.state(), self._notes(notes))
+
+    def load(self, folder: Path, trained: Mapping[str, nn.Parameter], notes: Mapping[str, str]) -> None:
+        """Read this rank's pieces, wherever they were cut."""
+        read(folder / "weights", trained, self._notes(notes))
+        read(folder / "optimizer", self.optimizer.state(), self._notes(notes))
+
+    def collect(self) -> dict[str, Tensor]:
+        """Return the model's whole tensors on the CPU of rank 0, and nothing elsewhere."""
+        # two gathers, one per dimension of the mesh, are what is wanted here
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+        found: dict[str, Tensor] = {}
+        for name, tensor in self.model.state_dict().items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if self.rank == 0:
+                found[name] = rejoin_heads(self.model, name, whole.cpu(), self.mesh["tensor"].size())
+        return found
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        dist.barrier()
+
+    def _notes(self, notes: Mapping[str, str]) -> dict[str, str]:
+        # rows of fused matrices lie in another order for every tensor degree
+        tensor = self.mesh["tensor"].size()
+        return {**notes, "tensor": str(tensor)} if tensor > 1 else dict(notes)
+
+    def _total(self, tensor: Tensor) -> Tensor:
+        here = tensor.to(self.device)
+        dist.all_reduce(here, group=self.group)
+        return here
+
+
+def _by_mesh(trained: Mapping[str, nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Return the parameters in groups whose pieces lie alike: norms of unlike ones cannot be stacked."""
+    groups: dict[object, list[nn.Parameter]] = defaultdict(list)
+    for parameter in trained.values():
+        key = (parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else None
+        groups[key].append(parameter)
+    return list(groups.values())

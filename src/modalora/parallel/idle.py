@@ -58,8 +58,8 @@ class Presence:
         columns = [*model.branches, *model.adapters]
         # (micro-batches of a rank, columns): how many ranks hold it
         counts = torch.tensor([[int(column in own) for column in columns] for own in held])
-        counts = total(counts.to(model.decoder.embed_tokens.weight.device))
-        self.anywhere = [{column for column, count in zip(columns, row, strict=True) if count} for row in counts.tolist()]
+        rows = total(counts).tolist()
+        self.anywhere = [{column for column, count in zip(columns, row, strict=True) if count} for row in rows]
 
     def level(self, batches: Sequence[Batch]) -> list[Batch]:
         """Return the micro-batches, each with a smallest item of every sort that only other ranks hold."""

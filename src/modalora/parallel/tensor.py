@@ -19,7 +19,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from modalora.contracts import Route
 from modalora.errors import ConfigError
-from modalora.models.decoder import DecoderConfig
+from modalora.models.decoder import Attention, DecoderConfig
 from modalora.models.multimodal import Multimodal
 from modalora.nn.lora import RoutedLinear
 
@@ -31,18 +31,34 @@ def split_heads(model: Multimodal, mesh: DeviceMesh) -> None:
     """
     config, degree = model.decoder.config, mesh.size()
     _check(config, degree)
-    heads, kv_heads, inner = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
-    parts = tuple(count * config.head_dim for count in (heads, kv_heads, kv_heads))
+    parts = _parts(config)
     for layer in model.decoder.layers:
         plan: dict[str, ParallelStyle] = {
-            "self_attn.qkv_proj": Rows(parts),
+            "self_attn.qkv_proj": Rows(parts["qkv_proj"]),
             "self_attn.o_proj": Columns(),
-            "mlp.gate_up_proj": Rows((inner, inner)),
+            "mlp.gate_up_proj": Rows(parts["gate_up_proj"]),
             "mlp.down_proj": Columns(),
         }
         parallelize_module(layer, mesh, plan)
         attention = layer.get_submodule("self_attn")
-        attention.heads, attention.kv_heads = heads // degree, kv_heads // degree  # type: ignore[assignment]
+        assert isinstance(attention, Attention)
+        attention.heads, attention.kv_heads = attention.heads // degree, attention.kv_heads // degree
+
+
+def rejoin_heads(model: Multimodal, name: str, tensor: Tensor, degree: int) -> Tensor:
+    """Return a whole tensor of the model's state dict with its rows back in the published order."""
+    pieces = name.split(".")
+    for fused, parts in _parts(model.decoder.config).items():
+        if degree > 1 and pieces[0] == "decoder" and fused in pieces and "lora_A" not in pieces:
+            return regroup(tensor, parts, degree, back=True)
+    return tensor
+
+
+def _parts(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Return how many rows each part of a fused matrix has."""
+    counts = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
+    inner = config.intermediate_size
+    return {"qkv_proj": tuple(count * config.head_dim for count in counts), "gate_up_proj": (inner, inner)}
 
 
 def _check(config: DecoderConfig, degree: int) -> None:

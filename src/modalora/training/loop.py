@@ -28,6 +28,7 @@ from modalora.contracts import Batch, Batches
 from modalora.errors import CheckpointError, ConfigError, TrainingError
 from modalora.models.multimodal import Multimodal, part_of
 from modalora.parallel.engine import Engine, Single
+from modalora.parallel.files import read, write_whole
 from modalora.training.journal import Journal
 from modalora.training.objectives import OBJECTIVES, Losses, Objective
 from modalora.training.optimizer import Optimizer, freeze
@@ -115,13 +116,14 @@ def train(
         engine.barrier()
         if run.threads:
             torch.set_num_threads(run.threads)
-        seed_all(run.seed, engine.rank)
+        seed_all(run.seed)  # every process starts with the same weights
         objective = OBJECTIVES[run.objective](model)
         freeze(model, run.train)
-        engine.shard(model)
+        engine.shard(model, objective)
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         trained |= {f"objective.{name}": parameter for name, parameter in objective.named_parameters()}
         optimizer = Optimizer(trained, run.optim, run.steps)
+        engine.wrap(optimizer)
         setup = _Setup(run, folder, engine, model, objective, trained, optimizer, batches, say)
         progress = _resume(setup)
         if engine.rank == 0:
@@ -222,11 +224,13 @@ def _gradients(setup: _Setup, micro: list[Batch], step: int, stop: Stop) -> _Gra
         )
     found: dict[str, float] = defaultdict(float)
     device = torch.device(run.device)
-    for batch in micro:
+    for number, batch in enumerate(engine.level(micro), start=1):
         batch = batch.to(device)
+        # dropout follows from the micro-batch, whichever process has it
+        torch.manual_seed(_seed(run.seed, step, engine.share[0] + (number - 1) * engine.share[1]))
         with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"):
             losses: Losses = setup.objective(setup.model, batch)
-        engine.backward(losses.values.sum() / labels)
+        engine.backward(losses.values.sum() / labels, last=number == len(micro))
         found["tokens"] += int(batch.lengths.sum())
         for route, (total, count) in _by_route(batch, losses).items():
             found[f"sum {route}"] += total
@@ -266,7 +270,8 @@ def _update(setup: _Setup, gradient: _Gradient, step: int) -> dict[str, float]:
     if not torch.isfinite(norm):
         raise TrainingError(f"the gradient of step {step + 1} is not finite; weights are as before it: lower optim.lr")
     setup.engine.clip(setup.trained, norm, setup.run.optim.clip_norm)
-    setup.optimizer.step(step)
+    setup.optimizer.set_rate(step)
+    setup.engine.step()
     routes = {f"loss_{name}": total / count for name, (total, count) in gradient.by_route.items()}
     by_part = {f"grad_norm_{part}": float(own) for part, own in norms.items()}
     return {
@@ -292,9 +297,8 @@ def _save(setup: _Setup, progress: Progress, moment: _Moment) -> None:
         if engine.rank == 0:
             begin(draft)
         engine.barrier()
-        engine.write(draft, "weights", setup.trained, notes)
-        engine.write(draft, "optimizer", setup.optimizer.state(), notes)
-        Single().write(draft, f"random-{engine.rank:05d}", moment.randomness, notes)
+        engine.save(draft, setup.trained, notes)
+        write_whole(draft / f"random-{engine.rank:05d}", moment.randomness, notes)
         engine.barrier()
         if engine.rank == 0:
             write_json(
@@ -337,11 +341,10 @@ def _resume(setup: _Setup) -> Progress:
         )
     progress = parse(Progress, fields["progress"], str(folder / STATE))
     notes = _notes(setup, progress.step)
-    setup.engine.read(folder, "weights", {name: own.detach() for name, own in setup.trained.items()}, notes)
-    setup.engine.read(folder, "optimizer", setup.optimizer.state(), notes)
+    setup.engine.load(folder, setup.trained, notes)
     if fields["world"] == setup.engine.world:
         randomness = random_state()
-        Single().read(folder, f"random-{setup.engine.rank:05d}", randomness, notes)
+        read(folder / f"random-{setup.engine.rank:05d}", randomness, notes)
         set_random_state(randomness)
     else:
         seed_all(setup.run.seed, setup.engine.rank, progress.step)

@@ -86,13 +86,11 @@ class Optimizer:
         down = 0.5 * (1 + cos(pi * min(1.0, (step - config.warmup_steps) / span)))
         return config.lr * (config.final_lr_ratio + (1 - config.final_lr_ratio) * down)
 
-    def step(self, step: int) -> None:
-        """Update every parameter and clear its gradient."""
+    def set_rate(self, step: int) -> None:
+        """Give every group of parameters its learning rate of a step, counted from 0."""
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = self.rate(step) * group["factor"]
-            part.step()
-            part.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return the moments by parameter name; filling these tensors sets the optimiser back."""
