@@ -30,6 +30,18 @@ def test_routes_group_rows_by_adapter() -> None:
     assert Route(("a", "a")).groups == (("a", 1.0, None),)
 
 
+def test_rows_end_to_end_are_grouped_by_runs_of_tokens() -> None:
+    route = Route(("b", "a", "a", None, "a+b@0.5"), (3, 2, 4, 5, 1))
+    assert route.groups == (
+        ("b", 1.0, slice(0, 3)),
+        ("a", 1.0, slice(3, 9)),
+        ("a", 1.0, slice(14, 15)),
+        ("b", 0.5, slice(14, 15)),
+    )
+    assert Route(("a", None, "a"), (1, 2, 3)).groups == (("a", 1.0, slice(0, 1)), ("a", 1.0, slice(3, 6)))
+    assert Route(("a", "a"), (1, 2)).groups == (("a", 1.0, None),)
+
+
 def test_a_sum_of_adapters_is_names_with_weights() -> None:
     assert terms("vision+mine@0.7") == (("vision", 1.0), ("mine", 0.7))
     assert Route(("a+b@-0.5",)).groups == (("a", 1.0, None), ("b", -0.5, None))

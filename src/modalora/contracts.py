@@ -6,9 +6,10 @@ Rows are padded on the right: a causal decoder never sees padding, so a row's nu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
 from math import ceil, isfinite
 from typing import Any, Protocol
 
@@ -45,20 +46,35 @@ class Route:
     """Which LoRA adapter each row uses: one name, a sum of several (`terms`), or None for the frozen decoder alone.
 
     A routed Linear computes an adapter for the rows that name it and for no other row.
+    spans: tokens of each row where the rows lie end to end in one sequence, (1, tokens, width); None: they are the rows
+    of a padded tensor, (batch, time, width).
     """
 
     adapters: tuple[str | None, ...]
+    spans: tuple[int, ...] | None = None
 
     @cached_property
-    def groups(self) -> tuple[tuple[str, float, Tensor | None], ...]:
-        """(adapter, weight, row indices) for each adapter in use; the indices are None when every row uses it."""
+    def groups(self) -> tuple[tuple[str, float, Tensor | slice | None], ...]:
+        """(adapter, weight, where) for each adapter in use.
+
+        where: indices of rows of a padded tensor, or the tokens of neighbouring rows of a sequence; None: everywhere.
+        """
         used = dict.fromkeys(name for name in self.adapters if name is not None)
-        found: list[tuple[str, float, Tensor | None]] = []
+        found: list[tuple[str, float, Tensor | slice | None]] = []
         for name in used:
             rows = [row for row, own in enumerate(self.adapters) if own == name]
-            index = None if len(rows) == len(self.adapters) else torch.tensor(rows)
-            found += [(one, weight, index) for one, weight in terms(name)]
+            places: list[Tensor | slice | None] = [None]
+            if len(rows) < len(self.adapters):
+                places = [torch.tensor(rows)] if self.spans is None else [*self._runs(name, self.spans)]
+            found += [(one, weight, where) for one, weight in terms(name) for where in places]
         return tuple(found)
+
+    def _runs(self, name: str, spans: tuple[int, ...]) -> Iterator[slice]:
+        at = 0
+        for own, run in groupby(zip(self.adapters, spans, strict=True), key=lambda pair: pair[0]):
+            start, at = at, at + sum(length for _, length in run)
+            if own == name:
+                yield slice(start, at)
 
     def select(self, rows: Sequence[int]) -> Route:
         """Return the route of some of the rows."""
@@ -94,7 +110,8 @@ class Cache(Protocol):
 class Step:
     """What one decoder call needs besides its embeddings.
 
-    lengths: (batch,) real tokens of this call; what follows them in a row is padding.
+    lengths: (batch,) real tokens of this call; what follows them in a row is padding, unless `route.spans` says that
+    the rows lie end to end in one sequence.
     long: (batch,) whether a row uses the rotary table for long windows.
     """
 

@@ -221,6 +221,51 @@ def test_loss_counts_labelled_tokens_only(make_model: Model, make_batch: Rows) -
         model.loss(replace(batch, labels=None))
 
 
+def test_losses_are_computed_for_real_tokens_alone(make_model: Model, make_batch: Rows) -> None:
+    model, batch = make_model(), make_batch(KINDS)
+    seen: list[int] = []
+    for layer in model.decoder.layers:
+        layer.register_forward_pre_hook(lambda module, given: seen.append(given[0].shape[0] * given[0].shape[1]))
+    values, rows = model.loss(batch)
+    assert seen == [int(batch.lengths.sum())] * 2
+    alone = [model.loss(batch.select([row]))[0] for row in range(len(KINDS))]
+    torch.testing.assert_close(values, torch.cat(alone), **TOLERANCE)
+    assert rows.tolist() == [row for row, own in enumerate(alone) for _ in own]
+
+
+def test_each_row_of_a_loss_has_its_own_table_of_angles(make_model: Model, make_batch: Rows) -> None:
+    """Rows beyond the original window of 256 tokens beside short ones, as logits have them."""
+    model, batch = make_model(), make_batch(["text", "image", "text"], words=270)
+    batch = batch.select([0, 1, 2, 0])
+    batch = replace(batch, lengths=torch.tensor([40, int(batch.lengths[1]), 266, 256]))
+    assert batch.labels is not None
+    labels = batch.labels.masked_fill(torch.arange(batch.labels.shape[1]) >= batch.lengths[:, None], -100)
+    batch = replace(batch, labels=labels)
+    with torch.no_grad():
+        values, rows = model.loss(batch)
+        logits = model(batch)
+    at = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+    told = torch.nn.functional.cross_entropy(logits[at], labels[:, 1:][at], reduction="none")
+    torch.testing.assert_close(values, told, **TOLERANCE)
+    assert set(rows.tolist()) == {0, 1, 2, 3}
+
+
+def test_losses_and_gradients_beside_poisoned_idle_adapters_keep_every_bit(make_model: Model, make_batch: Rows) -> None:
+    batch = make_batch(("text", "image", "text", "image"))
+    found = []
+    for poisoned in (False, True):
+        model = make_model()
+        if poisoned:
+            poison(model, "adapter.speech", "audio.encoder", "audio.projector.speech", "audio.projector.vision")
+        found.append((model.loss(batch)[0], gradients(model, [batch])))
+    (values, grads), (others, poisoned_grads) = found
+    assert torch.equal(values, others)
+    for name, grad in grads.items():
+        other = poisoned_grads[name]
+        assert (grad is None) == (other is None), name
+        assert grad is None or torch.equal(grad, other), name
+
+
 def test_reading_on_with_a_cache_equals_reading_anew(make_model: Model, make_batch: Rows) -> None:
     model, batch = make_model(), make_batch(KINDS[:4])
     new = torch.randint(0, 320, (3, 4))

@@ -7,7 +7,7 @@ import torch
 
 from modalora.contracts import Route
 from modalora.errors import ConfigError
-from modalora.nn.lora import LoraConfig, RoutedLinear
+from modalora.nn.lora import LoraConfig, Made, RoutedLinear
 
 # float32 sums over 16 channels; worst seen 8e-7
 TOLERANCE = {"atol": 3e-6, "rtol": 1e-5}
@@ -104,6 +104,93 @@ def test_dropout_acts_in_training_only_and_on_the_adapter_only() -> None:
     dropped = layer(x, route)
     assert not torch.equal(dropped[0], told[0])
     assert torch.equal(dropped[1], told[1])
+
+
+def by_autograd(layer: RoutedLinear, x: torch.Tensor, names: tuple[str | None, ...]) -> torch.Tensor:
+    """The rows one by one, from plain operations."""
+    rows = []
+    for row, name in zip(x, names, strict=True):
+        y = torch.nn.functional.linear(row, layer.weight, layer.bias)
+        if name is not None:
+            y = y + layer.adapters[name].scaling * row @ layer.lora_A[name].T @ layer.lora_B[name].T
+        rows.append(y)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("names", [("a", "a", "a"), ("a", None, "b"), ("b", "a", "b"), (None, None, None)])
+@pytest.mark.parametrize("end_to_end", [False, True])
+def test_every_gradient_is_that_of_plain_operations(names: tuple[str | None, ...], end_to_end: bool) -> None:
+    torch.manual_seed(0)
+    layer = RoutedLinear(16, 12, bias=True)
+    for name, rank in (("a", 4), ("b", 2)):
+        layer.add_adapter(name, LoraConfig(r=rank, lora_alpha=8))
+        torch.nn.init.normal_(layer.lora_B[name])
+    layer = layer.double()
+    x = torch.randn(3, 5, 16, dtype=torch.float64, requires_grad=True)
+    shape, route = ((1, 15, 16), Route(names, (5, 5, 5))) if end_to_end else ((3, 5, 16), Route(names))
+    y = layer(x.view(shape), route).view(3, 5, 12)
+    told = by_autograd(layer, x, names)
+    upstream = torch.randn_like(y)
+    wanted = [x, *layer.parameters()]
+    found, expected = (torch.autograd.grad(out, wanted, upstream, allow_unused=True) for out in (y, told))
+    torch.testing.assert_close(y, told, atol=1e-12, rtol=1e-12)  # float64 rounding
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+
+
+def saved(layer: RoutedLinear, x: torch.Tensor, *given: object) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """What a call returns, and what it keeps for a backward pass."""
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        return layer(x, *given), kept
+
+
+def test_a_frozen_linear_keeps_no_input_and_a_trained_adapter_keeps_it_once() -> None:
+    layer = linear().requires_grad_(False)
+    x = torch.randn(1, 6, 16, requires_grad=True)
+    _, kept = saved(layer, x, Route(("a",)))
+    own = {id(parameter) for parameter in layer.parameters()}
+    assert [tensor.shape for tensor in kept if id(tensor) not in own] == [(1, 6, 4)]  # what lies between A and B
+    for matrix in (layer.lora_A["a"], layer.lora_B["a"]):
+        matrix.requires_grad_(True)
+    y, kept = saved(layer, x, Route(("a",)))
+    assert sorted(tuple(tensor.shape) for tensor in kept if tensor.ndim == 3) == [(1, 6, 4), (1, 6, 16)]
+    y.sum().backward()
+    assert layer.weight.grad is None
+
+
+def test_an_input_that_can_be_made_again_is_not_kept() -> None:
+    layer = linear().requires_grad_(False)
+    layer.lora_A["a"].requires_grad_(True)
+    source = torch.randn(1, 6, 16, requires_grad=True)
+    grads = []
+    for made in (None, Made(source, torch.sigmoid)):
+        x = torch.sigmoid(source)
+        y, kept = saved(layer, x, Route(("a",)), made)
+        held = {tensor.data_ptr() for tensor in kept}
+        assert (x.data_ptr() in held, source.data_ptr() in held) == (made is None, made is not None)
+        grads.append(torch.autograd.grad(y.square().sum(), (source, layer.lora_A["a"])))
+    for one, other in zip(*grads, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_dropout_meets_the_same_entries_forward_and_backward() -> None:
+    layer = linear(dropout=0.5).double().train()
+    x = torch.randn(1, 4, 16, dtype=torch.float64, requires_grad=True)
+
+    def run(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(7)
+        out: torch.Tensor = layer(x, Route(("a",)))
+        return out
+
+    assert torch.autograd.gradcheck(run, (x, layer.lora_A["a"], layer.lora_B["a"]))
 
 
 @pytest.mark.parametrize("fields", [{"r": 0}, {"lora_dropout": 1.0}, {"lora_dropout": -0.1}])

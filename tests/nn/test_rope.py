@@ -65,7 +65,7 @@ def test_the_table_switches_above_the_original_window_and_per_row() -> None:
     assert is_long(PHI, [1, 4096, 4097]) == [False, False, True]
     assert is_long(Plain(), [1, 10**6]) == [False, False]
     positions = torch.arange(5).repeat(2, 1)
-    cos, _ = rotation(PHI, 128, positions, torch.tensor([True, False]))
+    cos, _ = rotation(PHI, 128, positions, torch.tensor([[True], [False]]))
     assert torch.equal(cos[0, 3], table(3, long=True)[0])
     assert torch.equal(cos[1, 3], table(3, long=False)[0])
 
@@ -148,3 +148,10 @@ def test_an_odd_number_of_rotated_channels_is_refused() -> None:
 def test_the_original_window_must_fit_the_window(original: int) -> None:
     with pytest.raises(ConfigError, match="original_window"):
         LongRope(short_factor=(1.0,), long_factor=(1.0,), original_window=original)
+
+
+def test_the_gradient_of_a_turn_is_the_turn_back() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 2, 8, dtype=torch.float64, requires_grad=True)
+    cos, sin = (f(torch.rand(2, 3, 3, dtype=torch.float64)) for f in (torch.cos, torch.sin))
+    assert torch.autograd.gradcheck(lambda x: rotate(x, cos, sin), (x,))

@@ -18,8 +18,10 @@ from modalora.contracts import Step
 from modalora.errors import ConfigError
 from modalora.nn import packed
 from modalora.nn.attend import attend
-from modalora.nn.lora import LoraConfig, RoutedLinear
+from modalora.nn.lora import LoraConfig, Made, RoutedLinear
+from modalora.nn.loss import cross_entropy
 from modalora.nn.mask import BlockSparse, Mask
+from modalora.nn.mlp import swiglu
 from modalora.nn.norm import RMSNorm
 from modalora.nn.rope import LongRope, Plain, rotate, rotation
 
@@ -93,13 +95,13 @@ class Attention(nn.Module):
             self.scale = small.attention_scale / self.head_dim
             self.seen = Mask(causal=True, blocks=None if (layer + 1) % small.dense_every == 0 else small.blocks)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, step: Step) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, step: Step, made: Made) -> Tensor:
         """x: (batch, time, width); cos, sin: (batch, time, pairs)."""
         batch, time, _ = x.shape
-        packed = self.qkv_proj(x, step.route).view(batch, time, -1, self.head_dim)
+        packed = self.qkv_proj(x, step.route, made).view(batch, time, -1, self.head_dim)
         q, k, v = packed.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        mask = replace(self.seen, padded=step.lengths if batch > 1 else None)
+        mask = replace(self.seen, spans=step.route.spans, padded=step.lengths if batch > 1 else None)
         if step.cache is not None:
             mask = replace(self.seen, offsets=step.cache.lengths)
             k, v = step.cache.write(self.layer, k, v)
@@ -119,15 +121,18 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = RoutedLinear(config.hidden_size, 2 * config.intermediate_size, bias=bias)
         self.down_proj = RoutedLinear(config.intermediate_size, config.hidden_size, bias=bias)
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
+    def forward(self, x: Tensor, step: Step, made: Made) -> Tensor:
         """x: (batch, time, width)."""
-        gate, up = self.gate_up_proj(x, step.route).chunk(2, dim=-1)
-        inner = up * functional.silu(gate) if self.small is None else _gegelu(gate, up, self.small.gegelu_limit)
-        result: Tensor = self.down_proj(inner, step.route)
+        both = self.gate_up_proj(x, step.route, made)
+        result: Tensor = self.down_proj(self._gate(both), step.route, Made(both, self._gate))
         return result
 
+    def _gate(self, both: Tensor) -> Tensor:
+        return swiglu(both) if self.small is None else _gegelu(both, self.small.gegelu_limit)
 
-def _gegelu(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
+
+def _gegelu(both: Tensor, limit: float | None) -> Tensor:
+    gate, up = both.chunk(2, dim=-1)
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
@@ -150,8 +155,10 @@ class DecoderLayer(nn.Module):
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, step: Step) -> Tensor:
         """hidden: (batch, time, width)."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, step)
-        result: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden), step)
+        norm = self.input_layernorm
+        hidden = hidden + self.self_attn(norm(hidden), cos, sin, step, Made(hidden, norm))
+        norm = self.post_attention_layernorm
+        result: Tensor = hidden + self.mlp(norm(hidden), step, Made(hidden, norm))
         return result
 
 
@@ -223,10 +230,15 @@ class Decoder(nn.Module):
     def forward(self, hidden: Tensor, step: Step) -> Tensor:
         """hidden: (batch, time, width) embeddings -> (batch, time, width) after the final norm."""
         positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        long = step.long[:, None]
+        if step.route.spans is not None:  # each row counts from 0
+            starts = step.lengths.cumsum(0) - step.lengths
+            positions = positions - starts.repeat_interleave(step.lengths)
+            long = step.long.repeat_interleave(step.lengths)[None]
         positions = positions.expand(len(hidden), -1)
         if step.cache is not None:
             positions = positions + step.cache.lengths[:, None]
-        cos, sin = rotation(self.config.rope, self.config.head_dim, positions, step.long)
+        cos, sin = rotation(self.config.rope, self.config.head_dim, positions, long)
         for layer in self.layers:
             hidden = layer(hidden, cos, sin, step)
         if step.cache is not None:
@@ -245,3 +257,13 @@ class Decoder(nn.Module):
             if small.hidden_tokens:
                 logits[..., list(small.hidden_tokens)] = -torch.inf
         return logits
+
+    def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross-entropy of each target under `head`, (tokens,) float32; no logits are kept.
+
+        hidden: (tokens, width); targets: (tokens,) ids.
+        """
+        weight, small = (self.lm_head or self.embed_tokens).weight, self.config.phi3_small
+        if small is None:
+            return cross_entropy(hidden, weight, targets)
+        return cross_entropy(hidden, weight, targets, scale=1 / small.logit_scale, unsaid=small.hidden_tokens)

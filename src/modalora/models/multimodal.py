@@ -19,7 +19,6 @@ from modalora.models.decoder import Decoder, DecoderConfig
 from modalora.models.speech import SpeechConfig, SpeechEncoder
 from modalora.models.vision import ImageEmbedder, VisionConfig
 from modalora.nn.cache import KVCache
-from modalora.nn.gate import gate
 from modalora.nn.lora import LoraConfig
 from modalora.nn.mlp import Projector
 from modalora.nn.rope import is_long
@@ -109,16 +108,22 @@ class Multimodal(nn.Module):
         return Media(modality, features, NOWHERE, 0, tokens, branch)
 
     def embed(self, batch: Batch) -> Tensor:
-        """Return the decoder's input, (batch, time, width): token embeddings, media spans filled with features.
-
-        Modalities and projectors run in the model's order, not the batch's: ranks that share them must agree on it.
-        """
+        """Return the decoder's input, (batch, time, width): token embeddings, media spans filled with features."""
         hidden = self.decoder.embed(batch.input_ids)
-        unknown = {(item.modality, item.branch) for item in batch.media} - set(self.branches)
-        if unknown:
-            raise ShapeError(f"this model has no encoder with projector for {' / '.join(min(unknown))}")
+        if not batch.media:
+            return hidden
+        features, rows, columns = self._features(batch)
+        return hidden.index_put((rows, columns), features.to(hidden.dtype))
+
+    def _features(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what media become, (tokens, width), and the row and column of each of these tokens, (tokens,).
+
+        Encoders and projectors run in the model's order, not the batch's: ranks that share them must agree on it. What
+        belongs to no row is left out behind them, which gives it a gradient of zero.
+        """
+        if unknown := {(item.modality, item.branch) for item in batch.media} - set(self.branches):
+            raise ShapeError(f"this model has no encoder and projector for {' / '.join(min(unknown))}")
         features: list[Tensor] = []
-        dropped: list[Tensor] = []
         rows: list[Tensor] = []
         columns: list[Tensor] = []
         for name, encoder in self.encoders.items():
@@ -135,19 +140,17 @@ class Multimodal(nn.Module):
                 chosen = by_branch[branch]
                 if not chosen:
                     continue
-                projected = projector(torch.cat([encoded[index] for index in chosen]))
-                if items[chosen[0]].row == NOWHERE:  # alone in its branch
-                    dropped.append(projected)
-                    continue
-                features.append(projected)
+                features.append(projector(torch.cat([encoded[index] for index in chosen])))
                 for index in chosen:
                     item = items[index]
                     rows.append(torch.full((item.tokens,), item.row))
                     columns.append(torch.arange(item.start, item.start + item.tokens))
-        if features:
-            at = (torch.cat(rows).to(hidden.device), torch.cat(columns).to(hidden.device))
-            hidden = hidden.index_put(at, torch.cat(features).to(hidden.dtype))
-        return gate(hidden, *dropped)[0] if dropped else hidden
+        device = batch.input_ids.device
+        found, at, along = torch.cat(features), torch.cat(rows), torch.cat(columns)
+        if NOWHERE in at:
+            real = (at != NOWHERE).nonzero().squeeze(1)
+            found, at, along = found[real.to(device)], at[real], along[real]
+        return found, at.to(device), along.to(device)
 
     def hidden(self, batch: Batch, cache: Cache | None = None) -> Tensor:
         """Return the decoder's final states, (batch, time, width), of whole rows from their first token on."""
@@ -185,14 +188,36 @@ class Multimodal(nn.Module):
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the next-token losses of the labelled tokens and the row that each belongs to, both (labelled,).
 
-        Only labelled positions go through the output projection.
+        The rows lie end to end in one sequence, those of one adapter together: nothing is computed for padding.
+        Only labelled positions go through the output projection, which makes no logits.
         """
         if batch.labels is None:
             raise ShapeError("loss needs a batch with labels; build it with Processor.training_batch")
         targets = batch.labels[:, 1:]
         rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
-        logits = self.decoder.head(self.hidden(batch)[rows, columns])
-        return nn.functional.cross_entropy(logits.float(), targets[rows, columns], reduction="none"), rows
+        states, starts = self._end_to_end(batch)
+        return self.decoder.losses(states[starts[rows] + columns], targets[rows, columns]), rows
+
+    def _end_to_end(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the final states of all real tokens, (tokens, width), and where each row starts, (batch,)."""
+        lengths, adapters = batch.lengths.tolist(), batch.route.adapters
+        order = sorted(range(len(lengths)), key=lambda row: str(adapters[row]))
+        spans = tuple(lengths[row] for row in order)
+        starts = torch.tensor(lengths)
+        starts[order] = torch.tensor((0, *spans[:-1])).cumsum(0)
+        device = batch.input_ids.device
+        starts = starts.to(device)
+        ids = torch.cat([batch.input_ids[row, : lengths[row]] for row in order])
+        hidden = self.decoder.embed(ids[None])
+        if batch.media:
+            features, rows, columns = self._features(batch)
+            hidden = hidden.index_put((torch.zeros_like(rows), starts[rows] + columns), features.to(hidden.dtype))
+        step = Step(
+            lengths=torch.tensor(spans, device=device),
+            route=Route(tuple(adapters[row] for row in order), spans),
+            long=torch.tensor(is_long(self.config.decoder.rope, spans), device=device),
+        )
+        return self.decoder(hidden, step)[0], starts
 
 
 def part_of(name: str) -> str:

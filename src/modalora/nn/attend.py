@@ -7,11 +7,13 @@ logits. A query that sees no key gets zeros.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from modalora.errors import ConfigError, ShapeError
@@ -39,6 +41,8 @@ def attend(
     if heads % kv_heads:
         raise ShapeError(f"{heads} query heads are not a multiple of {kv_heads} key heads")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if mask.spans is not None:
+        return _end_to_end(q, k, v, mask, scale, backend)
     name = choose(q, k) if backend is None else backend
     if name not in BACKENDS:
         raise ConfigError(f"attention backend {name!r} is unknown; known are {', '.join(BACKENDS)}")
@@ -49,6 +53,15 @@ def attend(
         # no real query of a causal row sees its padding: then there is nothing to mask
         mask = replace(mask, padded=None, lengths=None if mask.causal else mask.padded)
     return run(q, k, v, mask, pair_bias, scale)
+
+
+def _end_to_end(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, backend: str | None) -> Tensor:
+    """Compute each row of a sequence of rows alone: what a block-diagonal mask would tell, without its pairs."""
+    assert mask.spans is not None
+    alone = replace(mask, spans=None)
+    rows = zip(*(x.split(mask.spans, dim=1) for x in (q, k, v)), strict=True)
+    found = [attend(*row, mask=alone, scale=scale, backend=backend) for row in rows]
+    return torch.cat(found, dim=1)
 
 
 def _row_by_row(
@@ -73,19 +86,17 @@ def choose(q: Tensor, k: Tensor) -> str:
     """Return the backend for a call that names none.
 
     On a CPU the fused kernel is slow in bf16. Forward, 2,048 tokens of 24 heads of 128 take it 357 ms, and 105 in
-    tiles of plain matrix products. With its gradient, 8 rows of 512 tokens and 4 heads of 64 take 82 ms, and 42 as
-    plain products. So training there takes `eager` up to EAGER_KEYS keys, beyond which its memory counts, and reading
-    takes `tiled`.
+    tiles of plain matrix products; with the gradient 909 and 434. Tiles too small to pay for their start are taken
+    together by `eager`: with the gradient, 20 crops of 144 patches and 5 heads of 32 take it 9 ms, and 27 in tiles.
     """
     if q.dtype != torch.bfloat16 or q.device.type != "cpu":
         return "sdpa"
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        return "eager" if k.shape[1] <= EAGER_KEYS else "sdpa"
+        return "eager" if q.shape[1] * (q.shape[2] // k.shape[2]) <= TILE else "tiled"
     return "eager" if q.shape[1] <= FEW else "tiled"
 
 
-EAGER_KEYS = 768
-FEW = 16  # queries, of a decoding step; tiles would be smaller than what it takes to start them
+FEW = 16  # queries, of a decoding step
 TILE = 256  # queries: the logits of a tile stay in the cache of a core
 
 
@@ -108,31 +119,95 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask, pair_bias: Tensor | None
 
 
 def _tiled(q: Tensor, k: Tensor, v: Tensor, mask: Mask, pair_bias: Tensor | None, scale: float) -> Tensor:
-    """Compute a tile of queries of one key head at a time, over the keys that it may see."""
-    batch, time, heads, head_dim = q.shape
-    share = heads // k.shape[2]
-    q, k, v = ((q * scale).transpose(1, 2).contiguous(), *(x.transpose(1, 2).contiguous() for x in (k, v)))
-    out = torch.zeros_like(q)
+    """Compute a tile of queries of one key head at a time, over the keys that it may see.
+
+    A backward pass computes the weights again, tile by tile: queries, keys and values are all that is kept.
+    """
+    if pair_bias is not None and pair_bias.requires_grad and torch.is_grad_enabled():
+        return _eager(q, k, v, mask, pair_bias, scale)  # a trained bias needs all logits anyway
+    out: Tensor = _Tiled.apply(q, k, v, mask, pair_bias, scale)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Tiled(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, pair_bias: Tensor | None, scale: float
+    ) -> Tensor:
+        q, k, v = ((q * scale).transpose(1, 2).contiguous(), *(x.transpose(1, 2).contiguous() for x in (k, v)))
+        out = torch.zeros_like(q)
+        for row, group, heads, tiles in _heads(q, k, mask):
+            keys, values = k[row, group], v[row, group]
+            for tile in tiles:
+                weights = _weights(q[row, heads, tile.queries], keys[tile.keys], tile, heads, row, mask, pair_bias)
+                part = weights.flatten(0, 1) @ values[tile.keys]
+                out[row, heads, tile.queries] = part.view(weights.shape[0], -1, q.shape[-1])
+        ctx.save_for_backward(q, k, v, pair_bias)
+        ctx.call = mask, scale
+        return out.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, pair_bias = ctx.saved_tensors
+        mask, scale = ctx.call
+        upstream = given[0].transpose(1, 2)
+        exact = torch.promote_types(q.dtype, torch.float32)
+        to_q, to_k, to_v = torch.zeros_like(q), torch.empty_like(k), torch.empty_like(v)
+        for row, group, heads, tiles in _heads(q, k, mask):
+            keys, values = k[row, group], v[row, group]
+            sums = torch.zeros((2, *keys.shape), dtype=exact, device=q.device)  # of tiles, for keys and values
+            for tile in tiles:
+                own = q[row, heads, tile.queries]
+                weights = _weights(own, keys[tile.keys], tile, heads, row, mask, pair_bias).flatten(0, 1)
+                change = upstream[row, heads, tile.queries].flatten(0, 1)
+                sums[1, tile.keys] += weights.T @ change
+                change = torch.ops.aten._softmax_backward_data(
+                    functional.linear(change, values[tile.keys]), weights, -1, weights.dtype
+                )
+                sums[0, tile.keys] += change.T @ own.flatten(0, 1)
+                to_q[row, heads, tile.queries] = (change @ keys[tile.keys]).mul_(scale).view(own.shape)
+            to_k[row, group], to_v[row, group] = sums[0], sums[1]
+        return to_q.transpose(1, 2), to_k.transpose(1, 2), to_v.transpose(1, 2), None, None, None
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """Some queries, the keys that any of them sees, and the visible pairs, (1, 1 or heads, queries, keys); None: all."""
+
+    queries: slice
+    keys: slice
+    pairs: Tensor | None
+
+
+def _heads(q: Tensor, k: Tensor, mask: Mask) -> Iterator[tuple[int, int, slice, list[_Tile]]]:
+    """Give each row and key head, its query heads, and its tiles."""
+    (batch, heads, time, _), groups = q.shape, k.shape[1]
+    share = heads // groups
     for row in range(batch):
-        tiles = [(at, min(at + TILE, time)) for at in range(0, time, TILE)]
-        seen = [mask.tile(row, start, stop, k.shape[2], heads) for start, stop in tiles]
-        for group in range(k.shape[1]):
-            keys, values, own = k[row, group], v[row, group], slice(group * share, (group + 1) * share)
-            for (start, stop), (first, last, pairs) in zip(tiles, seen, strict=True):
-                if last == first:
-                    continue
-                logits = functional.linear(q[row, own, start:stop].reshape(-1, head_dim), keys[first:last])
-                logits = logits.view(share, stop - start, -1)
-                if pair_bias is not None:
-                    logits += pair_bias[row % len(pair_bias), own, start:stop, first:last]
-                if pairs is not None:
-                    logits.masked_fill_(~(pairs[0] if pairs.shape[1] == 1 else pairs[0, own]), -torch.inf)
-                weights = torch.softmax(logits, dim=-1)
-                if pairs is not None and mask.blocks is not None:
-                    weights.masked_fill_(~pairs[0, own], 0.0)  # a block-sparse query may see nothing
-                part = weights.flatten(0, 1) @ values[first:last]
-                out[row, own, start:stop] = part.view(share, stop - start, head_dim)
-    return out.transpose(1, 2)
+        tiles = []
+        for start in range(0, time, TILE):
+            stop = min(start + TILE, time)
+            first, last, pairs = mask.tile(row, start, stop, k.shape[2], heads)
+            if last > first:
+                tiles.append(_Tile(slice(start, stop), slice(first, last), pairs))
+        for group in range(groups):
+            yield row, group, slice(group * share, (group + 1) * share), tiles
+
+
+def _weights(
+    q: Tensor, keys: Tensor, tile: _Tile, heads: slice, row: int, mask: Mask, pair_bias: Tensor | None
+) -> Tensor:
+    """Return the softmax of one tile, (heads, queries, keys), for q (heads, queries, head_dim)."""
+    logits = functional.linear(q.flatten(0, 1), keys).view(*q.shape[:2], -1)
+    if pair_bias is not None:
+        logits += pair_bias[row % len(pair_bias), heads, tile.queries, tile.keys]
+    if tile.pairs is None:
+        return torch.softmax(logits, dim=-1)
+    unseen = ~(tile.pairs[0] if tile.pairs.shape[1] == 1 else tile.pairs[0, heads])
+    weights = torch.softmax(logits.masked_fill_(unseen, -torch.inf), dim=-1)
+    # a block-sparse query may see nothing
+    return weights if mask.blocks is None else weights.masked_fill_(unseen, 0.0)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, pair_bias: Tensor | None, scale: float) -> Tensor:

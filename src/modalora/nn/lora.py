@@ -2,6 +2,9 @@
 
 y = W x + (alpha / rank) B A dropout(x), LoRA: arXiv:2106.09685. An adapter is computed for the rows routed to it and
 for no other: skipped, never multiplied by zero, so not even a NaN in an idle adapter reaches a row.
+
+Training keeps per Linear its input once, or what that is made of (`Made`), and the few numbers between A and B. No
+gradient of a frozen matrix is computed, and products contract the rank first.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from modalora.contracts import Route
@@ -68,6 +72,14 @@ def _pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What an input was made from, by a function cheap enough to be called again."""
+
+    source: Tensor
+    make: Callable[[Tensor], Tensor]
+
+
 class RoutedLinear(nn.Module):
     """A Linear with any number of named adapters; a route's adapter that it does not have changes nothing."""
 
@@ -95,19 +107,38 @@ class RoutedLinear(nn.Module):
         """Remove an adapter."""
         del self.lora_A[name], self.lora_B[name], self.adapters[name]
 
-    def forward(self, x: Tensor, route: Route) -> Tensor:
-        """x: (batch, time, in_features) -> (batch, time, out_features)."""
+    def forward(self, x: Tensor, route: Route, made: Made | None = None) -> Tensor:
+        """x: (batch, time, in_features) -> (batch, time, out_features).
+
+        made: how x was made, where a backward pass should make it again instead of keeping it.
+        """
+        groups = [group for group in route.groups if group[0] in self.adapters]
+        if torch.is_grad_enabled():
+            return self._differentiable(x, groups, made)
         y = self._product(x, "", self.weight, self.bias)
-        for name, weight, rows in route.groups:
-            if name not in self.adapters:
-                continue
+        for name, weight, where in groups:
+            inner = self._product(_pick(x, where), f"A.{name}", self.lora_A[name])
+            inner = inner * (weight * self.adapters[name].scaling)
+            _add(y, where, self._product(inner, f"B.{name}", self.lora_B[name]))
+        return y
+
+    def _differentiable(
+        self, x: Tensor, groups: list[tuple[str, float, Tensor | slice | None]], made: Made | None
+    ) -> Tensor:
+        if self.is_packed:
+            raise ConfigError("a packed model only reads; load it without pack to train it")
+        terms, factors = [], []
+        for name, weight, where in groups:
             config = self.adapters[name]
-            index = None if rows is None else rows.to(x.device)
-            own = x if index is None else x.index_select(0, index)
-            own = functional.dropout(own, config.lora_dropout, self.training) if config.lora_dropout else own
-            inner = self._product(own, f"A.{name}", self.lora_A[name]) * (weight * config.scaling)
-            change = self._product(inner, f"B.{name}", self.lora_B[name])
-            y = y + change if index is None else y.index_add(0, index, change.to(y.dtype))
+            dropout = config.lora_dropout if self.training else 0.0
+            terms.append(_Term(scale=weight * config.scaling, where=where, dropout=dropout))
+            factors += [self.lora_A[name], self.lora_B[name]]
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        call = _Call(matrix=self.weight, terms=tuple(terms), dtype=dtype, make=None if made is None else made.make)
+        source = None if made is None else made.source.detach()
+        trained = self.weight if self.weight.requires_grad else None
+        y: Tensor = _Product.apply(x, source, trained, self.bias, call, *factors)  # type: ignore[no-untyped-call]
         return y
 
     @property
@@ -137,3 +168,101 @@ class RoutedLinear(nn.Module):
         if key in self._packed:
             return packed.linear(x, self._packed[key], bias)
         return functional.linear(x, weight, bias)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Term:
+    """One adapter on some rows: its factor, its place, its dropout."""
+
+    scale: float
+    where: Tensor | slice | None
+    dropout: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Call:
+    """What a product needs that has no gradient."""
+
+    matrix: Tensor
+    terms: tuple[_Term, ...]
+    dtype: torch.dtype
+    make: Callable[[Tensor], Tensor] | None
+
+
+class _Product(torch.autograd.Function):
+    """y = W x + b + sum over terms of scale B A dropout(x); factors are A, B of each term in turn."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, source: Tensor | None, weight: Tensor | None, bias: Tensor | None, call: _Call,
+        *factors: Tensor,
+    ) -> Tensor:  # fmt: skip
+        x = x.to(call.dtype)
+        y = functional.linear(x, call.matrix.to(call.dtype), None if bias is None else bias.to(call.dtype))
+        inners, masks = [], []
+        for term, down, up in zip(call.terms, factors[::2], factors[1::2], strict=True):
+            own = _pick(x, term.where)
+            mask = torch.empty_like(own, dtype=torch.bool).bernoulli_(1 - term.dropout) if term.dropout else None
+            inner = functional.linear(_drop(own, mask, term.dropout), down.to(call.dtype)).mul_(term.scale)
+            _add(y, term.where, functional.linear(inner, up.to(call.dtype)))
+            inners.append(inner)
+            masks.append(mask)
+        ctx.call = call
+        needs_x = any(ctx.needs_input_grad[place] for place in (2, *range(5, 5 + len(factors))))
+        kept = (source if call.make else x) if needs_x else None
+        ctx.save_for_backward(kept, weight, bias, *factors, *inners, *masks)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
+        call, needed = ctx.call, ctx.needs_input_grad
+        kept, _, bias, *rest = ctx.saved_tensors
+        count = len(call.terms)
+        factors, inners, masks = rest[: 2 * count], rest[2 * count : 3 * count], rest[3 * count :]
+        upstream = given[0].to(call.dtype)
+        x = None if kept is None else (call.make(kept) if call.make else kept).to(call.dtype)
+        to_x = upstream @ call.matrix.to(call.dtype) if needed[0] else None
+        to_weight = to_bias = None
+        if needed[2]:
+            assert x is not None
+            to_weight = (_flat(upstream).T @ _flat(x)).to(call.matrix.dtype)
+        if needed[3]:
+            to_bias = _flat(upstream).sum(0).to(bias.dtype)
+        to_factors: list[Tensor | None] = []
+        for place, (term, inner, mask) in enumerate(zip(call.terms, inners, masks, strict=True)):
+            down, up = factors[2 * place : 2 * place + 2]
+            own = _pick(upstream, term.where)
+            to_down = to_up = None
+            if needed[6 + 2 * place]:
+                to_up = (_flat(own).T @ _flat(inner)).to(up.dtype)
+            to_inner = (own @ up.to(call.dtype)).mul_(term.scale)
+            if needed[5 + 2 * place]:
+                assert x is not None
+                read = _drop(_pick(x, term.where), mask, term.dropout)
+                to_down = (_flat(to_inner).T @ _flat(read)).to(down.dtype)
+            if to_x is not None:
+                _add(to_x, term.where, _drop(to_inner @ down.to(call.dtype), mask, term.dropout))
+            to_factors += [to_down, to_up]
+        return to_x, None, to_weight, to_bias, None, *to_factors
+
+
+def _pick(x: Tensor, where: Tensor | slice | None) -> Tensor:
+    if where is None:
+        return x
+    return x[:, where] if isinstance(where, slice) else x.index_select(0, where.to(x.device))
+
+
+def _add(y: Tensor, where: Tensor | slice | None, change: Tensor) -> None:
+    if isinstance(where, Tensor):
+        y.index_add_(0, where.to(y.device), change)
+    else:
+        _pick(y, where).add_(change)
+
+
+def _drop(x: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    return x if mask is None else x * mask * (1 / (1 - dropout))
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.flatten(0, -2)

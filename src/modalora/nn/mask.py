@@ -40,6 +40,7 @@ class Mask:
     offsets: (batch,) position of each row's first query; None: 0, as in a call without a cache.
     lengths: (batch,) keys that are real; None: all.
     padded: (batch,) where each row ends, its queries and keys alike; what comes out behind means nothing.
+    spans: tokens of each row where rows lie end to end in one sequence, queries and keys alike; none sees another row.
     window: keys that a query sees, itself counted; None: all.
     blocks: the blocks of keys that each head sees; None: all.
     """
@@ -48,13 +49,14 @@ class Mask:
     offsets: Tensor | None = None
     lengths: Tensor | None = None
     padded: Tensor | None = None
+    spans: tuple[int, ...] | None = None
     window: int | None = None
     blocks: BlockSparse | None = None
 
     @property
     def is_plain_causal(self) -> bool:
         """Whether nothing but causality restricts a call that has as many queries as keys."""
-        others = (self.offsets, self.lengths, self.padded, self.window, self.blocks)
+        others = (self.offsets, self.lengths, self.padded, self.spans, self.window, self.blocks)
         return self.causal and all(one is None for one in others)
 
     def dense(self, queries: int, keys: int, device: torch.device, heads: int = 1) -> Tensor | None:

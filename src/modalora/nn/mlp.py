@@ -1,8 +1,12 @@
-"""The two-layer perceptron that carries an encoder's features into the decoder's width."""
+"""The two-layer perceptron that carries an encoder's features into the decoder's width, and the decoder's gate."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 
@@ -18,3 +22,30 @@ class Projector(nn.Module):
         """x: (..., width_in) -> (..., width_out)."""
         out: Tensor = self.down(functional.gelu(self.up(x)))
         return out
+
+
+def swiglu(both: Tensor) -> Tensor:
+    """Return up * silu(gate), (..., width), for (..., 2 width) that holds the gate, then up (arXiv:2002.05202)."""
+    gated: Tensor = _Swiglu.apply(both)  # type: ignore[no-untyped-call]
+    return gated
+
+
+class _Swiglu(torch.autograd.Function):
+    """Keeps its input alone."""
+
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        ctx.save_for_backward(both)
+        gate, up = both.chunk(2, dim=-1)
+        return functional.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *given: Tensor) -> Tensor:
+        (both,), (upstream,) = ctx.saved_tensors, given
+        gate, up = both.chunk(2, dim=-1)
+        change = torch.empty_like(both)
+        to_gate, to_up = change.chunk(2, dim=-1)
+        torch.mul(upstream, functional.silu(gate), out=to_up)
+        to_gate.copy_(torch.ops.aten.silu_backward(upstream * up, gate))
+        return change

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log, sqrt
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from modalora.errors import ConfigError, ShapeError
 
@@ -106,10 +107,13 @@ Rope = Plain | LongRope
 
 
 def rotation(rope: Rope, head_dim: int, positions: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cos and sin, each (batch, time, pairs) float32, for positions (batch, time) and long (batch,) bool."""
+    """Return cos and sin, each (batch, time, pairs) float32.
+
+    positions: (batch, time). long: bool that says which use the long table, (batch, 1) or (batch, time).
+    """
     table, factor = rope.frequencies(head_dim).to(positions.device), torch.tensor(rope.attention_factor())
     if rope.switch is not None and bool(long.any()):
-        rows = long[:, None, None]
+        rows = long[..., None]
         table = torch.where(rows, rope.frequencies(head_dim, long=True).to(positions.device), table)
         factor = torch.where(rows, rope.attention_factor(long=True), rope.attention_factor())
     angles = positions[..., None].float() * table
@@ -121,8 +125,27 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     x: (batch, time, heads, head_dim); cos, sin: (batch, time, pairs).
     """
+    turned: Tensor = _Rotate.apply(x, cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype))  # type: ignore[no-untyped-call]
+    return turned
+
+
+class _Rotate(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back: nothing is kept but the angles."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *given: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(given[0], cos, -sin), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     pairs = cos.shape[-1]
-    cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
     first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
     turned = (first * cos - second * sin, second * cos + first * sin)
     return torch.cat((*turned, rest) if rest.shape[-1] else turned, dim=-1)

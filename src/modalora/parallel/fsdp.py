@@ -9,7 +9,6 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,12 +24,12 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 
 from modalora.config import MeshConfig
 from modalora.contracts import Batch
 from modalora.errors import ConfigError
 from modalora.models.multimodal import Multimodal, part_of
+from modalora.models.recompute import recompute
 from modalora.models.speech import Subsampling
 from modalora.parallel.engine import Updates, step_and_clear
 from modalora.parallel.files import read, write_pieces
@@ -46,7 +45,7 @@ class Plan:
     """How a model is spread. Every choice that is off or of degree one changes nothing.
 
     bf16: gather parameters in bfloat16, for a forward pass under autocast. recompute: keep only the input of each
-    decoder layer for the backward pass. compile: compile each decoder layer. offload: keep what a rank holds, and its
+    layer for the backward pass. compile: compile each decoder layer. offload: keep what a rank holds, and its
     optimiser, on the CPU.
     """
 
@@ -65,9 +64,9 @@ def parallelize(model: Multimodal, mesh: DeviceMesh, plan: Plan) -> None:
     if mesh["tensor"].size() > 1:
         split_heads(model, mesh["tensor"])
     gate_adapters(model)
+    if plan.recompute:
+        recompute(model)
     for layer in model.decoder.layers:
-        if plan.recompute:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         if plan.compile:
             layer.compile()
     shard(model, _data_mesh(mesh), plan)

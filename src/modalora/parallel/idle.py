@@ -17,7 +17,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from modalora.contracts import Batch, Route, terms
 from modalora.models.multimodal import Multimodal
 from modalora.nn.gate import gate
-from modalora.nn.lora import RoutedLinear
+from modalora.nn.lora import Made, RoutedLinear
 
 
 def gate_adapters(model: nn.Module) -> None:
@@ -32,16 +32,16 @@ def matrices(linear: RoutedLinear) -> dict[str, nn.Parameter]:
     return {name: own for name, own in linear.named_parameters() if name.startswith("lora_")}
 
 
-def _gated(linear: RoutedLinear) -> Callable[[Tensor, Route], Tensor]:
+def _gated(linear: RoutedLinear) -> Callable[..., Tensor]:
     plain = linear.forward
 
-    def forward(x: Tensor, route: Route) -> Tensor:
+    def forward(x: Tensor, route: Route, made: Made | None = None) -> Tensor:
         gated: dict[str, Tensor] = {}
         for name, matrix in matrices(linear).items():
             if matrix.requires_grad:
                 x, gated[name] = gate(x, matrix)  # one by one: backward meets them in this order, reversed
         with _reparametrize_module(linear, gated):
-            return plain(x, route)
+            return plain(x, route, made)
 
     return forward
 

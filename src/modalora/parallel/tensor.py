@@ -21,7 +21,7 @@ from modalora.contracts import Route
 from modalora.errors import ConfigError
 from modalora.models.decoder import Attention, DecoderConfig
 from modalora.models.multimodal import Multimodal
-from modalora.nn.lora import RoutedLinear
+from modalora.nn.lora import Made, RoutedLinear
 
 
 def split_heads(model: Multimodal, mesh: DeviceMesh) -> None:
@@ -130,7 +130,7 @@ def _run_locally(linear: RoutedLinear, mesh: DeviceMesh, *, cut_rows: bool) -> N
     """
     plain = linear.forward
 
-    def forward(x: Tensor, route: Route) -> Tensor:
+    def forward(x: Tensor, route: Route, made: Made | None = None) -> Tensor:
         pieces: dict[str, Tensor] = {}
         for name, parameter in linear.named_parameters():
             assert isinstance(parameter, DTensor)
@@ -139,7 +139,7 @@ def _run_locally(linear: RoutedLinear, mesh: DeviceMesh, *, cut_rows: bool) -> N
         if cut_rows:
             x = DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
         with _reparametrize_module(linear, pieces):
-            y = plain(x, route)
+            y = plain(x, route, made)
         if cut_rows:
             return y
         return DTensor.from_local(y, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()]).to_local()
