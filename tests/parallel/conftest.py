@@ -37,7 +37,7 @@ def ranks(tmp_path: Path) -> Callable[..., list[Any]]:
     """ranks(world, function, *arguments): what the function returned in each of so many processes."""
     count = 0
 
-    def run(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    def run(world: int, function: Callable[..., Any], *arguments: Any, seconds: float = SECONDS) -> list[Any]:
         nonlocal count
         count += 1
         context = multiprocessing.get_context("fork")
@@ -52,7 +52,7 @@ def ranks(tmp_path: Path) -> Callable[..., list[Any]]:
             worker.start()
         for _, sender in pipes:
             sender.close()
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + seconds
         answers = []
         try:
             for rank, (receiver, _) in enumerate(pipes):

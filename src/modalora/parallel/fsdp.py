@@ -6,6 +6,7 @@ Zhao et al., arXiv:2304.11277; per-parameter sharding as in torchtitan, arXiv:24
 from __future__ import annotations
 
 import logging
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,12 +59,12 @@ class Plan:
 def parallelize(model: Multimodal, mesh: DeviceMesh, plan: Plan) -> None:
     """Spread a finished model over a mesh with the dimensions replicate, shard and tensor, in place.
 
-    Tensor parallelism comes first, since the rest works on what it leaves to a rank; FSDP last, since it gathers around
-    all of it. Raises ConfigError when heads or channels do not divide by mesh.tensor.
+    Gates come first, since what they pass on is one rank's; then tensor parallelism, since the rest works on what it
+    leaves to a rank; FSDP last, since it gathers around all of it. Raises ConfigError when heads or channels do not divide by mesh.tensor.
     """
+    gate_adapters(model)
     if mesh["tensor"].size() > 1:
         split_heads(model, mesh["tensor"])
-    gate_adapters(model)
     if plan.recompute:
         recompute(model)
     for layer in model.decoder.layers:
@@ -100,6 +101,8 @@ def shard(model: Multimodal, mesh: DeviceMesh, plan: Plan) -> None:
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     full = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy() if plan.offload else OffloadPolicy()
+    # encoders return views, which nothing changes in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     for unit in units(model):
         # its convolutions run in float32 under autocast too
         policy = half if plan.bf16 and not isinstance(unit, Subsampling) else full
@@ -135,8 +138,12 @@ class Sharded:
 
     def __init__(self, mesh: MeshConfig, plan: Plan, device: torch.device) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        if plan.offload and device.type == "cpu":
+            raise ConfigError("offload moves what a GPU holds to the CPU; with device=cpu it is there: leave offload out")
         self.plan = plan
         self.device = device
+        # where a mesh has more dimensions, one collective for each is what is meant
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         self.mesh = init_device_mesh(device.type, sizes(mesh, self.world), mesh_dim_names=DIMENSIONS)
         data = self.mesh["replicate", "shard"]._flatten("data")
         self.group = data.get_group()
@@ -203,8 +210,6 @@ class Sharded:
 
     def collect(self) -> dict[str, Tensor]:
         """Return the model's whole tensors on the CPU of rank 0, and nothing elsewhere."""
-        # two gathers, one per dimension of the mesh, are what is wanted here
-        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         found: dict[str, Tensor] = {}
         for name, tensor in self.model.state_dict().items():
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -32,7 +32,7 @@ from modalora.parallel.files import read, write_whole
 from modalora.training.journal import Journal
 from modalora.training.objectives import OBJECTIVES, Losses, Objective
 from modalora.training.optimizer import Optimizer, freeze
-from modalora.training.randomness import random_state, seed_all, set_random_state
+from modalora.training.randomness import random_state, seed_all, seed_dropout, set_random_state
 from modalora.training.report import plot_losses
 from modalora.training.signals import Asked, Interrupted, Stop
 
@@ -227,7 +227,7 @@ def _gradients(setup: _Setup, micro: list[Batch], step: int, stop: Stop) -> _Gra
     for number, batch in enumerate(engine.level(micro), start=1):
         batch = batch.to(device)
         # dropout follows from the micro-batch, whichever process has it
-        torch.manual_seed(_seed(run.seed, step, engine.share[0] + (number - 1) * engine.share[1]))
+        seed_dropout(run.seed, step, engine.share[0] + (number - 1) * engine.share[1])
         with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"):
             losses: Losses = setup.objective(setup.model, batch)
         engine.backward(losses.values.sum() / labels, last=number == len(micro))
