@@ -23,13 +23,14 @@ class Settings(BaseModel):
 
 
 class OptimConfig(Settings):
-    """The optimiser and its schedule: linear warm-up, then cosine down to final_lr_ratio."""
+    """The optimiser and its schedule: linear warm-up, then a cosine or a line down to final_lr_ratio, or no change."""
 
     name: Literal["adamw", "muon"] = "adamw"  # muon: hidden matrices by Muon, the rest by AdamW
     lr: float = Field(1e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.01, ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = Field(50, ge=0)
     final_lr_ratio: float = Field(0.1, ge=0, le=1)
     clip_norm: float = Field(1.0, gt=0)
@@ -60,6 +61,7 @@ class RunConfig(Settings):
     take: dict[str, str] = Field(default_factory=dict)  # part pattern -> folder that gives its weights
     int8: bool = False  # store the matrices of the written model as int8
     train: list[str]  # parts that train, e.g. "decoder", "image.*", "adapter.vision"; all others are frozen
+    preserve: list[str] = Field(default_factory=list)  # parts that must not train, whatever train: matches
     mixture: list[SourceConfig] = Field(min_length=1)
     whiten: list[str] = Field(
         default_factory=list
@@ -74,6 +76,11 @@ class RunConfig(Settings):
     log_every: int = Field(10, ge=1)
     save_every: int = Field(200, ge=1)
     keep: int = Field(2, ge=1)  # resume checkpoints kept
+    nonfinite: Literal["stop", "skip"] = "stop"  # what a loss or gradient that is not finite does to its step
+    nonfinite_most: int = Field(5, ge=1)  # steps skipped in a row after which the run stops all the same
+    ledger: bool = False  # write the samples of every step to ledger.jsonl
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = Field(default_factory=list)
+    peak_tflops: float | None = Field(None, gt=0)  # of the machine at this precision, for the share of it that is used
     device: str = "cpu"  # a torch device
     engine: Literal["fsdp", "zero1", "zero2", "zero3"] = "fsdp"  # what spreads a model over many processes
     mesh: MeshConfig = Field(default_factory=MeshConfig)

@@ -261,7 +261,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_moves_no_weight(tmp_path: P
     model, told = fresh(), fresh()
     # the same step and the same rate, so that both differ in the poisoned step alone
     train(settings(tmp_path / "told", "adapter.*", steps=1), told, Steps(poisoned))
-    with pytest.raises(TrainingError, match=r"loss of step 2 is nan; weights are as before"):
+    with pytest.raises(TrainingError, match=r"step 2: the loss is nan; .*weights are as before"):
         train(settings(tmp_path / "run", "adapter.*", steps=3), model, Steps(poisoned))
     assert_same_bits(weights(model), weights(told))
 
@@ -279,15 +279,14 @@ def test_the_rate_warms_up_and_falls_to_its_share(tmp_path: Path) -> None:
 def test_a_part_may_learn_at_a_rate_of_its_own(tmp_path: Path) -> None:
     model = fresh()
     before = weights(model)
-    optim = OptimConfig(lr=1e-2, warmup_steps=0, lr_scale={"image.*": 0.0})
+    optim = OptimConfig(lr=1e-2, warmup_steps=0, weight_decay=0, lr_scale={"image.*": 1e-3})
     train(
         settings(tmp_path, "adapter.vision", "image.projector.*", optim=optim), model, Steps(lambda step: [mixed(step)])
     )
-    for name, tensor in weights(model).items():
-        if part_of(name) == "image.projector.vision":
-            assert torch.equal(tensor, before[name])
-        if part_of(name) == "adapter.vision":
-            assert not torch.equal(tensor, before[name])
+    moved = {name: float((tensor - before[name]).abs().max()) for name, tensor in weights(model).items()}
+    # Adam's steps are about as long as the rate, 4 of them here
+    assert 0 < max(moved[name] for name in moved if part_of(name) == "image.projector.vision") < 1e-4
+    assert max(moved[name] for name in moved if part_of(name) == "adapter.vision") > 1e-2
 
 
 def test_losses_are_reported_per_route(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from modalora.checkpoint.files import Weights, inside, read_json, write_folder, write_json
+from modalora.checkpoint.preserve import CERTIFICATE, Preservation
 from modalora.config import parse
 from modalora.contracts import Batch, Route, terms
 from modalora.errors import CheckpointError, ConfigError
@@ -81,8 +82,8 @@ def fingerprint(model: Multimodal) -> str:
     return found.hexdigest()[:16]
 
 
-def save_adapter(model: Multimodal, name: str, folder: Path) -> None:
-    """Write one adapter as a new PEFT folder, which PEFT loads on transformers' Phi-3."""
+def save_adapter(model: Multimodal, name: str, folder: Path, certificate: Preservation | None = None) -> None:
+    """Write one adapter as a new PEFT folder, which PEFT loads on transformers' Phi-3; certificate: of its base."""
     _needs_plain(model)
     held = _held(model, name)
     config = model.config.adapters[name]
@@ -114,6 +115,8 @@ def save_adapter(model: Multimodal, name: str, folder: Path) -> None:
     def fill(draft: Path) -> None:
         write_json(draft / CONFIG, fields)
         save_file(tensors, draft / WEIGHTS, metadata={"format": "pt", _BASE: fingerprint(model)})
+        if certificate:
+            write_json(draft / CERTIFICATE, certificate.fields())
 
     write_folder(folder, fill, manifest=False)
 

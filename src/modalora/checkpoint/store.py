@@ -8,7 +8,7 @@ loaded. The published ones are what names.LAYOUTS lists, recognised by the model
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from modalora.checkpoint.files import (
     write_tensors,
 )
 from modalora.checkpoint.names import HOLDS_ADAPTERS, LAYOUTS, Stored, plain_names, plan
+from modalora.checkpoint.preserve import CERTIFICATE, Preservation
 from modalora.config import parse
 from modalora.errors import CheckpointError, ConfigError
 from modalora.models.multimodal import ModelConfig, Multimodal, parameter_counts, part_of
@@ -69,12 +70,12 @@ class Card:
     chat: ChatFormat | None  # None: by its tokenizer
 
 
-def read_card(folder: Path) -> Card:
-    """Return layout and config of a model folder, after checking the manifest where there is one."""
+def read_card(folder: Path, *, check: bool = True) -> Card:
+    """Return layout and config of a model folder; check: compare the files with the manifest first, if there is one."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give a model folder or the name of a bundled model")
     path = inside(folder, CONFIG)
-    if (folder / MANIFEST).exists() or not path.exists():
+    if check and ((folder / MANIFEST).exists() or not path.exists()):
         check_manifest(folder, (CONFIG, WEIGHTS, TOKENIZER))
     fields = read_json(path)
     layout = fields.get("model_type")
@@ -83,7 +84,8 @@ def read_card(folder: Path) -> Card:
     if layout != "modalora":
         config = configs.read_config(layout, fields, str(path))
         return Card(layout, _with_crops(folder, config), {}, None)
-    check_manifest(folder, (CONFIG, WEIGHTS, TOKENIZER))
+    if check:
+        check_manifest(folder, (CONFIG, WEIGHTS, TOKENIZER))
     fields.pop("model_type")
     if fields.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path} is not of format {FORMAT}; load it with the version that wrote it")
@@ -91,13 +93,15 @@ def read_card(folder: Path) -> Card:
     return Card(layout, parse(ModelConfig, fields, str(path)), notes, chat)
 
 
-def load_model(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu", pack: bool = False) -> Loaded:
+def load_model(
+    folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu", pack: bool = False, check: bool = True
+) -> Loaded:
     """Read a model folder, checking names, shapes and dtypes against the config before allocating.
 
     dtype: None keeps the stored one, and maps the files instead of copying them. pack: make the decoder faster to read
-    and impossible to change (Decoder.pack). Raises CheckpointError.
+    and impossible to change (Decoder.pack). check: compare the files with the manifest first. Raises CheckpointError.
     """
-    card = read_card(folder)
+    card = read_card(folder, check=check)
     weights, stored = _open(folder, card)
     inside(folder, TOKENIZER)
     tokenizer = TextTokenizer.from_folder(folder)
@@ -131,6 +135,7 @@ def save_model(
     notes: Mapping[str, Any] | None = None,
     beside: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
+    certificate: Preservation | None = None,
 ) -> None:
     """Write a model folder. int8 stores every matrix as int8 with a scale per row (see `to_int8`).
 
@@ -149,6 +154,8 @@ def save_model(
 
     def fill_all(draft: Path) -> None:
         fill(draft)
+        if certificate:
+            write_json(draft / CERTIFICATE, certificate.fields())
         if layout not in HOLDS_ADAPTERS:
             for name in model.config.adapters:
                 save_adapter(model, name, draft / f"{name}-lora")
@@ -193,6 +200,18 @@ def to_int8(tensor: Tensor) -> tuple[Tensor, Tensor]:
     scale = (flat.abs().amax(1).clamp(min=1e-12) / 127).bfloat16().float()
     values = (flat / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
     return values.view(tensor.shape), scale.view(-1, *[1] * (tensor.ndim - 1))
+
+
+def rounded_by_int8(model: Multimodal, names: Iterable[str]) -> str | None:
+    """Return the first of some tensors that would not come back from int8 with the same bits, if there is one."""
+    state = model.state_dict()
+    for name in names:
+        tensor = state[name]
+        if tensor.ndim >= 2 and tensor.shape[0] > 1:
+            values, scale = to_int8(tensor)
+            if not torch.equal((values.float() * scale).to(tensor.dtype), tensor):
+                return name
+    return None
 
 
 def _without_memory(folder: Path, card: Card, weights: Weights) -> Multimodal:

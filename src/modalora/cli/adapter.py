@@ -44,20 +44,31 @@ def list_adapters(model: Model, as_json: Json = False) -> None:
 @adapters.command()
 def verify(
     model: Model,
-    folder: Annotated[Path, typer.Argument(help="A PEFT folder.")],
+    folder: Annotated[
+        Path | None, typer.Argument(help="A PEFT folder; without one the model's own certificate.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Load an adapter and tell what was found: tensors, base, idle Linears, which logits change and which do not.
 
+    Where training left a certificate beside the adapter or the model, every tensor that was frozen is compared with
+    it, and the logits of fixed texts: one bit that differs ends with an error that names the tensor.
+
     Example: modalora adapter verify nano my-lora
     """
     import modalora
+    from modalora.assistant import find_model
 
+    preserved = _preserved(find_model(model), folder)
+    if folder is None:
+        print(json.dumps({"preserved": preserved}) if as_json else f"base       {preserved}")
+        return
     assistant = modalora.load(model)
     probe = "The quick brown fox jumps over the lazy dog."
     before = assistant.logits(probe)
     found = asdict(assistant.load_adapter(folder, "verified"))
     found["text_bits_changed"] = int((before != assistant.logits(probe)).sum())
+    found["preserved"] = preserved
     if as_json:
         print(json.dumps(found))
         return
@@ -66,10 +77,34 @@ def verify(
     base = "the one it was trained on" if found["matched"] else f"the adapter does not tell{named}"
     idle = found["zero"]
     print(f"tensors    {found['consumed']} used, none missing, none left over; {used} of {linears} Linears")
+    print(f"preserved  {preserved}")
     print(f"base       {base}; this model has the fingerprint {found['fingerprint']}")
     print(f"idle       {len(idle)} Linears whose lora_B is zero{': ' + idle[0] if idle else ''}")
     print(f"logits     change by up to {found['logit_change']:.3g} on a probe where the adapter is on")
     print(f"text       {found['text_bits_changed']} of {before.numel():,} logits change where it is off")
+
+
+def _preserved(model: Path, adapter: Path | None) -> str:
+    """Compare a model with the certificate beside an adapter, or its own; return in words what was found.
+
+    Raises CheckpointError naming what differs, or when the model has no certificate of its own.
+    """
+    from modalora.checkpoint.files import MANIFEST, check_manifest
+    from modalora.checkpoint.preserve import CERTIFICATE, differences, preservation, read_certificate
+    from modalora.checkpoint.store import load_model
+    from modalora.errors import CheckpointError
+
+    if adapter is not None and not (adapter / CERTIFICATE).exists():
+        return f"not certified: {adapter} has no {CERTIFICATE}"
+    certified = read_certificate(adapter or model)
+    network = load_model(model, check=False).model  # so that a tensor can be named, not only the file that holds it
+    trained = set(network.state_dict()) - set(certified.frozen)
+    if wrong := differences(certified, preservation(network, trained)):
+        more = f" (and {len(wrong) - 8} more)" if len(wrong) > 8 else ""
+        raise CheckpointError(f"{model} is not the base that was certified: {'; '.join(wrong[:8])}{more}")
+    if (model / MANIFEST).exists():
+        check_manifest(model)
+    return f"{len(certified.frozen)} frozen tensors and the logits of {len(certified.logits)} texts are as certified"
 
 
 @adapters.command()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -19,42 +23,67 @@ def train(
 ) -> None:
     """Train what a recipe names; the same command goes on where it stopped.
 
+    Ctrl-C saves and exits with 130, a second one stops at once; SIGTERM saves and exits with 0.
+
     Example: modalora train nano-1-base data=../shared/data steps=100
     """
+    before = signal.signal(signal.SIGTERM, _end)  # training listens itself, and saves
+    try:
+        _train(recipe, overrides or [])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _train(recipe: str, overrides: list[str]) -> None:
     from modalora.config import load_run
     from modalora.errors import InputError
 
     try:
         from modalora.training.run import run_recipe
+        from modalora.training.signals import Interrupted
     except ModuleNotFoundError as missing:
         raise InputError(f"training needs {missing.name}; pip install 'modalora[train]'") from None
 
     bundled = RECIPES / f"{recipe}.yaml"
-    run = load_run(bundled if bundled.exists() else Path(recipe), overrides or [])
-    show = _bar(run.steps) if sys.stderr.isatty() else _line
-    folder = run_recipe(run, show)
-    print(f"wrote {folder}; loss curve: {folder.parent / 'loss.png'}")
+    run = load_run(bundled if bundled.exists() else Path(recipe), overrides)
+    try:
+        with _shown(run.steps) as (show, say):
+            folder = run_recipe(run, show, say)
+    except Interrupted as stopped:
+        print(f"modalora: {stopped}", file=sys.stderr)
+        raise typer.Exit(stopped.exit_code) from None
+    print(f"wrote {folder}; curves: {folder.parent / 'loss.png'}")
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    print("modalora: ended outside of training; what was saved is whole", file=sys.stderr)
+    raise SystemExit(0)
+
+
+@contextmanager
+def _shown(steps: int) -> Iterator[tuple[Callable[[dict[str, Any]], None], Callable[[str], None]]]:
+    """Give a function that shows metrics and one that shows a line of words; the bar is closed however it ends."""
+    if not sys.stderr.isatty():
+        yield _line, lambda line: print(line, file=sys.stderr, flush=True)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
+    with Progress(*columns) as progress:
+        task = progress.add_task("", total=steps)
+
+        def show(metrics: dict[str, Any]) -> None:
+            loss = f"loss {metrics['loss']:.3f}" if "loss" in metrics else "no finite loss"
+            text = f"{loss}  {metrics['tokens_per_second']:,} tokens/s"
+            progress.update(task, completed=metrics["step"], description=text)
+
+        yield show, lambda line: progress.console.print(line, markup=False, highlight=False)
 
 
 def _line(metrics: dict[str, Any]) -> None:
     print(
         "  ".join(
             f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in metrics.items()
-        )
+        ),
+        flush=True,
     )
-
-
-def _bar(steps: int) -> Any:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    progress = Progress(BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    task = progress.add_task("", total=steps)
-    progress.start()
-
-    def show(metrics: dict[str, Any]) -> None:
-        text = f"loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,} tokens/s"
-        progress.update(task, completed=metrics["step"], description=text)
-        if metrics["step"] == steps:
-            progress.stop()
-
-    return show

@@ -78,6 +78,14 @@ class Engine(Protocol):
         """Update every parameter and clear its gradient."""
         ...
 
+    def clear(self, trained: Mapping[str, nn.Parameter]) -> None:
+        """Drop the gradients of a step that is not taken."""
+        ...
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """Return the numbers of a parameter or gradient that this rank holds."""
+        ...
+
     def save(self, folder: Path, trained: Mapping[str, nn.Parameter], notes: Mapping[str, str]) -> None:
         """Write weights and moments into a folder that all ranks see. Raises OSError."""
         ...
@@ -89,8 +97,8 @@ class Engine(Protocol):
         """
         ...
 
-    def collect(self) -> dict[str, Tensor]:
-        """Return the model's whole tensors on the CPU of rank 0, and nothing elsewhere."""
+    def whole(self) -> Multimodal | None:
+        """Return the model as one process has it, on the CPU of rank 0; None on the others."""
         ...
 
     def barrier(self) -> None:
@@ -138,6 +146,14 @@ class Single:
         """Update every parameter and clear its gradient."""
         step_and_clear(self.optimizer)
 
+    def clear(self, trained: Mapping[str, nn.Parameter]) -> None:
+        """Drop the gradients."""
+        clear(trained)
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """Return the tensor."""
+        return tensor
+
     def save(self, folder: Path, trained: Mapping[str, nn.Parameter], notes: Mapping[str, str]) -> None:
         """Write a file of weights and one of moments."""
         write_whole(folder / "weights", trained, notes)
@@ -148,12 +164,18 @@ class Single:
         read(folder / "weights", trained, notes)
         read(folder / "optimizer", self.optimizer.state(), notes)
 
-    def collect(self) -> dict[str, Tensor]:
-        """Return the model's tensors on the CPU."""
-        return {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
+    def whole(self) -> Multimodal:
+        """Return the model."""
+        return self.model
 
     def barrier(self) -> None:
         """There is nobody to wait for."""
+
+
+def clear(trained: Mapping[str, nn.Parameter]) -> None:
+    """Drop the gradients of some parameters."""
+    for parameter in trained.values():
+        parameter.grad = None
 
 
 def step_and_clear(optimizer: Updates) -> None:

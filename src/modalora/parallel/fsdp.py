@@ -32,7 +32,7 @@ from modalora.errors import ConfigError
 from modalora.models.multimodal import Multimodal, part_of
 from modalora.models.recompute import recompute
 from modalora.models.speech import Subsampling
-from modalora.parallel.engine import Updates, step_and_clear
+from modalora.parallel.engine import Updates, clear, step_and_clear
 from modalora.parallel.files import read, write_pieces
 from modalora.parallel.idle import Presence, gate_adapters
 from modalora.parallel.ranks import totals
@@ -168,7 +168,9 @@ class Sharded:
 
     def totals(self, values: Mapping[str, float]) -> dict[str, float]:
         """Return the sum over the shares by key."""
-        return totals(values, self.group)
+        # tensor-parallel ranks tell the same; all ranks have to learn of what one alone was told, such as a signal
+        degree = self.mesh["tensor"].size()
+        return {key: value / degree for key, value in totals(values).items()}
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of a micro-batch, summed over ranks; behind the last, parts that no row reached have none.
@@ -208,14 +210,22 @@ class Sharded:
         read(folder / "weights", trained, self._notes(notes))
         read(folder / "optimizer", self.optimizer.state(), self._notes(notes))
 
-    def collect(self) -> dict[str, Tensor]:
-        """Return the model's whole tensors on the CPU of rank 0, and nothing elsewhere."""
+    def clear(self, trained: Mapping[str, nn.Parameter]) -> None:
+        """Drop the gradients of a step that is not taken."""
+        clear(trained)
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """Return the numbers of a parameter or gradient that this rank holds."""
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def whole(self) -> Multimodal | None:
+        """Return the model as one process has it, on the CPU of rank 0; None on the others."""
         found: dict[str, Tensor] = {}
         for name, tensor in self.model.state_dict().items():
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if self.rank == 0:
-                found[name] = rejoin_heads(self.model, name, whole.cpu(), self.mesh["tensor"].size())
-        return found
+                found[name] = rejoin_heads(self.model, name, full.cpu(), self.mesh["tensor"].size())
+        return assemble(self.model, found) if self.rank == 0 else None
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""
@@ -230,6 +240,17 @@ class Sharded:
         here = tensor.to(self.device)
         dist.all_reduce(here, group=self.group)
         return here
+
+
+def assemble(model: Multimodal, tensors: Mapping[str, Tensor]) -> Multimodal:
+    """Return a model like this one with these whole tensors, frozen where it is frozen."""
+    with torch.device("meta"):
+        whole = Multimodal(model.config)
+    whole.load_state_dict(tensors, assign=True)
+    trains = {name for name, own in model.named_parameters() if own.requires_grad}
+    for name, own in whole.named_parameters():
+        own.requires_grad_(name in trains)
+    return whole.train(model.training)
 
 
 def _by_mesh(trained: Mapping[str, nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -53,18 +53,18 @@ def leave() -> None:
     dist.destroy_process_group()
 
 
-def totals(values: Mapping[str, float], group: dist.ProcessGroup) -> dict[str, float]:
-    """Return the sum over the ranks of a group by key; a rank need not have every key.
+def totals(values: Mapping[str, float]) -> dict[str, float]:
+    """Return the sum over the ranks by key; a rank need not have every key.
 
     Every rank adds up in the same order, so all get the same bits. Figures travel as JSON: no pickle is opened.
     """
     own = torch.frombuffer(bytearray(json.dumps(dict(values)).encode()), dtype=torch.uint8)
-    world = dist.get_world_size(group)
+    world = dist.get_world_size()
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world)]
-    dist.all_gather(sizes, torch.tensor([len(own)]), group=group)
+    dist.all_gather(sizes, torch.tensor([len(own)]))
     longest = max(int(size) for size in sizes)
     texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(world)]
-    dist.all_gather(texts, torch.nn.functional.pad(own, (0, longest - len(own))), group=group)
+    dist.all_gather(texts, torch.nn.functional.pad(own, (0, longest - len(own))))
     found: dict[str, float] = defaultdict(float)
     for text, size in zip(texts, sizes, strict=True):
         for key, value in json.loads(bytes(text[: int(size)].tolist())).items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from typing import Any
 class Journal:
     """Lines that each name their "step"; those behind the step that a run resumes from are taken away.
 
-    They tell of steps whose results were lost, which will be made and written again.
+    last: the last line that was there. What is taken away tells of steps whose results were lost; they will be made
+    and written again.
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        kept = b"".join(line for line in _lines(path) if json.loads(line)["step"] <= step)
+        lines = [line for line in _lines(path) if _step(line) <= step]
+        kept = b"".join(lines)
+        self.last: dict[str, Any] = json.loads(lines[-1]) if lines else {}
         if not path.exists() or path.stat().st_size != len(kept):
             draft = path.with_name(f".{path.name}.draft")
             draft.write_bytes(kept)
@@ -37,6 +41,14 @@ class Journal:
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
+
+
+def _step(line: bytes) -> float:
+    """Return the step of a line; one that a power cut spoilt is behind every state, as those wait for their lines."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return inf
 
 
 def _lines(path: Path) -> list[bytes]:

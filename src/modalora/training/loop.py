@@ -7,88 +7,38 @@ uninterrupted one would have done.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from modalora.checkpoint.files import read_json, write_json
-from modalora.checkpoint.resume import STATE, begin, commit, draft_of, locked, newest, retire
-from modalora.config import RunConfig, dump, parse
+from modalora.checkpoint.preserve import differences, preservation
+from modalora.checkpoint.resume import locked
+from modalora.config import RunConfig, dump
 from modalora.contracts import Batch, Batches
-from modalora.errors import CheckpointError, ConfigError, TrainingError
-from modalora.models.multimodal import Multimodal, part_of
+from modalora.errors import TrainingError
+from modalora.models.multimodal import Multimodal
 from modalora.parallel.engine import Engine, Single
-from modalora.parallel.files import read, write_whole
+from modalora.training.audit import Audit, check_settings, check_trained, parts_reached, trained_part
 from modalora.training.journal import Journal
-from modalora.training.objectives import OBJECTIVES, Losses, Objective
+from modalora.training.nonfinite import Fault, guilty_rows, not_finite, row_name
+from modalora.training.objectives import OBJECTIVES, Losses
 from modalora.training.optimizer import Optimizer, freeze
-from modalora.training.randomness import random_state, seed_all, seed_dropout, set_random_state
-from modalora.training.report import plot_losses
+from modalora.training.randomness import seed_all, seed_dropout
+from modalora.training.report import plot_metrics, what_trains
 from modalora.training.signals import Asked, Interrupted, Stop
+from modalora.training.states import Moment, States
+from modalora.training.trackers import open_trackers
 
 Metrics = dict[str, Any]
 Say = Callable[[str], None]
-
-# settings that may differ between a run and its resumption
-FREE = {"steps", "log_every", "save_every", "keep", "threads", "device", "output", "cache", "data"}
-
-
-@dataclass
-class Progress:
-    """How far a run is, and what its next metrics need; part of every state.
-
-    recent: [sum, count] of each figure since the last logged step, as one step's loss says little.
-    """
-
-    step: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
-    best_loss: float | None = None
-    best_step: int = 0
-    recent: dict[str, list[float]] = field(default_factory=dict)
-
-    def note(self, figures: Mapping[str, float]) -> None:
-        """Take in the figures of a step."""
-        for name, value in figures.items():
-            held = self.recent.setdefault(name, [0.0, 0])
-            held[0] += value
-            held[1] += 1
-
-
-@dataclass(frozen=True)
-class _Moment:
-    """What a state needs besides weights, as it was at one moment: random generators and the place in the data."""
-
-    randomness: dict[str, Tensor]
-    data: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Setup:
-    """The things of a run that stay the same."""
-
-    run: RunConfig
-    folder: Path
-    engine: Engine
-    model: Multimodal
-    objective: Objective
-    trained: dict[str, nn.Parameter]
-    optimizer: Optimizer
-    batches: Batches
-    say: Say
-
-    def moment(self) -> _Moment:
-        return _Moment(random_state(), dict(self.batches.state()))
 
 
 def train(
@@ -103,255 +53,323 @@ def train(
     """Train the parts that `run` names and return the last metrics; the model is changed in place.
 
     report: called with the metrics of every logged step. engine: the processes that train together, by default this
-    one alone. say: told in words what a user should know. Resumes from run.output/resume when it holds a state. Raises
-    TrainingError when the loss is not finite, Interrupted when stopped by SIGINT or SIGTERM; both leave a state that
-    training can go on from.
+    one alone. say: told in words what a user should know. Resumes from run.output/resume when it holds a state.
+
+    Raises ConfigError for settings under which nothing is learnt; TrainingError when a loss or gradient is not finite,
+    when something does not learn that should or moves that should not, or when the disk is full; Interrupted when
+    stopped by SIGINT or SIGTERM. All leave a state that training can go on from.
     """
-    engine = engine or Single()
-    folder = Path(run.output)
+    check_settings(run)
     with ExitStack() as stack:
         stop = stack.enter_context(Stop())
+        try:
+            stop.breakable = True
+            loop = _Loop(run, model, batches, engine or Single(), report, say, stop, stack)
+            stop.breakable = False
+        except Asked:
+            raise Interrupted("stopped before the first step; nothing is lost", stop.asked) from None
+        finally:
+            stop.breakable = False
+        loop.run_all()
+    return loop.metrics
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What the micro-batches of a step came to, over all ranks. by_route: sum and number of its losses."""
+
+    loss: float
+    labels: float
+    tokens: float
+    by_route: dict[str, tuple[float, float]]
+    reached: set[str]
+    bad_rows: tuple[str, ...]
+    asked: int
+
+
+class _Loop:
+    def __init__(
+        self,
+        run: RunConfig,
+        model: Multimodal,
+        batches: Batches,
+        engine: Engine,
+        report: Callable[[Metrics], None],
+        say: Say,
+        stop: Stop,
+        stack: ExitStack,
+    ) -> None:
+        self.run, self.model, self.batches, self.engine = run, model, batches, engine
+        self.report, self.say, self.stop = report, say, stop
+        folder = Path(run.output)
         if engine.rank == 0:
             stack.enter_context(locked(folder))
         engine.barrier()
         if run.threads:
             torch.set_num_threads(run.threads)
         seed_all(run.seed)  # every process starts with the same weights
-        objective = OBJECTIVES[run.objective](model)
-        freeze(model, run.train)
-        engine.shard(model, objective)
-        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        trained |= {f"objective.{name}": parameter for name, parameter in objective.named_parameters()}
-        optimizer = Optimizer(trained, run.optim, run.steps)
-        engine.wrap(optimizer)
-        setup = _Setup(run, folder, engine, model, objective, trained, optimizer, batches, say)
-        progress = _resume(setup)
+        self.objective = OBJECTIVES[run.objective](model)
+        declared = freeze(model, run.train)
+        self.preserved = preservation(model, declared)
+        engine.shard(model, self.objective)
+        self.trained = {name: own for name, own in model.named_parameters() if own.requires_grad}
+        check_trained(declared, self.trained, run)
+        self.trained |= {f"objective.{name}": own for name, own in self.objective.named_parameters()}
+        self.parts: dict[str, dict[str, nn.Parameter]] = defaultdict(dict)
+        for name, parameter in self.trained.items():
+            self.parts[trained_part(name)][name] = parameter
+        self.optimizer = Optimizer(self.trained, run.optim, run.steps)
+        engine.wrap(self.optimizer)
+        for line in what_trains(model, self.trained, self.optimizer):
+            say(line)
+        self.states = States(run, engine, self.trained, self.optimizer, self.preserved.fingerprint)
+        self.progress = self.states.resume(batches, say)
+        self.saved = self.progress.step if self.progress.step else None
+        seen = self.progress
+        self.audit = Audit(model, self.trained, self.objective.idle, engine, say, seen.judged, seen.rows)
+        step = self.progress.step
+        self.log = stack.enter_context(Journal(folder / "metrics.jsonl", step)) if engine.rank == 0 else None
+        self.events = stack.enter_context(Journal(folder / "events.jsonl", step)) if engine.rank == 0 else None
+        self.metrics: Metrics = self.log.last if self.log else {}
+        ledger = "ledger.jsonl" if engine.world == 1 else f"ledger-{engine.rank:05d}.jsonl"
+        self.ledger = stack.enter_context(Journal(folder / ledger, step)) if run.ledger else None
+        self.track = open_trackers(run, stack) if engine.rank == 0 else []
         if engine.rank == 0:
             (folder / "run.yaml").write_text(dump(run), encoding="utf-8")
-        model.train()
-        log = stack.enter_context(Journal(folder / "metrics.jsonl", progress.step)) if engine.rank == 0 else None
-        metrics = _go_on(setup, progress, stop, log, report)
-    if engine.rank == 0:
-        plot_losses(folder / "metrics.jsonl", folder / "loss.png")
-    model.eval()
-    return metrics
 
-
-def _go_on(
-    setup: _Setup, progress: Progress, stop: Stop, log: Journal | None, report: Callable[[Metrics], None]
-) -> Metrics:
-    run, engine = setup.run, setup.engine
-    metrics: Metrics = {}
-    saved = progress.step if progress.step else None
-    first, started = progress.step, time.perf_counter()
-    since = started
-    while progress.step < run.steps:
-        moment = setup.moment()
-        figures: dict[str, float] | None = None
-        asked = 0
-        try:
-            stop.breakable = engine.world == 1  # one rank alone must not leave the others waiting
-            micro = setup.batches.take()
-            gradient = _gradients(setup, micro, progress.step, stop)
-            stop.breakable = False
-            asked = gradient.asked
-            figures = _update(setup, gradient, progress.step)
-        except Asked:
-            asked = stop.asked
-        finally:
-            stop.breakable = False
-        if figures is None:  # the step was broken off: as if it had not begun
-            for parameter in setup.trained.values():
-                parameter.grad = None
-        else:
-            progress.step += 1
-            progress.tokens += int(figures.pop("tokens"))
-            progress.note(figures)
-            moment = setup.moment()
-            ended = progress.step == run.steps
-            if progress.step % run.log_every == 0 or ended:
+    def run_all(self) -> None:
+        run, progress = self.run, self.progress
+        self.model.train()
+        first, started = progress.step, time.perf_counter()
+        since = started
+        while progress.step < run.steps:
+            moment = Moment.now(self.batches)
+            asked, micro, outcome = self._try()
+            if outcome is None:  # the step was broken off: as if it had not begun
+                self._clear()
+            else:
+                fault = self._fault(micro, outcome)
+                if fault:
+                    self._refuse(fault, moment)
+                else:
+                    self._update(outcome)
+                progress.step += 1
+                if self.ledger:
+                    told = [name for batch in micro for name in batch.samples]
+                    self.ledger.write({"step": progress.step, "samples": told} | ({"skipped": True} if fault else {}))
                 now = time.perf_counter()
-                progress.seconds += now - since
+                progress.note({"seconds": now - since})
                 since = now
-                metrics = _metrics(setup, progress, (now - started) / (progress.step - first))
-                if log:
-                    log.write(metrics)
-                report(metrics)
-        due = progress.step % run.save_every == 0 or progress.step == run.steps or asked
-        if due and saved != progress.step:
-            if log:
-                log.sync()
-            _save(setup, progress, moment)
-            saved = progress.step
-        if asked and progress.step < run.steps:
-            raise Interrupted(f"stopped after step {progress.step}; the same command goes on from there", asked)
-    return metrics
+                if progress.step % run.log_every == 0 or progress.step == run.steps:
+                    self._tell((now - started) / (progress.step - first))
+                moment = Moment.now(self.batches)
+            if progress.step % run.save_every == 0 or progress.step == run.steps or asked:
+                self._save(moment)
+            if asked and progress.step < run.steps:
+                raise Interrupted(f"stopped after step {progress.step}; the same command goes on from there", asked)
+        self.audit.finish(run.steps)
+        self._check_preserved()
+        self.model.eval()
+        if self.log:
+            folder = Path(run.output)
+            plot_metrics(folder / "metrics.jsonl", folder / "loss.png")
 
+    def _try(self) -> tuple[int, list[Batch], _Outcome | None]:
+        """Return the signal that came, the micro-batches of a step and what they came to; None if it was broken off."""
+        try:
+            self.stop.breakable = self.engine.world == 1  # one rank alone must not leave the others waiting
+            micro = self.batches.take()
+            outcome = self._gradients(micro)
+            self.stop.breakable = False
+        except Asked:
+            return self.stop.asked, [], None
+        finally:
+            self.stop.breakable = False
+        return outcome.asked, micro, outcome
 
-def _metrics(setup: _Setup, progress: Progress, seconds_per_step: float) -> Metrics:
-    run = setup.run
-    means = {name: total / count for name, (total, count) in progress.recent.items()}
-    progress.recent.clear()
-    if progress.best_loss is None or means["loss"] < progress.best_loss:
-        progress.best_loss, progress.best_step = means["loss"], progress.step
-    return {
-        "step": progress.step,
-        "steps": run.steps,
-        **means,
-        "lr": setup.optimizer.rate(progress.step - 1),
-        "tokens_per_second": round(progress.tokens / progress.seconds),
-        "remaining_seconds": round(seconds_per_step * (run.steps - progress.step)),
-    }
+    def _losses(self, batch: Batch, labels: float, number: int, last: bool) -> Losses:
+        """Add the gradients of a micro-batch of a step with so many labels; return its losses.
 
-
-@dataclass(frozen=True)
-class _Gradient:
-    """What the micro-batches of a step came to. loss: the sum over all ranks; by_route: [sum, count]."""
-
-    loss: float
-    labels: float
-    tokens: float
-    by_route: dict[str, tuple[float, float]]
-    asked: int
-
-
-def _gradients(setup: _Setup, micro: list[Batch], step: int, stop: Stop) -> _Gradient:
-    run, engine = setup.run, setup.engine
-    labels = engine.totals({"labels": sum(setup.objective.count(batch) for batch in micro)})["labels"]
-    if not labels:
-        raise TrainingError(
-            f"step {step + 1} has no labelled token; the mixture's conversations need an assistant's turn"
-        )
-    found: dict[str, float] = defaultdict(float)
-    device = torch.device(run.device)
-    for number, batch in enumerate(engine.level(micro), start=1):
-        batch = batch.to(device)
+        number: of this process's micro-batches, from 0. last: whether it is the last of them.
+        """
         # dropout follows from the micro-batch, whichever process has it
-        seed_dropout(run.seed, step, engine.share[0] + (number - 1) * engine.share[1])
-        with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"):
-            losses: Losses = setup.objective(setup.model, batch)
-        engine.backward(losses.values.sum() / labels, last=number == len(micro))
-        found["tokens"] += int(batch.lengths.sum())
-        for route, (total, count) in _by_route(batch, losses).items():
-            found[f"sum {route}"] += total
-            found[f"count {route}"] += count
-    found = defaultdict(float, engine.totals({**found, "asked": stop.asked}))
-    routes = sorted(name.removeprefix("sum ") for name in found if name.startswith("sum "))
-    by_route = {route: (found[f"sum {route}"], found[f"count {route}"]) for route in routes}
-    loss = sum(total for total, _ in by_route.values())
-    return _Gradient(loss, labels, found["tokens"], by_route, stop.asked or int(found["asked"]))
+        first, shares = self.engine.share
+        seed_dropout(self.run.seed, self.progress.step, first + number * shares)
+        device = torch.device(self.run.device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.run.precision == "bf16"):
+            losses: Losses = self.objective(self.model, batch.to(device))
+        self.engine.backward(losses.values.sum() / labels, last=last)
+        return losses
+
+    def _gradients(self, micro: list[Batch]) -> _Outcome:
+        labels = self.engine.totals({"labels": sum(self.objective.count(batch) for batch in micro)})["labels"]
+        if not labels:
+            raise TrainingError(
+                f"step {self.progress.step + 1} has no labelled token; the mixture's conversations need an assistant's "
+                "turn, and it must not be masked"
+            )
+        found: dict[str, float] = defaultdict(float)
+        for number, batch in enumerate(micro):
+            _check_spans(batch, number)
+        for number, batch in enumerate(self.engine.level(micro)):
+            losses = self._losses(batch, labels, number, last=number + 1 == len(micro))
+            found["tokens"] += int(batch.lengths.sum())
+            totals, counts = _by_row(batch, losses)
+            for row, adapter in enumerate(batch.route.adapters):
+                if counts[row]:
+                    found[f"sum {adapter or 'text'}"] += totals[row]
+                    found[f"count {adapter or 'text'}"] += counts[row]
+                if not isfinite(totals[row]):
+                    found[f"bad {row_name(batch, number, row)}"] += 1
+            if self.audit.watched:
+                for part in parts_reached(batch, [row for row, count in enumerate(counts) if count]):
+                    found[f"part {part}"] += 1
+        if self.stop.asked:
+            found[f"asked {self.stop.asked}"] = 1
+        found = self.engine.totals(found)
+        by_route = {name: (found[f"sum {name}"], found[f"count {name}"]) for name in _under("sum ", found)}
+        return _Outcome(
+            loss=sum(total for total, _ in by_route.values()),
+            labels=labels,
+            tokens=found["tokens"],
+            by_route=by_route,
+            reached=set(_under("part ", found)),
+            bad_rows=tuple(_under("bad ", found)),
+            asked=max((int(number) for number in _under("asked ", found)), default=0),
+        )
+
+    def _fault(self, micro: list[Batch], outcome: _Outcome) -> Fault | None:
+        """Return what is wrong with a step's loss or gradient, if it is not finite."""
+        self.norms = {part: self.engine.norm(own) for part, own in self.parts.items()}
+        norm = float(torch.linalg.vector_norm(torch.stack(list(self.norms.values()))))
+        if isfinite(outcome.loss) and isfinite(norm):
+            return None
+        weights = not_finite(self.model.state_dict().items())
+        gradients = not_finite((name, own.grad) for name, own in self.trained.items())
+        rows = outcome.bad_rows
+        if not rows and self.engine.world == 1:
+            rows = guilty_rows(micro, self.trained, lambda batch: self._again(batch, outcome.labels))
+        what, value = ("gradient", norm) if isfinite(outcome.loss) else ("loss", outcome.loss)
+        return Fault(what, value, weights, gradients, rows)
+
+    def _again(self, batch: Batch, labels: float) -> None:
+        if self.objective.count(batch):
+            self._losses(batch, labels, 0, last=True)
+
+    def _refuse(self, fault: Fault, moment: Moment) -> None:
+        """Leave the weights as they are; stop, or count the step as skipped."""
+        run, progress = self.run, self.progress
+        self._clear()
+        told = f"step {progress.step + 1}: {fault}; weights are as before it"
+        skips = run.nonfinite == "skip" and progress.skipped_in_row + 1 < run.nonfinite_most
+        if self.events:
+            event = {"step": progress.step + 1, "event": "skipped" if skips else "stopped", "what": fault.what}
+            lists = {"weights": fault.weights[:8], "gradients": fault.gradients[:8], "rows": fault.rows}
+            self.events.write({**event, **{key: list(names) for key, names in lists.items()}})
+        if skips:
+            progress.skipped += 1
+            progress.skipped_in_row += 1
+            self.say(f"{told}; it is skipped")
+            return
+        self._save(moment)
+        if run.nonfinite == "skip":
+            raise TrainingError(f"{told}; it is the {run.nonfinite_most}th in a row, so it is not skipped any more")
+        raise TrainingError(f"{told}; lower optim.lr, mend the data, or go on with nonfinite=skip")
+
+    def _update(self, outcome: _Outcome) -> None:
+        """Change the weights, and note the figures of the step."""
+        run, progress = self.run, self.progress
+        norm = torch.linalg.vector_norm(torch.stack(list(self.norms.values())))
+        watching = bool(self.audit.watched)
+        if watching:
+            self.audit.before(outcome.reached)
+        self.engine.clip(self.trained, norm, run.optim.clip_norm)
+        self.optimizer.set_rate(progress.step)
+        self.engine.step()
+        if watching:
+            self.audit.after(warming=progress.step + 1 < run.optim.warmup_steps)
+            progress.judged, progress.rows = self.audit.judged, dict(self.audit.rows)
+        progress.skipped_in_row = 0
+        progress.tokens += int(outcome.tokens)
+        routes = {f"loss_{name}": total / count for name, (total, count) in outcome.by_route.items()}
+        by_part = {f"grad_norm_{part}": float(own) for part, own in self.norms.items()}
+        figures = {"loss": outcome.loss / outcome.labels, "grad_norm": float(norm)}
+        figures |= routes if len(routes) > 1 else {}
+        figures |= by_part if len(by_part) > 1 else {}
+        progress.note({**figures, "tokens": outcome.tokens, "labels": outcome.labels})
+
+    def _tell(self, seconds_per_step: float) -> None:
+        """Log the means since the last logged step."""
+        run, progress = self.run, self.progress
+        sums = {name: progress.recent.pop(name, [0.0, 0])[0] for name in ("seconds", "tokens", "labels")}
+        means = {name: total / count for name, (total, count) in progress.recent.items()}
+        progress.recent.clear()
+        if "loss" in means and (progress.best_loss is None or means["loss"] < progress.best_loss):
+            progress.best_loss, progress.best_step = means["loss"], progress.step
+        self.metrics = {
+            "step": progress.step,
+            "steps": run.steps,
+            **means,
+            "lr": self.optimizer.rate(progress.step - 1),
+            "tokens_per_second": round(sums["tokens"] / sums["seconds"]),
+            "labels_per_second": round(sums["labels"] / sums["seconds"]),
+            "remaining_seconds": round(seconds_per_step * (run.steps - progress.step)),
+            **memory(torch.device(run.device)),
+            **({"skipped": progress.skipped} if progress.skipped else {}),
+        }
+        if self.log:
+            self.log.write(self.metrics)
+        for track in self.track:
+            track(self.metrics)
+        self.report(self.metrics)
+
+    def _save(self, moment: Moment) -> None:
+        if self.saved == self.progress.step:
+            return
+        for journal in (self.log, self.events, self.ledger):
+            if journal:
+                journal.sync()  # no state is ahead of them
+        self.states.save(self.progress, moment)
+        self.saved = self.progress.step
+
+    def _clear(self) -> None:
+        self.engine.clear(self.trained)
+
+    def _check_preserved(self) -> None:
+        """Compare everything frozen with what it was at the start. Raises TrainingError naming what moved."""
+        whole = self.engine.whole()
+        moved = differences(self.preserved, preservation(whole, self.trained)) if whole else []
+        if moved:
+            raise TrainingError(f"what is frozen has moved while training: {'; '.join(moved[:4])}; the run is no good")
 
 
-def _by_route(batch: Batch, losses: Losses) -> dict[str, tuple[float, float]]:
-    """Return the sum and the number of the losses of each route."""
-    values, rows = losses.values.detach().double(), losses.rows.to(losses.values.device)
-    size = len(batch.lengths)
-    totals = torch.zeros(size, dtype=values.dtype, device=values.device).index_add(0, rows, values).tolist()
-    counts = torch.bincount(rows, minlength=size).tolist()
-    found: dict[str, tuple[float, float]] = {}
-    for row, adapter in enumerate(batch.route.adapters):
-        if counts[row]:
-            total, count = found.get(adapter or "text", (0.0, 0.0))
-            found[adapter or "text"] = (total + totals[row], count + counts[row])
+def memory(device: torch.device) -> dict[str, int]:
+    """Return the most memory held so far, in MB: of the process, and on a GPU."""
+    import resource
+
+    found = {"memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+    if device.type == "cuda":
+        found["gpu_memory_mb"] = torch.cuda.max_memory_allocated(device) // 2**20
     return found
 
 
-def _update(setup: _Setup, gradient: _Gradient, step: int) -> dict[str, float]:
-    """Change the weights; return the figures of the step."""
-    if not isfinite(gradient.loss):
-        raise TrainingError(
-            f"the loss of step {step + 1} is {gradient.loss}; weights are as before it: lower optim.lr, check the data"
-        )
-    parts: dict[str, dict[str, nn.Parameter]] = defaultdict(dict)
-    for name, parameter in setup.trained.items():
-        parts[part_of(name)][name] = parameter
-    norms = {part: setup.engine.norm(own) for part, own in parts.items()}
-    norm = torch.linalg.vector_norm(torch.stack(list(norms.values())))
-    if not torch.isfinite(norm):
-        raise TrainingError(f"the gradient of step {step + 1} is not finite; weights are as before it: lower optim.lr")
-    setup.engine.clip(setup.trained, norm, setup.run.optim.clip_norm)
-    setup.optimizer.set_rate(step)
-    setup.engine.step()
-    routes = {f"loss_{name}": total / count for name, (total, count) in gradient.by_route.items()}
-    by_part = {f"grad_norm_{part}": float(own) for part, own in norms.items()}
-    return {
-        "loss": gradient.loss / gradient.labels,
-        **(routes if len(routes) > 1 else {}),
-        "grad_norm": float(norm),
-        **(by_part if len(by_part) > 1 else {}),
-        "tokens": gradient.tokens,
-    }
-
-
-def _notes(setup: _Setup, step: int) -> dict[str, str]:
-    """What every file of a state says of itself, so that one of another run or step is noticed."""
-    fixed = setup.run.model_dump_json(exclude=FREE)
-    return {"run": hashlib.sha256(fixed.encode()).hexdigest()[:16], "step": str(step)}
-
-
-def _save(setup: _Setup, progress: Progress, moment: _Moment) -> None:
-    """Write a state. Raises TrainingError when the disk does not take it; the one before is then still there."""
-    engine, step = setup.engine, progress.step
-    draft, notes = draft_of(setup.folder, step), _notes(setup, step)
-    try:
-        if engine.rank == 0:
-            begin(draft)
-        engine.barrier()
-        engine.save(draft, setup.trained, notes)
-        write_whole(draft / f"random-{engine.rank:05d}", moment.randomness, notes)
-        engine.barrier()
-        if engine.rank == 0:
-            write_json(
-                draft / STATE,
-                {
-                    **notes,
-                    "world": engine.world,
-                    "settings": setup.run.model_dump(mode="json"),
-                    "progress": asdict(progress),
-                    "data": moment.data,
-                },
+def _check_spans(batch: Batch, number: int) -> None:
+    """Refuse media that do not lie in their row. Raises TrainingError naming the row."""
+    for item in batch.media:
+        if item.start < 0 or item.start + item.tokens > int(batch.lengths[item.row]):
+            raise TrainingError(
+                f"row {row_name(batch, number, item.row)}: its {item.modality} fills tokens {item.start} to "
+                f"{item.start + item.tokens}, and the row has {int(batch.lengths[item.row])}; was it cut off?"
             )
-            retire(commit(draft), setup.run.keep)
-        engine.barrier()
-    except (OSError, SafetensorError) as error:
-        if engine.rank == 0:
-            begin(draft)
-            draft.rmdir()
-        raise TrainingError(
-            f"the state of step {step} could not be written to {draft.parent}: {error}; make room there and run the "
-            "same command, which goes on from the state before"
-        ) from None
 
 
-def _resume(setup: _Setup) -> Progress:
-    """Set everything back to the newest whole state; return how far it is."""
-    folder = newest(setup.folder, setup.say)
-    if folder is None:
-        return Progress()
-    fields = read_json(folder / STATE)
-    missing = [key for key in ("step", "run", "world", "settings", "progress", "data") if key not in fields]
-    if missing:
-        raise CheckpointError(f"{folder / STATE} lacks {', '.join(missing)}; it is not a state of this version")
-    before, now = fields["settings"], setup.run.model_dump(mode="json")
-    changed = sorted(key for key in now if key not in FREE and before.get(key) != now[key])
-    if changed:
-        raise ConfigError(
-            f"{setup.folder} was trained with other settings ({', '.join(changed)}); give another output, or remove "
-            f"{setup.folder}"
-        )
-    progress = parse(Progress, fields["progress"], str(folder / STATE))
-    notes = _notes(setup, progress.step)
-    setup.engine.load(folder, setup.trained, notes)
-    if fields["world"] == setup.engine.world:
-        randomness = random_state()
-        read(folder / f"random-{setup.engine.rank:05d}", randomness, notes)
-        set_random_state(randomness)
-    else:
-        seed_all(setup.run.seed, setup.engine.rank, progress.step)
-        setup.say(
-            f"resumed on {setup.engine.world} processes what {fields['world']} saved: dropout is drawn anew, the data "
-            "goes on as it was"
-        )
-    setup.batches.restore(fields["data"])
-    setup.say(f"goes on after step {progress.step}, from {folder}")
-    return progress
+def _by_row(batch: Batch, losses: Losses) -> tuple[list[float], list[int]]:
+    """Return the sum and the number of the losses of each row."""
+    values: Tensor = losses.values.detach().double()
+    rows, size = losses.rows.to(values.device), len(batch.lengths)
+    totals = torch.zeros(size, dtype=values.dtype, device=values.device).index_add(0, rows, values)
+    return totals.tolist(), torch.bincount(rows, minlength=size).tolist()
+
+
+def _under(prefix: str, found: dict[str, float]) -> list[str]:
+    return sorted(name.removeprefix(prefix) for name in found if name.startswith(prefix))

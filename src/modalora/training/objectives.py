@@ -23,6 +23,8 @@ class Losses:
 class NextToken(nn.Module):
     """Cross-entropy of the labelled tokens."""
 
+    idle: tuple[str, ...] = ()  # parameters that no loss of the objective reaches
+
     def __init__(self, model: Multimodal) -> None:
         super().__init__()
 
@@ -42,6 +44,8 @@ class Ctc(nn.Module):
     3.2);
     CTC: Graves et al. 2006.
     """
+
+    idle: tuple[str, ...] = ()
 
     def __init__(self, model: Multimodal) -> None:
         super().__init__()
@@ -76,6 +80,7 @@ class Cells(nn.Module):
     Media carry "cells" and "counts" (data/rows.py:cells); IGNORED targets, such as those of separators, are left out.
     """
 
+    idle: tuple[str, ...] = ("encoders.image.line_end", "encoders.image.view_end")  # separators lie on no cell
     ATTRIBUTES, CLASSES = 3, 24  # kind, colour, size; 0 = empty cell
     COUNTS, MOST = 2 * 56, 9  # data/rows.py: COUNTED in two regions, 0 .. MOST
 

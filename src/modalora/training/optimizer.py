@@ -1,4 +1,4 @@
-"""What trains and how: parts chosen by pattern, AdamW (or Muon for matrices), warm-up and cosine."""
+"""What trains and how: parts chosen by pattern, AdamW (or Muon for matrices), warm-up and schedule."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]
     for pattern in patterns:
         if not any(fnmatchcase(part, pattern) for part in parts):
             raise ConfigError(f"train: {pattern!r} matches no part of this model; its parts are {', '.join(parts)}")
+    if not patterns:
+        raise ConfigError(f"train: names no part, so nothing would learn; its parts are {', '.join(parts)}")
     trained: dict[str, nn.Parameter] = {}
     idle = _never_run(model)
     for name, parameter in model.named_parameters():
@@ -82,9 +84,13 @@ class Optimizer:
         config = self.config
         if step < config.warmup_steps:
             return config.lr * (step + 1) / config.warmup_steps
-        span = max(1, self.steps - config.warmup_steps)
-        down = 0.5 * (1 + cos(pi * min(1.0, (step - config.warmup_steps) / span)))
+        done = min(1.0, (step - config.warmup_steps) / max(1, self.steps - config.warmup_steps))
+        down = {"cosine": 0.5 * (1 + cos(pi * done)), "linear": 1 - done, "constant": 1.0}[config.schedule]
         return config.lr * (config.final_lr_ratio + (1 - config.final_lr_ratio) * down)
+
+    def peak(self, part: str) -> float:
+        """Return the highest learning rate of a part."""
+        return self.config.lr * _factor(part, self.config)
 
     def set_rate(self, step: int) -> None:
         """Give every group of parameters its learning rate of a step, counted from 0."""
@@ -114,6 +120,15 @@ def _start(part: torch.optim.Optimizer) -> None:
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
+
+
+def scaled_rate(base: float, tokens: float, exponent: float = -0.32) -> float:
+    """Return the peak learning rate for a run of so many tokens: base * tokens ** exponent [B D^-0.32].
+
+    Fit base on short runs. Phi-4-Mini fitted it at 12.5 to 50 billion tokens and went to 5 trillion (arXiv:2503.01743,
+    section 3.1, after Bjorck et al. 2024, arXiv:2409.19913).
+    """
+    return base * tokens**exponent
 
 
 def _factor(part: str, config: OptimConfig) -> float:

@@ -6,12 +6,15 @@ import os
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from modalora.assistant import find_model, make_processor
-from modalora.checkpoint.store import load_model, save_model
-from modalora.config import RunConfig
+from modalora.checkpoint.adapters import fingerprint, save_adapter
+from modalora.checkpoint.preserve import preservation
+from modalora.checkpoint.store import load_model, rounded_by_int8, save_model
+from modalora.config import RunConfig, load_run
 from modalora.contracts import Batches
 from modalora.data.mixture import Context, Mixture
 from modalora.data.text import tokenizer_corpus
@@ -22,15 +25,23 @@ from modalora.models.speech import SpeechEncoder
 from modalora.nn.mlp import Projector
 from modalora.processing.tokenizer import TextTokenizer
 from modalora.training.loop import Metrics, train
+from modalora.training.states import FREE
 
 
-def run_recipe(run: RunConfig, report: Callable[[Metrics], None] = lambda metrics: None) -> Path:
+def run_recipe(
+    run: RunConfig,
+    report: Callable[[Metrics], None] = lambda metrics: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Path:
     """Carry out a run and return the model folder that it wrote, run.output/model.
 
-    A finished run (its model folder exists) is returned as it is.
+    Where the decoder was frozen, its certificate lies in the folder, and each adapter that trained stands with one
+    beside it as a PEFT folder, run.output/NAME-lora. A finished run is returned as it is. Raises ConfigError when it
+    was one of other settings.
     """
     target = Path(run.output) / "model"
     if target.exists():
+        _check_finished(run, target)
         return target
     data, cache = Path(run.data), Path(run.cache)
     torch.manual_seed(run.seed)
@@ -51,9 +62,43 @@ def run_recipe(run: RunConfig, report: Callable[[Metrics], None] = lambda metric
         _set_mel_statistics(model, batches())
     for modality in run.whiten:
         _whiten_projectors(model, modality, run.train, batches())
-    metrics = train(run, model.to(run.device), batches(), report)
-    save_model(model, tokenizer, target, int8=run.int8, notes={"trained": run.model_dump(mode="json"), "last": metrics})
+    metrics = train(run, model.to(run.device), batches(), report, say=say)
+    notes = {"trained": run.model_dump(mode="json"), "last": metrics}
+    _write(run, model, tokenizer, target, notes, say)
     return target
+
+
+def _check_finished(run: RunConfig, target: Path) -> None:
+    before, now = load_run(target.parent / "run.yaml"), run
+    changed = sorted(key for key in RunConfig.model_fields if getattr(before, key) != getattr(now, key))
+    changed = [key for key in changed if key not in FREE or key == "steps"]
+    if changed:
+        raise ConfigError(
+            f"{target} is the finished model of a run with other settings ({', '.join(changed)}); give another output, "
+            f"or remove {target} to train on"
+        )
+
+
+def _write(
+    run: RunConfig,
+    model: Multimodal,
+    tokenizer: TextTokenizer,
+    target: Path,
+    notes: dict[str, Any],
+    say: Callable[[str], None],
+) -> None:
+    """Write the model, its adapters that trained, and the certificate of what did not train."""
+    parts = {part_of(name) for name, own in model.named_parameters() if own.requires_grad}
+    trained = {name for name, own in model.named_parameters() if own.requires_grad}
+    certificate = preservation(model, trained) if "decoder" not in parts else None
+    if certificate and run.int8 and (rounded := rounded_by_int8(model, certificate.frozen)):
+        say(f"int8=true rounds what was frozen, first {rounded}: the model is written without a certificate")
+        certificate = None
+    for part in sorted(parts):
+        kind, _, name = part.partition(".")
+        if kind == "adapter" and certificate and not (folder := target.parent / f"{name}-lora").exists():
+            save_adapter(model, name, folder, certificate)
+    save_model(model, tokenizer, target, int8=run.int8, notes=notes, certificate=certificate)
 
 
 def _fresh_tokenizer(data: Path, cache: Path, vocab_size: int) -> TextTokenizer:
@@ -71,15 +116,28 @@ def _take_parts(model: Multimodal, take: dict[str, str]) -> None:
     """Copy the parts that match a pattern from other model folders."""
     tensors = model.state_dict()
     for pattern, folder in take.items():
-        given = load_model(find_model(folder)).model.state_dict()
+        other = load_model(find_model(folder)).model
+        given = other.state_dict()
         chosen = [name for name in given if fnmatchcase(part_of(name), pattern)]
         if not chosen:
             raise CheckpointError(f"take: {folder} has no part that matches {pattern!r}")
+        if any(part_of(name).startswith("adapter.") for name in chosen) and "decoder" not in take:
+            _check_base(model, other, pattern, folder)
         for name in chosen:
             if name not in tensors or tensors[name].shape != given[name].shape:
                 raise CheckpointError(f"take: {name} of {folder} does not fit this model; both must be of one size")
             with torch.no_grad():
                 tensors[name].copy_(given[name])
+
+
+def _check_base(model: Multimodal, other: Multimodal, pattern: str, folder: str) -> None:
+    """Refuse an adapter that was trained on another decoder: on this one it means nothing."""
+    own, told = fingerprint(model), fingerprint(other)
+    if own != told:
+        raise CheckpointError(
+            f"take: {pattern!r} of {folder} was trained on another base model: its decoder has the fingerprint {told}, "
+            f"this one {own}; start from the decoder that it was trained on, or take that too"
+        )
 
 
 def _set_mel_statistics(model: Multimodal, batches: Batches, steps: int = 20) -> None:

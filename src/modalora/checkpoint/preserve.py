@@ -1,0 +1,110 @@
+"""The base-preservation certificate: proof that what was frozen has not moved, bit for bit.
+
+It lists the SHA-256 of every frozen tensor and of the text logits of a few fixed prompts, and is stored beside the
+model and its adapters as preservation.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modalora.checkpoint.files import read_json
+from modalora.config import parse
+from modalora.contracts import Batch, Route
+from modalora.errors import CheckpointError
+from modalora.models.multimodal import Multimodal
+
+CERTIFICATE = "preservation.json"
+_PROBES, _PROBE_TOKENS = 4, 24
+
+
+@dataclass(frozen=True)
+class Preservation:
+    """What a model was when it was certified.
+
+    frozen: SHA-256 of each tensor that did not train. logits: SHA-256 of the text logits of each probe, empty when the
+    decoder trained. threads, torch: logits are the same bits only where sums are taken in the same order.
+    """
+
+    frozen: Mapping[str, str]
+    logits: tuple[str, ...]
+    torch: str
+    threads: int
+
+    def fields(self) -> dict[str, Any]:
+        """Return the certificate as JSON."""
+        return asdict(self)
+
+    @property
+    def fingerprint(self) -> str:
+        """Return 16 hexadecimal digits of all frozen tensors."""
+        return hashlib.sha256(
+            "".join(f"{name}{told}" for name, told in sorted(self.frozen.items())).encode()
+        ).hexdigest()[:16]
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Return the SHA-256 of a tensor's dtype, shape and bits."""
+    found = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+    found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def preservation(model: Multimodal, trained: Collection[str]) -> Preservation:
+    """Certify what does not train, and text logits when the decoder is among it."""
+    frozen = {name: own for name, own in model.state_dict().items() if name not in trained}
+    base = {name for name in model.decoder.state_dict() if "lora_" not in name}
+    whole = all(f"decoder.{name}" in frozen for name in base)
+    return Preservation(
+        frozen={name: tensor_digest(own) for name, own in frozen.items()},
+        logits=probe_logits(model) if whole else (),
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+    )
+
+
+@torch.no_grad()
+def probe_logits(model: Multimodal) -> tuple[str, ...]:
+    """Return the SHA-256 of the logits of each fixed probe of plain text, which no adapter may touch."""
+    was_training = model.training
+    model.eval()
+    rng = np.random.default_rng(20250303)
+    device = model.decoder.embed_tokens.weight.device
+    found = []
+    for _ in range(_PROBES):
+        ids = torch.from_numpy(rng.integers(0, model.config.decoder.vocab_size, (1, _PROBE_TOKENS))).to(device)
+        batch = Batch(input_ids=ids, lengths=torch.tensor([_PROBE_TOKENS], device=device), route=Route((None,)))
+        found.append(tensor_digest(model(batch)))
+    model.train(was_training)
+    return tuple(found)
+
+
+def differences(certified: Preservation, found: Preservation) -> list[str]:
+    """Return what differs from the certificate, tensors first, in words; empty: nothing moved."""
+    told = []
+    for name, before in certified.frozen.items():
+        if name not in found.frozen:
+            told.append(f"{name} is missing")
+        elif found.frozen[name] != before:
+            told.append(f"{name} is not what it was: its SHA-256 differs")
+    same_sums = (certified.torch, certified.threads) == (found.torch, found.threads)
+    if not told and same_sums and certified.logits and found.logits:
+        pairs = zip(certified.logits, found.logits, strict=True)
+        told += [f"the text logits of probe {n} differ" for n, (one, other) in enumerate(pairs) if one != other]
+    return told
+
+
+def read_certificate(folder: Path) -> Preservation:
+    """Read a folder's certificate. Raises CheckpointError when it has none."""
+    path = folder / CERTIFICATE
+    if not path.exists():
+        raise CheckpointError(f"{folder} has no {CERTIFICATE}; `modalora train` writes one when the decoder is frozen")
+    return parse(Preservation, read_json(path), str(path))
