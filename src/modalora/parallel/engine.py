@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,11 @@ class Engine(Protocol):
         ...
 
     def wrap(self, optimizer: Updates) -> None:
-        """Take the optimiser that `step` will use."""
+        """Take the optimiser that `step` will use, once weights and moments are as they should be."""
+        ...
+
+    def losses(self, batch: Batch) -> Any:
+        """Return what the objective makes of a batch."""
         ...
 
     def level(self, batches: Sequence[Batch]) -> list[Batch]:
@@ -83,17 +87,23 @@ class Engine(Protocol):
         ...
 
     def local(self, tensor: Tensor) -> Tensor:
-        """Return the numbers of a parameter or gradient that this rank holds."""
+        """Return the numbers of a parameter that this rank holds."""
+        ...
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """Return the numbers of a parameter's gradient that this rank holds, in the order of `local`; None: it has none."""
         ...
 
     def save(self, folder: Path, trained: Mapping[str, nn.Parameter], notes: Mapping[str, str]) -> None:
         """Write weights and moments into a folder that all ranks see. Raises OSError."""
         ...
 
-    def load(self, folder: Path, trained: Mapping[str, nn.Parameter], notes: Mapping[str, str]) -> None:
+    def load(
+        self, folder: Path, trained: Mapping[str, nn.Parameter], optimizer: Updates, notes: Mapping[str, str]
+    ) -> None:
         """Set weights and moments back to what `save` of any engine wrote, at any world size.
 
-        Raises CheckpointError when a name is missing or left over, a shape or dtype differs, or the notes are others.
+        Comes before `wrap`. Raises CheckpointError when a name is missing or left over, a shape or dtype differs, or the notes are others.
         """
         ...
 
@@ -115,11 +125,15 @@ class Single:
 
     def shard(self, model: Multimodal, objective: nn.Module) -> None:
         """Leave the model whole."""
-        self.model = model
+        self.model, self.objective = model, objective
 
     def wrap(self, optimizer: Updates) -> None:
         """Take the optimiser."""
         self.optimizer = optimizer
+
+    def losses(self, batch: Batch) -> Any:
+        """Return what the objective makes of a batch."""
+        return self.objective(self.model, batch)
 
     def level(self, batches: Sequence[Batch]) -> list[Batch]:
         """Return the micro-batches as they are."""
@@ -154,15 +168,21 @@ class Single:
         """Return the tensor."""
         return tensor
 
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """Return the parameter's gradient."""
+        return parameter.grad
+
     def save(self, folder: Path, trained: Mapping[str, nn.Parameter], notes: Mapping[str, str]) -> None:
         """Write a file of weights and one of moments."""
         write_whole(folder / "weights", trained, notes)
         write_whole(folder / "optimizer", self.optimizer.state(), notes)
 
-    def load(self, folder: Path, trained: Mapping[str, nn.Parameter], notes: Mapping[str, str]) -> None:
+    def load(
+        self, folder: Path, trained: Mapping[str, nn.Parameter], optimizer: Updates, notes: Mapping[str, str]
+    ) -> None:
         """Set weights and moments back."""
         read(folder / "weights", trained, notes)
-        read(folder / "optimizer", self.optimizer.state(), notes)
+        read(folder / "optimizer", optimizer.state(), notes)
 
     def whole(self) -> Multimodal:
         """Return the model."""

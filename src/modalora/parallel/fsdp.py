@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -151,7 +152,7 @@ class Sharded:
 
     def shard(self, model: Multimodal, objective: nn.Module) -> None:
         """Spread the model, and the objective's own head if it has one."""
-        self.model = model
+        self.model, self.objective = model, objective
         parallelize(model, self.mesh, self.plan)
         if list(objective.parameters()):
             fully_shard(objective, mesh=_data_mesh(self.mesh))
@@ -160,6 +161,10 @@ class Sharded:
     def wrap(self, optimizer: Updates) -> None:
         """Take the optimiser."""
         self.optimizer = optimizer
+
+    def losses(self, batch: Batch) -> Any:
+        """Return what the objective makes of a batch."""
+        return self.objective(self.model, batch)
 
     def level(self, batches: Sequence[Batch]) -> list[Batch]:
         """Agree with all ranks on which encoders and projectors run in each micro-batch."""
@@ -205,18 +210,24 @@ class Sharded:
         write_pieces(folder / "weights", trained, self._notes(notes))
         write_pieces(folder / "optimizer", self.optimizer.state(), self._notes(notes))
 
-    def load(self, folder: Path, trained: Mapping[str, nn.Parameter], notes: Mapping[str, str]) -> None:
+    def load(
+        self, folder: Path, trained: Mapping[str, nn.Parameter], optimizer: Updates, notes: Mapping[str, str]
+    ) -> None:
         """Read this rank's pieces, wherever they were cut."""
         read(folder / "weights", trained, self._notes(notes))
-        read(folder / "optimizer", self.optimizer.state(), self._notes(notes))
+        read(folder / "optimizer", optimizer.state(), self._notes(notes))
 
     def clear(self, trained: Mapping[str, nn.Parameter]) -> None:
         """Drop the gradients of a step that is not taken."""
         clear(trained)
 
     def local(self, tensor: Tensor) -> Tensor:
-        """Return the numbers of a parameter or gradient that this rank holds."""
+        """Return the numbers of a parameter that this rank holds."""
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """Return the numbers of a parameter's gradient that this rank holds."""
+        return None if parameter.grad is None else self.local(parameter.grad)
 
     def whole(self) -> Multimodal | None:
         """Return the model as one process has it, on the CPU of rank 0; None on the others."""

@@ -7,7 +7,7 @@ exact, since nothing is multiplied by zero (nn/gate.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -23,13 +23,8 @@ from modalora.nn.lora import Made, RoutedLinear
 def gate_adapters(model: nn.Module) -> None:
     """Give every trained adapter a gradient in every backward pass, of zeros where it was idle, in one order."""
     for module in model.modules():
-        if isinstance(module, RoutedLinear) and any(matrix.requires_grad for matrix in matrices(module).values()):
+        if isinstance(module, RoutedLinear) and module.adapters:
             module.forward = _gated(module)  # type: ignore[method-assign]
-
-
-def matrices(linear: RoutedLinear) -> dict[str, nn.Parameter]:
-    """Return the adapter matrices of a Linear by their names in it."""
-    return {name: own for name, own in linear.named_parameters() if name.startswith("lora_")}
 
 
 def _gated(linear: RoutedLinear) -> Callable[..., Tensor]:
@@ -37,9 +32,10 @@ def _gated(linear: RoutedLinear) -> Callable[..., Tensor]:
 
     def forward(x: Tensor, route: Route, made: Made | None = None) -> Tensor:
         gated: dict[str, Tensor] = {}
-        for name, matrix in matrices(linear).items():
-            if matrix.requires_grad:
-                x, gated[name] = gate(x, matrix)  # one by one: backward meets them in this order, reversed
+        for name in linear.adapters:
+            for key, matrix in ((f"lora_A.{name}", linear.lora_A[name]), (f"lora_B.{name}", linear.lora_B[name])):
+                if matrix.requires_grad:
+                    x, gated[key] = gate(x, matrix)  # one by one: backward meets them in this order, reversed
         with _reparametrize_module(linear, gated):
             return plain(x, route, made)
 
@@ -61,11 +57,14 @@ class Presence:
         rows = total(counts).tolist()
         self.anywhere = [{column for column, count in zip(columns, row, strict=True) if count} for row in rows]
 
-    def level(self, batches: Sequence[Batch]) -> list[Batch]:
-        """Return the micro-batches, each with a smallest item of every sort that only other ranks hold."""
+    def level(self, batches: Sequence[Batch], always: Collection[tuple[str, str]] = ()) -> list[Batch]:
+        """Return the micro-batches, each with a smallest item of every sort that only other ranks hold.
+
+        always: media, with their projectors, that every micro-batch shall have.
+        """
         found: list[Batch] = []
         for batch, anywhere in zip(batches, self.anywhere, strict=True):
-            lacking = [place for place in self.model.branches if place in anywhere - _held(batch)]
+            lacking = [place for place in self.model.branches if place in (anywhere | {*always}) - _held(batch)]
             blanks = tuple(self.model.smallest(*place) for place in lacking)
             found.append(replace(batch, media=(*batch.media, *blanks)) if blanks else batch)
         return found

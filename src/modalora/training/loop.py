@@ -119,11 +119,11 @@ class _Loop:
         for name, parameter in self.trained.items():
             self.parts[trained_part(name)][name] = parameter
         self.optimizer = Optimizer(self.trained, run.optim, run.steps)
-        engine.wrap(self.optimizer)
         for line in what_trains(model, self.trained, self.optimizer):
             say(line)
         self.states = States(run, engine, self.trained, self.optimizer, self.preserved.fingerprint)
         self.progress = self.states.resume(batches, say)
+        engine.wrap(self.optimizer)
         self.saved = self.progress.step if self.progress.step else None
         seen = self.progress
         self.audit = Audit(model, self.trained, self.objective.idle, engine, say, seen.judged, seen.rows)
@@ -197,7 +197,7 @@ class _Loop:
         seed_dropout(self.run.seed, self.progress.step, first + number * shares)
         device = torch.device(self.run.device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.run.precision == "bf16"):
-            losses: Losses = self.objective(self.model, batch.to(device))
+            losses: Losses = self.engine.losses(batch.to(device))
         self.engine.backward(losses.values.sum() / labels, last=last)
         return losses
 

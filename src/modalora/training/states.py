@@ -153,7 +153,7 @@ class States:
                 f"and step {notes['step']}; remove {folder}, the state before it is used then"
             )
         engine = self.engine
-        engine.load(folder, self.trained, notes)
+        engine.load(folder, self.trained, self.optimizer, notes)
         if fields["world"] == engine.world:
             randomness = random_state()
             read(folder / f"random-{engine.rank:05d}", randomness, notes)
