@@ -53,8 +53,25 @@ class Mixture:
     """Batches of rows drawn from weighted sources."""
 
     def __init__(
-        self, context: Context, sources: Sequence[SourceConfig], *, rows: int, accumulate: int, seed: int
+        self,
+        context: Context,
+        sources: Sequence[SourceConfig],
+        *,
+        rows: int,
+        accumulate: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
+        """Draw steps of `accumulate` micro-batches, of which process `rank` of `world` gets every world-th.
+
+        Raises ConfigError when they cannot be shared evenly.
+        """
+        if accumulate % world:
+            raise ConfigError(
+                f"accumulate={accumulate} micro-batches cannot be shared by {world} processes; make it a multiple of it"
+            )
+        self.rank, self.world = rank, world
         self.context, self.rows, self.accumulate, self.seed = context, rows, accumulate, seed
         weights = np.array([source.weight for source in sources])
         self.shares = weights / weights.sum()
@@ -77,7 +94,8 @@ class Mixture:
         drawn = [self.sources[rng.choice(len(self.sources), p=self.shares)](rng) for _ in range(count)]
         drawn.sort(key=lambda row: len(row.ids))
         collate = self.context.processor.collate
-        return [collate(drawn[at : at + self.rows]) for at in range(0, count, self.rows)]
+        starts = range(0, count, self.rows)[self.rank :: self.world]
+        return [collate(drawn[at : at + self.rows]) for at in starts]
 
 
 def make_source(context: Context, config: SourceConfig) -> Source:

@@ -7,6 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -48,9 +49,21 @@ def join(device: str, patience_seconds: int) -> torch.device:
     return found
 
 
+def stopped_file(store: Path, rank: int) -> Path:
+    """Return the file by which a process tells its launcher that it saved and stopped."""
+    return store.with_name(f"stopped-{rank}")
+
+
+def tell_stopped() -> None:
+    """Tell the launcher, if there is one, that this process saved and stopped."""
+    if STORE in os.environ and is_one_of_many():
+        stopped_file(Path(os.environ[STORE]), int(os.environ["RANK"])).touch()
+
+
 def leave() -> None:
-    """End what `join` began."""
-    dist.destroy_process_group()
+    """End what `join` began, if it did."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def totals(values: Mapping[str, float]) -> dict[str, float]:

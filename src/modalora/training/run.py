@@ -23,6 +23,9 @@ from modalora.models.multimodal import Multimodal, part_of
 from modalora.models.sizes import SIZES
 from modalora.models.speech import SpeechEncoder
 from modalora.nn.mlp import Projector
+from modalora.parallel.engine import Engine
+from modalora.parallel.launch import engine_for
+from modalora.parallel.ranks import leave
 from modalora.processing.tokenizer import TextTokenizer
 from modalora.training.loop import Metrics, train
 from modalora.training.states import FREE
@@ -43,6 +46,20 @@ def run_recipe(
     if target.exists():
         _check_finished(run, target)
         return target
+    engine = engine_for(run)
+    try:
+        _carry_out(run, engine, target, report, say)
+        engine.barrier()
+    finally:
+        leave()
+    return target
+
+
+def _carry_out(
+    run: RunConfig, engine: Engine, target: Path, report: Callable[[Metrics], None], say: Callable[[str], None]
+) -> None:
+    if engine.rank:  # one process speaks
+        report, say = lambda metrics: None, lambda line: None
     data, cache = Path(run.data), Path(run.cache)
     torch.manual_seed(run.seed)
     if run.init in SIZES:
@@ -55,17 +72,21 @@ def run_recipe(
     processor = make_processor(model.config, tokenizer)
     context = Context(folder=data, cache=cache, processor=processor, window=run.window)
 
-    def batches() -> Mixture:
-        return Mixture(context, run.mixture, rows=run.rows, accumulate=run.accumulate, seed=run.seed)
+    def batches(rank: int = 0, world: int = 1) -> Mixture:
+        return Mixture(
+            context, run.mixture, rows=run.rows, accumulate=run.accumulate, seed=run.seed, rank=rank, world=world
+        )
 
     if "audio.encoder" in run.train:
         _set_mel_statistics(model, batches())
     for modality in run.whiten:
         _whiten_projectors(model, modality, run.train, batches())
-    metrics = train(run, model.to(run.device), batches(), report, say=say)
+    # an engine of many processes moves what a process keeps
+    model = model.to(run.device) if engine.world == 1 else model
+    metrics = train(run, model, batches(*engine.share), report, engine=engine, say=say)
     notes = {"trained": run.model_dump(mode="json"), "last": metrics}
-    _write(run, model, tokenizer, target, notes, say)
-    return target
+    if whole := engine.whole():
+        _write(run, whole, tokenizer, target, notes, say)
 
 
 def _check_finished(run: RunConfig, target: Path) -> None:
