@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from modalora.errors import ConfigError
 
@@ -35,6 +36,17 @@ class OptimConfig(Settings):
     final_lr_ratio: float = Field(0.1, ge=0, le=1)
     clip_norm: float = Field(1.0, gt=0)
     lr_scale: dict[str, float] = Field(default_factory=dict)  # part -> factor on lr
+    state_bits: Literal[8, 16, 32] = 32  # of each of AdamW's two moments; 8 and 16 are for name: adamw
+
+    @model_validator(mode="after")
+    def _moments_move(self) -> OptimConfig:
+        if self.state_bits < 32 and self.name != "adamw":
+            raise ValueError(f"state_bits={self.state_bits} is for name: adamw; {self.name} keeps 32")
+        if self.state_bits == 16 and self.betas[1] > 0.99:
+            raise ValueError(
+                f"betas[1]={self.betas[1]} moves a bf16 moment by less than it can hold; use 0.99 or less, or 8 bits"
+            )
+        return self
 
 
 class SourceConfig(Settings):
@@ -72,6 +84,8 @@ class RunConfig(Settings):
     window: int = Field(256, ge=8)  # tokens of a plain text window
     steps: int = Field(ge=1)
     precision: Literal["bf16", "fp32"] = "bf16"
+    base_bits: Literal[4, 8] | None = None  # the frozen decoder's Linears while adapters train; None: as they are
+    recompute: bool = False  # layers run again in the backward pass instead of keeping what they computed
     seed: int = 0
     log_every: int = Field(10, ge=1)
     save_every: int = Field(200, ge=1)
@@ -90,6 +104,12 @@ class RunConfig(Settings):
     data: str = "../shared/data"  # the folder of docs/nano.md
     cache: str = "runs/cache"
     optim: OptimConfig = Field(default_factory=OptimConfig)
+
+    @model_validator(mode="after")
+    def _freezes_a_small_base(self) -> RunConfig:
+        if self.base_bits is not None and any(fnmatchcase("decoder", pattern) for pattern in self.train):
+            raise ValueError("base_bits keeps the decoder's matrices in few bits, so it must be frozen: train adapters")
+        return self
 
 
 class _Strict(Settings, Generic[T]):

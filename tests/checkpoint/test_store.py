@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modalora.checkpoint.files import MANIFEST, check_manifest, digest, read_json, write_folder, write_json
-from modalora.checkpoint.store import CONFIG, TOKENIZER, WEIGHTS, load_model, read_card, save_model, to_int8
+from modalora.checkpoint.store import CONFIG, TOKENIZER, WEIGHTS, load_model, read_card, save_model
 from modalora.errors import CheckpointError, ConfigError
 from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import tiny
+from modalora.nn.quantised import to_int8
 from modalora.processing.tokenizer import TextTokenizer
 
 

@@ -262,6 +262,8 @@ def merge(model: Multimodal, route: str) -> Merged:
     """
     parts = terms(route)
     _needs_plain(model)
+    if model.decoder.is_quantised:
+        raise ConfigError("this model was quantised; merge into its plain weights")
     for one, _ in parts:
         _held(model, one)
     errors: dict[str, tuple[float, float]] = {}

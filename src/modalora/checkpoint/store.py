@@ -35,6 +35,7 @@ from modalora.checkpoint.preserve import CERTIFICATE, Preservation
 from modalora.config import parse
 from modalora.errors import CheckpointError, ConfigError
 from modalora.models.multimodal import ModelConfig, Multimodal, parameter_counts, part_of
+from modalora.nn.quantised import to_int8
 from modalora.processing.chat import FORMATS, ChatFormat
 from modalora.processing.tokenizer import END_OF_TEXT, PLACEHOLDERS, TextTokenizer
 
@@ -144,6 +145,8 @@ def save_model(
     """
     if model.decoder.is_packed:
         raise ConfigError("this model was packed for reading; load it with pack=False to save it")
+    if model.decoder.is_quantised:
+        raise ConfigError("this model was quantised; quantize.restore it from its plain weights to save it")
     state = model.state_dict()
     fill = _filler(
         model.config, tokenizer, layout, chat or FORMATS["phi4"], notes or {}, beside,
@@ -188,18 +191,6 @@ def describe(folder: Path) -> dict[str, Any]:
         "config": asdict(card.config),
         "notes": dict(card.notes),
     }
-
-
-def to_int8(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Return int8 values and one float32 scale per row (first axis), (rows, 1, ...); error is at most half a scale.
-
-    Scales have bf16's eight bits: the largest value of a row is then 127 x scale without rounding, so storing an
-    expanded matrix again gives the same bits.
-    """
-    flat = tensor.float().flatten(1)
-    scale = (flat.abs().amax(1).clamp(min=1e-12) / 127).bfloat16().float()
-    values = (flat / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
-    return values.view(tensor.shape), scale.view(-1, *[1] * (tensor.ndim - 1))
 
 
 def rounded_by_int8(model: Multimodal, names: Iterable[str]) -> str | None:

@@ -221,6 +221,11 @@ class Decoder(nn.Module):
         """Whether `pack` changed the decoder."""
         return self._head is not None
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether a Linear keeps its matrix in fewer bits."""
+        return any(linear.quantised is not None for linear in self.routed().values())
+
     def embed(self, ids: Tensor) -> Tensor:
         """ids: (batch, time) -> (batch, time, width)."""
         hidden: Tensor = self.embed_tokens(ids)

@@ -173,7 +173,7 @@ class _Tiled(torch.autograd.Function):
 
 @dataclass(frozen=True, slots=True)
 class _Tile:
-    """Some queries, the keys that any of them sees, and the visible pairs, (1, 1 or heads, queries, keys); None: all."""
+    """Some queries, the keys that they see, and the visible pairs, (1, 1 or heads, queries, keys); None: all."""
 
     queries: slice
     keys: slice

@@ -23,6 +23,7 @@ from torch.nn import functional
 from modalora.contracts import Route
 from modalora.errors import ConfigError
 from modalora.nn import packed
+from modalora.nn.quantised import KINDS, Int8, Nf4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +92,7 @@ class RoutedLinear(nn.Module):
         self.lora_B = nn.ParameterDict()
         self.adapters: dict[str, LoraConfig] = {}
         self._some = torch.empty(0)
+        self.quantised: Int8 | Nf4 | None = None
         self._packed: dict[str, Tensor] = {}  # "", "A.name", "B.name": what `pack` made of the matrices
         nn.init.normal_(self.weight, std=in_features**-0.5)
 
@@ -115,12 +117,15 @@ class RoutedLinear(nn.Module):
         groups = [group for group in route.groups if group[0] in self.adapters]
         if torch.is_grad_enabled():
             return self._differentiable(x, groups, made)
-        y = self._product(x, "", self.weight, self.bias)
+        y = self._product(x, "", self._matrix(x.dtype), self.bias)
         for name, weight, where in groups:
             inner = self._product(_pick(x, where), f"A.{name}", self.lora_A[name])
             inner = inner * (weight * self.adapters[name].scaling)
             _add(y, where, self._product(inner, f"B.{name}", self.lora_B[name]))
         return y
+
+    def _matrix(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.to(dtype) if self.quantised is None else self.quantised.expand(dtype)
 
     def _differentiable(
         self, x: Tensor, groups: list[tuple[str, float, Tensor | slice | None]], made: Made | None
@@ -135,7 +140,7 @@ class RoutedLinear(nn.Module):
             factors += [self.lora_A[name], self.lora_B[name]]
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        call = _Call(matrix=self.weight, terms=tuple(terms), dtype=dtype, make=None if made is None else made.make)
+        call = _Call(matrix=self._matrix, terms=tuple(terms), dtype=dtype, make=None if made is None else made.make)
         source = None if made is None else made.source.detach()
         trained = self.weight if self.weight.requires_grad else None
         y: Tensor = _Product.apply(x, source, trained, self.bias, call, *factors)  # type: ignore[no-untyped-call]
@@ -148,7 +153,7 @@ class RoutedLinear(nn.Module):
 
     def some_rows(self) -> Tensor:
         """Return four rows of the weight, (4, in_features), by which matrices can be told apart."""
-        if self.is_packed:
+        if self.is_packed or self.quantised is not None:
             return self._some
         return self.weight.detach()[:: max(1, len(self.weight) // 4)][:4].clone()
 
@@ -161,13 +166,31 @@ class RoutedLinear(nn.Module):
         for key, weight in plain.items():
             self._packed[key] = packed.pack(weight)
             done(weight.data)
-            # its shape without memory; whatever reads it by mistake gets NaN
-            weight.data = torch.full((), torch.nan, dtype=weight.dtype).expand(weight.shape)
+            _empty(weight)
+
+    def quantize(self, bits: int) -> None:
+        """Keep the matrix in 8 or 4 bits only; adapters stay as they are. Raises ConfigError for other bits."""
+        if bits not in KINDS:
+            raise ConfigError(f"bits={bits} must be 8 or 4")
+        self._some = self.some_rows()
+        self.quantised = KINDS[bits](self.weight)
+        self.weight.requires_grad_(False)
+        _empty(self.weight)
+
+    def restore(self, weight: Tensor) -> None:
+        """Take back the plain matrix that `quantize` gave up."""
+        self.quantised = None
+        self.weight.data = weight
 
     def _product(self, x: Tensor, key: str, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if key in self._packed:
             return packed.linear(x, self._packed[key], bias)
         return functional.linear(x, weight, bias)
+
+
+def _empty(weight: Tensor) -> None:
+    # its shape without memory; whatever reads it by mistake gets NaN
+    weight.data = torch.full((), torch.nan, dtype=weight.dtype, device=weight.device).expand(weight.shape)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,7 +206,7 @@ class _Term:
 class _Call:
     """What a product needs that has no gradient."""
 
-    matrix: Tensor
+    matrix: Callable[[torch.dtype], Tensor]
     terms: tuple[_Term, ...]
     dtype: torch.dtype
     make: Callable[[Tensor], Tensor] | None
@@ -198,7 +221,7 @@ class _Product(torch.autograd.Function):
         *factors: Tensor,
     ) -> Tensor:  # fmt: skip
         x = x.to(call.dtype)
-        y = functional.linear(x, call.matrix.to(call.dtype), None if bias is None else bias.to(call.dtype))
+        y = functional.linear(x, call.matrix(call.dtype), None if bias is None else bias.to(call.dtype))
         inners, masks = [], []
         for term, down, up in zip(call.terms, factors[::2], factors[1::2], strict=True):
             own = _pick(x, term.where)
@@ -217,16 +240,17 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
         call, needed = ctx.call, ctx.needs_input_grad
-        kept, _, bias, *rest = ctx.saved_tensors
+        kept, weight, bias, *rest = ctx.saved_tensors
         count = len(call.terms)
         factors, inners, masks = rest[: 2 * count], rest[2 * count : 3 * count], rest[3 * count :]
         upstream = given[0].to(call.dtype)
         x = None if kept is None else (call.make(kept) if call.make else kept).to(call.dtype)
-        to_x = upstream @ call.matrix.to(call.dtype) if needed[0] else None
+        to_x = upstream @ call.matrix(call.dtype) if needed[0] else None
         to_weight = to_bias = None
         if needed[2]:
             assert x is not None
-            to_weight = (_flat(upstream).T @ _flat(x)).to(call.matrix.dtype)
+            assert weight is not None
+            to_weight = (_flat(upstream).T @ _flat(x)).to(weight.dtype)
         if needed[3]:
             to_bias = _flat(upstream).sum(0).to(bias.dtype)
         to_factors: list[Tensor | None] = []

@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from modalora.errors import ShapeError
 
-BUDGET, GPU_BUDGET = 2**24, 2**29  # bytes of a block: a CPU wants it in its cache, a GPU wants large products
+BUDGET, GPU_BUDGET = 2**23, 2**29  # bytes of a block of logits: a CPU wants it in its cache, a GPU large products
+CACHED = 2**18  # numbers that stay in the cache of one core
 TOKENS = 1024  # at most so many at a time: more gain nothing, and the blocks of words would grow narrow
 WORDS = 1024  # at least so many at a time: each block costs a pass over the gradient of the states
 
@@ -55,19 +56,24 @@ class _CrossEntropy(torch.autograd.Function):
         for rows in _token_chunks(hidden):
             states, own = hidden[rows].to(dtype), targets[rows, None]
             top = losses.new_full(own.shape, torch.finfo(exact).min / 2)  # finite: a block may hold unsaid words only
-            total, said = torch.zeros_like(top), torch.zeros_like(top)
+            total, said, shrink = (torch.zeros_like(top) for _ in range(3))
             mean = torch.zeros_like(states, dtype=exact)  # of the words, weighed by exp(logit - top)
             for words in _word_blocks(weight, states):
                 part = weight[words].to(dtype)
-                logits = _logits(states, part, words, scale, unsaid, exact)
+                logits = _logits(states, part, words, unsaid)
                 at, here = _places(own, words)
-                said = torch.where(here, logits.gather(1, at), said)
-                before, top = top, torch.maximum(top, logits.amax(-1, keepdim=True))
-                shrink = (before - top).exp_()
-                shares = logits.sub_(top).exp_()
-                total = torch.addcmul(shares.sum(-1, keepdim=True), total, shrink)
+                said = torch.where(here, logits.gather(1, at).to(exact) * scale, said)
+                for few in _in_cache(logits):
+                    wide = logits[few].to(exact)
+                    wide = wide.mul_(scale) if scale != 1.0 else wide
+                    higher = torch.maximum(top[few], wide.amax(-1, keepdim=True))
+                    shrink[few] = (top[few] - higher).exp_()
+                    top[few] = higher
+                    wide = wide.sub_(higher).exp_()
+                    total[few] = torch.addcmul(wide.sum(-1, keepdim=True), total[few], shrink[few])
+                    logits[few] = wide
                 if grad is not None:
-                    mean = torch.addcmul((shares.to(dtype) @ part).to(exact), mean, shrink)
+                    mean.mul_(shrink).add_(logits @ part)
             sums[rows] = (top + total.log()).squeeze(1)
             losses[rows] = sums[rows] - said.squeeze(1)
             if grad is not None:
@@ -98,21 +104,21 @@ def _to_weight(
     for rows in _token_chunks(hidden):
         states, own = hidden[rows].to(dtype), targets[rows, None]
         for words in _word_blocks(weight, states):
-            logits = _logits(states, weight[words].to(dtype), words, scale, unsaid, sums.dtype)
+            logits = _logits(states, weight[words].to(dtype), words, unsaid)
             at, here = _places(own, words)
-            right = here & logits.gather(1, at).isfinite()
-            change = logits.sub_(sums[rows, None]).exp_().scatter_add_(1, at, -right.to(sums.dtype))
-            change.mul_(upstream[rows, None] * scale)
-            grad[words] += change.to(dtype).T @ states
+            right = -(here & logits.gather(1, at).isfinite()).to(sums.dtype)
+            factor = upstream[rows, None] * scale
+            for few in _in_cache(logits):
+                wide = logits[few].to(sums.dtype)
+                wide = wide.mul_(scale) if scale != 1.0 else wide
+                wide = wide.sub_(sums[rows][few, None]).exp_()
+                logits[few] = wide.scatter_add_(1, at[few], right[few]).mul_(factor[few])
+            grad[words] += logits.T @ states
     return grad
 
 
-def _logits(
-    states: Tensor, part: Tensor, words: slice, scale: float, unsaid: Sequence[int], exact: torch.dtype
-) -> Tensor:
-    logits = (states @ part.T).to(exact)
-    if scale != 1.0:
-        logits.mul_(scale)
+def _logits(states: Tensor, part: Tensor, words: slice, unsaid: Sequence[int]) -> Tensor:
+    logits = states @ part.T
     if here := [word - words.start for word in unsaid if words.start <= word < words.stop]:
         logits[:, here] = -torch.inf
     return logits
@@ -130,8 +136,14 @@ def _token_chunks(hidden: Tensor) -> Iterator[slice]:
 
 
 def _word_blocks(weight: Tensor, states: Tensor) -> Iterator[slice]:
-    # logits, and their exponentials in the dtype of the products
-    size = len(states) * (torch.promote_types(states.dtype, torch.float32).itemsize + states.dtype.itemsize)
-    count = max(WORDS, (BUDGET if weight.device.type == "cpu" else GPU_BUDGET) // size)
+    budget = BUDGET if weight.device.type == "cpu" else GPU_BUDGET
+    count = max(WORDS, budget // (len(states) * states.dtype.itemsize) // WORDS * WORDS)
     for start in range(0, len(weight), count):
         yield slice(start, min(start + count, len(weight)))
+
+
+def _in_cache(logits: Tensor) -> Iterator[slice]:
+    """Give rows of a block, so few on a CPU that all that is done to their float32 copy finds it in the cache."""
+    count = max(1, CACHED // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    for start in range(0, len(logits), count):
+        yield slice(start, start + count)

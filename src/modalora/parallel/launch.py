@@ -35,11 +35,13 @@ def engine_for(run: RunConfig) -> Engine:
         if run.mesh.replicate * max(1, run.mesh.shard) * run.mesh.tensor > 1:
             raise ConfigError(f"mesh: {run.mesh} needs several processes; start them with --gpus N or --processes N")
         return Single()
+    if run.base_bits is not None or run.optim.state_bits != 32:
+        raise ConfigError("base_bits and optim.state_bits save memory in one process; many share plain numbers instead")
     device = join(run.device, run.patience_seconds)
     if run.engine == "fsdp":
         from modalora.parallel.fsdp import Plan, Sharded
 
-        plan = Plan(bf16=run.precision == "bf16", recompute=run.recompute, offload=run.offload)
+        plan = Plan(bf16=run.precision == "bf16", offload=run.offload)
         return Sharded(run.mesh, plan, device)
     from modalora.parallel.zero import Zero
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from math import cos, pi
 
 import torch
@@ -14,6 +15,7 @@ from modalora.config import OptimConfig
 from modalora.errors import ConfigError
 from modalora.models.multimodal import part_of
 from modalora.models.vision import VisionTower
+from modalora.training.moments import SmallAdamW
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
@@ -70,7 +72,8 @@ class Optimizer:
         self.parts: list[torch.optim.Optimizer] = []
         if adam:
             groups = [{"params": own, "factor": f, "weight_decay": decay} for (f, decay), own in adam.items()]
-            self.parts.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps))
+            kind = torch.optim.AdamW if config.state_bits == 32 else partial(SmallAdamW, bits=config.state_bits)
+            self.parts.append(kind(groups, lr=config.lr, betas=config.betas, eps=config.eps))
         if muon:
             groups = [{"params": own, "factor": f} for f, own in muon.items()]
             self.parts.append(

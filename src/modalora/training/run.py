@@ -20,6 +20,7 @@ from modalora.data.mixture import Context, Mixture
 from modalora.data.text import tokenizer_corpus
 from modalora.errors import CheckpointError, ConfigError
 from modalora.models.multimodal import Multimodal, part_of
+from modalora.models.recompute import recompute
 from modalora.models.sizes import SIZES
 from modalora.models.speech import SpeechEncoder
 from modalora.nn.mlp import Projector
@@ -27,6 +28,7 @@ from modalora.parallel.engine import Engine
 from modalora.parallel.launch import engine_for
 from modalora.parallel.ranks import leave
 from modalora.processing.tokenizer import TextTokenizer
+from modalora.quantize import quantize, restore
 from modalora.training.loop import Metrics, train
 from modalora.training.states import FREE
 
@@ -60,17 +62,9 @@ def _carry_out(
 ) -> None:
     if engine.rank:  # one process speaks
         report, say = lambda metrics: None, lambda line: None
-    data, cache = Path(run.data), Path(run.cache)
-    torch.manual_seed(run.seed)
-    if run.init in SIZES:
-        model = Multimodal(SIZES[run.init]())
-        tokenizer = _fresh_tokenizer(data, cache, model.config.decoder.vocab_size)
-    else:
-        loaded = load_model(find_model(run.init))
-        model, tokenizer = loaded.model, loaded.tokenizer
-    _take_parts(model, run.take)
+    model, tokenizer = _start(run)
     processor = make_processor(model.config, tokenizer)
-    context = Context(folder=data, cache=cache, processor=processor, window=run.window)
+    context = Context(folder=Path(run.data), cache=Path(run.cache), processor=processor, window=run.window)
 
     def batches(rank: int = 0, world: int = 1) -> Mixture:
         return Mixture(
@@ -81,10 +75,16 @@ def _carry_out(
         _set_mel_statistics(model, batches())
     for modality in run.whiten:
         _whiten_projectors(model, modality, run.train, batches())
+    if run.recompute:
+        recompute(model)
+    if run.base_bits is not None:
+        quantize(model, run.base_bits)
     # an engine of many processes moves what a process keeps
     model = model.to(run.device) if engine.world == 1 else model
     metrics = train(run, model, batches(*engine.share), report, engine=engine, say=say)
     notes = {"trained": run.model_dump(mode="json"), "last": metrics}
+    if run.base_bits is not None:  # what was trained belongs to the plain weights
+        restore(model.cpu(), _start(run)[0])
     if whole := engine.whole():
         _write(run, whole, tokenizer, target, notes, say)
 
@@ -120,6 +120,19 @@ def _write(
         if kind == "adapter" and certificate and not (folder := target.parent / f"{name}-lora").exists():
             save_adapter(model, name, folder, certificate)
     save_model(model, tokenizer, target, int8=run.int8, notes=notes, certificate=certificate)
+
+
+def _start(run: RunConfig) -> tuple[Multimodal, TextTokenizer]:
+    """Return the weights that a run starts from, the same at each call, and their tokenizer."""
+    torch.manual_seed(run.seed)
+    if run.init in SIZES:
+        model = Multimodal(SIZES[run.init]())
+        tokenizer = _fresh_tokenizer(Path(run.data), Path(run.cache), model.config.decoder.vocab_size)
+    else:
+        loaded = load_model(find_model(run.init))
+        model, tokenizer = loaded.model, loaded.tokenizer
+    _take_parts(model, run.take)
+    return model, tokenizer
 
 
 def _fresh_tokenizer(data: Path, cache: Path, vocab_size: int) -> TextTokenizer:

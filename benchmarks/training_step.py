@@ -1,0 +1,298 @@
+"""How long does a LoRA training step take, and in how much memory, beside transformers + PEFT on the same weights?
+
+A model of Phi-4-mini's width (3,072; 200,064 words; 4 layers), rank 320 on all Linears of the decoder, bf16, every
+token labelled: forward, backward and AdamW. Before any time is taken, gradients of all A and B must agree. `loss`
+measures the cross-entropy alone, 4,096 tokens, beside logits and torch's. Each side runs in a process of its own, on
+one thread; times are CPU seconds, the best of several; memory is the peak of resident memory above what it was before
+the first step, with the allocator's defaults.
+
+    python benchmarks/training_step.py step            # 2 GB of weights in --folder, about 15 minutes
+    python benchmarks/training_step.py loss            # the peer needs 14 GB
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+
+from full_size import TUNED, draw, words
+from modalora.checkpoint import configs, names
+from modalora.checkpoint.files import write_json, write_tensors
+from modalora.checkpoint.store import load_model
+from modalora.contracts import Batch, Route
+from modalora.models.multimodal import ModelConfig, Multimodal
+from modalora.models.recompute import recompute
+from modalora.models.sizes import phi4_mini
+from modalora.nn.lora import LoraConfig
+from modalora.nn.loss import cross_entropy
+from timing import best
+
+LAYERS, RANK = 4, 320
+LORA = LoraConfig(r=RANK, lora_alpha=2 * RANK)
+# Distances of gradients, |ours - theirs| / |theirs| of the worst matrix. float32: the order of sums, 2^-24 through four
+# layers. bf16: both sides round every product and sum to 2^-9 of it, in another order; seen 0.02.
+CLOSE = {"float32": 2e-4, "bfloat16": 0.06}
+
+Loss = Callable[[Tensor], Tensor]
+Parameters = dict[str, torch.nn.Parameter]
+
+
+def config() -> ModelConfig:
+    whole = phi4_mini()
+    return replace(whole, decoder=replace(whole.decoder, num_hidden_layers=LAYERS))
+
+
+def build(folder: Path) -> None:
+    """Write random weights in transformers' layout, and an adapter by our names."""
+    with torch.device("meta"):
+        model = Multimodal(config())
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    places = names.plan("phi3", shapes, config())
+    generator = torch.Generator().manual_seed(0)
+    folder.mkdir(parents=True)
+    write_tensors(
+        folder,
+        ((place.name, draw(key, place.shape, generator)) for key, place in places.items()),
+        shard_bytes=5_000_000_000,
+    )
+    tokens = {"bos_token_id": 199_999, "eos_token_id": 199_999, "pad_token_id": 199_999}
+    write_json(folder / "config.json", {**configs.write_config("phi3", config(), tokens), "dtype": "bfloat16"})
+    (folder / "tokenizer.json").write_text(words(config().decoder.vocab_size))
+    with torch.device("meta"):
+        model.decoder.add_adapter("new", LORA)
+    adapter = {
+        name.removeprefix("decoder."): draw(name, tuple(parameter.shape), generator)
+        for name, parameter in model.named_parameters()
+        if ".lora_" in name
+    }
+    save_file(adapter, folder / "adapter.st")
+
+
+def ours(folder: Path, dtype: torch.dtype, adapters: torch.dtype, again: bool) -> tuple[Loss, Parameters]:
+    """Return a function from ids to the mean loss, and the trained parameters by name."""
+    model = load_model(folder).model.to(dtype).requires_grad_(False).train()
+    model.decoder.add_adapter("new", LORA)
+    given, trained = load_file(folder / "adapter.st"), {}
+    for name, parameter in model.decoder.named_parameters():
+        if name in given:
+            parameter.data = given[name].to(adapters)
+            trained[name] = parameter
+    if again:
+        recompute(model)
+
+    def loss(ids: Tensor) -> Tensor:
+        batch = Batch(ids, torch.tensor([ids.shape[1]]), Route(("new",)), labels=ids)
+        return model.loss(batch)[0].mean()
+
+    return loss, trained
+
+
+def theirs(folder: Path, dtype: torch.dtype, adapters: torch.dtype) -> tuple[Loss, Parameters]:
+    """The same by transformers and PEFT."""
+    import peft
+    import transformers
+
+    model = transformers.Phi3ForCausalLM.from_pretrained(folder, dtype=dtype)
+    places = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+    lora = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=places)
+    model = peft.get_peft_model(model, lora, autocast_adapter_dtype=adapters == torch.float32).train()
+    given, trained = load_file(folder / "adapter.st"), {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.dtype == adapters
+            place = name.removeprefix("base_model.model.model.").replace(".default.weight", ".new")
+            parameter.data.copy_(given[place])
+            trained[place] = parameter
+    assert trained.keys() == given.keys()
+    return lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss, trained
+
+
+def measure(given: argparse.Namespace) -> dict[str, float]:
+    """Run one side in this process."""
+    torch.set_num_threads(1)
+    dtype, adapters = getattr(torch, given.dtype), getattr(torch, given.adapters)
+    if given.side == "peft":
+        loss, trained = theirs(given.folder, dtype, adapters)
+    else:
+        loss, trained = ours(given.folder, dtype, adapters, given.side == "recompute")
+    ids = torch.randint(0, 199_000, (1, given.tokens), generator=torch.Generator().manual_seed(1))
+    if given.gradients:
+        value = loss(ids)
+        value.backward()
+        save_file({name: parameter.grad.float() for name, parameter in trained.items()}, given.gradients)
+        return {"loss": float(value.detach())}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-5)
+    with torch.no_grad():
+        loss(ids[:, :16])  # weights are read from their file
+
+    def step() -> None:
+        loss(ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    peak = peak_of(step)
+    return {"seconds": best(step, given.times), "peak_gb": peak}
+
+
+def measure_loss(given: argparse.Namespace) -> dict[str, float]:
+    """Run the cross-entropy alone."""
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    weight = draw("head", (200_064, 3072), generator)
+    hidden = torch.randn(given.tokens, 3072, generator=generator).bfloat16().requires_grad_()
+    targets = torch.randint(0, len(weight), (given.tokens,), generator=generator)
+    found = {}
+
+    def step() -> None:
+        hidden.grad = None
+        if given.side == "ours":
+            values = cross_entropy(hidden, weight, targets)
+        else:
+            values = functional.cross_entropy(functional.linear(hidden, weight).float(), targets, reduction="none")
+        values.mean().backward()
+        found["loss"] = float(values.detach().mean())
+
+    peak = peak_of(step)
+    if given.gradients:
+        save_file({"hidden": hidden.grad.float()}, given.gradients)
+    return {"seconds": best(step, given.times), "peak_gb": peak, **found}
+
+
+def peak_of(step: Callable[[], None]) -> float:
+    """Return the GB of resident memory that a call needs above what is there before it, at its peak."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on
+    before = resident("VmRSS")
+    step()
+    return (resident("VmHWM") - before) / 1e9
+
+
+def resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def ask(given: argparse.Namespace, verb: str, side: str, *, tuned: bool, **options: object) -> dict[str, float]:
+    """Measure in a process of its own."""
+    command = [sys.executable, __file__, "--folder", str(given.folder), verb, side]
+    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    settings = TUNED if tuned else {}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **settings}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def machine() -> str:
+    return f"{date.today()}, {platform.processor() or platform.machine()}, torch {torch.__version__}, 1 thread"
+
+
+def distance(one: Path, other: Path) -> float:
+    """Return |one - other| / |other| of the worst matrix."""
+    found, told = load_file(one), load_file(other)
+    return max(float((found[name] - told[name]).norm() / told[name].norm()) for name in told)
+
+
+def run_step(given: argparse.Namespace) -> None:
+    """Compare gradients, then print times and memory of both sides, and their ratios."""
+    if not given.folder.exists():
+        build(given.folder)
+    with tempfile.TemporaryDirectory() as folder:
+        for dtype, adapters, tokens in (("float32", "float32", 64), ("bfloat16", "bfloat16", given.tokens[0])):
+            files = {side: Path(folder) / f"{side}-{dtype}" for side in ("ours", "recompute", "peft")}
+            for side, file in files.items():
+                ask(given, "measure", side, tuned=True, dtype=dtype, adapters=adapters, tokens=tokens, gradients=file)
+            apart = distance(files["ours"], files["peft"])
+            print(
+                f"gradients of A and B, {dtype}, {tokens} tokens: {apart:.1e} apart (at most {CLOSE[dtype]})",
+                flush=True,
+            )
+            if apart > CLOSE[dtype] or distance(files["recompute"], files["ours"]):
+                raise SystemExit("gradients differ: no time is taken")
+    print(f"\n{machine()}\n\n| tokens | adapters | side | step, CPU s | tuned allocator | peak GB above weights |")
+    print("|---|---|---|---|---|---|")
+    for tokens in given.tokens:
+        for adapters in ("bfloat16", "float32"):
+            rows = {}
+            for side in ("ours", "recompute", "peft"):
+                options = {"dtype": "bfloat16", "adapters": adapters, "tokens": tokens, "times": given.times}
+                plain, tuned = (ask(given, "measure", side, tuned=tuned, **options) for tuned in (False, True))
+                rows[side] = plain["seconds"], tuned["seconds"], plain["peak_gb"]
+                print(
+                    f"| {tokens} | {adapters} | {side} | " + " | ".join(f"{x:.2f}" for x in rows[side]) + " |",
+                    flush=True,
+                )
+            for side in ("ours", "recompute"):
+                ratios = [mine / other for mine, other in zip(rows[side], rows["peft"], strict=True)]
+                print(
+                    f"| {tokens} | {adapters} | {side} / peft | " + " | ".join(f"{x:.2f}x" for x in ratios) + " |",
+                    flush=True,
+                )
+
+
+def run_loss(given: argparse.Namespace) -> None:
+    """The same for the cross-entropy alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = {side: Path(folder) / side for side in ("ours", "logits")}
+        tokens = given.tokens[0]
+        plain = {
+            side: ask(given, "measure-loss", side, tuned=False, tokens=tokens, times=given.times, gradients=file)
+            for side, file in files.items()
+        }
+        apart = distance(files["ours"], files["logits"])
+    tuned = {side: ask(given, "measure-loss", side, tuned=True, tokens=tokens, times=given.times) for side in plain}
+    print(f"losses {plain['ours']['loss']:.5f} and {plain['logits']['loss']:.5f}; gradients {apart:.1e} apart")
+    if apart > 0.01:  # each is rounded to bf16 once, 2^-9
+        raise SystemExit("gradients differ: no time is taken")
+    print(f"\n{machine()}, {tokens} tokens\n\n| side | CPU s | tuned allocator | peak GB above weights |")
+    print("|---|---|---|---|")
+    rows = {side: (plain[side]["seconds"], tuned[side]["seconds"], plain[side]["peak_gb"]) for side in plain}
+    for side, row in rows.items():
+        print(f"| {side} | " + " | ".join(f"{x:.3f}" for x in row) + " |")
+    ratios = [mine / other for mine, other in zip(rows["ours"], rows["logits"], strict=True)]
+    print("| ours / logits | " + " | ".join(f"{x:.3f}x" for x in ratios) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/training-step"))
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for verb, run, tokens in (("step", run_step, [512, 2048]), ("loss", run_loss, [4096])):
+        sub = verbs.add_parser(verb)
+        sub.add_argument("--tokens", type=int, nargs="+", default=tokens)
+        sub.set_defaults(run=run)
+    for verb, run, sides in (
+        ("measure", measure, ("ours", "recompute", "peft")),
+        ("measure-loss", measure_loss, ("ours", "logits")),
+    ):
+        sub = verbs.add_parser(verb)
+        sub.add_argument("side", choices=sides)
+        sub.add_argument("--tokens", type=int, required=True)
+        sub.add_argument("--dtype", default="bfloat16")
+        sub.add_argument("--adapters", default="bfloat16")
+        sub.add_argument("--gradients", type=Path)
+        sub.set_defaults(run=lambda given, run=run: print(json.dumps(run(given))))
+    for sub in verbs.choices.values():
+        sub.add_argument("--times", type=int, default=3)
+    given = parser.parse_args()
+    given.run(given)
+
+
+if __name__ == "__main__":
+    main()

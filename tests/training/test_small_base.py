@@ -1,0 +1,43 @@
+"""A recipe on a base of 4 bits: adapters train, and the model that is written has the plain base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+import modalora
+from modalora.config import RunConfig, SourceConfig
+from modalora.models.multimodal import part_of
+from modalora.training.run import run_recipe
+
+NANO = Path(modalora.__file__).parent / "bundled" / "nano"
+
+
+def test_what_a_four_bit_base_trained_is_written_with_the_plain_base(tmp_path: Path) -> None:
+    run = RunConfig.model_validate(
+        {
+            "init": str(NANO),
+            "output": str(tmp_path / "run"),
+            "data": str(tmp_path),
+            "cache": str(tmp_path / "cache"),
+            "train": ["adapter.vision"],
+            "mixture": [SourceConfig(source="pictures", options={"turns": 1})],
+            "rows": 1,
+            "steps": 2,
+            "base_bits": 4,
+            "recompute": True,
+            "optim": {"state_bits": 8},
+        }
+    )
+    before, after = (modalora.load(place).model.state_dict() for place in (NANO, run_recipe(run)))
+    moved = {part_of(name) for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert moved == {"adapter.vision"}
+
+
+def test_a_decoder_in_few_bits_cannot_be_trained() -> None:
+    mixture = [SourceConfig(source="books")]
+    with pytest.raises(ValidationError, match="must be frozen"):
+        RunConfig(init="nano", output="x", train=["dec*"], mixture=mixture, steps=1, base_bits=8)
