@@ -20,6 +20,8 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings to change, e.g. steps=100 optim.lr=1e-4.")
     ] = None,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs of this machine to train on, one process each.")] = 0,
+    processes: Annotated[int, typer.Option(min=1, help="Processes on the CPU, for trying many-process runs.")] = 1,
 ) -> None:
     """Train what a recipe names; the same command goes on where it stopped.
 
@@ -29,16 +31,23 @@ def train(
     """
     before = signal.signal(signal.SIGTERM, _end)  # training listens itself, and saves
     try:
-        _train(recipe, overrides or [])
+        _train(recipe, overrides or [], gpus, processes)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _train(recipe: str, overrides: list[str]) -> None:
+def _train(recipe: str, overrides: list[str], gpus: int, processes: int) -> None:
     from modalora.config import load_run
     from modalora.errors import InputError
 
+    if gpus and processes > 1:
+        raise InputError("--gpus N starts N processes by itself; leave --processes out")
+    if gpus:
+        overrides = [*overrides, "device=cuda"]
+
     try:
+        from modalora.parallel.launch import launch
+        from modalora.parallel.ranks import is_one_of_many, is_first, tell_stopped
         from modalora.training.run import run_recipe
         from modalora.training.signals import Interrupted
     except ModuleNotFoundError as missing:
@@ -46,13 +55,26 @@ def _train(recipe: str, overrides: list[str]) -> None:
 
     bundled = RECIPES / f"{recipe}.yaml"
     run = load_run(bundled if bundled.exists() else Path(recipe), overrides)
+    if max(gpus, processes) > 1 and not is_one_of_many():
+        if run.accumulate % max(gpus, processes):
+            raise InputError(
+                f"accumulate={run.accumulate} micro-batches cannot be shared by {max(gpus, processes)} processes; make "
+                "it a multiple of it"
+            )
+        code = launch(["train", recipe, *overrides], max(gpus, processes))
+        if code:
+            raise typer.Exit(code)
+        return
     try:
         with _shown(run.steps) as (show, say):
             folder = run_recipe(run, show, say)
     except Interrupted as stopped:
-        print(f"modalora: {stopped}", file=sys.stderr)
+        tell_stopped()
+        if is_first():
+            print(f"modalora: {stopped}", file=sys.stderr)
         raise typer.Exit(stopped.exit_code) from None
-    print(f"wrote {folder}; curves: {folder.parent / 'loss.png'}")
+    if is_first():
+        print(f"wrote {folder}; curves: {folder.parent / 'loss.png'}")
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -22,6 +22,11 @@ def is_one_of_many() -> bool:
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
+def is_first() -> bool:
+    """Tell whether this process is the one that speaks: the first of several, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def join(device: str, patience_seconds: int) -> torch.device:
     """Join the processes that a launcher started; return the device of this one.
 

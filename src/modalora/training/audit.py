@@ -168,6 +168,9 @@ class Audit:
                 "give the mixture rows that are routed to it, or leave it out of train:"
             )
 
+    def _reached(self) -> list[str]:
+        return sorted(part for part, steps in self.rows.items() if steps)
+
     def _others(self) -> dict[str, Tensor]:
         named = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters())}
         return {name: named[name] for name in self.model.state_dict() if name not in self.trained}
@@ -211,7 +214,7 @@ class Audit:
         if not self.judged and not any(watch.graded for watch in self.watched.values()):
             raise TrainingError(
                 f"no labelled row of the first {AUDITED} steps reached anything that trains "
-                f"({', '.join(self.waits)}); rows reached {', '.join(sorted(self.rows)) or 'nothing'}: give the "
+                f"({', '.join(self.waits)}); rows reached {', '.join(self._reached())}: give the "
                 "mixture rows that are routed to what trains"
             )
         if not self.judged and not any(watch.moved for watch in self.watched.values()):

@@ -9,6 +9,8 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from modalora.errors import TrainingError
+
 
 class Journal:
     """Lines that each name their "step"; those behind the step that a run resumes from are taken away.
@@ -25,22 +27,36 @@ class Journal:
             draft = path.with_name(f".{path.name}.draft")
             draft.write_bytes(kept)
             draft.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        self.path, self._file = path, path.open("ab", buffering=0)
 
     def write(self, fields: Mapping[str, Any]) -> None:
-        """Add a line, and let other processes see it."""
-        self._file.write(json.dumps(fields) + "\n")
-        self._file.flush()
+        """Add a line, which other processes see at once. Raises TrainingError when the disk does not take it."""
+        line = (json.dumps(fields) + "\n").encode()
+        try:
+            if self._file.write(line) != len(line):
+                raise _refused(self.path, "no room for a whole line")
+        except OSError as error:
+            raise _refused(self.path, error) from None
 
     def sync(self) -> None:
-        """Wait until every line is on the disk, so that no saved state is ahead of them."""
-        os.fsync(self._file.fileno())
+        """Wait until every line is on the disk, so that no saved state is ahead of them. Raises TrainingError."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _refused(self.path, error) from None
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
+
+
+def _refused(path: Path, why: OSError | str) -> TrainingError:
+    return TrainingError(
+        f"{path} could not be written: {why}; the state saved last is whole: make room and run the same command, which "
+        "goes on from there"
+    )
 
 
 def _step(line: bytes) -> float:

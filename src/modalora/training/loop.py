@@ -23,7 +23,7 @@ from modalora.checkpoint.preserve import differences, preservation
 from modalora.checkpoint.resume import locked
 from modalora.config import RunConfig, dump
 from modalora.contracts import Batch, Batches
-from modalora.errors import TrainingError
+from modalora.errors import ShapeError, TrainingError
 from modalora.models.multimodal import Multimodal
 from modalora.parallel.engine import Engine, Single
 from modalora.training.audit import Audit, check_settings, check_trained, parts_reached, trained_part
@@ -32,7 +32,7 @@ from modalora.training.nonfinite import Fault, guilty_rows, not_finite, row_name
 from modalora.training.objectives import OBJECTIVES, Losses
 from modalora.training.optimizer import Optimizer, freeze
 from modalora.training.randomness import seed_all, seed_dropout
-from modalora.training.report import plot_metrics, what_trains
+from modalora.training.report import what_trains
 from modalora.training.signals import Asked, Interrupted, Stop
 from modalora.training.states import Moment, States
 from modalora.training.trackers import open_trackers
@@ -163,16 +163,16 @@ class _Loop:
                 if progress.step % run.log_every == 0 or progress.step == run.steps:
                     self._tell((now - started) / (progress.step - first))
                 moment = Moment.now(self.batches)
-            if progress.step % run.save_every == 0 or progress.step == run.steps or asked:
+            if progress.step % run.save_every == 0 or progress.step == run.steps:
                 self._save(moment)
+            if self.engine.world == 1:
+                asked = self.stop.asked  # not only while the gradients were made
             if asked and progress.step < run.steps:
+                self._save(moment)
                 raise Interrupted(f"stopped after step {progress.step}; the same command goes on from there", asked)
         self.audit.finish(run.steps)
         self._check_preserved()
         self.model.eval()
-        if self.log:
-            folder = Path(run.output)
-            plot_metrics(folder / "metrics.jsonl", folder / "loss.png")
 
     def _try(self) -> tuple[int, list[Batch], _Outcome | None]:
         """Return the signal that came, the micro-batches of a step and what they came to; None if it was broken off."""
@@ -212,7 +212,11 @@ class _Loop:
         for number, batch in enumerate(micro):
             _check_spans(batch, number)
         for number, batch in enumerate(self.engine.level(micro)):
-            losses = self._losses(batch, labels, number, last=number + 1 == len(micro))
+            try:
+                losses = self._losses(batch, labels, number, last=number + 1 == len(micro))
+            except ShapeError as error:
+                rows = ", ".join(row_name(batch, number, row) for row in range(len(batch.lengths)))
+                raise ShapeError(f"step {self.progress.step + 1}, one of the rows {rows:.300}: {error}") from None
             found["tokens"] += int(batch.lengths.sum())
             totals, counts = _by_row(batch, losses)
             for row, adapter in enumerate(batch.route.adapters):
@@ -273,7 +277,9 @@ class _Loop:
             return
         self._save(moment)
         if run.nonfinite == "skip":
-            raise TrainingError(f"{told}; it is the {run.nonfinite_most}th in a row, so it is not skipped any more")
+            raise TrainingError(
+                f"{told}; {run.nonfinite_most} steps in a row were so, and nonfinite_most allows no more"
+            )
         raise TrainingError(f"{told}; lower optim.lr, mend the data, or go on with nonfinite=skip")
 
     def _update(self, outcome: _Outcome) -> None:

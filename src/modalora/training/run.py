@@ -30,6 +30,7 @@ from modalora.parallel.ranks import leave
 from modalora.processing.tokenizer import TextTokenizer
 from modalora.quantize import quantize, restore
 from modalora.training.loop import Metrics, train
+from modalora.training.report import plot_metrics
 from modalora.training.states import FREE
 
 
@@ -86,6 +87,7 @@ def _carry_out(
     if run.base_bits is not None:  # what was trained belongs to the plain weights
         restore(model.cpu(), _start(run)[0])
     if whole := engine.whole():
+        plot_metrics(target.parent / "metrics.jsonl", target.parent / "loss.png")
         _write(run, whole, tokenizer, target, notes, say)
 
 

@@ -30,7 +30,7 @@ FREE = {
     "steps", "log_every", "save_every", "keep", "threads", "device", "output", "cache", "data", "nonfinite",
     "nonfinite_most", "ledger", "trackers", "peak_tflops", "engine", "mesh", "offload", "patience_seconds",
 }  # fmt: skip
-_PARTS = ("run", "step", "world", "settings", "rate", "progress", "data")
+_PARTS = ("run", "step", "world", "settings", "frozen", "rate", "progress", "data")
 
 
 @dataclass
@@ -110,7 +110,7 @@ class States:
                     "frozen": self.frozen,
                     "rate": self.optimizer.rate(step),
                     "progress": asdict(progress),
-                    "data": moment.data,
+                    "data": {"step": step, "state": moment.data},
                 }
                 write_json(draft / STATE, fields)
                 retire(commit(draft), self.run.keep)
@@ -164,7 +164,11 @@ class States:
                 f"{fields['world']} processes saved this state and {engine.world} go on: data and dropout go on as they "
                 "were"
             )
-        batches.restore(fields["data"])
+        if fields["data"].get("step") != progress.step:
+            raise CheckpointError(
+                f"{folder / STATE}: its place in the data is of step {fields['data'].get('step')}, not {progress.step}"
+            )
+        batches.restore(fields["data"]["state"])
         say(f"goes on after step {progress.step}, from {folder}")
         return progress
 
@@ -176,8 +180,8 @@ class States:
                 f"{self.folder} was trained with other settings ({', '.join(changed)}); give another output, or remove "
                 f"{self.folder}"
             )
-        if fields.get("frozen") != self.frozen:
+        if fields["frozen"] != self.frozen:
             raise ConfigError(
                 f"{folder} was trained on another base: what does not train has the fingerprint {self.frozen}, there "
-                f"it had {fields.get('frozen')}; give another output, or the base as it was"
+                f"it had {fields['frozen']}; give another output, or the base as it was"
             )

@@ -1,0 +1,108 @@
+"""`adapter verify` against a certificate: one bit of the base that differs is found, and its tensor named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from modalora.checkpoint.adapters import save_adapter
+from modalora.checkpoint.files import MANIFEST, Weights, seal
+from modalora.checkpoint.preserve import CERTIFICATE, differences, preservation, probe_logits
+from modalora.checkpoint.store import save_model
+from modalora.models.multimodal import Multimodal, part_of
+from modalora.models.sizes import tiny
+from modalora.processing.tokenizer import TextTokenizer
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> tuple[Path, Path]:
+    """A model folder, and the folder of an adapter that was certified on it."""
+    torch.manual_seed(0)
+    model = Multimodal(tiny()).eval()
+    tokenizer = TextTokenizer.train(["the quick brown fox jumps over the lazy dog; seven blue boxes. " * 4], 320)
+    trained = {name for name, _ in model.named_parameters() if part_of(name) == "adapter.vision"}
+    for name, own in model.named_parameters():
+        if name in trained:
+            torch.nn.init.normal_(own, std=0.1)
+    certificate = preservation(model, trained)
+    save_model(model, tokenizer, tmp_path / "model", certificate=certificate)
+    save_adapter(model, "vision", tmp_path / "lora", certificate)
+    return tmp_path / "model", tmp_path / "lora"
+
+
+def flip(model: Path, name: str, bit: int) -> None:
+    """Change one bit of a stored tensor."""
+    path = model / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    wanted = bytes(Weights(model).get(name).contiguous().flatten().view(torch.uint8).tolist())
+    at = data.index(wanted)
+    data[at + bit // 8] ^= 1 << (bit % 8)
+    path.write_bytes(data)
+
+
+def test_an_untouched_base_is_as_certified(run: Run, base: tuple[Path, Path]) -> None:
+    model, lora = base
+    code, out, _ = run("adapter", "verify", str(model), str(lora))
+    assert code == 0
+    frozen = len(json.loads((lora / CERTIFICATE).read_text())["frozen"])
+    assert f"preserved  {frozen} frozen tensors and the logits of 4 texts are as certified" in out
+    assert run("adapter", "verify", str(model))[:2] == (0, out.splitlines()[1].replace("preserved", "base     ") + "\n")
+
+
+@pytest.mark.parametrize("resealed", [False, True])
+@pytest.mark.parametrize(
+    "name", ["decoder.layers.1.mlp.down_proj.weight", "encoders.image.tower.patch_embedding.weight"]
+)
+def test_one_flipped_bit_is_found_and_its_tensor_named(
+    run: Run, base: tuple[Path, Path], name: str, resealed: bool
+) -> None:
+    model, lora = base
+    flip(model, name, 5000)
+    if resealed:  # so that the manifest, which names files only, is content
+        (model / MANIFEST).unlink()
+        seal(model)
+    for arguments in ((str(model), str(lora)), (str(model),)):
+        code, out, err = run("adapter", "verify", *arguments)
+        assert (code, out) == (2, "")
+        assert f"{name} is not what it was" in err
+
+
+def test_a_model_without_a_certificate_says_so(run: Run, base: tuple[Path, Path]) -> None:
+    code, _, err = run("adapter", "verify", "nano")
+    assert (code, CERTIFICATE in err) == (2, True)
+    (base[1] / CERTIFICATE).unlink()
+    assert "not certified" in run("adapter", "verify", str(base[0]), str(base[1]))[1]
+
+
+def test_what_trained_is_no_part_of_the_certificate() -> None:
+    model = Multimodal(tiny()).eval()
+    names = {name for name, _ in model.named_parameters() if part_of(name) == "adapter.speech"}
+    before = preservation(model, names)
+    with torch.no_grad():
+        for name, own in model.named_parameters():
+            if name in names:
+                own.add_(1.0)
+    assert differences(before, preservation(model, names)) == []
+    with torch.no_grad():
+        model.decoder.norm.weight[0] += 1e-6
+    (told,) = differences(before, preservation(model, names))
+    assert told.startswith("decoder.norm.weight")
+
+
+def test_the_probes_are_text_that_no_adapter_touches() -> None:
+    model = Multimodal(tiny()).eval()
+    before = probe_logits(model)
+    with torch.no_grad():
+        for name, own in model.named_parameters():
+            if "lora_" in name:
+                own.fill_(float("nan"))
+    assert probe_logits(model) == before
+    with torch.no_grad():
+        model.decoder.norm.weight[0] += 1e-3
+    assert all(one != other for one, other in zip(probe_logits(model), before, strict=True))

@@ -1,0 +1,331 @@
+"""Stopped, killed, out of room: a run goes on with the same bits, and what was saved stays whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from toys import Steps, assert_same_bits, fresh, mixed, settings, weights
+
+import modalora.training.states
+from modalora.checkpoint.files import read_json, seal, write_json
+from modalora.checkpoint.resume import newest, states
+from modalora.contracts import Batch
+from modalora.errors import CheckpointError, ConfigError, TrainingError
+from modalora.parallel.engine import Single
+from modalora.training.loop import train
+from modalora.training.randomness import random_state, seed_all, set_random_state
+from modalora.training.signals import Interrupted
+
+PARTS = ("adapter.*", "image.projector.*")
+
+
+def steps(tmp_path: Path, **changes: object) -> Any:
+    return settings(tmp_path, *PARTS, **{"steps": 6, "save_every": 2, "ledger": True, **changes})
+
+
+def data() -> Steps:
+    def make(step: int) -> list[Batch]:
+        batch = mixed(step)
+        names = tuple(f"mixed:{4 * step + row}" for row in range(4))
+        named = Batch(batch.input_ids, batch.lengths, batch.route, batch.media, batch.labels, samples=names)
+        return [named.select([0, 1]), named.select([2, 3])]
+
+    return Steps(make)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    """A run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    model = fresh()
+    train(steps(folder), model, data())
+    return folder, weights(model)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    timed = ("tokens_per_second", "labels_per_second", "remaining_seconds", "memory_mb")
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in timed} for line in found]
+
+
+def go_on(folder: Path, whole: tuple[Path, dict[str, Tensor]], **changes: object) -> None:
+    """Resume, and compare all that a run leaves behind with the undisturbed run."""
+    model = fresh()
+    train(steps(folder, **changes), model, data())
+    assert_same_bits(weights(model), whole[1])
+    for name in ("metrics.jsonl", "ledger.jsonl"):
+        assert lines(folder / name) == lines(whole[0] / name)
+    hidden = [path.name for path in folder.rglob(".*") if path.name != ".lock"]
+    assert hidden == []
+
+
+class At(Single):
+    """An engine that does something at one moment."""
+
+    def __init__(self, moment: str, number: int, work: Callable[[], None]) -> None:
+        self.moment, self.left, self.work = moment, number, work
+
+    def at(self, moment: str) -> None:
+        if moment == self.moment:
+            self.left -= 1
+            if self.left == 0:
+                self.work()
+
+    def backward(self, loss: Tensor) -> None:
+        super().backward(loss)
+        self.at("backward")
+
+    def clip(self, trained: Mapping[str, torch.nn.Parameter], norm: Tensor, limit: float) -> None:
+        self.at("update")
+        super().clip(trained, norm, limit)
+
+    def write(self, folder: Path, stem: str, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
+        super().write(folder, stem, tensors, notes)
+        self.at("save")
+
+
+def ask(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(
+    ("moment", "number", "after"), [("backward", 6, 2), ("update", 4, 4), ("save", 1, 2), ("save", 4, 4)]
+)
+def test_a_signal_at_any_moment_loses_nothing(
+    tmp_path: Path, whole: tuple[Path, dict[str, Tensor]], moment: str, number: int, after: int
+) -> None:
+    with pytest.raises(Interrupted, match=f"stopped after step {after};") as stopped:
+        train(steps(tmp_path), fresh(), data(), engine=At(moment, number, ask(signal.SIGTERM)))
+    assert stopped.value.exit_code == 0
+    found = newest(tmp_path)
+    assert found is not None
+    assert int(found.name) == after
+    go_on(tmp_path, whole)
+
+
+def test_a_wait_for_data_is_broken_off(tmp_path: Path, whole: tuple[Path, dict[str, Tensor]]) -> None:
+    given = data()
+    make = given.make
+
+    def late(step: int) -> list[Batch]:
+        if step == 3:
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            signal.pause()  # would wait for ever
+        return make(step)
+
+    signal.signal(signal.SIGALRM, lambda number, frame: os.kill(os.getpid(), signal.SIGINT))
+    given.make = late
+    with pytest.raises(Interrupted, match="stopped after step 3;") as stopped:
+        train(steps(tmp_path), fresh(), given)
+    assert stopped.value.exit_code == 130
+    go_on(tmp_path, whole)
+
+
+def test_a_signal_before_the_first_step_ends_the_run(tmp_path: Path, whole: tuple[Path, dict[str, Tensor]]) -> None:
+    class Asking(Single):
+        def shard(self, model: torch.nn.Module) -> None:
+            ask(signal.SIGTERM)()
+
+    with pytest.raises(Interrupted, match="before the first step; nothing is lost"):
+        train(steps(tmp_path), fresh(), data(), engine=Asking())
+    go_on(tmp_path, whole)
+
+
+def test_the_second_ctrl_c_stops_at_once_and_leaves_the_state_before(
+    tmp_path: Path, whole: tuple[Path, dict[str, Tensor]]
+) -> None:
+    def twice() -> None:
+        ask(signal.SIGINT)()
+        ask(signal.SIGINT)()
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="stopped at once") as stopped:
+        train(steps(tmp_path), fresh(), data(), engine=At("save", 3, twice))  # in the second save
+    assert not isinstance(stopped.value, Interrupted)
+    assert signal.getsignal(signal.SIGINT) == before
+    assert [folder.name for folder in states(tmp_path)] == ["00000002"]
+    go_on(tmp_path, whole)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kill_9_at_a_random_moment_loses_nothing(
+    tmp_path: Path, whole: tuple[Path, dict[str, Tensor]], seed: int
+) -> None:
+    rng = random.Random(seed)
+    moment, number = rng.choice([("backward", rng.randint(5, 12)), ("save", rng.randint(3, 6))])
+    child = os.fork()
+    if child == 0:
+        try:
+            train(steps(tmp_path), fresh(), data(), engine=At(moment, number, ask(signal.SIGKILL)))
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    go_on(tmp_path, whole)
+
+
+@pytest.fixture
+def little_room() -> Iterator[Callable[[int], None]]:
+    """Let no file grow beyond some bytes: the system then refuses writes, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_is_full_keeps_the_state_before(
+    tmp_path: Path, whole: tuple[Path, dict[str, Tensor]], little_room: Callable[[int], None]
+) -> None:
+    engine = At("save", 2, lambda: little_room(20_000))  # the first save is done, the second one fails
+    with pytest.raises(TrainingError, match=r"state of step 4 could not be written .*File too large.*make room"):
+        train(steps(tmp_path), fresh(), data(), engine=engine)
+    little_room(resource.RLIM_INFINITY)
+    assert [path.name for path in (tmp_path / "resume").iterdir()] == ["00000002"]
+    go_on(tmp_path, whole)
+
+
+@pytest.mark.parametrize("number", [1, 4, 8, 12])
+def test_a_disk_that_fails_at_any_sync_keeps_the_state_before(
+    tmp_path: Path, whole: tuple[Path, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    real, seen = os.fsync, 0
+
+    def failing(handle: int) -> None:
+        nonlocal seen
+        seen += (tmp_path / "resume" / "00000002").exists()
+        if seen == number:
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(TrainingError, match="No space left on device"):
+        train(steps(tmp_path), fresh(), data())
+    monkeypatch.undo()
+    assert newest(tmp_path) is not None
+    assert not list((tmp_path / "resume").glob(".*"))
+    go_on(tmp_path, whole)
+
+
+@pytest.fixture(scope="module")
+def cut_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped after step 4, with the states of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("cut")
+    with pytest.raises(Interrupted):
+        train(steps(folder), fresh(), data(), engine=At("update", 4, ask(signal.SIGTERM)))
+    return folder
+
+
+@pytest.fixture
+def cut(cut_once: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(cut_once, tmp_path / "cut"))
+
+
+def reseal(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+    seal(folder)
+
+
+@pytest.mark.parametrize("name", ["weights", "optimizer", "random-00000"])
+def test_a_missing_or_stale_part_of_a_state_is_noticed(cut: Path, name: str) -> None:
+    before, last = states(cut)
+    file = f"{name}.safetensors"
+    kept = (last / file).read_bytes()
+    (last / file).unlink()
+    reseal(last)
+    with pytest.raises(CheckpointError, match=rf"{file} cannot be read"):
+        train(steps(cut), fresh(), data())
+    shutil.copy(before / file, last / file)
+    reseal(last)
+    with pytest.raises(CheckpointError, match=rf"{file} is of step '2', the state it lies in of '4'"):
+        train(steps(cut), fresh(), data())
+    (last / file).write_bytes(kept)
+    reseal(last)
+    train(steps(cut), fresh(), data())
+
+
+@pytest.mark.parametrize("key", ["run", "step", "world", "settings", "rate", "progress", "data", "frozen"])
+def test_a_missing_field_of_a_state_is_noticed(cut: Path, key: str) -> None:
+    last = states(cut)[-1]
+    fields = read_json(last / "state.json")
+    del fields[key]
+    write_json(last / "state.json", fields)
+    reseal(last)
+    with pytest.raises((CheckpointError, ConfigError), match=key):
+        train(steps(cut), fresh(), data())
+
+
+@pytest.mark.parametrize("key", ["step", "rate", "progress", "data"])
+def test_a_field_of_an_earlier_state_is_noticed(cut: Path, key: str) -> None:
+    before, last = states(cut)
+    stale = read_json(before / "state.json")
+    write_json(last / "state.json", read_json(last / "state.json") | {key: stale[key]})
+    reseal(last)
+    with pytest.raises(CheckpointError, match=r"step|rate"):
+        train(steps(cut), fresh(), data())
+
+
+def test_a_run_goes_on_only_from_the_base_that_it_began_on(cut: Path) -> None:
+    other = fresh()
+    with torch.no_grad():
+        other.decoder.embed_tokens.weight[5, 7] += 1e-3
+    with pytest.raises(ConfigError, match="was trained on another base"):
+        train(steps(cut), other, data())
+
+
+def test_lines_behind_the_state_are_taken_away_and_written_again(
+    cut: Path, whole: tuple[Path, dict[str, Tensor]]
+) -> None:
+    with (cut / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": 99.0}\n{"step": 6, "lo')  # as a killed process leaves it
+    go_on(cut, whole)
+
+
+def test_a_finished_run_is_not_trained_again(cut: Path) -> None:
+    train(steps(cut), fresh(), data())
+    given = data()
+    last = train(steps(cut), fresh(), given)
+    assert given.taken == 6  # set back to its place, and not asked for more
+    assert last["step"] == 6
+
+
+def test_every_generator_comes_back_to_where_it_was() -> None:
+    def draw() -> tuple[Any, ...]:
+        drawn = np.random.standard_normal(3).tolist()  # noqa: NPY002
+        return random.random(), random.gauss(0, 1), drawn, torch.rand(3).tolist(), torch.randn(5).tolist()
+
+    seed_all(3)
+    draw()
+    before = random_state()
+    first = draw()
+    assert draw() != first
+    set_random_state(before)
+    assert draw() == first
+    seed_all(3)
+    one = draw()
+    seed_all(3, 1)
+    assert draw() != one
+
+
+@pytest.mark.parametrize("lost", ["set_random_state", "restore"])
+def test_what_a_state_holds_is_needed(
+    cut: Path, whole: tuple[Path, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """Without the generators dropout differs, without the place in the data the rows do."""
+    monkeypatch.setattr(modalora.training.states, "set_random_state", lambda state: None)
+    if lost == "restore":
+        monkeypatch.undo()
+        monkeypatch.setattr(Steps, "restore", lambda self, state: None)
+    model = fresh()
+    train(steps(cut), model, data())
+    assert any(not torch.equal(own, whole[1][name]) for name, own in weights(model).items())
