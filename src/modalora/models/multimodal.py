@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from modalora.contracts import IGNORED, NOWHERE, Batch, Cache, Media, Route, Step, image_tokens
+from modalora.contracts import IGNORED, NOWHERE, Batch, Cache, Media, Route, Step
 from modalora.errors import ShapeError
 from modalora.models.decoder import Decoder, DecoderConfig
 from modalora.models.speech import SpeechConfig, SpeechEncoder
@@ -41,20 +41,6 @@ class Modality:
     encoder: Callable[[ModelConfig], nn.Module | None]
     width: Callable[[ModelConfig], int]
     branches: tuple[str, ...]  # projectors
-    smallest: Callable[[ModelConfig], tuple[dict[str, Tensor], int]]  # features of a blank item, and its tokens
-
-
-def _smallest_image(config: ModelConfig) -> tuple[dict[str, Tensor], int]:
-    assert config.vision is not None
-    crop, side = config.vision.crop, config.vision.side
-    mask = torch.ones(2, side, side, dtype=torch.bool)
-    features = {"pixels": torch.zeros(2, 3, crop, crop), "mask": mask, "grid": torch.tensor([1, 1])}
-    return features, image_tokens(side, side, side)
-
-
-def _smallest_sound(config: ModelConfig) -> tuple[dict[str, Tensor], int]:
-    assert config.speech is not None
-    return {"mel": torch.zeros(8, config.speech.mels)}, 1
 
 
 MODALITIES: dict[str, Modality] = {
@@ -62,13 +48,11 @@ MODALITIES: dict[str, Modality] = {
         encoder=lambda config: ImageEmbedder(config.vision) if config.vision else None,
         width=lambda config: config.vision.hidden_size if config.vision else 0,
         branches=("vision",),
-        smallest=_smallest_image,
     ),
     "audio": Modality(
         encoder=lambda config: SpeechEncoder(config.speech) if config.speech else None,
         width=lambda config: config.speech.hidden_size if config.speech else 0,
         branches=("speech", "vision"),
-        smallest=_smallest_sound,
     ),
 }
 
@@ -104,7 +88,9 @@ class Multimodal(nn.Module):
 
     def smallest(self, modality: str, branch: str) -> Media:
         """Return a blank item, as small as the modality has them, that no row gets."""
-        features, tokens = MODALITIES[modality].smallest(self.config)
+        sizes = {"image": self.config.vision, "audio": self.config.speech}[modality]
+        assert sizes is not None
+        features, tokens = sizes.smallest()
         return Media(modality, features, NOWHERE, 0, tokens, branch)
 
     def embed(self, batch: Batch) -> Tensor:
