@@ -56,6 +56,10 @@ class Sizes:
         """Return the networks, with fresh weights."""
         return Encoder(self)
 
+    def smallest(self) -> tuple[dict[str, Tensor], int]:
+        """Return the features of one codon."""
+        return features("ATG", self)
+
 
 def numbers(letters: str) -> list[int]:
     """Return the codons of a sequence in frame; one or two letters behind the last whole codon are left out."""

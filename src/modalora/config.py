@@ -110,6 +110,14 @@ class SourceConfig(Settings):
         return self.weight[max(start for start in self.weight if start <= share)]
 
 
+class MeshConfig(Settings):
+    """How the processes of a run stand: replicate x shard x tensor of them."""
+
+    replicate: int = Field(1, ge=1)  # copies of the model
+    shard: int = Field(0, ge=0)  # processes that a copy's parameters are cut over; 0: all that are left
+    tensor: int = Field(1, ge=1)  # processes that share the heads and channels of every layer
+
+
 class RunConfig(Settings):
     """One training run."""
 
@@ -149,6 +157,10 @@ class RunConfig(Settings):
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = Field(default_factory=list)
     peak_tflops: float | None = Field(None, gt=0)  # of the machine at this precision, for the share of it that is used
     device: str = "cpu"  # a torch device
+    engine: Literal["fsdp", "zero1", "zero2", "zero3"] = "fsdp"  # what spreads a model over many processes
+    mesh: MeshConfig = Field(default_factory=MeshConfig)
+    offload: bool = False  # keep parameters and moments of many processes on the CPU
+    patience_seconds: int = Field(600, ge=1)  # how long a process waits for another
     threads: int = Field(0, ge=0)  # 0: torch's default
     data: str = "../shared/data"  # the folder of docs/nano.md
     cache: str = "runs/cache"

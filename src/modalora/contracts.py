@@ -19,6 +19,7 @@ from torch import Tensor
 from modalora.errors import RouteError
 
 IGNORED = -100  # label of a token that is not trained on, as torch's cross_entropy has it
+NOWHERE = -1  # row of a medium that belongs to none: it is encoded, since other ranks encode theirs, and dropped
 
 Message = Mapping[str, Any]  # {"role": "user", "content": text or a list of parts}, as OpenAI and transformers have it
 
@@ -126,6 +127,7 @@ class Media:
 
     features: named tensors that the modality's encoder takes (see processing/).
     branch: which projector of the modality is used ("speech" or "vision" for sound).
+    row: NOWHERE for an item that no row gets.
     """
 
     modality: str

@@ -67,11 +67,11 @@ class Modality:
     def __post_init__(self) -> None:
         """Check every rule."""
         check_name(self.name)
-        lacks = [name for name in ("encoder", "branches", "hidden_size") if name not in _names(self.config)]
+        lacks = [name for name in ("encoder", "smallest", "branches", "hidden_size") if name not in _names(self.config)]
         if lacks:
             raise ConfigError(
                 f"modality {self.name!r}: config={self.config!r:.60} must be a dataclass of sizes with branches, "
-                f"hidden_size and encoder(); it has no {', '.join(lacks)}"
+                f"hidden_size, encoder() and smallest(); it has no {', '.join(lacks)}"
             )
         branches = self.config.branches
         if not isinstance(branches, tuple) or not branches:

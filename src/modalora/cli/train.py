@@ -20,6 +20,8 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings to change, e.g. steps=100 optim.lr=1e-4.")
     ] = None,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs of this machine to train on, one process each.")] = 0,
+    processes: Annotated[int, typer.Option(min=1, help="Processes on the CPU, for trying many-process runs.")] = 1,
 ) -> None:
     """Train what a recipe, or each recipe of a chain, names; the same command goes on where it stopped.
 
@@ -29,32 +31,53 @@ def train(
     """
     before = signal.signal(signal.SIGTERM, _end)  # training listens itself, and saves
     try:
-        _train(recipe, overrides or [])
+        _train(recipe, overrides or [], gpus, processes)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _train(recipe: str, overrides: list[str]) -> None:
+def _train(recipe: str, overrides: list[str], gpus: int, processes: int) -> None:
     from modalora.config import load_stages
     from modalora.errors import InputError
 
+    if gpus and processes > 1:
+        raise InputError("--gpus N starts N processes by itself; leave --processes out")
+    if gpus:
+        overrides = [*overrides, "device=cuda"]
+
     try:
+        from modalora.parallel.launch import launch
+        from modalora.parallel.ranks import is_one_of_many, is_first, tell_stopped
         from modalora.training.run import run_recipe
         from modalora.training.signals import Interrupted
     except ModuleNotFoundError as missing:
         raise InputError(f"training needs {missing.name}; pip install 'modalora[train]'") from None
 
     runs = load_stages(find_recipe(recipe), RECIPES, overrides)
+    if max(gpus, processes) > 1 and not is_one_of_many():
+        for title, run in runs.items():
+            if run.accumulate % max(gpus, processes):
+                raise InputError(
+                    f"{title}: accumulate={run.accumulate} micro-batches cannot be shared by {max(gpus, processes)} "
+                    "processes; make it a multiple of it"
+                )
+        code = launch(["train", recipe, *overrides], max(gpus, processes))
+        if code:
+            raise typer.Exit(code)
+        return
     for number, (title, run) in enumerate(runs.items(), 1):
-        if len(runs) > 1:
+        if len(runs) > 1 and is_first():
             print(f"stage {number} of {len(runs)}: {title}")
         try:
             with _shown(run.steps) as (show, say):
                 folder = run_recipe(run, show, say)
         except Interrupted as stopped:
-            print(f"modalora: {stopped}", file=sys.stderr)
+            tell_stopped()
+            if is_first():
+                print(f"modalora: {stopped}", file=sys.stderr)
             raise typer.Exit(stopped.exit_code) from None
-        print(f"wrote {folder}; curves: {folder.parent / 'loss.png'}")
+        if is_first():
+            print(f"wrote {folder}; curves: {folder.parent / 'loss.png'}")
 
 
 def _end(number: int, frame: FrameType | None) -> None:

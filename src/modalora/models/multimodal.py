@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from modalora.contracts import IGNORED, Batch, Cache, Route, Step
+from modalora.contracts import IGNORED, NOWHERE, Batch, Cache, Media, Route, Step
 from modalora.errors import ConfigError, ShapeError
 from modalora.models.decoder import Decoder, DecoderConfig
 from modalora.models.speech import SpeechConfig
@@ -40,6 +40,10 @@ class EncoderConfig(Protocol):
 
     def encoder(self) -> nn.Module:
         """Return a module that takes features, a list of dicts of tensors, and returns a list of (tokens, channels)."""
+        ...
+
+    def smallest(self) -> tuple[dict[str, Tensor], int]:
+        """Return the features of a blank item, as small as there are, and its tokens."""
         ...
 
 
@@ -122,6 +126,16 @@ class Multimodal(nn.Module):
         """Names of the adapters that the decoder holds."""
         return tuple(self.config.adapters)
 
+    @property
+    def branches(self) -> tuple[tuple[str, str], ...]:
+        """Every modality with each of its projectors, in the order in which they run."""
+        return tuple((name, branch) for name, own in self.projectors.items() for branch, _ in own.named_children())
+
+    def smallest(self, modality: str, branch: str) -> Media:
+        """Return a blank item, as small as the modality has them, that no row gets."""
+        features, tokens = self.config.modalities[modality].smallest()
+        return Media(modality, features, NOWHERE, 0, tokens, branch)
+
     def embed(self, batch: Batch) -> Tensor:
         """Return the decoder's input, (batch, time, width): token embeddings, media spans filled with features."""
         hidden = self.decoder.embed(batch.input_ids)
@@ -131,28 +145,41 @@ class Multimodal(nn.Module):
         return hidden.index_put((rows, columns), features.to(hidden.dtype))
 
     def _features(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what media become, (tokens, width), and the row and column of each of these tokens, (tokens,)."""
+        """Return what media become, (tokens, width), and the row and column of each of these tokens, (tokens,).
+
+        Encoders and projectors run in the model's order, not the batch's: ranks that share them must agree on it. What
+        belongs to no row is left out behind them, which gives it a gradient of zero.
+        """
+        if unknown := {(item.modality, item.branch) for item in batch.media} - set(self.branches):
+            raise ShapeError(f"this model has no encoder and projector for {' / '.join(min(unknown))}")
         features: list[Tensor] = []
         rows: list[Tensor] = []
         columns: list[Tensor] = []
-        for name in dict.fromkeys(item.modality for item in batch.media):
+        for name, encoder in self.encoders.items():
             items = [item for item in batch.media if item.modality == name]
-            encoded = self.encoders[name]([dict(item.features) for item in items])
+            if not items:
+                continue
+            encoded = encoder([dict(item.features) for item in items])
             by_branch: dict[str, list[int]] = defaultdict(list)
             for index, item in enumerate(items):
                 if len(encoded[index]) != item.tokens:
                     raise ShapeError(f"{name} gave {len(encoded[index])} features for {item.tokens} placeholder tokens")
                 by_branch[item.branch].append(index)
-            for branch, chosen in by_branch.items():
-                features.append(
-                    self.projectors.get_submodule(f"{name}.{branch}")(torch.cat([encoded[index] for index in chosen]))
-                )
+            for branch, projector in self.projectors.get_submodule(name).named_children():
+                chosen = by_branch[branch]
+                if not chosen:
+                    continue
+                features.append(projector(torch.cat([encoded[index] for index in chosen])))
                 for index in chosen:
                     item = items[index]
                     rows.append(torch.full((item.tokens,), item.row))
                     columns.append(torch.arange(item.start, item.start + item.tokens))
         device = batch.input_ids.device
-        return torch.cat(features), torch.cat(rows).to(device), torch.cat(columns).to(device)
+        found, at, along = torch.cat(features), torch.cat(rows), torch.cat(columns)
+        if NOWHERE in at:
+            real = (at != NOWHERE).nonzero().squeeze(1)
+            found, at, along = found[real.to(device)], at[real], along[real]
+        return found, at.to(device), along.to(device)
 
     def hidden(self, batch: Batch, cache: Cache | None = None) -> Tensor:
         """Return the decoder's final states, (batch, time, width), of whole rows from their first token on."""

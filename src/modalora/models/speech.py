@@ -49,6 +49,10 @@ class SpeechConfig:
         """Return the networks, with fresh weights."""
         return SpeechEncoder(self)
 
+    def smallest(self) -> tuple[dict[str, Tensor], int]:
+        """Return the features of 80 ms of silence, and its token."""
+        return {"mel": torch.zeros(8, self.mels)}, 1
+
 
 class Subsampling(nn.Module):
     """Three stride-2 convolutions over time and frequency, the last two depthwise-separable."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from modalora.config import check_sizes
+from modalora.contracts import image_tokens
 from modalora.errors import ConfigError
 from modalora.nn.attend import attend
 from modalora.nn.mask import Mask
@@ -54,6 +55,13 @@ class VisionConfig:
     def encoder(self) -> ImageEmbedder:
         """Return the networks, with fresh weights."""
         return ImageEmbedder(self)
+
+    def smallest(self) -> tuple[dict[str, Tensor], int]:
+        """Return the features of a blank picture of one crop, and its tokens."""
+        mask = torch.ones(2, self.side, self.side, dtype=torch.bool)
+        pixels = torch.zeros(2, 3, self.crop, self.crop)
+        tokens = image_tokens(self.side, self.side, self.side)
+        return {"pixels": pixels, "mask": mask, "grid": torch.tensor([1, 1])}, tokens
 
 
 class VisionAttention(nn.Module):

@@ -6,16 +6,26 @@ in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from modalora.errors import CheckpointError
+from modalora.contracts import Batch
+from modalora.models.multimodal import Multimodal
+from modalora.parallel.files import read, write_whole
+
+
+class Updates(Protocol):
+    """An optimiser with its schedule."""
+
+    parts: list[torch.optim.Optimizer]
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the moments, PARAMETER.KIND; filling them sets the optimiser back."""
+        ...
 
 
 class Engine(Protocol):
@@ -31,15 +41,32 @@ class Engine(Protocol):
         """How many processes there are."""
         ...
 
-    def shard(self, model: nn.Module) -> None:
+    @property
+    def share(self) -> tuple[int, int]:
+        """Which share of the data this process reads, of how many; tensor-parallel processes read the same."""
+        ...
+
+    def shard(self, model: Multimodal, objective: nn.Module) -> None:
         """Spread a model over the processes, in place, once its parts are frozen and before an optimiser sees it."""
         ...
 
-    def totals(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Return the sum over the ranks by key; a rank need not have every key."""
+    def wrap(self, optimizer: Updates) -> None:
+        """Take the optimiser that `step` will use, once weights and moments are as they should be."""
         ...
 
-    def backward(self, loss: Tensor) -> None:
+    def losses(self, batch: Batch) -> Any:
+        """Return what the objective makes of a batch."""
+        ...
+
+    def level(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Return this rank's micro-batches of a step, made such that every rank runs the same parts on them."""
+        ...
+
+    def totals(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Return the sum over the shares by key; a rank need not have every key."""
+        ...
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of a micro-batch; together they are those of the sum over all ranks' losses."""
         ...
 
@@ -51,19 +78,37 @@ class Engine(Protocol):
         """Scale gradients, whose norm is given, down to the limit."""
         ...
 
+    def step(self) -> None:
+        """Update every parameter and clear its gradient."""
+        ...
+
+    def clear(self, trained: Mapping[str, nn.Parameter]) -> None:
+        """Drop the gradients of a step that is not taken."""
+        ...
+
     def local(self, tensor: Tensor) -> Tensor:
-        """Return the numbers of a parameter or gradient that this rank holds."""
+        """Return the numbers of a parameter that this rank holds."""
         ...
 
-    def write(self, folder: Path, stem: str, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
-        """Write tensors into a folder that all ranks see."""
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """Return the numbers of a parameter's gradient that this rank holds, in the order of `local`; None: it has none."""
         ...
 
-    def read(self, folder: Path, stem: str, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
-        """Fill the tensors from what `write` wrote, at any world size.
+    def save(self, folder: Path, trained: Mapping[str, nn.Parameter], notes: Mapping[str, str]) -> None:
+        """Write weights and moments into a folder that all ranks see. Raises OSError."""
+        ...
 
-        Raises CheckpointError when a name is missing or left over, a shape or dtype differs, or the notes are others.
+    def load(
+        self, folder: Path, trained: Mapping[str, nn.Parameter], optimizer: Updates, notes: Mapping[str, str]
+    ) -> None:
+        """Set weights and moments back to what `save` of any engine wrote, at any world size.
+
+        Comes before `wrap`. Raises CheckpointError when a name is missing or left over, a shape or dtype differs, or the notes are others.
         """
+        ...
+
+    def whole(self) -> Multimodal | None:
+        """Return the model as one process has it, on the CPU of rank 0; None on the others."""
         ...
 
     def barrier(self) -> None:
@@ -76,15 +121,29 @@ class Single:
 
     rank = 0
     world = 1
+    share = (0, 1)
 
-    def shard(self, model: nn.Module) -> None:
+    def shard(self, model: Multimodal, objective: nn.Module) -> None:
         """Leave the model whole."""
+        self.model, self.objective = model, objective
+
+    def wrap(self, optimizer: Updates) -> None:
+        """Take the optimiser."""
+        self.optimizer = optimizer
+
+    def losses(self, batch: Batch) -> Any:
+        """Return what the objective makes of a batch."""
+        return self.objective(self.model, batch)
+
+    def level(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Return the micro-batches as they are."""
+        return list(batches)
 
     def totals(self, values: Mapping[str, float]) -> dict[str, float]:
         """Return the values."""
         return dict(values)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of a micro-batch; rows whose route reaches no trained part have none."""
         if loss.requires_grad:
             loss.backward()
@@ -97,43 +156,50 @@ class Single:
         """Scale gradients, whose norm is given, down to the limit."""
         nn.utils.clip_grads_with_norm_(list(trained.values()), limit, norm)
 
+    def step(self) -> None:
+        """Update every parameter and clear its gradient."""
+        step_and_clear(self.optimizer)
+
+    def clear(self, trained: Mapping[str, nn.Parameter]) -> None:
+        """Drop the gradients."""
+        clear(trained)
+
     def local(self, tensor: Tensor) -> Tensor:
         """Return the tensor."""
         return tensor
 
-    def write(self, folder: Path, stem: str, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
-        """Write FOLDER/STEM.safetensors."""
-        held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(held, folder / f"{stem}.safetensors", metadata=dict(notes))
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """Return the parameter's gradient."""
+        return parameter.grad
 
-    def read(self, folder: Path, stem: str, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
-        """Fill the tensors from FOLDER/STEM.safetensors."""
-        path = folder / f"{stem}.safetensors"
-        try:
-            with safe_open(path, framework="pt") as file:
-                _compare(path, dict(file.metadata() or {}), dict(notes))
-                names = set(file.keys())
-                if odd := sorted(names ^ set(tensors)):
-                    how = "is left over" if odd[0] in names else "is missing"
-                    raise CheckpointError(f"{path}: {odd[0]} {how} ({len(odd)} such); it is of another model or run")
-                with torch.no_grad():
-                    for name, tensor in tensors.items():
-                        found = file.get_tensor(name)
-                        if found.shape != tensor.shape or found.dtype != tensor.dtype:
-                            told = f"{list(found.shape)} of {found.dtype}, not {list(tensor.shape)} of {tensor.dtype}"
-                            raise CheckpointError(f"{path}: {name} is {told}")
-                        tensor.copy_(found)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from None
+    def save(self, folder: Path, trained: Mapping[str, nn.Parameter], notes: Mapping[str, str]) -> None:
+        """Write a file of weights and one of moments."""
+        write_whole(folder / "weights", trained, notes)
+        write_whole(folder / "optimizer", self.optimizer.state(), notes)
+
+    def load(
+        self, folder: Path, trained: Mapping[str, nn.Parameter], optimizer: Updates, notes: Mapping[str, str]
+    ) -> None:
+        """Set weights and moments back."""
+        read(folder / "weights", trained, notes)
+        read(folder / "optimizer", optimizer.state(), notes)
+
+    def whole(self) -> Multimodal:
+        """Return the model."""
+        return self.model
 
     def barrier(self) -> None:
         """There is nobody to wait for."""
 
 
-def _compare(path: Path, told: dict[str, str], expected: dict[str, str]) -> None:
-    for key in sorted(set(told) | set(expected)):
-        if told.get(key) != expected.get(key):
-            raise CheckpointError(
-                f"{path} is of {key} {told.get(key)!r}, the state it lies in of {expected.get(key)!r}; it was put "
-                "there from elsewhere: remove the state's folder, the one before it is used then"
-            )
+def clear(trained: Mapping[str, nn.Parameter]) -> None:
+    """Drop the gradients of some parameters."""
+    for parameter in trained.values():
+        parameter.grad = None
+
+
+def step_and_clear(optimizer: Updates) -> None:
+    """Update every parameter and clear its gradient."""
+    for part in optimizer.parts:
+        part.step()
+        part.zero_grad(set_to_none=True)

@@ -129,13 +129,13 @@ class Audit:
                 raise TrainingError(f"{name} is frozen and got a gradient in step {self.steps} of the audit")
         for name, watch in self.watched.items():
             own = self.trained[name]
-            gradient = None if own.grad is None else self.engine.local(own.grad)
+            gradient = self.engine.gradient(own)
             if gradient is None or watch.moved or not gradient.numel():
                 continue
             place = int(gradient.abs().argmax())
             if gradient.flatten()[place] != 0:
                 watch.graded, watch.place = True, place
-                watch.value = float(self.engine.local(own.detach()).flatten()[place])
+                watch.value = float(self.engine.local(own).detach().flatten()[place])
 
     def after(self, warming: bool) -> None:
         """Look at the weights after the step's update. Raises TrainingError for what does not learn, or moved frozen.
@@ -145,7 +145,7 @@ class Audit:
         for name, watch in self.watched.items():
             if watch.place >= 0 and not watch.moved:
                 watch.moved = (
-                    float(self.engine.local(self.trained[name].detach()).flatten()[watch.place]) != watch.value
+                    float(self.engine.local(self.trained[name]).detach().flatten()[watch.place]) != watch.value
                 )
         self._share()
         if self.steps <= AUDITED:
@@ -172,7 +172,8 @@ class Audit:
         return sorted(part for part, steps in self.rows.items() if steps)
 
     def _others(self) -> dict[str, Tensor]:
-        return {name: own for name, own in self.model.state_dict().items() if name not in self.trained}
+        named = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters())}
+        return {name: named[name] for name in self.model.state_dict() if name not in self.trained}
 
     def _check_frozen(self) -> None:
         for name, own in self._others().items():

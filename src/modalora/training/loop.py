@@ -32,7 +32,7 @@ from modalora.training.journal import Journal
 from modalora.training.nonfinite import Fault, guilty_rows, not_finite, row_name
 from modalora.training.objectives import OBJECTIVES, Losses
 from modalora.training.optimizer import Optimizer, freeze
-from modalora.training.randomness import seed_all
+from modalora.training.randomness import seed_all, seed_dropout
 from modalora.training.report import what_trains
 from modalora.training.signals import Asked, Interrupted, Stop
 from modalora.training.states import Moment, States
@@ -108,11 +108,11 @@ class _Loop:
         engine.barrier()
         if run.threads:
             torch.set_num_threads(run.threads)
-        seed_all(run.seed, engine.rank)
+        seed_all(run.seed)  # every process starts with the same weights
         self.objective = OBJECTIVES[run.objective](model)
         declared = freeze(model, run.train)
         self.preserved = preservation(model, declared)
-        engine.shard(model)
+        engine.shard(model, self.objective)
         self.trained = {name: own for name, own in model.named_parameters() if own.requires_grad}
         check_trained(declared, self.trained, run)
         self.trained |= {f"objective.{name}": own for name, own in self.objective.named_parameters()}
@@ -125,6 +125,7 @@ class _Loop:
             say(line)
         self.states = States(run, engine, self.trained, self.optimizer, self.preserved.fingerprint)
         self.progress = self.states.resume(batches, say)
+        engine.wrap(self.optimizer)
         self.saved = self.progress.step if self.progress.step else None
         self.ended = False  # the data
         seen = self.progress
@@ -196,12 +197,18 @@ class _Loop:
             self.stop.breakable = False
         return outcome.asked, micro, outcome
 
-    def _losses(self, batch: Batch, labels: float) -> Losses:
-        """Add the gradients of a micro-batch of a step with so many labels; return its losses."""
+    def _losses(self, batch: Batch, labels: float, number: int, last: bool) -> Losses:
+        """Add the gradients of a micro-batch of a step with so many labels; return its losses.
+
+        number: of this process's micro-batches, from 0. last: whether it is the last of them.
+        """
+        # dropout follows from the micro-batch, whichever process has it
+        first, shares = self.engine.share
+        seed_dropout(self.run.seed, self.progress.step, first + number * shares)
         device = torch.device(self.run.device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.run.precision == "bf16"):
-            losses: Losses = self.objective(self.model, batch.to(device))
-        self.engine.backward(losses.values.sum() / labels)
+            losses: Losses = self.engine.losses(batch.to(device))
+        self.engine.backward(losses.values.sum() / labels, last=last)
         return losses
 
     def _gradients(self, micro: list[Batch]) -> _Outcome:
@@ -214,8 +221,9 @@ class _Loop:
         found: dict[str, float] = defaultdict(float)
         for number, batch in enumerate(micro):
             _check_spans(batch, number)
+        for number, batch in enumerate(self.engine.level(micro)):
             try:
-                losses = self._losses(batch, labels)
+                losses = self._losses(batch, labels, number, last=number + 1 == len(micro))
             except ShapeError as error:
                 rows = ", ".join(row_name(batch, number, row) for row in range(len(batch.lengths)))
                 raise ShapeError(f"step {self.progress.step + 1}, one of the rows {rows:.300}: {error}") from None
@@ -260,7 +268,7 @@ class _Loop:
 
     def _again(self, batch: Batch, labels: float) -> None:
         if self.objective.count(batch):
-            self._losses(batch, labels)
+            self._losses(batch, labels, 0, last=True)
 
     def _refuse(self, fault: Fault, moment: Moment) -> None:
         """Leave the weights as they are; stop, or count the step as skipped."""
@@ -292,7 +300,8 @@ class _Loop:
         if watching:
             self.audit.before(outcome.reached)
         self.engine.clip(self.trained, norm, run.optim.clip_norm)
-        self.optimizer.step(progress.step)
+        self.optimizer.set_rate(progress.step)
+        self.engine.step()
         if watching:
             self.audit.after(warming=progress.step + 1 < run.optim.warmup_steps)
             progress.judged, progress.rows = self.audit.judged, dict(self.audit.rows)
@@ -341,14 +350,12 @@ class _Loop:
         self.saved = self.progress.step
 
     def _clear(self) -> None:
-        for parameter in self.trained.values():
-            parameter.grad = None
+        self.engine.clear(self.trained)
 
     def _check_preserved(self) -> None:
         """Compare everything frozen with what it was at the start. Raises TrainingError naming what moved."""
-        if self.engine.world > 1:
-            return  # whole tensors are compared where they are gathered to be written
-        moved = differences(self.preserved, preservation(self.model, self.trained))
+        whole = self.engine.whole()
+        moved = differences(self.preserved, preservation(whole, self.trained)) if whole else []
         if moved:
             raise TrainingError(f"what is frozen has moved while training: {'; '.join(moved[:4])}; the run is no good")
 

@@ -96,13 +96,11 @@ class Optimizer:
         """Return the highest learning rate of a part."""
         return self.config.lr * _factor(part, self.config)
 
-    def step(self, step: int) -> None:
-        """Update every parameter and clear its gradient."""
+    def set_rate(self, step: int) -> None:
+        """Give every group of parameters its learning rate of a step, counted from 0."""
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = self.rate(step) * group["factor"]
-            part.step()
-            part.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return the moments by parameter name; filling these tensors sets the optimiser back."""

@@ -19,6 +19,11 @@ def seed_all(seed: int, *more: int) -> None:
     torch.manual_seed(own[2])  # CUDA too
 
 
+def seed_dropout(*numbers: int) -> None:
+    """Set torch's generators alone to a start that follows from whole numbers."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
 def random_state() -> dict[str, Tensor]:
     """Return the state of every generator."""
     _, words, spare = random.getstate()

@@ -30,6 +30,9 @@ from modalora.models.sizes import SIZES
 from modalora.models.speech import SpeechEncoder
 from modalora.nn.lora import LoraConfig
 from modalora.nn.mlp import Projector
+from modalora.parallel.engine import Engine
+from modalora.parallel.launch import engine_for
+from modalora.parallel.ranks import leave
 from modalora.processing.chat import FORMATS, ChatFormat
 from modalora.processing.processor import Processor
 from modalora.processing.tokenizer import TextTokenizer
@@ -54,6 +57,20 @@ def run_recipe(
     if target.exists():
         _check_finished(run, target)
         return target
+    engine = engine_for(run)
+    try:
+        _carry_out(run, engine, target, report, say)
+        engine.barrier()
+    finally:
+        leave()
+    return target
+
+
+def _carry_out(
+    run: RunConfig, engine: Engine, target: Path, report: Callable[[Metrics], None], say: Callable[[str], None]
+) -> None:
+    if engine.rank:  # one process speaks
+        report, say = lambda metrics: None, lambda line: None
     model, tokenizer, chat = _start(run)
     context = _context(run, model.config, tokenizer, chat)
     if "audio.encoder" in run.train:
@@ -64,18 +81,20 @@ def run_recipe(
         recompute(model)
     if run.base_bits is not None:
         quantize(model, run.base_bits)
+    # an engine of many processes moves what a process keeps
+    model = model.to(run.device) if engine.world == 1 else model
     quarantine = Quarantine(Path(run.output) / "quarantine.jsonl", run.quarantine_most)
-    batches = make_mixture(run, context, workers=run.workers, quarantine=quarantine)
+    batches = make_mixture(run, context, engine.share, workers=run.workers, quarantine=quarantine)
     try:
-        metrics = train(run, model.to(run.device), batches, report, say=say)
+        metrics = train(run, model, batches, report, engine=engine, say=say)
     finally:
         batches.close()
-    plot_metrics(target.parent / "metrics.jsonl", target.parent / "loss.png")
+    notes = {"trained": run.model_dump(mode="json"), "last": metrics}
     if run.base_bits is not None:  # what was trained belongs to the plain weights
         restore(model.cpu(), _start(run)[0])
-    notes = {"trained": run.model_dump(mode="json"), "last": metrics}
-    _write(run, model, tokenizer, chat, target, notes, say)
-    return target
+    if whole := engine.whole():
+        plot_metrics(target.parent / "metrics.jsonl", target.parent / "loss.png")
+        _write(run, whole, tokenizer, chat, target, notes, say)
 
 
 def open_context(run: RunConfig) -> Context:
@@ -115,11 +134,19 @@ def _grow(model: Multimodal, run: RunConfig) -> None:
         model.add_adapter(name, parse(LoraConfig, size, f"adapter {name!r}"))
 
 
-def make_mixture(run: RunConfig, context: Context, workers: int = 0, quarantine: Quarantine | None = None) -> Mixture:
-    """Return the data of a run, from its first step on."""
+def make_mixture(
+    run: RunConfig,
+    context: Context,
+    share: tuple[int, int] = (0, 1),
+    *,
+    workers: int = 0,
+    quarantine: Quarantine | None = None,
+) -> Mixture:
+    """Return the data of a run, from its first step on. share: which share of them, of how many."""
+    rank, world = share
     return Mixture(
         context, run.mixture, rows=run.rows, tokens=run.tokens, accumulate=run.accumulate, seed=run.seed,
-        steps=run.steps, workers=workers, quarantine=quarantine,
+        steps=run.steps, rank=rank, world=world, workers=workers, quarantine=quarantine,
     )  # fmt: skip
 
 

@@ -20,14 +20,16 @@ from modalora.checkpoint.resume import STATE, begin, commit, draft_of, newest, r
 from modalora.config import RunConfig, parse
 from modalora.contracts import Batches
 from modalora.errors import CheckpointError, ConfigError, TrainingError
-from modalora.parallel.engine import Engine, Single
+from modalora.parallel.engine import Engine
+from modalora.parallel.files import read, write_whole
 from modalora.training.optimizer import Optimizer
 from modalora.training.randomness import random_state, seed_all, set_random_state
 
 # settings that may differ between a run and its resumption
 FREE = {
     "steps", "log_every", "save_every", "keep", "threads", "device", "output", "cache", "data", "nonfinite",
-    "nonfinite_most", "workers", "quarantine_most", "ledger", "trackers", "peak_tflops",
+    "nonfinite_most", "workers", "quarantine_most", "ledger", "trackers", "peak_tflops", "engine", "mesh", "offload",
+    "patience_seconds",
 }  # fmt: skip
 _PARTS = ("run", "step", "world", "settings", "frozen", "rate", "progress", "data")
 
@@ -98,9 +100,8 @@ class States:
             if engine.rank == 0:
                 begin(draft)
             engine.barrier()
-            engine.write(draft, "weights", self.trained, notes)
-            engine.write(draft, "optimizer", self.optimizer.state(), notes)
-            Single().write(draft, f"random-{engine.rank:05d}", moment.randomness, notes)
+            engine.save(draft, self.trained, notes)
+            write_whole(draft / f"random-{engine.rank:05d}", moment.randomness, notes)
             engine.barrier()
             if engine.rank == 0:
                 fields = {
@@ -153,17 +154,16 @@ class States:
                 f"and step {notes['step']}; remove {folder}, the state before it is used then"
             )
         engine = self.engine
-        engine.read(folder, "weights", {name: own.detach() for name, own in self.trained.items()}, notes)
-        engine.read(folder, "optimizer", self.optimizer.state(), notes)
+        engine.load(folder, self.trained, self.optimizer, notes)
         if fields["world"] == engine.world:
             randomness = random_state()
-            Single().read(folder, f"random-{engine.rank:05d}", randomness, notes)
+            read(folder / f"random-{engine.rank:05d}", randomness, notes)
             set_random_state(randomness)
         else:
             seed_all(self.run.seed, engine.rank, progress.step)
             say(
-                f"{fields['world']} processes saved this state and {engine.world} go on: dropout is drawn anew, the "
-                "data goes on as it was"
+                f"{fields['world']} processes saved this state and {engine.world} go on: data and dropout go on as they "
+                "were"
             )
         if fields["data"].get("step") != progress.step:
             raise CheckpointError(

@@ -1,0 +1,110 @@
+"""Starting processes and telling them how to work together.
+
+On one machine `launch` runs torchrun's own agent: it watches the processes, ends all when one dies, and passes signals
+on. Processes then find each other through a file and talk over loopback: nothing listens to the network. Over several
+machines, torchrun itself is started on each (examples/launch/), with the addresses that it is given.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
+
+from modalora.config import RunConfig
+from modalora.errors import ConfigError, TrainingError
+from modalora.parallel.engine import Engine, Single
+from modalora.parallel.ranks import STORE, is_one_of_many, join, stopped_file
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+GRACE_SECONDS = 600  # to save in after a signal
+
+
+def engine_for(run: RunConfig) -> Engine:
+    """Return what carries out a run: this process alone, or with those that a launcher started beside it.
+
+    Raises ConfigError for a mesh that does not fit, or settings that the engine does not have.
+    """
+    if not is_one_of_many():
+        if run.mesh.replicate * max(1, run.mesh.shard) * run.mesh.tensor > 1:
+            raise ConfigError(f"mesh: {run.mesh} needs several processes; start them with --gpus N or --processes N")
+        return Single()
+    if run.base_bits is not None or run.optim.state_bits != 32:
+        raise ConfigError("base_bits and optim.state_bits save memory in one process; many share plain numbers instead")
+    device = join(run.device, run.patience_seconds)
+    if run.engine == "fsdp":
+        from modalora.parallel.fsdp import Plan, Sharded
+
+        plan = Plan(bf16=run.precision == "bf16", offload=run.offload)
+        return Sharded(run.mesh, plan, device)
+    from modalora.parallel.zero import Zero
+
+    if run.mesh.replicate * run.mesh.tensor > 1:
+        raise ConfigError(f"mesh: engine={run.engine} cuts over all processes alike; use engine=fsdp for other meshes")
+    if run.nonfinite == "skip":
+        raise ConfigError(f"nonfinite=skip: engine={run.engine} cannot drop a step; use engine=fsdp, or stop")
+    stage = cast(Literal[1, 2, 3], int(run.engine[-1]))
+    return Zero(stage, device, offload=run.offload, clip_norm=run.optim.clip_norm)
+
+
+def launch(arguments: Sequence[str], processes: int) -> int:
+    """Run `modalora ARGUMENTS` in so many processes on this machine; return the exit code.
+
+    That is 0 when all ended well, 130 (Ctrl-C) or 0 (SIGTERM) when they were stopped and have saved. Raises
+    TrainingError naming the process that failed first.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    with tempfile.TemporaryDirectory(prefix="modalora-") as name:
+        folder = Path(name)
+        given = {
+            STORE: str(folder / "store"),
+            "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+            "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", "lo"),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes))),
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # it would listen on every address
+        }
+        os.environ.update(given)
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id="modalora",
+            rdzv_backend="c10d",
+            rdzv_endpoint=str(folder / "rendezvous"),
+            rdzv_configs={"store_type": "file"},
+            max_restarts=0,
+            local_addr="127.0.0.1",
+            logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs")),
+            shutdown_timeout=GRACE_SECONDS,
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "modalora.cli.main", *arguments)
+        except SignalException as stopped:
+            saved = [rank for rank in range(processes) if stopped_file(folder / "store", rank).exists()]
+            if len(saved) < processes:
+                raise TrainingError("stopped before all processes had saved; the state saved last is whole") from None
+            return 128 + signal.SIGINT if stopped.sigval == signal.SIGINT else 0
+        except ChildFailedError as failed:
+            return _explain(failed)
+    return 0
+
+
+def _explain(failed: ChildFailedError) -> int:
+    """Return the exit code of the process that failed first. Raises TrainingError when a signal ended it."""
+    # one that was killed is the cause of what the others then met
+    rank, first = min(failed.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
+    if first.exitcode < 0:
+        raise TrainingError(
+            f"process {rank} was ended by {first.signal_name()} (out of memory?), and the others with it; the same "
+            "command goes on from the state saved last"
+        )
+    return int(first.exitcode)

@@ -1,0 +1,90 @@
+"""Processes that found each other: starting, summing figures, waiting."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from modalora.errors import ConfigError
+
+STORE = "MODALORA_STORE"  # a file by which the processes of one machine find each other
+
+
+def is_one_of_many() -> bool:
+    """Tell whether a launcher (torchrun, Slurm through torchrun, Ray) started this process as one of several."""
+    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+
+
+def is_first() -> bool:
+    """Tell whether this process is the one that speaks: the first of several, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def join(device: str, patience_seconds: int) -> torch.device:
+    """Join the processes that a launcher started; return the device of this one.
+
+    On one machine, processes of `modalora train --gpus` listen on loopback alone; between machines torchrun's
+    addresses are used. A collective that waits longer than patience_seconds for a rank fails.
+    Raises ConfigError when the machine has too few GPUs.
+    """
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    kind = torch.device(device).type
+    found = torch.device(kind)
+    if kind == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", "0"))
+        if index >= torch.cuda.device_count():
+            raise ConfigError(f"--gpus: process {index} has no GPU of its own; there are {torch.cuda.device_count()}")
+        found = torch.device("cuda", index)
+        torch.cuda.set_device(found)
+    store = os.environ.get(STORE)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+        init_method=f"file://{store}" if store else "env://",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=patience_seconds),
+    )
+    return found
+
+
+def stopped_file(store: Path, rank: int) -> Path:
+    """Return the file by which a process tells its launcher that it saved and stopped."""
+    return store.with_name(f"stopped-{rank}")
+
+
+def tell_stopped() -> None:
+    """Tell the launcher, if there is one, that this process saved and stopped."""
+    if STORE in os.environ and is_one_of_many():
+        stopped_file(Path(os.environ[STORE]), int(os.environ["RANK"])).touch()
+
+
+def leave() -> None:
+    """End what `join` began, if it did."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def totals(values: Mapping[str, float]) -> dict[str, float]:
+    """Return the sum over the ranks by key; a rank need not have every key.
+
+    Every rank adds up in the same order, so all get the same bits. Figures travel as JSON: no pickle is opened.
+    """
+    own = torch.frombuffer(bytearray(json.dumps(dict(values)).encode()), dtype=torch.uint8)
+    world = dist.get_world_size()
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world)]
+    dist.all_gather(sizes, torch.tensor([len(own)]))
+    longest = max(int(size) for size in sizes)
+    texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(world)]
+    dist.all_gather(texts, torch.nn.functional.pad(own, (0, longest - len(own))))
+    found: dict[str, float] = defaultdict(float)
+    for text, size in zip(texts, sizes, strict=True):
+        for key, value in json.loads(bytes(text[: int(size)].tolist())).items():
+            found[key] += value
+    return dict(found)

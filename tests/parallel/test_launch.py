@@ -1,0 +1,148 @@
+"""`modalora train --processes N`: starts, speaks with one voice, is stopped, and notices a dead process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from modalora.checkpoint.store import load_model
+from modalora.config import load_run
+from modalora.training.run import run_recipe
+
+RECIPE = """
+init: tiny
+train: [decoder]
+mixture: [{source: books}]
+rows: 2
+accumulate: 2
+window: 32
+log_every: 1
+precision: fp32
+optim: {warmup_steps: 1}
+"""
+SECONDS = 120  # a process loads torch for seconds on a busy machine
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("launch")
+    (folder / "books").mkdir()
+    text = "\n\n".join(f"The {word} comes and the {word} goes." for word in ("sun", "moon", "rain", "wind") * 20)
+    table = pyarrow.table({"name": ["one"], "title": ["One"], "text": [text]})
+    parquet.write_table(table, folder / "books" / "train.parquet")
+    (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    return folder
+
+
+def settings(place: Path, output: str, steps: int) -> list[str]:
+    return [f"data={place}", f"cache={place / 'cache'}", f"output={place / output}", f"steps={steps}"]
+
+
+def command(place: Path, output: str, steps: int, *more: str) -> subprocess.Popen[str]:
+    recipe = str(place / "recipe.yaml")
+    line = [sys.executable, "-m", "modalora.cli.main", "train", recipe, *settings(place, output, steps), *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {key: value for key, value in environment.items() if key not in ("RANK", "WORLD_SIZE")}
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def losses(folder: Path) -> list[float]:
+    path = folder / "metrics.jsonl"
+    return [json.loads(line)["loss"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def children(pid: int) -> Iterator[int]:
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        if parent == pid:
+            own = int(path.parent.name)
+            yield own
+            yield from children(own)
+
+
+def listening(pids: list[int]) -> set[str]:
+    """Return the addresses, as /proc has them, at which processes listen."""
+    held: set[str] = set()
+    for pid in pids:
+        for handle in Path(f"/proc/{pid}/fd").glob("*"):
+            try:
+                held.add(str(handle.readlink()))
+            except OSError:
+                continue
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            pieces = line.split()
+            if pieces[3] == "0A" and f"socket:[{pieces[9]}]" in held:
+                found.add(pieces[1].partition(":")[0])
+    return found
+
+
+def wait_for_steps(run: subprocess.Popen[str], folder: Path, steps: int) -> None:
+    until = time.monotonic() + SECONDS
+    while len(losses(folder)) < steps:
+        assert run.poll() is None, run.communicate()
+        assert time.monotonic() < until, "it does not train"
+        time.sleep(0.05)
+
+
+def end(run: subprocess.Popen[str]) -> tuple[int, str, str]:
+    try:
+        out, err = run.communicate(timeout=SECONDS)
+    finally:
+        run.kill()
+    return run.returncode, out, err
+
+
+def test_two_processes_carry_out_a_recipe_like_one(place: Path) -> None:
+    run = command(place, "two", 6, "--processes", "2")
+    wait_for_steps(run, place / "two", 1)
+    told = listening([run.pid, *children(run.pid)])
+    code, out, err = end(run)
+    assert (code, out.count("wrote")) == (0, 1), err
+    assert told == {"0100007F"}  # 127.0.0.1: nothing listens to the network
+    assert load_model(place / "two" / "model").model.config.decoder.vocab_size == 320
+    recipe = place / "recipe.yaml"
+    run_recipe(load_run(recipe, settings(place, "one", 6)))
+    # float32 sums in another order
+    assert losses(place / "two") == pytest.approx(losses(place / "one"), abs=1e-6)
+
+
+def test_ctrl_c_saves_in_every_process_and_exits_with_130(place: Path) -> None:
+    run = command(place, "stopped", 100_000, "--processes", "2")
+    wait_for_steps(run, place / "stopped", 2)
+    run.send_signal(signal.SIGINT)
+    code, _, err = end(run)
+    assert code == 130, err
+    assert err.count("the same command goes on from there") == 1
+    (state,) = (place / "stopped" / "resume").iterdir()
+    assert int(state.name) == len(losses(place / "stopped"))
+
+
+def test_a_dead_process_ends_the_run_within_seconds_and_is_named(place: Path) -> None:
+    run = command(place, "killed", 100_000, "--processes", "2")
+    wait_for_steps(run, place / "killed", 2)
+    workers = {}
+    for pid in children(run.pid):
+        values = Path(f"/proc/{pid}/environ").read_text().split("\0")
+        workers |= {value: pid for value in values if value.startswith("RANK=")}
+    os.kill(workers["RANK=1"], signal.SIGKILL)
+    started = time.monotonic()
+    code, _, err = end(run)
+    assert code == 1
+    assert "process 1 was ended by SIGKILL" in err
+    assert time.monotonic() - started < 30  # one second or two on an idle machine
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers.values())
