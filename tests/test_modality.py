@@ -45,6 +45,9 @@ class Sizes:
     def encoder(self) -> nn.Module:
         return Smells(self)
 
+    def smallest(self) -> tuple[dict[str, Tensor], int]:
+        return sniff("a", self)
+
 
 class Smells(nn.Module):
     def __init__(self, sizes: Sizes) -> None:
@@ -447,6 +450,8 @@ class Sizes:
     hidden_size: int = 4
     def encoder(self):
         return Tongue()
+    def smallest(self):
+        return features([0.0], self)
 
 class Tongue(nn.Module):
     def __init__(self):
@@ -566,7 +571,7 @@ def test_a_shipped_modality_is_not_replaced_and_one_is_not_added_twice() -> None
             "one of its projectors",
         ),
         ({"routes": {frozenset({"smell"}): Rule(adapter="nose")}}, "one of its projectors .plain, loud."),
-        ({"config": TextTokenizer}, "must be a dataclass of sizes .* it has no encoder, branches, hidden_size"),
+        ({"config": TextTokenizer}, "must be a dataclass of sizes .* it has no encoder, smallest, branches, hidden_size"),
     ],
 )
 def test_a_row_that_contradicts_itself_is_refused(change: dict[str, Any], told: str) -> None:
@@ -611,7 +616,7 @@ def test_its_sources_are_named_by_recipes(tmp_path: Path) -> None:
         accumulate=1,
         seed=0,
     )
-    (batch,) = mixture(0)
+    (batch,) = mixture.take()
     assert [item.tokens for item in batch.media] == [6, 6, 6]
     assert batch.route.adapters == ("nose",) * 3
     for name, told in (("smell.taste", "no source 'taste'; it has whiffs"), ("taste", "unknown source 'taste'")):

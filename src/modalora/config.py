@@ -285,6 +285,12 @@ def load_stages(path: Path, bundled: Path, overrides: Sequence[str] = ()) -> dic
     return runs
 
 
+def load_chain_start(path: Path) -> str | None:
+    """Return what the first stage of a chain starts from; None for a plain recipe."""
+    fields = _read(path)
+    return parse(ChainConfig, fields, str(path)).init if "stages" in fields else None
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -6,9 +6,12 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from modalora.config import RunConfig
 
 
 def plan(
@@ -41,17 +44,29 @@ def plan(
 def _training(
     path: Path, overrides: list[str], shapes: list[str], where: tuple[str, int, float, float], as_json: bool
 ) -> None:
-    from modalora.config import load_run
+    from modalora.cli.train import RECIPES
+    from modalora.config import load_chain_start, load_stages
+
+    runs = load_stages(path, RECIPES, overrides)
+    size = load_chain_start(path)
+    for title, run in runs.items():
+        if len(runs) > 1 and not as_json:
+            print(f"\n{title}")
+        _stage(title, run, shapes, size, where, as_json)
+
+
+def _stage(
+    title: str, run: RunConfig, shapes: list[str], size: str | None, where: tuple[str, int, float, float], as_json: bool
+) -> None:
     from modalora.training.plan import estimate, plan_run
 
-    run = load_run(path, overrides)
     if not as_json and sys.stderr.isatty():
         print("carrying out one step without memory ...", file=sys.stderr)
-    found, source = plan_run(run, shapes)
+    found, source = plan_run(run, shapes, size)
     machine, count, share, hourly = where
     cost = estimate(found, run, machine, count, share, hourly)
     if as_json:
-        print(json.dumps({"plan": asdict(found), "estimate": asdict(cost), "rows_from": source}))
+        print(json.dumps({"run": title, "plan": asdict(found), "estimate": asdict(cost), "rows_from": source}))
         return
     print(f"{'part':<26} {'numbers':>15} {'trains':>15} {'weights':>10} {'gradients':>10} {'optimizer':>10}")
     for part in found.parts:

@@ -213,7 +213,9 @@ class _Loop:
 
     def _gradients(self, micro: list[Batch]) -> _Outcome:
         labels = self.engine.totals({"labels": sum(self.objective.count(batch) for batch in micro)})["labels"]
-        if not labels:
+        if not labels and any(set(batch.samples) == {""} for batch in micro):
+            labels = 1.0  # every row was bad, and blank ones without a label stand in
+        elif not labels:
             raise TrainingError(
                 f"step {self.progress.step + 1} has no labelled token; the mixture's conversations need an assistant's "
                 "turn, and it must not be masked"

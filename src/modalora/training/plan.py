@@ -34,13 +34,15 @@ from modalora.assistant import find_model
 from modalora.checkpoint.store import describe, read_card
 from modalora.config import RunConfig
 from modalora.contracts import IGNORED, Batch, Media, Route
-from modalora.errors import ConfigError
+from modalora.errors import CheckpointError, ConfigError, InputError
 from modalora.models.multimodal import ModelConfig, Multimodal, parameter_counts, part_of
 from modalora.models.router import route
 from modalora.models.sizes import SIZES
 from modalora.nn.lora import LoraConfig
+from modalora.parallel.engine import step_and_clear
 from modalora.training.objectives import OBJECTIVES
 from modalora.training.optimizer import Optimizer, freeze
+from modalora.training.run import make_mixture, open_context
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,27 +142,28 @@ def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype
     trained = freeze(model, run.train)
     trained |= {f"objective.{name}": parameter for name, parameter in objective.named_parameters()}
     optimizer = Optimizer(trained, run.optim, run.steps)
+    optimizer.set_rate(0)
     model.train()
     labels = sum(_labels(batch) for batch in micro)
     with Meter(fake) as meter:
         for tensor in [*model.parameters(), *model.buffers(), *objective.parameters()]:
             meter.hold(tensor)
         weights = meter.now
-        for batch in micro:
+        for moment in optimizer.state().values():
+            meter.hold(moment)
+        for batch in micro[:2]:  # of like size: a third adds neither memory nor anything new
             with torch.autocast("cpu", torch.bfloat16, enabled=run.precision == "bf16"):
                 losses = objective(model, batch)
             mean = losses.values.sum() / max(1, labels)
             if mean.requires_grad:
                 mean.backward()
             del losses, mean
-        learning = meter.peak
         gradients = {name: _size(parameter.grad) for name, parameter in trained.items() if parameter.grad is not None}
         torch.nn.utils.clip_grad_norm_(list(trained.values()), run.optim.clip_norm)
-        optimizer.step(0)
+        step_and_clear(optimizer)
     states = _state_sizes(optimizer)
     parts = _parts(model, objective, gradients, states)
     total_gradients, total_states = sum(gradients.values()), sum(states.values())
-    peak = max(learning + total_states, meter.peak)  # the optimiser's state is there from the second step on
     return Plan(
         parts=parts,
         rows=sum(len(batch.input_ids) for batch in micro),
@@ -170,9 +173,9 @@ def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype
         weights=weights,
         gradients=total_gradients,
         optimizer=total_states,
-        step=peak - weights - total_gradients - total_states,
-        peak=peak,
-        flops=meter.flops,
+        step=meter.peak - weights - total_gradients - total_states,
+        peak=meter.peak,
+        flops=meter.flops * len(micro) // min(2, len(micro)),
     )
 
 
@@ -342,16 +345,34 @@ def _resident() -> int:
     return usage if sys.platform == "darwin" else usage * 1024
 
 
-def plan_run(run: RunConfig, shapes: Sequence[str] = ()) -> tuple[Plan, str]:
+def plan_run(run: RunConfig, shapes: Sequence[str] = (), size: str | None = None) -> tuple[Plan, str]:
     """Plan a step of a run, and tell where its rows come from.
 
-    shapes: rows as `shaped_batch` takes them; without them each row is a plain text window. Raises ConfigError,
-    CheckpointError.
+    shapes: rows as `shaped_batch` takes them; without them the first rows of the run's own data, or where these cannot
+    be opened, texts that fill the micro-batch. size: what stands in for run.init, such as phi4-multimodal. Raises
+    ConfigError, CheckpointError.
     """
-    config, dtype = read_size(run.init)
-    rows = list(shapes) or [f"text={run.window}"]
-    micro = [shaped_batch(config, rows, run.rows)] * run.accumulate
-    return plan_step(config, run, micro, dtype), "rows of " + " and ".join(rows)
+    config, dtype = read_size(size or run.init)
+    if shapes:
+        return plan_step(config, run, _filled(config, run, shapes), dtype), "rows of " + " and ".join(shapes)
+    try:
+        if size is not None:
+            raise CheckpointError(f"{size} stands in for {run.init}")
+        mixture = make_mixture(run, open_context(run))
+        micro, source = mixture.take(), "the first of its data"
+    except InputError as error:
+        shape = f"text={min(run.tokens or run.window, config.decoder.rope.window)}"
+        micro, source = _filled(config, run, [shape]), f"rows of {shape}, as its data were not opened: {error}"
+    return plan_step(config, run, micro, dtype), source
+
+
+def _filled(config: ModelConfig, run: RunConfig, shapes: Sequence[str]) -> list[Batch]:
+    """Return the micro-batches of a step made of rows of given shapes: as many as run.rows, or as fill run.tokens."""
+    rows = run.rows
+    if run.tokens:
+        lengths = shaped_batch(config, shapes, len(shapes)).lengths.tolist()
+        rows = max(1, round(len(lengths) * run.tokens / sum(lengths)))
+    return [shaped_batch(config, shapes, rows)] * run.accumulate
 
 
 def read_size(init: str) -> tuple[ModelConfig, torch.dtype]:

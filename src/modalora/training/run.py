@@ -83,7 +83,8 @@ def _carry_out(
         quantize(model, run.base_bits)
     # an engine of many processes moves what a process keeps
     model = model.to(run.device) if engine.world == 1 else model
-    quarantine = Quarantine(Path(run.output) / "quarantine.jsonl", run.quarantine_most)
+    own = "quarantine.jsonl" if engine.rank == 0 else f"quarantine-{engine.rank:05d}.jsonl"
+    quarantine = Quarantine(Path(run.output) / own, run.quarantine_most)
     batches = make_mixture(run, context, engine.share, workers=run.workers, quarantine=quarantine)
     try:
         metrics = train(run, model, batches, report, engine=engine, say=say)
