@@ -15,7 +15,7 @@ import tarfile
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from glob import glob
+from glob import escape, glob
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -117,15 +117,10 @@ def cached(path: Path, cache: Path, ending: str, make: Callable[[Path, Path], No
         draft.replace(target)
     finally:
         draft.unlink(missing_ok=True)
-    for old in target.parent.glob(f"{glob_free(stem)}-*{ending}"):
+    for old in target.parent.glob(f"{escape(stem)}-*{ending}"):
         if old != target:
             old.unlink(missing_ok=True)
     return target
-
-
-def glob_free(name: str) -> str:
-    """Return a pattern that matches this name alone."""
-    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 # ------------------------------------------------------------------------------------------------------- JSON
