@@ -108,8 +108,9 @@ class _Loop:
         engine.barrier()
         if run.threads:
             torch.set_num_threads(run.threads)
+        seed_all(run.seed)
+        self.objective = OBJECTIVES[run.objective](model)  # its head begins alike on every rank
         seed_all(run.seed, engine.rank)
-        self.objective = OBJECTIVES[run.objective](model)
         declared = freeze(model, run.train)
         self.preserved = preservation(model, declared)
         engine.shard(model)
