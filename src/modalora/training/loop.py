@@ -147,8 +147,11 @@ class _Loop:
         while progress.step < run.steps:
             moment = Moment.now(self.batches)
             asked, micro, outcome = self._try()
-            if outcome is None:  # the step was broken off: as if it had not begun
+            if outcome is None:  # the step was broken off, as if it had not begun, or there are no data for it
                 self._clear()
+                if not asked:
+                    self._end_early(moment)
+                    break
             else:
                 fault = self._fault(micro, outcome)
                 if fault:
@@ -174,22 +177,31 @@ class _Loop:
             if asked and progress.step < run.steps:
                 self._save(moment)
                 raise Interrupted(f"stopped after step {progress.step}; the same command goes on from there", asked)
-        self.audit.finish(run.steps)
+        self.audit.finish(progress.step)
         self._check_preserved()
         self.model.eval()
 
     def _try(self) -> tuple[int, list[Batch], _Outcome | None]:
-        """Return the signal that came, the micro-batches of a step and what they came to; None if it was broken off."""
+        """Return the signal that came, the micro-batches of a step and what they came to: None, if it was not made."""
         try:
             self.stop.breakable = self.engine.world == 1  # one rank alone must not leave the others waiting
             micro = self.batches.take()
-            outcome = self._gradients(micro)
+            outcome = self._gradients(micro) if micro else None
             self.stop.breakable = False
         except Asked:
             return self.stop.asked, [], None
         finally:
             self.stop.breakable = False
-        return outcome.asked, micro, outcome
+        return outcome.asked if outcome else 0, micro, outcome
+
+    def _end_early(self, moment: Moment) -> None:
+        """End a run whose data have ended before its steps have. Raises TrainingError when there never were any."""
+        if not self.progress.step:
+            raise TrainingError("the data hold no row to train on; `modalora data check` tells why")
+        if self.progress.recent:
+            self._tell(seconds_per_step=0)
+        self.say(f"the data have ended after step {self.progress.step} of {self.run.steps}")
+        self._save(moment)
 
     def _losses(self, batch: Batch, labels: float) -> Losses:
         """Add the gradients of a micro-batch of a step with so many labels; return its losses."""
