@@ -108,8 +108,8 @@ class _Loop:
         engine.barrier()
         if run.threads:
             torch.set_num_threads(run.threads)
-        seed_all(run.seed)  # every process starts with the same weights
-        self.objective = OBJECTIVES[run.objective](model)
+        seed_all(run.seed)
+        self.objective = OBJECTIVES[run.objective](model)  # its head begins alike on every rank
         declared = freeze(model, run.train)
         self.preserved = preservation(model, declared)
         engine.shard(model, self.objective)
@@ -127,7 +127,6 @@ class _Loop:
         self.progress = self.states.resume(batches, say)
         engine.wrap(self.optimizer)
         self.saved = self.progress.step if self.progress.step else None
-        self.ended = False  # the data
         seen = self.progress
         self.audit = Audit(model, self.trained, self.objective.idle, engine, say, seen.judged, seen.rows)
         step = self.progress.step
@@ -145,13 +144,14 @@ class _Loop:
         self.model.train()
         first, started = progress.step, time.perf_counter()
         since = started
-        while progress.step < run.steps and not self.ended:
+        while progress.step < run.steps:
             moment = Moment.now(self.batches)
             asked, micro, outcome = self._try()
-            if self.ended:
-                self.say(f"the data have ended: {progress.step} of {run.steps} steps were made")
-            elif outcome is None:  # the step was broken off: as if it had not begun
+            if outcome is None:  # the step was broken off, as if it had not begun, or there are no data for it
                 self._clear()
+                if not asked:
+                    self._end_early(moment)
+                    break
             else:
                 fault = self._fault(micro, outcome)
                 if fault:
@@ -170,11 +170,11 @@ class _Loop:
                 if progress.step % run.log_every == 0 or progress.step == run.steps:
                     self._tell((now - started) / (progress.step - first))
                 moment = Moment.now(self.batches)
-            if progress.step % run.save_every == 0 or progress.step == run.steps or self.ended:
+            if progress.step % run.save_every == 0 or progress.step == run.steps:
                 self._save(moment)
             if self.engine.world == 1:
                 asked = self.stop.asked  # not only while the gradients were made
-            if asked and progress.step < run.steps and not self.ended:
+            if asked and progress.step < run.steps:
                 self._save(moment)
                 raise Interrupted(f"stopped after step {progress.step}; the same command goes on from there", asked)
         self.audit.finish(progress.step)
@@ -182,20 +182,26 @@ class _Loop:
         self.model.eval()
 
     def _try(self) -> tuple[int, list[Batch], _Outcome | None]:
-        """Return the signal that came, the micro-batches of a step and what they came to; None if it was broken off."""
+        """Return the signal that came, the micro-batches of a step and what they came to: None, if it was not made."""
         try:
             self.stop.breakable = self.engine.world == 1  # one rank alone must not leave the others waiting
             micro = self.batches.take()
-            if not micro:
-                self.ended = True
-                return self.stop.asked, [], None
-            outcome = self._gradients(micro)
+            outcome = self._gradients(micro) if micro else None
             self.stop.breakable = False
         except Asked:
             return self.stop.asked, [], None
         finally:
             self.stop.breakable = False
-        return outcome.asked, micro, outcome
+        return outcome.asked if outcome else 0, micro, outcome
+
+    def _end_early(self, moment: Moment) -> None:
+        """End a run whose data have ended before its steps have. Raises TrainingError when there never were any."""
+        if not self.progress.step:
+            raise TrainingError("the data hold no row to train on; `modalora data check` tells why")
+        if self.progress.recent:
+            self._tell(seconds_per_step=0)
+        self.say(f"the data have ended after step {self.progress.step} of {self.run.steps}")
+        self._save(moment)
 
     def _losses(self, batch: Batch, labels: float, number: int, last: bool) -> Losses:
         """Add the gradients of a micro-batch of a step with so many labels; return its losses.
