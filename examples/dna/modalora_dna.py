@@ -212,6 +212,7 @@ def made_up(proteins: Sequence[str], rng: Rng, length: int) -> list[str]:
 
 CONTINUE = "Continue."
 TRANSLATE, REVERSE, ORGANISM, GENE = "Translate.", "Reverse complement?", "Which organism?", "Which gene?"
+LENGTHS = {TRANSLATE: 8, REVERSE: 4, ORGANISM: 64, GENE: 64}  # codons asked about
 
 
 def words(codons: Sequence[str]) -> str:
@@ -232,9 +233,8 @@ def triplets(letters: str) -> list[str]:
 
 def task(kind: str, gene: Gene, rng: Rng) -> list[dict[str, Any]]:
     """Return a question of a kind about a part of a gene, with its answer."""
-    lengths = {TRANSLATE: (4, 13), REVERSE: (2, 7), ORGANISM: (40, 97), GENE: (40, 97)}[kind]
     codons = triplets(gene.letters)
-    count = min(int(rng.integers(*lengths)), len(codons))
+    count = min(LENGTHS[kind], len(codons))
     at = int(rng.integers(0, len(codons) - count + 1))
     part = codons[at : at + count]
     letters = "".join(part)
@@ -286,7 +286,7 @@ def codons(context: Any, before: int = 64, after: int = 48, made: float = 0.5) -
 def tasks(context: Any) -> Draw:
     """Source: what a part of a gene codes for, its other strand, its organism, its name."""
     genes = training_genes(context.folder)
-    kinds, weights = (TRANSLATE, REVERSE, ORGANISM, GENE), (0.35, 0.35, 0.15, 0.15)
+    kinds, weights = (TRANSLATE, REVERSE, ORGANISM, GENE), (0.4, 0.4, 0.1, 0.1)
 
     def draw(rng: Rng) -> Any:
         kind = str(rng.choice(kinds, p=weights))
