@@ -30,9 +30,9 @@ from torch.distributed.tensor import DTensor
 from modalora.config import MeshConfig
 from modalora.contracts import Batch
 from modalora.errors import ConfigError
+from modalora.models.decoder import DecoderLayer
 from modalora.models.multimodal import Multimodal, part_of
 from modalora.models.recompute import recompute
-from modalora.models.speech import Subsampling
 from modalora.parallel.engine import Updates, clear, step_and_clear
 from modalora.parallel.files import read, write_pieces
 from modalora.parallel.idle import Presence, gate_adapters
@@ -46,7 +46,7 @@ DIMENSIONS = ("replicate", "shard", "tensor")
 class Plan:
     """How a model is spread. Every choice that is off or of degree one changes nothing.
 
-    bf16: gather parameters in bfloat16, for a forward pass under autocast. recompute: keep only the input of each
+    bf16: gather the decoder's layers in bfloat16, for a forward pass under autocast. recompute: keep only the input of each
     layer for the backward pass. compile: compile each decoder layer. offload: keep what a rank holds, and its
     optimiser, on the CPU.
     """
@@ -105,11 +105,17 @@ def shard(model: Multimodal, mesh: DeviceMesh, plan: Plan) -> None:
     # encoders return views, which nothing changes in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     for unit in units(model):
-        # its convolutions run in float32 under autocast too
-        policy = half if plan.bf16 and not isinstance(unit, Subsampling) else full
-        fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload)
+        fully_shard(unit, mesh=mesh, mp_policy=half if plan.bf16 and _reads_halves(unit) else full, offload_policy=offload)
     register_fsdp_forward_method(model, "loss")
     _sum_gradients(model)
+
+
+def _reads_halves(unit: nn.Module) -> bool:
+    """Tell whether autocast makes bf16 of a unit's weights anyway: the decoder's layers, which hold nearly all.
+
+    LayerNorm and some convolutions of encoders want float32 beside it.
+    """
+    return isinstance(unit, DecoderLayer) and not any(isinstance(module, nn.LayerNorm) for module in unit.modules())
 
 
 def units(model: Multimodal) -> Iterable[nn.Module]:
@@ -119,8 +125,6 @@ def units(model: Multimodal) -> Iterable[nn.Module]:
         for module in encoder.modules():
             if isinstance(module, nn.ModuleList):
                 yield from module
-            elif isinstance(module, Subsampling):
-                yield module
         yield encoder
     for branches in model.projectors.values():
         yield from branches.children()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,9 @@ from modalora.models.multimodal import Multimodal, part_of
 from modalora.models.sizes import tiny
 from modalora.parallel.engine import Engine, Single
 from modalora.parallel.fsdp import Plan, Sharded, sizes
+from modalora.parallel.zero import Zero
+from modalora.nn.gate import gate
+from modalora.parallel.tensor import regroup
 from modalora.training.loop import train
 from modalora.training.optimizer import freeze
 
@@ -134,8 +138,20 @@ def run(engine: Engine, settings: RunConfig, steps: Callable[[int], list[Batch]]
     return losses, whole.state_dict() if whole else None
 
 
-def sharded(mesh: MeshConfig, settings: RunConfig, steps: Callable[[int], list[Batch]], plan: Plan) -> Any:
-    return run(Sharded(mesh, plan, torch.device("cpu")), settings, steps)
+def engine_of(name: str, mesh: MeshConfig | None = None, plan: Plan | None = None) -> Engine:
+    device = torch.device("cpu")
+    if name == "one":
+        return Single()
+    if name == "fsdp":
+        return Sharded(mesh or MeshConfig(), plan or Plan(), device)
+    engine = Zero(int(name[4]), device, offload=name.endswith("offload"), clip_norm=0.5)  # type: ignore[arg-type]
+    if name.startswith("zero3"):  # else tensors as small as these stay whole
+        engine.settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return engine
+
+
+def trained_by(name: str, settings: RunConfig, steps: Callable[[int], list[Batch]], *more: Any) -> Any:
+    return run(engine_of(name, *more), settings, steps)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +167,7 @@ def test_processes_train_like_one(
     tmp_path: Path, ranks: Ranks, mesh: MeshConfig, plan: Plan, steps: Callable[[int], list[Batch]]
 ) -> None:
     one, weights = run(Single(), settings(tmp_path / "one"), steps)
-    found = ranks(2, sharded, mesh, settings(tmp_path / "many"), steps, plan)
+    found = ranks(2, trained_by, "fsdp", settings(tmp_path / "many"), steps, mesh, plan)
     for losses, _ in found:
         assert losses == pytest.approx(one, abs=1e-6, rel=0)
     assert list(found[0][1]) == list(weights)
@@ -209,3 +225,124 @@ def test_without_a_smallest_item_the_rank_would_hang_or_fail(ranks: Ranks, monke
     monkeypatch.setattr("modalora.parallel.idle.Presence.level", lambda self, batches: list(batches))
     with pytest.raises(AssertionError, match=r"hangs|rank \d:"):
         ranks(2, gradients, [[row("text", 1)], [row("both", 2)]], [*PARTS], seconds=8)
+
+
+# DeepSpeed is at odds with parts of torch that are to go
+old_ways = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+
+@old_ways
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_deepspeed_trains_like_one_process(tmp_path: Path, ranks: Ranks, name: str) -> None:
+    one, weights = run(Single(), settings(tmp_path / "one"), mixed)
+    found = ranks(2, trained_by, name, settings(tmp_path / "many"), mixed)
+    for losses, _ in found:
+        assert losses == pytest.approx(one, abs=1e-6, rel=0)
+    for tensor_name, tensor in weights.items():
+        # AdamW divides by a root: worst seen 5e-6 at this rate
+        torch.testing.assert_close(found[0][1][tensor_name], tensor, atol=1e-5, rtol=0, msg=tensor_name)
+
+
+def twelve(step: int) -> list[Batch]:
+    """Twelve micro-batches, which one to four processes share evenly."""
+    return [row(("text", "both", "image", "speech")[at % 4], 100 * step + at) for at in range(12)]
+
+
+@old_ways
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(("fsdp", 2), ("one", 1)), (("fsdp", 2), ("fsdp", 3)), (("zero3", 2), ("one", 1)), (("one", 1), ("zero2", 2))],
+    ids=lambda pair: f"{pair[0]} on {pair[1]}",
+)
+def test_a_state_is_read_at_any_number_of_processes(
+    tmp_path: Path, ranks: Ranks, before: tuple[str, int], after: tuple[str, int]
+) -> None:
+    def go_on(name: str, world: int, steps: int) -> list[float]:
+        told = settings(tmp_path / "run", steps=steps, optim=OptimConfig(lr=1e-3, warmup_steps=0, schedule="constant"))
+        if name == "one":
+            return run(Single(), told, twelve)[0]
+        return ranks(world, trained_by, name, told, twelve)[0][0]
+
+    same = settings(tmp_path / "told", steps=2, optim=OptimConfig(lr=1e-3, warmup_steps=0, schedule="constant"))
+    told, _ = run(Single(), same, twelve)
+    first = go_on(*before, 1)
+    (last,) = go_on(*after, 2)
+    assert [*first, last] == pytest.approx(told, abs=1e-6, rel=0)
+    written = {path.suffix for path in (tmp_path / "run" / "resume").rglob("*") if path.is_file()}
+    assert written == {".json", ".safetensors"}  # nothing that runs when it is opened
+
+
+def save_once(engine_name: str, settings: RunConfig) -> Path:
+    run(engine_of(engine_name), settings, twelve)
+    return Path(settings.output)
+
+
+def read_back(folder: Path) -> str:
+    """Return what resuming from a state is refused with."""
+    try:
+        run(engine_of("fsdp"), settings(folder, steps=2), twelve)
+    except CheckpointError as error:
+        return str(error)
+    return "it was taken"
+
+
+def test_a_state_with_a_piece_missing_is_refused(tmp_path: Path, ranks: Ranks) -> None:
+    ranks(2, save_once, "fsdp", settings(tmp_path, steps=1))
+    (state,) = (tmp_path / "resume").iterdir()
+    next((state / "weights").glob("shard-00002*")).unlink()
+    for told in ranks(2, read_back, tmp_path):
+        assert "is whole" in told
+        assert "shard-00002" in told
+
+
+@pytest.mark.parametrize(
+    ("mesh", "told"),
+    [
+        (MeshConfig(replicate=3), "do not make up 4"),
+        (MeshConfig(shard=2), "do not make up 4"),
+        (MeshConfig(tensor=8), "do not make up 4"),
+    ],
+)
+def test_a_mesh_that_is_not_all_processes_is_refused(mesh: MeshConfig, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        sizes(mesh, 4)
+
+
+def test_a_mesh_takes_the_rest_for_shards() -> None:
+    assert sizes(MeshConfig(replicate=2, tensor=2), 8) == (2, 2, 2)
+
+
+def test_rows_regrouped_for_ranks_come_back() -> None:
+    """Each of two ranks has half of the queries, half of the keys and half of the values."""
+    rows = torch.arange(16)[:, None]
+    parts = (8, 4, 4)
+    cut = regroup(rows, parts, 2)
+    assert cut[:8, 0].tolist() == [0, 1, 2, 3, 8, 9, 12, 13]
+    assert torch.equal(regroup(cut, parts, 2, back=True), rows)
+
+
+def test_a_gate_gives_zeros_to_what_is_unused_and_reads_none_of_it() -> None:
+    x, idle = torch.ones(3, requires_grad=True), torch.full((2,), torch.nan, requires_grad=True)
+    passed, _ = gate(x, idle)
+    (passed * 2).sum().backward()
+    assert torch.equal(passed, x)
+    assert x.grad is not None
+    assert idle.grad is not None
+    assert x.grad.tolist() == [2, 2, 2]
+    assert idle.grad.tolist() == [0, 0]
+
+
+def half(_: None) -> tuple[list[float], set[torch.dtype]]:
+    """Return the losses of a run in bf16 and what its moments are kept in."""
+    engine = engine_of("fsdp", MeshConfig(), Plan(bf16=True))
+    told = settings(Path(os.environ["MODALORA_TEST_OUTPUT"]), precision="bf16")
+    return run(engine, told, mixed)[0], {one.dtype for one in engine.optimizer.state().values()}  # type: ignore[attr-defined]
+
+
+def test_bf16_gathers_halves_and_keeps_float32(tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, _ = run(Single(), settings(tmp_path / "one", precision="bf16"), mixed)
+    monkeypatch.setenv("MODALORA_TEST_OUTPUT", str(tmp_path / "many"))
+    for losses, kinds in ranks(2, half, None):
+        # norms are read in bf16 too, of eight bits: worst seen 1e-3
+        assert losses == pytest.approx(one, abs=5e-3)
+        assert kinds == {torch.float32}
