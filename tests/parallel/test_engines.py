@@ -17,13 +17,14 @@ from torch.distributed.tensor import DTensor
 from modalora.config import MeshConfig, OptimConfig, RunConfig, SourceConfig
 from modalora.contracts import IGNORED, Batch, Media, Route, image_tokens, subsampled
 from modalora.errors import CheckpointError, ConfigError
-from modalora.models.multimodal import Multimodal, part_of
+from modalora.models.multimodal import Multimodal
+from modalora.models.recompute import recompute
 from modalora.models.sizes import tiny
+from modalora.nn.gate import gate
 from modalora.parallel.engine import Engine, Single
 from modalora.parallel.fsdp import Plan, Sharded, sizes
-from modalora.parallel.zero import Zero
-from modalora.nn.gate import gate
 from modalora.parallel.tensor import regroup
+from modalora.parallel.zero import Zero
 from modalora.training.loop import train
 from modalora.training.optimizer import freeze
 
@@ -131,9 +132,10 @@ def run(engine: Engine, settings: RunConfig, steps: Callable[[int], list[Batch]]
     """Train; return the losses and, on rank 0, the weights."""
     torch.set_num_threads(1)
     losses: list[float] = []
-    train(
-        settings, fresh(), Given(steps, engine.share), lambda told: losses.append(float(told["loss"])), engine=engine
-    )
+    model = fresh()
+    if settings.recompute:
+        recompute(model)
+    train(settings, model, Given(steps, engine.share), lambda told: losses.append(float(told["loss"])), engine=engine)
     whole = engine.whole()
     return losses, whole.state_dict() if whole else None
 
@@ -155,19 +157,19 @@ def trained_by(name: str, settings: RunConfig, steps: Callable[[int], list[Batch
 
 
 @pytest.mark.parametrize(
-    ("mesh", "plan", "steps"),
+    ("mesh", "changes", "steps"),
     [
-        (MeshConfig(), Plan(), mixed),
-        (MeshConfig(replicate=2), Plan(), mixed),
-        (MeshConfig(tensor=2), Plan(recompute=True), undropped),
+        (MeshConfig(), {}, mixed),
+        (MeshConfig(replicate=2), {}, mixed),
+        (MeshConfig(tensor=2), {"recompute": True}, undropped),
     ],
     ids=["shard", "replicate", "tensor"],
 )
 def test_processes_train_like_one(
-    tmp_path: Path, ranks: Ranks, mesh: MeshConfig, plan: Plan, steps: Callable[[int], list[Batch]]
+    tmp_path: Path, ranks: Ranks, mesh: MeshConfig, changes: dict[str, Any], steps: Callable[[int], list[Batch]]
 ) -> None:
     one, weights = run(Single(), settings(tmp_path / "one"), steps)
-    found = ranks(2, trained_by, "fsdp", settings(tmp_path / "many"), steps, mesh, plan)
+    found = ranks(2, trained_by, "fsdp", settings(tmp_path / "many", **changes), steps, mesh)
     for losses, _ in found:
         assert losses == pytest.approx(one, abs=1e-6, rel=0)
     assert list(found[0][1]) == list(weights)

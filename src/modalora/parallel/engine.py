@@ -91,7 +91,7 @@ class Engine(Protocol):
         ...
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """Return the numbers of a parameter's gradient that this rank holds, in the order of `local`; None: it has none."""
+        """Return the numbers of a parameter's gradient that this rank holds, as `local` has them, if there is one."""
         ...
 
     def save(self, folder: Path, trained: Mapping[str, nn.Parameter], notes: Mapping[str, str]) -> None:
@@ -103,7 +103,9 @@ class Engine(Protocol):
     ) -> None:
         """Set weights and moments back to what `save` of any engine wrote, at any world size.
 
-        Comes before `wrap`. Raises CheckpointError when a name is missing or left over, a shape or dtype differs, or the notes are others.
+        Comes before `wrap`.
+
+        Raises CheckpointError when a name is missing or left over, a shape or dtype differs, or the notes are others.
         """
         ...
 

@@ -32,7 +32,6 @@ from modalora.contracts import Batch
 from modalora.errors import ConfigError
 from modalora.models.decoder import DecoderLayer
 from modalora.models.multimodal import Multimodal, part_of
-from modalora.models.recompute import recompute
 from modalora.parallel.engine import Updates, clear, step_and_clear
 from modalora.parallel.files import read, write_pieces
 from modalora.parallel.idle import Presence, gate_adapters
@@ -44,33 +43,26 @@ DIMENSIONS = ("replicate", "shard", "tensor")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """How a model is spread. Every choice that is off or of degree one changes nothing.
+    """How what a rank holds is kept and gathered.
 
-    bf16: gather the decoder's layers in bfloat16, for a forward pass under autocast. recompute: keep only the input of each
-    layer for the backward pass. compile: compile each decoder layer. offload: keep what a rank holds, and its
-    optimiser, on the CPU.
+    bf16: gather the decoder's layers in bfloat16, for a forward pass under autocast. offload: keep what a rank holds,
+    and its optimiser, on the CPU.
     """
 
     bf16: bool = False
-    recompute: bool = False
-    compile: bool = False
     offload: bool = False
 
 
 def parallelize(model: Multimodal, mesh: DeviceMesh, plan: Plan) -> None:
     """Spread a finished model over a mesh with the dimensions replicate, shard and tensor, in place.
 
-    Gates come first, since what they pass on is one rank's; then tensor parallelism, since the rest works on what it
-    leaves to a rank; FSDP last, since it gathers around all of it. Raises ConfigError when heads or channels do not divide by mesh.tensor.
+    Gates come first, since what they pass on is one rank's; then tensor parallelism, since FSDP gathers around what it
+    leaves to a rank. A layer that is run again in the backward pass (models/recompute.py) may be so before all of them.
+    Raises ConfigError when heads or channels do not divide by mesh.tensor.
     """
     gate_adapters(model)
     if mesh["tensor"].size() > 1:
         split_heads(model, mesh["tensor"])
-    if plan.recompute:
-        recompute(model)
-    for layer in model.decoder.layers:
-        if plan.compile:
-            layer.compile()
     shard(model, _data_mesh(mesh), plan)
 
 
@@ -86,8 +78,8 @@ def sizes(mesh: MeshConfig, world: int) -> tuple[int, int, int]:
     shard = mesh.shard or world // (mesh.replicate * mesh.tensor)
     if mesh.replicate * shard * mesh.tensor != world:
         raise ConfigError(
-            f"mesh: replicate={mesh.replicate} x shard={mesh.shard or 'the rest'} x tensor={mesh.tensor} do not make up "
-            f"{world} processes"
+            f"mesh: replicate={mesh.replicate} x shard={mesh.shard or 'the rest'} x tensor={mesh.tensor} do not "
+            f"make up {world} processes"
         )
     return mesh.replicate, shard, mesh.tensor
 
@@ -105,7 +97,9 @@ def shard(model: Multimodal, mesh: DeviceMesh, plan: Plan) -> None:
     # encoders return views, which nothing changes in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     for unit in units(model):
-        fully_shard(unit, mesh=mesh, mp_policy=half if plan.bf16 and _reads_halves(unit) else full, offload_policy=offload)
+        fully_shard(
+            unit, mesh=mesh, mp_policy=half if plan.bf16 and _reads_halves(unit) else full, offload_policy=offload
+        )
     register_fsdp_forward_method(model, "loss")
     _sum_gradients(model)
 
@@ -144,7 +138,9 @@ class Sharded:
     def __init__(self, mesh: MeshConfig, plan: Plan, device: torch.device) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         if plan.offload and device.type == "cpu":
-            raise ConfigError("offload moves what a GPU holds to the CPU; with device=cpu it is there: leave offload out")
+            raise ConfigError(
+                "offload moves what a GPU holds to the CPU; with device=cpu it is there: leave offload out"
+            )
         self.plan = plan
         self.device = device
         # where a mesh has more dimensions, one collective for each is what is meant

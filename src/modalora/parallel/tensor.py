@@ -118,7 +118,9 @@ def _cut(linear: RoutedLinear, mesh: DeviceMesh, along: dict[str, int], order: C
         full = parameter.detach() if dimension is None else order(parameter.detach()).contiguous()
         cut = nn.Parameter(distribute_tensor(full, mesh, [placement]), requires_grad=parameter.requires_grad)
         if owner:
-            linear.get_submodule(owner)[key] = cut  # type: ignore[index]
+            held = linear.get_submodule(owner)
+            assert isinstance(held, nn.ParameterDict)
+            held[key] = cut
         else:
             linear.register_parameter(key, cut)
 
@@ -142,6 +144,8 @@ def _run_locally(linear: RoutedLinear, mesh: DeviceMesh, *, cut_rows: bool) -> N
             y = plain(x, route, made)
         if cut_rows:
             return y
-        return DTensor.from_local(y, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()]).to_local()
+        return (
+            DTensor.from_local(y, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()]).to_local()
+        )
 
     linear.forward = forward  # type: ignore[method-assign]

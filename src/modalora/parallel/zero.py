@@ -40,7 +40,7 @@ class Zero:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.share = (self.rank, self.world)
         self.stage, self.device = stage, device
-        cut = {"stage": stage, "contiguous_gradients": True, "overlap_comm": False}
+        cut: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, "overlap_comm": False}
         if offload:
             cut["offload_optimizer"] = {"device": "cpu"}
             if stage == 3:
@@ -147,7 +147,8 @@ class Zero:
             return tensor
         if tensor.requires_grad:
             return safe_get_full_fp32_param(tensor)
-        return tensor.ds_tensor if self.stage == 3 else tensor
+        cut: Any = tensor  # with DeepSpeed's own attributes
+        return cut.ds_tensor if self.stage == 3 else tensor
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """Return a parameter's gradient, whole."""
@@ -242,7 +243,9 @@ def _deepspeed(device: torch.device) -> Any:
     try:
         import deepspeed
     except ModuleNotFoundError:
-        raise ConfigError("engine=zero needs DeepSpeed; pip install 'modalora[deepspeed]', or use engine=fsdp") from None
+        raise ConfigError(
+            "engine=zero needs DeepSpeed; pip install 'modalora[deepspeed]', or use engine=fsdp"
+        ) from None
     # or the first run on a CPU waits minutes for a compiler; torch's own collectives do as well
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

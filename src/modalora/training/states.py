@@ -161,8 +161,8 @@ class States:
         else:
             seed_all(self.run.seed, engine.rank, progress.step)
             say(
-                f"{fields['world']} processes saved this state and {engine.world} go on: data and dropout go on as they "
-                "were"
+                f"{fields['world']} processes saved this state and {engine.world} go on: data and dropout go on as "
+                "they were"
             )
         if fields["data"].get("step") != progress.step:
             raise CheckpointError(
