@@ -26,7 +26,7 @@ from modalora.models.speech import SpeechEncoder
 from modalora.nn.mlp import Projector
 from modalora.parallel.engine import Engine
 from modalora.parallel.launch import engine_for
-from modalora.parallel.ranks import leave
+from modalora.parallel.ranks import has_joined, leave
 from modalora.processing.tokenizer import TextTokenizer
 from modalora.quantize import quantize, restore
 from modalora.training.loop import Metrics, train
@@ -49,12 +49,14 @@ def run_recipe(
     if target.exists():
         _check_finished(run, target)
         return target
+    joined_before = has_joined()
     engine = engine_for(run)
     try:
         _carry_out(run, engine, target, report, say)
         engine.barrier()
     finally:
-        leave()
+        if not joined_before:
+            leave()
     return target
 
 
