@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
 from modalora.config import MeshConfig, OptimConfig, RunConfig, SourceConfig
 from modalora.contracts import IGNORED, Batch, Media, Route, image_tokens, subsampled
-from modalora.errors import CheckpointError, ConfigError
+from modalora.errors import CheckpointError, ConfigError, TrainingError
 from modalora.models.multimodal import Multimodal
 from modalora.models.recompute import recompute
 from modalora.models.sizes import tiny
@@ -348,3 +350,43 @@ def test_bf16_gathers_halves_and_keeps_float32(tmp_path: Path, ranks: Ranks, mon
         # norms are read in bf16 too, of eight bits: worst seen 1e-3
         assert losses == pytest.approx(one, abs=5e-3)
         assert kinds == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["one", "fsdp"])
+def test_what_is_saved_in_the_background_is_of_its_own_step(tmp_path: Path, ranks: Ranks, name: str) -> None:
+    changes = {"steps": 4, "save_every": 1, "keep": 9}
+    for behind in (False, True):
+        told = settings(tmp_path / str(behind), save_in_background=behind, **changes)
+        ranks(2 if name == "fsdp" else 1, trained_by, name, told, undropped)
+    states = sorted((tmp_path / "False" / "resume").iterdir())
+    assert len(states) == 4
+    for state in states:
+        for path in [*state.rglob("weights*/*"), *state.rglob("optimizer*/*"), *state.glob("[wo]*.safetensors")]:
+            if path.suffix != ".safetensors":
+                continue
+            there = tmp_path / "True" / path.relative_to(tmp_path / "False")
+            for tensor_name, tensor in load_file(path).items():
+                assert torch.equal(tensor, load_file(there)[tensor_name]), (path, tensor_name)
+
+
+def no_room(settings: RunConfig) -> str:
+    """Return what a run says whose second rank cannot write its pieces."""
+    if dist.get_rank() == 1:
+
+        def full(self: object, *given: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        HuggingFaceStorageWriter.write_data = full  # type: ignore[method-assign, assignment]
+    try:
+        run(engine_of("fsdp"), settings, undropped)
+    except TrainingError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_rank_that_cannot_write_leaves_no_state_and_all_are_told(tmp_path: Path, ranks: Ranks, behind: bool) -> None:
+    for told in ranks(2, no_room, settings(tmp_path, steps=1, save_in_background=behind)):
+        assert "the state of step 1 could not be written" in told
+        assert "rank 1: [Errno 28] No space left on device" in told
+    assert list((tmp_path / "resume").iterdir()) == []

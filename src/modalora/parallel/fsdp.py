@@ -32,7 +32,7 @@ from modalora.contracts import Batch
 from modalora.errors import ConfigError
 from modalora.models.decoder import DecoderLayer
 from modalora.models.multimodal import Multimodal, part_of
-from modalora.parallel.engine import Updates, clear, step_and_clear
+from modalora.parallel.engine import Snapshot, Updates, clear, kept, step_and_clear
 from modalora.parallel.files import read, write_pieces
 from modalora.parallel.idle import Presence, gate_adapters
 from modalora.parallel.ranks import totals
@@ -146,6 +146,8 @@ class Sharded:
         # where a mesh has more dimensions, one collective for each is what is meant
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         self.mesh = init_device_mesh(device.type, sizes(mesh, self.world), mesh_dim_names=DIMENSIONS)
+        # what is written beside training must not wait in its line
+        self.saving = dist.new_group(backend="gloo")
         data = self.mesh["replicate", "shard"]._flatten("data")
         self.group = data.get_group()
         self.share = (data.get_local_rank(), data.size())
@@ -205,10 +207,10 @@ class Sharded:
         """Update this rank's share of every parameter and clear its gradient."""
         step_and_clear(self.optimizer)
 
-    def save(self, folder: Path, trained: Mapping[str, nn.Parameter], notes: Mapping[str, str]) -> None:
-        """Write this rank's pieces."""
-        write_pieces(folder / "weights", trained, self._notes(notes))
-        write_pieces(folder / "optimizer", self.optimizer.state(), self._notes(notes))
+    def snapshot(self, trained: Mapping[str, nn.Parameter], *, copied: bool) -> Snapshot:
+        """Return this rank's pieces."""
+        weights, moments = kept(trained, copied), kept(self.optimizer.state(), copied)
+        return _Pieces(weights, moments, self._notes({}), self.saving)
 
     def load(
         self, folder: Path, trained: Mapping[str, nn.Parameter], optimizer: Updates, notes: Mapping[str, str]
@@ -251,6 +253,24 @@ class Sharded:
         here = tensor.to(self.device)
         dist.all_reduce(here, group=self.group)
         return here
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """What one rank has of weights and moments."""
+
+    weights: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
+    told: Mapping[str, str]
+    group: dist.ProcessGroup
+
+    def write(self, folder: Path, notes: Mapping[str, str]) -> None:
+        notes = {**notes, **self.told}
+        write_pieces(folder / "weights", self.weights, notes, self.group)
+        write_pieces(folder / "optimizer", self.moments, notes, self.group)
+
+    def barrier(self) -> None:
+        dist.barrier(self.group)
 
 
 def assemble(model: Multimodal, tensors: Mapping[str, Tensor]) -> Multimodal:
