@@ -178,7 +178,10 @@ def cuts(place: Path, count: int, rng: random.Random) -> str:
             expected[seed], seconds = whole_run(place / f"whole-{seed}", seed)
         case = Case(place / f"cut-{number}", seed)
         child = fork(case.run, case.folder)
-        time.sleep(rng.uniform(0.02, 0.95) * seconds)
+        reached = rng.randrange(STEPS)
+        while _steps_done(case.folder) < reached and not _ended(child):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 1.5) * seconds / STEPS)
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGTERM)
         code = wait(child)
@@ -234,7 +237,7 @@ def _kill_some_time(child: int, folder: Path, seconds: float, rng: random.Random
     in_save = rng.random() < 0.5
     saves = rng.randint(1, 4)
     while time.perf_counter() < until or in_save:
-        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        if _ended(child):
             return
         if in_save and _saves(folder):
             saves -= 1
@@ -245,6 +248,15 @@ def _kill_some_time(child: int, folder: Path, seconds: float, rng: random.Random
         time.sleep(0.0005)
     with contextlib.suppress(ProcessLookupError):
         os.kill(child, signal.SIGKILL)
+
+
+def _ended(child: int) -> bool:
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _steps_done(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def _saves(folder: Path) -> bool:

@@ -187,7 +187,7 @@ class Batches(Protocol):
     """The data of a run, step by step; where it stands is a small JSON state."""
 
     def take(self) -> list[Batch]:
-        """Return the micro-batches of the next step, those of this rank."""
+        """Return the micro-batches of the next step, those of this rank; on all ranks none once the data end."""
         ...
 
     def state(self) -> dict[str, Any]:

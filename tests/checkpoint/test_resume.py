@@ -91,10 +91,11 @@ def test_what_a_killed_run_left_half_written_is_removed_at_the_next_start(tmp_pa
     (draft_of(tmp_path, 2) / "data.bin").write_bytes(b"half")
     (tmp_path / "resume" / ".00000000.old").mkdir()
     (tmp_path / ".model.77.draft").mkdir()
+    (tmp_path / ".metrics.jsonl.draft").write_text("half")
     assert newest(tmp_path) == tmp_path / "resume" / "00000001"
     with locked(tmp_path):
         assert [path.name for path in (tmp_path / "resume").iterdir()] == ["00000001"]
-        assert not (tmp_path / ".model.77.draft").exists()
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "resume"]
 
 
 def test_a_run_is_held_by_one_process_alone(tmp_path: Path) -> None:

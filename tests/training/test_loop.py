@@ -215,3 +215,15 @@ def test_losses_are_reported_per_route(tmp_path: Path) -> None:
 def test_states_are_kept_as_the_run_says(tmp_path: Path) -> None:
     train(settings(tmp_path, steps=7, save_every=2, keep=2), fresh(), Steps(lambda step: [text(step)]))
     assert sorted(path.name for path in (tmp_path / "resume").iterdir()) == ["00000006", "00000007"]
+
+
+def test_a_run_ends_with_its_data_and_says_so(tmp_path: Path) -> None:
+    told: list[str] = []
+    last = train(
+        settings(tmp_path, steps=9), fresh(), Steps(lambda step: [text(step)] if step < 6 else []), say=told.append
+    )
+    assert last["step"] == 6
+    assert "the data have ended after step 6 of 9" in told
+    assert (tmp_path / "resume" / "00000006").is_dir()
+    with pytest.raises(TrainingError, match="hold no row to train on"):
+        train(settings(tmp_path / "none"), fresh(), Steps(lambda step: []))

@@ -36,7 +36,7 @@ def locked(run: Path) -> Iterator[None]:
         for place in (run, run / "resume"):
             for path in place.iterdir() if place.is_dir() else ():
                 if _HIDDEN.fullmatch(path.name):
-                    shutil.rmtree(path, ignore_errors=True)
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
         yield
 
 

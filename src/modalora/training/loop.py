@@ -27,6 +27,7 @@ from modalora.errors import ShapeError, TrainingError
 from modalora.models.multimodal import Multimodal
 from modalora.parallel.engine import Engine, Single
 from modalora.training.audit import Audit, check_settings, check_trained, parts_reached, trained_part
+from modalora.training.flops import StepFlops
 from modalora.training.journal import Journal
 from modalora.training.nonfinite import Fault, guilty_rows, not_finite, row_name
 from modalora.training.objectives import OBJECTIVES, Losses
@@ -107,8 +108,8 @@ class _Loop:
         engine.barrier()
         if run.threads:
             torch.set_num_threads(run.threads)
-        seed_all(run.seed)  # every process starts with the same weights
-        self.objective = OBJECTIVES[run.objective](model)
+        seed_all(run.seed)
+        self.objective = OBJECTIVES[run.objective](model)  # its head begins alike on every rank
         declared = freeze(model, run.train)
         self.preserved = preservation(model, declared)
         engine.shard(model, self.objective)
@@ -119,6 +120,7 @@ class _Loop:
         for name, parameter in self.trained.items():
             self.parts[trained_part(name)][name] = parameter
         self.optimizer = Optimizer(self.trained, run.optim, run.steps)
+        self.flops = StepFlops(model, self.parts, decodes=run.objective == "next_token") if run.peak_tflops else None
         for line in what_trains(model, self.trained, self.optimizer):
             say(line)
         self.states = States(run, engine, self.trained, self.optimizer, self.preserved.fingerprint)
@@ -146,14 +148,19 @@ class _Loop:
         while progress.step < run.steps:
             moment = Moment.now(self.batches)
             asked, micro, outcome = self._try()
-            if outcome is None:  # the step was broken off: as if it had not begun
+            if outcome is None:  # the step was broken off, as if it had not begun, or there are no data for it
                 self._clear()
+                if not asked:
+                    self._end_early(moment)
+                    break
             else:
                 fault = self._fault(micro, outcome)
                 if fault:
                     self._refuse(fault, moment)
                 else:
                     self._update(outcome)
+                    if self.flops:
+                        progress.note({"flops": self.flops.of(micro)})
                 progress.step += 1
                 if self.ledger:
                     told = [name for batch in micro for name in batch.samples]
@@ -171,22 +178,31 @@ class _Loop:
             if asked and progress.step < run.steps:
                 self._save(moment)
                 raise Interrupted(f"stopped after step {progress.step}; the same command goes on from there", asked)
-        self.audit.finish(run.steps)
+        self.audit.finish(progress.step)
         self._check_preserved()
         self.model.eval()
 
     def _try(self) -> tuple[int, list[Batch], _Outcome | None]:
-        """Return the signal that came, the micro-batches of a step and what they came to; None if it was broken off."""
+        """Return the signal that came, the micro-batches of a step and what they came to: None, if it was not made."""
         try:
             self.stop.breakable = self.engine.world == 1  # one rank alone must not leave the others waiting
             micro = self.batches.take()
-            outcome = self._gradients(micro)
+            outcome = self._gradients(micro) if micro else None
             self.stop.breakable = False
         except Asked:
             return self.stop.asked, [], None
         finally:
             self.stop.breakable = False
-        return outcome.asked, micro, outcome
+        return outcome.asked if outcome else 0, micro, outcome
+
+    def _end_early(self, moment: Moment) -> None:
+        """End a run whose data have ended before its steps have. Raises TrainingError when there never were any."""
+        if not self.progress.step:
+            raise TrainingError("the data hold no row to train on; `modalora data check` tells why")
+        if self.progress.recent:
+            self._tell(seconds_per_step=0)
+        self.say(f"the data have ended after step {self.progress.step} of {self.run.steps}")
+        self._save(moment)
 
     def _losses(self, batch: Batch, labels: float, number: int, last: bool) -> Losses:
         """Add the gradients of a micro-batch of a step with so many labels; return its losses.
@@ -308,7 +324,7 @@ class _Loop:
     def _tell(self, seconds_per_step: float) -> None:
         """Log the means since the last logged step."""
         run, progress = self.run, self.progress
-        sums = {name: progress.recent.pop(name, [0.0, 0])[0] for name in ("seconds", "tokens", "labels")}
+        sums = {name: progress.recent.pop(name, [0.0, 0])[0] for name in ("seconds", "tokens", "labels", "flops")}
         means = {name: total / count for name, (total, count) in progress.recent.items()}
         progress.recent.clear()
         if "loss" in means and (progress.best_loss is None or means["loss"] < progress.best_loss):
@@ -321,6 +337,7 @@ class _Loop:
             "tokens_per_second": round(sums["tokens"] / sums["seconds"]),
             "labels_per_second": round(sums["labels"] / sums["seconds"]),
             "remaining_seconds": round(seconds_per_step * (run.steps - progress.step)),
+            **({"mfu": sums["flops"] / sums["seconds"] / (run.peak_tflops * 1e12)} if run.peak_tflops else {}),
             **memory(torch.device(run.device)),
             **({"skipped": progress.skipped} if progress.skipped else {}),
         }

@@ -117,7 +117,7 @@ def _start(part: torch.optim.Optimizer) -> None:
         for parameter in group["params"]:
             if isinstance(part, torch.optim.Muon):
                 part.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
-            else:
+            elif isinstance(part, torch.optim.AdamW):
                 part.state[parameter] = {
                     "step": torch.tensor(0.0),
                     "exp_avg": torch.zeros_like(parameter),

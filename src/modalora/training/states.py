@@ -212,7 +212,10 @@ class States:
             raise CheckpointError(
                 f"{folder / STATE}: its place in the data is of step {fields['data'].get('step')}, not {progress.step}"
             )
-        batches.restore(fields["data"]["state"])
+        try:
+            batches.restore(fields["data"]["state"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{folder / STATE}: its place in the data is not whole: {error!r}") from None
         say(f"goes on after step {progress.step}, from {folder}")
         return progress
 
