@@ -61,11 +61,10 @@ def read(place: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -
     dtype differs, or the notes are others.
     """
     held = {name: tensor.detach() for name, tensor in tensors.items()}
+    if not place.is_dir():
+        place = place.with_suffix(".safetensors")
     try:
-        if place.is_dir():
-            _read_pieces(place, held, notes)
-        else:
-            _read_whole(place.with_suffix(".safetensors"), held, notes)
+        (_read_pieces if place.is_dir() else _read_whole)(place, held, notes)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{place} cannot be read: {error}") from None
 
