@@ -27,10 +27,12 @@ def batch(assistant: modalora.Assistant) -> Batch:
     return Batch(made.input_ids, made.lengths, Route(("vision",)), labels=made.input_ids)
 
 
-def gradients(model: Multimodal, given: Batch) -> dict[str, torch.Tensor]:
+def gradients(model: Multimodal, given: Batch, *, autocast: bool = False) -> dict[str, torch.Tensor]:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) == "adapter.vision")
-    model.loss(given)[0].mean().backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        values, _ = model.loss(given)
+    values.mean().backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
@@ -46,7 +48,7 @@ def test_a_model_stored_as_int8_computes_the_same_bits_in_int8() -> None:
     assert all(torch.equal(grad, others[name]) for name, grad in grads.items())
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4])
 def test_logits_and_gradients_are_those_of_the_expanded_matrices(bits: int) -> None:
     found = []
     for expanded in (False, True):
@@ -62,6 +64,21 @@ def test_logits_and_gradients_are_those_of_the_expanded_matrices(bits: int) -> N
     assert torch.equal(logits, told)
     assert len(grads) > 0
     assert all(torch.equal(grad, others[name]) for name, grad in grads.items())
+
+
+def test_sixteen_bits_change_no_bit_of_a_bf16_step() -> None:
+    found = []
+    for bits in (None, 16):
+        assistant = nano()
+        given = batch(assistant)
+        if bits is not None:
+            quantize(assistant.model, bits)
+        with torch.autocast("cpu", torch.bfloat16):
+            values, _ = assistant.model.loss(given)
+        found.append((values.detach(), gradients(assistant.model, given, autocast=True)))
+    (values, grads), (others, other_grads) = found
+    assert torch.equal(values, others)
+    assert all(torch.equal(grad, other_grads[name]) for name, grad in grads.items())
 
 
 def test_four_bits_stay_near_the_whole_model() -> None:
@@ -96,5 +113,5 @@ def test_memory_of_the_linears_falls_and_restoring_brings_every_bit_back(tmp_pat
 
 
 def test_other_bits_are_refused() -> None:
-    with pytest.raises(ConfigError, match="bits=3 must be 8 or 4"):
+    with pytest.raises(ConfigError, match="bits=3 must be 16, 8 or 4"):
         quantize(nano().model, 3)

@@ -1,4 +1,4 @@
-"""A finished model in, a smaller finished model out: the Linears of a frozen decoder in 8 or 4 bits.
+"""A finished model in, a smaller finished model out: the Linears of a frozen decoder in 16, 8 or 4 bits.
 
 Adapters, embeddings, norms and encoders stay as they are, so adapters train on top (QLoRA, arXiv:2305.14314).
 """
@@ -10,7 +10,7 @@ from modalora.models.multimodal import Multimodal
 
 
 def quantize(model: Multimodal, bits: int) -> None:
-    """Keep the decoder's Linears in 8 or 4 bits, in place; such a model cannot be saved or train its decoder.
+    """Keep the decoder's Linears in 16, 8 or 4 bits, in place; such a model cannot be saved or train its decoder.
 
     Raises ConfigError for other bits, a packed model, or rows that 4 bits cannot be cut from.
     """

@@ -64,7 +64,7 @@ def test_bytes_per_moment(bits: int, size: float) -> None:
 
 
 @pytest.mark.parametrize("signed", [False, True])
-def test_codes_are_the_nearest_of_their_table(signed: bool) -> None:
+def test_codes_are_the_nearest_of_their_table_to_a_bf16_rounding(signed: bool) -> None:
     torch.manual_seed(0)
     numbers = table(signed)
     assert len(numbers) == 256
@@ -76,7 +76,8 @@ def test_codes_are_the_nearest_of_their_table(signed: bool) -> None:
     scale = scale.expand(-1, 256).flatten()[:1000]
     nearest = (moment[:, None] / scale[:, None] - numbers).abs().min(1).values * scale
     away = (found - moment).abs()
-    torch.testing.assert_close(away, torch.where(found == numbers[1] * scale, away, nearest), atol=1e-6, rtol=1e-3)
+    # rounding to bf16 moves a number by 2^-8 of it, there and back; the least code but 0 also stands for all below
+    assert bool(((away <= nearest + moment.abs() / 128) | (found == numbers[1] * scale)).all())
 
 
 def test_a_second_moment_above_zero_is_never_written_as_zero() -> None:

@@ -20,6 +20,7 @@ from modalora.models.speech import SpeechConfig, SpeechEncoder
 from modalora.models.vision import ImageEmbedder, VisionConfig
 from modalora.nn.cache import KVCache
 from modalora.nn.lora import LoraConfig
+from modalora.nn.loss import EVEN
 from modalora.nn.mlp import Projector
 from modalora.nn.rope import is_long
 
@@ -185,22 +186,27 @@ class Multimodal(nn.Module):
         return self.decoder.losses(states[starts[rows] + columns], targets[rows, columns]), rows
 
     def _end_to_end(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the final states of all real tokens, (tokens, width), and where each row starts, (batch,)."""
-        lengths, adapters = batch.lengths.tolist(), batch.route.adapters
-        order = sorted(range(len(lengths)), key=lambda row: str(adapters[row]))
-        spans = tuple(lengths[row] for row in order)
-        starts = torch.tensor(lengths)
-        starts[order] = torch.tensor((0, *spans[:-1])).cumsum(0)
-        device = batch.input_ids.device
-        starts = starts.to(device)
-        ids = torch.cat([batch.input_ids[row, : lengths[row]] for row in order])
-        hidden = self.decoder.embed(ids[None])
+        """Return the final states of all real tokens, (tokens, width), and where each row starts, (batch,).
+
+        A last row of up to seven tokens that nobody reads makes the number of tokens even for products.
+        """
+        lengths, device = batch.lengths.tolist(), batch.input_ids.device
+        order = sorted(range(len(lengths)), key=lambda row: str(batch.route.adapters[row]))
+        spans, adapters = [lengths[row] for row in order], [batch.route.adapters[row] for row in order]
+        ids = [batch.input_ids[row, : lengths[row]] for row in order]
+        starts = torch.zeros(len(lengths), dtype=torch.long, device=device)
+        starts[order] = torch.tensor((0, *spans[:-1]), device=device).cumsum(0)
+        if filler := -sum(spans) % EVEN:
+            ids.append(ids[0].new_zeros(filler))
+            spans.append(filler)
+            adapters.append(None)
+        hidden = self.decoder.embed(torch.cat(ids)[None])
         if batch.media:
             features, rows, columns = self._features(batch)
             hidden = hidden.index_put((torch.zeros_like(rows), starts[rows] + columns), features.to(hidden.dtype))
         step = Step(
             lengths=torch.tensor(spans, device=device),
-            route=Route(tuple(adapters[row] for row in order), spans),
+            route=Route(tuple(adapters), tuple(spans)),
             long=torch.tensor(is_long(self.config.decoder.rope, spans), device=device),
         )
         return self.decoder(hidden, step)[0], starts

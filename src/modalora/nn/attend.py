@@ -86,8 +86,8 @@ def choose(q: Tensor, k: Tensor) -> str:
     """Return the backend for a call that names none.
 
     On a CPU the fused kernel is slow in bf16. Forward, 2,048 tokens of 24 heads of 128 take it 357 ms, and 105 in
-    tiles of plain matrix products; with the gradient 909 and 434. Tiles too small to pay for their start are taken
-    together by `eager`: with the gradient, 20 crops of 144 patches and 5 heads of 32 take it 9 ms, and 27 in tiles.
+    tiles of plain matrix products; with the gradient 909 and 434. What is one tile at most is taken by `eager`: with
+    the gradient, 20 crops of 144 patches and 5 heads of 32 take it 10 ms, and 17 in tiles.
     """
     if q.dtype != torch.bfloat16 or q.device.type != "cpu":
         return "sdpa"
@@ -97,7 +97,8 @@ def choose(q: Tensor, k: Tensor) -> str:
 
 
 FEW = 16  # queries, of a decoding step
-TILE = 256  # queries: the logits of a tile stay in the cache of a core
+TILE = 768  # queries of the heads that share a key head: the logits of a tile stay in the cache of a core
+KEYS = 1024  # of them; more key heads go together where there are fewer
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask, pair_bias: Tensor | None, scale: float) -> Tensor:
@@ -136,12 +137,12 @@ class _Tiled(torch.autograd.Function):
     ) -> Tensor:
         q, k, v = ((q * scale).transpose(1, 2).contiguous(), *(x.transpose(1, 2).contiguous() for x in (k, v)))
         out = torch.zeros_like(q)
-        for row, group, heads, tiles in _heads(q, k, mask):
-            keys, values = k[row, group], v[row, group]
+        for row, groups, heads, tiles in _heads(q, k, mask):
+            keys, values = k[row, groups], v[row, groups]
             for tile in tiles:
-                weights = _weights(q[row, heads, tile.queries], keys[tile.keys], tile, heads, row, mask, pair_bias)
-                part = weights.flatten(0, 1) @ values[tile.keys]
-                out[row, heads, tile.queries] = part.view(weights.shape[0], -1, q.shape[-1])
+                own = q[row, heads, tile.queries]
+                weights = _weights(own, keys[:, tile.keys], tile, heads, row, mask, pair_bias)
+                out[row, heads, tile.queries] = torch.bmm(weights, values[:, tile.keys]).view(own.shape)
         ctx.save_for_backward(q, k, v, pair_bias)
         ctx.call = mask, scale
         return out.transpose(1, 2)
@@ -154,20 +155,19 @@ class _Tiled(torch.autograd.Function):
         upstream = given[0].transpose(1, 2)
         exact = torch.promote_types(q.dtype, torch.float32)
         to_q, to_k, to_v = torch.zeros_like(q), torch.empty_like(k), torch.empty_like(v)
-        for row, group, heads, tiles in _heads(q, k, mask):
-            keys, values = k[row, group], v[row, group]
+        for row, groups, heads, tiles in _heads(q, k, mask):
+            keys, values = k[row, groups], v[row, groups]
             sums = torch.zeros((2, *keys.shape), dtype=exact, device=q.device)  # of tiles, for keys and values
             for tile in tiles:
                 own = q[row, heads, tile.queries]
-                weights = _weights(own, keys[tile.keys], tile, heads, row, mask, pair_bias).flatten(0, 1)
-                change = upstream[row, heads, tile.queries].flatten(0, 1)
-                sums[1, tile.keys] += weights.T @ change
-                change = torch.ops.aten._softmax_backward_data(
-                    functional.linear(change, values[tile.keys]), weights, -1, weights.dtype
-                )
-                sums[0, tile.keys] += change.T @ own.flatten(0, 1)
-                to_q[row, heads, tile.queries] = (change @ keys[tile.keys]).mul_(scale).view(own.shape)
-            to_k[row, group], to_v[row, group] = sums[0], sums[1]
+                weights = _weights(own, keys[:, tile.keys], tile, heads, row, mask, pair_bias)
+                change = upstream[row, heads, tile.queries].reshape(len(keys), -1, own.shape[-1])
+                sums[1, :, tile.keys] += torch.bmm(weights.transpose(1, 2), change)
+                change = torch.bmm(change, values[:, tile.keys].transpose(1, 2))
+                change = torch.ops.aten._softmax_backward_data(change, weights, -1, weights.dtype)
+                sums[0, :, tile.keys] += torch.bmm(change.transpose(1, 2), own.reshape(len(keys), -1, own.shape[-1]))
+                to_q[row, heads, tile.queries] = torch.bmm(change, keys[:, tile.keys]).mul_(scale).view(own.shape)
+            to_k[row, groups], to_v[row, groups] = sums[0], sums[1]
         return to_q.transpose(1, 2), to_k.transpose(1, 2), to_v.transpose(1, 2), None, None, None
 
 
@@ -180,34 +180,39 @@ class _Tile:
     pairs: Tensor | None
 
 
-def _heads(q: Tensor, k: Tensor, mask: Mask) -> Iterator[tuple[int, int, slice, list[_Tile]]]:
-    """Give each row and key head, its query heads, and its tiles."""
-    (batch, heads, time, _), groups = q.shape, k.shape[1]
+def _heads(q: Tensor, k: Tensor, mask: Mask) -> Iterator[tuple[int, slice, slice, list[_Tile]]]:
+    """Give each row, some key heads, their query heads, and their tiles. Key heads of small tiles go together."""
+    (batch, heads, time, _), (_, groups, keys, _) = q.shape, k.shape
     share = heads // groups
+    length = max(1, TILE // share)
+    together = max(1, TILE * KEYS // (share * min(length, time) * keys))
     for row in range(batch):
         tiles = []
-        for start in range(0, time, TILE):
-            stop = min(start + TILE, time)
-            first, last, pairs = mask.tile(row, start, stop, k.shape[2], heads)
+        for start in range(0, time, length):
+            stop = min(start + length, time)
+            first, last, pairs = mask.tile(row, start, stop, keys, heads)
             if last > first:
                 tiles.append(_Tile(slice(start, stop), slice(first, last), pairs))
-        for group in range(groups):
-            yield row, group, slice(group * share, (group + 1) * share), tiles
+        for group in range(0, groups, together):
+            stop = min(group + together, groups)
+            yield row, slice(group, stop), slice(group * share, stop * share), tiles
 
 
 def _weights(
     q: Tensor, keys: Tensor, tile: _Tile, heads: slice, row: int, mask: Mask, pair_bias: Tensor | None
 ) -> Tensor:
-    """Return the softmax of one tile, (heads, queries, keys), for q (heads, queries, head_dim)."""
-    logits = functional.linear(q.flatten(0, 1), keys).view(*q.shape[:2], -1)
+    """Return the softmax of one tile, (key heads, share x queries, keys), for q (heads, queries, head_dim)."""
+    logits = torch.bmm(q.reshape(len(keys), -1, q.shape[-1]), keys.transpose(1, 2))
+    pairs = logits.view(*q.shape[:2], -1)
     if pair_bias is not None:
-        logits += pair_bias[row % len(pair_bias), heads, tile.queries, tile.keys]
+        pairs += pair_bias[row % len(pair_bias), heads, tile.queries, tile.keys]
     if tile.pairs is None:
         return torch.softmax(logits, dim=-1)
     unseen = ~(tile.pairs[0] if tile.pairs.shape[1] == 1 else tile.pairs[0, heads])
-    weights = torch.softmax(logits.masked_fill_(unseen, -torch.inf), dim=-1)
-    # a block-sparse query may see nothing
-    return weights if mask.blocks is None else weights.masked_fill_(unseen, 0.0)
+    weights = torch.softmax(pairs.masked_fill_(unseen, -torch.inf), dim=-1)
+    if mask.blocks is not None:  # a block-sparse query may see nothing
+        weights.masked_fill_(unseen, 0.0)
+    return weights.view(logits.shape)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, pair_bias: Tensor | None, scale: float) -> Tensor:

@@ -24,7 +24,7 @@ from torch.nn import functional
 from modalora.contracts import Route
 from modalora.errors import ConfigError
 from modalora.nn import packed
-from modalora.nn.quantised import KINDS, Int8, Nf4
+from modalora.nn.quantised import KINDS, Kept
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +93,7 @@ class RoutedLinear(nn.Module):
         self.lora_B = nn.ParameterDict()
         self.adapters: dict[str, LoraConfig] = {}
         self._some = torch.empty(0)
-        self.quantised: Int8 | Nf4 | None = None
+        self.quantised: Kept | None = None
         self._packed: dict[str, Tensor] = {}  # "", "A.name", "B.name": what `pack` made of the matrices
         nn.init.normal_(self.weight, std=in_features**-0.5)
 
@@ -171,9 +171,9 @@ class RoutedLinear(nn.Module):
             _empty(weight)
 
     def quantize(self, bits: int) -> None:
-        """Keep the matrix in 8 or 4 bits only; adapters stay as they are. Raises ConfigError for other bits."""
+        """Keep the matrix in 16, 8 or 4 bits only; adapters stay as they are. Raises ConfigError for other bits."""
         if bits not in KINDS:
-            raise ConfigError(f"bits={bits} must be 8 or 4")
+            raise ConfigError(f"bits={bits} must be 16, 8 or 4")
         self._some = self.some_rows()
         self.quantised = KINDS[bits](self.weight)
         self.weight.requires_grad_(False)
@@ -187,7 +187,7 @@ class RoutedLinear(nn.Module):
     def _product(self, x: Tensor, key: str, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if key in self._packed:
             return packed.linear(x, self._packed[key], bias)
-        return functional.linear(x, weight, bias)
+        return functional.linear(x, weight.to(x.dtype), bias)
 
 
 def _empty(weight: Tensor) -> None:

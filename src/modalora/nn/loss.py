@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from modalora.errors import ShapeError
 
-BUDGET, GPU_BUDGET = 2**23, 2**29  # bytes of a block of logits: a CPU wants it in its cache, a GPU large products
+BUDGET, GPU_BUDGET = 2**22, 2**29  # bytes of a block of logits: a CPU wants it in its cache, a GPU large products
+EVEN = 8  # rows of a product on a CPU: 511 take a third longer than 512
 CACHED = 2**18  # numbers that stay in the cache of one core
 TOKENS = 1024  # at most so many at a time: more gain nothing, and the blocks of words would grow narrow
 WORDS = 1024  # at least so many at a time: each block costs a pass over the gradient of the states
@@ -54,7 +56,7 @@ class _CrossEntropy(torch.autograd.Function):
         sums = torch.empty_like(losses)  # log of the sum over words
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for rows in _token_chunks(hidden):
-            states, own = hidden[rows].to(dtype), targets[rows, None]
+            states, own = _even(hidden[rows].to(dtype)), _even(targets[rows, None])
             top = losses.new_full(own.shape, torch.finfo(exact).min / 2)  # finite: a block may hold unsaid words only
             total, said, shrink = (torch.zeros_like(top) for _ in range(3))
             mean = torch.zeros_like(states, dtype=exact)  # of the words, weighed by exp(logit - top)
@@ -74,12 +76,13 @@ class _CrossEntropy(torch.autograd.Function):
                     logits[few] = wide
                 if grad is not None:
                     mean.mul_(shrink).add_(logits @ part)
-            sums[rows] = (top + total.log()).squeeze(1)
-            losses[rows] = sums[rows] - said.squeeze(1)
+            real = rows.stop - rows.start
+            sums[rows] = (top + total.log()).squeeze(1)[:real]
+            losses[rows] = sums[rows] - said.squeeze(1)[:real]
             if grad is not None:
                 # an unsaid target has no gradient, and its loss is infinite
                 right = weight[own.squeeze(1)].to(exact).masked_fill_(said.isinf(), 0.0)
-                grad[rows] = mean.div_(total).sub_(right).mul_(scale)
+                grad[rows] = mean.div_(total).sub_(right).mul_(scale)[:real]
         kept = (hidden, targets, sums) if ctx.needs_input_grad[1] else (None, None, None)
         ctx.save_for_backward(grad, weight if ctx.needs_input_grad[1] else None, *kept)
         ctx.settings = scale, unsaid, dtype
@@ -102,16 +105,16 @@ def _to_weight(
     """Return (softmax - one-hot)' hidden, (vocab, width), from logits that are computed again."""
     grad = torch.zeros_like(weight)
     for rows in _token_chunks(hidden):
-        states, own = hidden[rows].to(dtype), targets[rows, None]
+        states, own = _even(hidden[rows].to(dtype)), _even(targets[rows, None])
+        shift, factor = _even(sums[rows, None]), _even(upstream[rows, None] * scale)
         for words in _word_blocks(weight, states):
             logits = _logits(states, weight[words].to(dtype), words, unsaid)
             at, here = _places(own, words)
             right = -(here & logits.gather(1, at).isfinite()).to(sums.dtype)
-            factor = upstream[rows, None] * scale
             for few in _in_cache(logits):
                 wide = logits[few].to(sums.dtype)
                 wide = wide.mul_(scale) if scale != 1.0 else wide
-                wide = wide.sub_(sums[rows][few, None]).exp_()
+                wide = wide.sub_(shift[few]).exp_()
                 logits[few] = wide.scatter_add_(1, at[few], right[few]).mul_(factor[few])
             grad[words] += logits.T @ states
     return grad
@@ -128,6 +131,11 @@ def _places(own: Tensor, words: slice) -> tuple[Tensor, Tensor]:
     """Return where each target lies in a block of words and whether it does, both (tokens, 1)."""
     at = own - words.start
     return at.clamp(0, words.stop - words.start - 1), (own >= words.start) & (own < words.stop)
+
+
+def _even(rows: Tensor) -> Tensor:
+    """Append zeros up to a multiple of EVEN rows."""
+    return functional.pad(rows, (0, 0, 0, -len(rows) % EVEN))
 
 
 def _token_chunks(hidden: Tensor) -> Iterator[slice]:

@@ -1,4 +1,4 @@
-"""Frozen matrices in 8 or 4 bits, expanded each time they are read.
+"""Frozen matrices in 16, 8 or 4 bits, expanded each time they are read.
 
 int8: one scale per row. nf4: sixteen levels that cut a normal distribution into equal shares, one scale per 64 numbers
 of a row (QLoRA, arXiv:2305.14314, section 3), 4.25 bits a number. A matrix is (rows, columns).
@@ -66,7 +66,22 @@ class Nf4(nn.Module):
         return numbers.mul_(self.scales.to(dtype)).view(self.shape)
 
 
-KINDS: dict[int, type[Int8] | type[Nf4]] = {8: Int8, 4: Nf4}
+class Half(nn.Module):
+    """A matrix as bf16: products in bf16 lose nothing by it."""
+
+    matrix: Tensor
+
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("matrix", matrix.detach().bfloat16(), persistent=False)
+
+    def expand(self, dtype: torch.dtype) -> Tensor:
+        """Return the matrix."""
+        return self.matrix.to(dtype)
+
+
+Kept = Half | Int8 | Nf4
+KINDS: dict[int, type[Kept]] = {16: Half, 8: Int8, 4: Nf4}
 
 
 def to_int8(tensor: Tensor) -> tuple[Tensor, Tensor]:

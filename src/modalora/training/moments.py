@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 BLOCK = 256  # numbers under one scale
+PIECE = 2**16  # numbers, a multiple of BLOCK
 TINY = 2**14  # parameters of fewer numbers keep float32: they weigh nothing, and norms and biases are among them
 
 
@@ -36,46 +38,75 @@ class SmallAdamW(torch.optim.Optimizer):
                     self._update(parameter, self.state[parameter], group)
 
     def _update(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        (first, second), grad = group["betas"], parameter.grad.float()  # type: ignore[union-attr]
-        state["step"] = state.get("step", torch.tensor(0.0)) + 1
-        count = float(state["step"])
-        mean = self._read(state, "exp_avg", grad).lerp_(grad, 1 - first)
-        square = self._read(state, "exp_avg_sq", grad).mul_(second).addcmul_(grad, grad, value=1 - second)
-        self._write(state, "exp_avg", mean)
-        self._write(state, "exp_avg_sq", square)
-        exact = parameter.float()
-        exact.mul_(1 - group["lr"] * group["weight_decay"])
-        spread = square.sqrt_().div_((1 - second**count) ** 0.5).add_(group["eps"])
-        exact.addcdiv_(mean, spread, value=-group["lr"] / (1 - first**count))
-        parameter.copy_(exact)
+        """Go through a parameter in pieces: what is wide for a moment stays in the cache and weighs nothing."""
+        if not state:
+            self._begin(parameter, state)
+        state["step"] += 1
+        first, second = group["betas"]
+        rate = group["lr"] / (1 - first ** float(state["step"]))
+        root = (1 - second ** float(state["step"])) ** 0.5
+        assert parameter.grad is not None
+        flat, grads = parameter.view(-1), parameter.grad.reshape(-1)
+        for start in range(0, len(flat), PIECE):
+            piece = slice(start, min(start + PIECE, len(flat)))
+            grad = grads[piece].float()
+            mean = _read(state, "exp_avg", piece).lerp_(grad, 1 - first)
+            square = _read(state, "exp_avg_sq", piece).mul_(second).addcmul_(grad, grad, value=1 - second)
+            _write(state, "exp_avg", piece, mean)
+            _write(state, "exp_avg_sq", piece, square)
+            exact = flat[piece].float().mul_(1 - group["lr"] * group["weight_decay"])
+            flat[piece] = exact.addcdiv_(mean, square.sqrt_().div_(root).add_(group["eps"]), value=-rate)
 
-    def _read(self, state: dict[str, Any], name: str, like: Tensor) -> Tensor:
-        if name not in state:
-            return torch.zeros_like(like)
-        if f"{name}_scale" not in state:
-            return state[name].to(torch.float32, copy=True)
-        numbers = table(name == "exp_avg").to(like.device)[state[name].int()] * state[f"{name}_scale"]
-        return numbers.flatten()[: like.numel()].view(like.shape)
+    def _begin(self, parameter: Tensor, state: dict[str, Any]) -> None:
+        state["step"] = torch.tensor(0.0)
+        bits = 32 if parameter.numel() < TINY else self.bits
+        for name in ("exp_avg", "exp_avg_sq"):
+            if bits == 8:
+                zero = int((table(name == "exp_avg") == 0).nonzero())
+                blocks = -(-parameter.numel() // BLOCK)
+                state[name] = torch.full((blocks, BLOCK), zero, dtype=torch.uint8, device=parameter.device)
+                state[f"{name}_scale"] = torch.zeros(blocks, 1, device=parameter.device)
+            else:
+                dtype = torch.bfloat16 if bits == 16 else torch.float32
+                state[name] = torch.zeros(parameter.numel(), dtype=dtype, device=parameter.device)
 
-    def _write(self, state: dict[str, Any], name: str, moment: Tensor) -> None:
-        if moment.numel() < TINY or self.bits == 32:
-            state[name] = moment.clone()
-        elif self.bits == 16:
-            state[name] = moment.bfloat16()
-        else:
-            state[name], state[f"{name}_scale"] = to_codes(moment, signed=name == "exp_avg")
+
+def _read(state: dict[str, Any], name: str, piece: slice) -> Tensor:
+    """Return a piece of a moment, float32 numbers that may be written over."""
+    if f"{name}_scale" not in state:
+        return state[name][piece].to(torch.float32, copy=True)
+    blocks = slice(piece.start // BLOCK, -(-piece.stop // BLOCK))
+    codes = state[name][blocks]
+    numbers = table(name == "exp_avg").to(codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
+    return numbers.mul_(state[f"{name}_scale"][blocks]).flatten()[: piece.stop - piece.start]
+
+
+def _write(state: dict[str, Any], name: str, piece: slice, moment: Tensor) -> None:
+    if f"{name}_scale" not in state:
+        state[name][piece] = moment
+        return
+    blocks = slice(piece.start // BLOCK, -(-piece.stop // BLOCK))
+    state[name][blocks], state[f"{name}_scale"][blocks] = to_codes(moment, signed=name == "exp_avg")
 
 
 def to_codes(moment: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
-    """Return uint8 codes of `table`, (blocks, 256), and float32 scales, (blocks, 1). What is not 0 stays above it."""
-    flat = moment.flatten()
-    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    """Return uint8 codes of `table`, (blocks, 256), and float32 scales, (blocks, 1).
+
+    The code is the nearest to the number rounded to bf16: looking up its 16 bits takes a tenth of a search.
+    """
+    blocks = functional.pad(moment, (0, -len(moment) % BLOCK)).view(-1, BLOCK)
     scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-30)
-    numbers = table(signed).to(moment.device)
-    codes = torch.bucketize(blocks / scale, (numbers[1:] + numbers[:-1]) / 2)
-    if not signed:
-        codes = torch.where(blocks > 0, codes.clamp(min=1), codes)
-    return codes.to(torch.uint8), scale
+    bits = (blocks / scale).bfloat16().view(torch.int16).int().bitwise_and_(0xFFFF)
+    return _nearest(signed).to(moment.device).index_select(0, bits.flatten()).view(bits.shape), scale
+
+
+@cache
+def _nearest(signed: bool) -> Tensor:
+    """Return the code of every bf16 number, by its bits; what is above 0 never gets the code of 0, unless signed."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float().roll(2**15)
+    numbers = table(signed)
+    codes = torch.bucketize(every, (numbers[1:] + numbers[:-1]) / 2)
+    return (codes if signed else codes.clamp(min=(every > 0).int())).to(torch.uint8)
 
 
 @cache
