@@ -571,7 +571,10 @@ def test_a_shipped_modality_is_not_replaced_and_one_is_not_added_twice() -> None
             "one of its projectors",
         ),
         ({"routes": {frozenset({"smell"}): Rule(adapter="nose")}}, "one of its projectors .plain, loud."),
-        ({"config": TextTokenizer}, "must be a dataclass of sizes .* it has no encoder, smallest, branches, hidden_size"),
+        (
+            {"config": TextTokenizer},
+            "must be a dataclass of sizes .* it has no encoder, smallest, branches, hidden_size",
+        ),
     ],
 )
 def test_a_row_that_contradicts_itself_is_refused(change: dict[str, Any], told: str) -> None:

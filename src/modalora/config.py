@@ -153,6 +153,7 @@ class RunConfig(Settings):
     log_every: int = Field(10, ge=1)
     save_every: int = Field(200, ge=1)
     keep: int = Field(2, ge=1)  # resume checkpoints kept
+    save_in_background: bool = False  # training goes on while a copy of what trains is written
     nonfinite: Literal["stop", "skip"] = "stop"  # what a loss or gradient that is not finite does to its step
     nonfinite_most: int = Field(5, ge=1)  # steps skipped in a row after which the run stops all the same
     ledger: bool = False  # write the samples of every step to ledger.jsonl

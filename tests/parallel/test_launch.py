@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pyarrow
 import pytest
 from pyarrow import parquet
+from torch.distributed.run import get_args_parser
 
 from modalora.checkpoint.store import load_model
 from modalora.config import load_run
@@ -146,3 +148,25 @@ def test_a_dead_process_ends_the_run_within_seconds_and_is_named(place: Path) ->
     assert "process 1 was ended by SIGKILL" in err
     assert time.monotonic() - started < 30  # one second or two on an idle machine
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers.values())
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "launch"
+
+
+def test_the_slurm_script_is_bash_and_gives_torchrun_options_that_it_has() -> None:
+    script = EXAMPLES / "slurm.sh"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    line = script.read_text().partition("torchrun \\\n")[2]
+    given = re.findall(r"(--[a-z-]+)=", line)
+    assert len(given) == 5
+    known = get_args_parser().format_help()
+    assert [option for option in given if option not in known] == []
+    assert "-m modalora.cli.main train" in line
+
+
+def test_ray_is_not_started_without_a_token() -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    line = [sys.executable, str(EXAMPLES / "ray_train.py"), "recipe.yaml"]
+    found = subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
+    assert found.returncode == 2
+    assert "RAY_AUTH_MODE=token" in found.stderr

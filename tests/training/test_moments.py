@@ -76,8 +76,8 @@ def test_codes_are_the_nearest_of_their_table_to_a_bf16_rounding(signed: bool) -
     scale = scale.expand(-1, 256).flatten()[:1000]
     nearest = (moment[:, None] / scale[:, None] - numbers).abs().min(1).values * scale
     away = (found - moment).abs()
-    # the number is rounded to bf16 first, up to 2^-9 of it both ways; the least code but 0 also stands for what is nearer to 0
-    assert bool(((away <= nearest + moment.abs() / 256) | (found == numbers[1] * scale)).all())
+    # rounding to bf16 moves a number by 2^-8 of it, there and back; the least code but 0 also stands for all below
+    assert bool(((away <= nearest + moment.abs() / 128) | (found == numbers[1] * scale)).all())
 
 
 def test_a_second_moment_above_zero_is_never_written_as_zero() -> None:

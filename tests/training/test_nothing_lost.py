@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ import torch
 from torch import Tensor
 from toys import Steps, assert_same_bits, fresh, mixed, settings, weights
 
-import modalora.training.states
 from modalora.checkpoint.files import read_json, seal, write_json
 from modalora.checkpoint.resume import newest, states
 from modalora.contracts import Batch
 from modalora.errors import CheckpointError, ConfigError, TrainingError
-from modalora.parallel.engine import Single
+from modalora.models.multimodal import Multimodal
+from modalora.parallel.engine import Single, Snapshot, Whole
+from modalora.parallel.files import write_whole
 from modalora.training.loop import train
 from modalora.training.randomness import random_state, seed_all, set_random_state
 from modalora.training.signals import Interrupted
@@ -71,6 +73,19 @@ def go_on(folder: Path, whole: tuple[Path, dict[str, Tensor]], **changes: object
     assert hidden == []
 
 
+@dataclass(frozen=True)
+class Watched(Whole):
+    """A snapshot that tells of each file that it has written."""
+
+    at: Callable[[str], None]
+
+    def write(self, folder: Path, notes: Mapping[str, str]) -> None:
+        write_whole(folder / "weights", self.weights, notes)
+        self.at("save")
+        write_whole(folder / "optimizer", self.moments, notes)
+        self.at("save")
+
+
 class At(Single):
     """An engine that does something at one moment."""
 
@@ -83,17 +98,18 @@ class At(Single):
             if self.left == 0:
                 self.work()
 
-    def backward(self, loss: Tensor) -> None:
-        super().backward(loss)
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        super().backward(loss, last=last)
         self.at("backward")
 
     def clip(self, trained: Mapping[str, torch.nn.Parameter], norm: Tensor, limit: float) -> None:
         self.at("update")
         super().clip(trained, norm, limit)
 
-    def write(self, folder: Path, stem: str, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
-        super().write(folder, stem, tensors, notes)
-        self.at("save")
+    def snapshot(self, trained: Mapping[str, torch.nn.Parameter], *, copied: bool) -> Snapshot:
+        taken = super().snapshot(trained, copied=copied)
+        assert isinstance(taken, Whole)
+        return Watched(taken.weights, taken.moments, self.at)
 
 
 def ask(number: int) -> Callable[[], None]:
@@ -135,7 +151,8 @@ def test_a_wait_for_data_is_broken_off(tmp_path: Path, whole: tuple[Path, dict[s
 
 def test_a_signal_before_the_first_step_ends_the_run(tmp_path: Path, whole: tuple[Path, dict[str, Tensor]]) -> None:
     class Asking(Single):
-        def shard(self, model: torch.nn.Module) -> None:
+        def shard(self, model: Multimodal, objective: torch.nn.Module) -> None:
+            super().shard(model, objective)
             ask(signal.SIGTERM)()
 
     with pytest.raises(Interrupted, match="before the first step; nothing is lost"):
@@ -317,15 +334,26 @@ def test_every_generator_comes_back_to_where_it_was() -> None:
     assert draw() != one
 
 
-@pytest.mark.parametrize("lost", ["set_random_state", "restore"])
-def test_what_a_state_holds_is_needed(
-    cut: Path, whole: tuple[Path, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch, lost: str
+def test_the_place_in_the_data_is_needed(
+    cut: Path, whole: tuple[Path, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the generators dropout differs, without the place in the data the rows do."""
-    monkeypatch.setattr(modalora.training.states, "set_random_state", lambda state: None)
-    if lost == "restore":
-        monkeypatch.undo()
-        monkeypatch.setattr(Steps, "restore", lambda self, state: None)
+    monkeypatch.setattr(Steps, "restore", lambda self, state: None)
     model = fresh()
     train(steps(cut), model, data())
     assert any(not torch.equal(own, whole[1][name]) for name, own in weights(model).items())
+
+
+def test_dropout_follows_from_the_step_and_not_from_what_was_drawn_before(
+    cut: Path, whole: tuple[Path, dict[str, Tensor]]
+) -> None:
+    given = data()
+    make = given.make
+
+    def drawing(step: int) -> list[Batch]:
+        torch.rand(step + 3)
+        return make(step)
+
+    given.make = drawing
+    model = fresh()
+    train(steps(cut), model, given)
+    assert_same_bits(weights(model), whole[1])

@@ -36,8 +36,8 @@ class Shard(Single):
     def __init__(self, spoil: Callable[[Multimodal], None]) -> None:
         self.spoil = spoil
 
-    def shard(self, model: torch.nn.Module) -> None:
-        assert isinstance(model, Multimodal)
+    def shard(self, model: Multimodal, objective: torch.nn.Module) -> None:
+        super().shard(model, objective)
         self.spoil(model)
 
 

@@ -47,7 +47,7 @@ def _train(recipe: str, overrides: list[str], gpus: int, processes: int) -> None
 
     try:
         from modalora.parallel.launch import launch
-        from modalora.parallel.ranks import is_one_of_many, is_first, tell_stopped
+        from modalora.parallel.ranks import is_first, is_one_of_many, tell_stopped
         from modalora.training.run import run_recipe
         from modalora.training.signals import Interrupted
     except ModuleNotFoundError as missing:

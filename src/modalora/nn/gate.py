@@ -24,5 +24,5 @@ class _Gate(torch.autograd.Function):
 
 def gate(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """Return the tensors as they are. If a gradient reaches any of them, one reaches all, of zeros where unused."""
-    gated: tuple[Tensor, ...] = _Gate.apply(x, *others)
+    gated: tuple[Tensor, ...] = _Gate.apply(x, *others)  # type: ignore[no-untyped-call]
     return gated

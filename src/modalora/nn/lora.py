@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from math import sqrt
 from typing import Any
 
@@ -117,15 +118,15 @@ class RoutedLinear(nn.Module):
         groups = [group for group in route.groups if group[0] in self.adapters]
         if torch.is_grad_enabled():
             return self._differentiable(x, groups, made)
-        y = self._product(x, "", self._matrix(x.dtype), self.bias)
+        y = self._product(x, "", self._matrix(self.weight, x.dtype), self.bias)
         for name, weight, where in groups:
             inner = self._product(_pick(x, where), f"A.{name}", self.lora_A[name])
             inner = inner * (weight * self.adapters[name].scaling)
             _add(y, where, self._product(inner, f"B.{name}", self.lora_B[name]))
         return y
 
-    def _matrix(self, dtype: torch.dtype) -> Tensor:
-        return self.weight.to(dtype) if self.quantised is None else self.quantised.expand(dtype)
+    def _matrix(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        return weight.to(dtype) if self.quantised is None else self.quantised.expand(dtype)
 
     def _differentiable(
         self, x: Tensor, groups: list[tuple[str, float, Tensor | slice | None]], made: Made | None
@@ -140,7 +141,8 @@ class RoutedLinear(nn.Module):
             factors += [self.lora_A[name], self.lora_B[name]]
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        call = _Call(matrix=self._matrix, terms=tuple(terms), dtype=dtype, make=None if made is None else made.make)
+        matrix = partial(self._matrix, self.weight)  # this call's: what shares the weight out puts pieces in its place
+        call = _Call(matrix=matrix, terms=tuple(terms), dtype=dtype, make=None if made is None else made.make)
         source = None if made is None else made.source.detach()
         trained = self.weight if self.weight.requires_grad else None
         y: Tensor = _Product.apply(x, source, trained, self.bias, call, *factors)  # type: ignore[no-untyped-call]

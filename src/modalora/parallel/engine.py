@@ -7,6 +7,7 @@ in the same order.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,18 @@ class Updates(Protocol):
 
     def state(self) -> dict[str, Tensor]:
         """Return the moments, PARAMETER.KIND; filling them sets the optimiser back."""
+        ...
+
+
+class Snapshot(Protocol):
+    """Weights and moments to be saved. Its methods are called by all ranks, in a line apart from the engine's."""
+
+    def write(self, folder: Path, notes: Mapping[str, str]) -> None:
+        """Write them into a folder that all ranks see. Raises OSError."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
         ...
 
 
@@ -91,19 +104,21 @@ class Engine(Protocol):
         ...
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """Return the numbers of a parameter's gradient that this rank holds, in the order of `local`; None: it has none."""
+        """Return the numbers of a parameter's gradient that this rank holds, as `local` has them, if there is one."""
         ...
 
-    def save(self, folder: Path, trained: Mapping[str, nn.Parameter], notes: Mapping[str, str]) -> None:
-        """Write weights and moments into a folder that all ranks see. Raises OSError."""
+    def snapshot(self, trained: Mapping[str, nn.Parameter], *, copied: bool) -> Snapshot:
+        """Return weights and moments to be saved. copied: training may go on while they are written."""
         ...
 
     def load(
         self, folder: Path, trained: Mapping[str, nn.Parameter], optimizer: Updates, notes: Mapping[str, str]
     ) -> None:
-        """Set weights and moments back to what `save` of any engine wrote, at any world size.
+        """Set weights and moments back to what a snapshot of any engine wrote, at any world size.
 
-        Comes before `wrap`. Raises CheckpointError when a name is missing or left over, a shape or dtype differs, or the notes are others.
+        Comes before `wrap`.
+
+        Raises CheckpointError when a name is missing or left over, a shape or dtype differs, or the notes are others.
         """
         ...
 
@@ -172,10 +187,9 @@ class Single:
         """Return the parameter's gradient."""
         return parameter.grad
 
-    def save(self, folder: Path, trained: Mapping[str, nn.Parameter], notes: Mapping[str, str]) -> None:
-        """Write a file of weights and one of moments."""
-        write_whole(folder / "weights", trained, notes)
-        write_whole(folder / "optimizer", self.optimizer.state(), notes)
+    def snapshot(self, trained: Mapping[str, nn.Parameter], *, copied: bool) -> Snapshot:
+        """Return weights and moments, each to become one file."""
+        return Whole(kept(trained, copied), kept(self.optimizer.state(), copied))
 
     def load(
         self, folder: Path, trained: Mapping[str, nn.Parameter], optimizer: Updates, notes: Mapping[str, str]
@@ -190,6 +204,27 @@ class Single:
 
     def barrier(self) -> None:
         """There is nobody to wait for."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Weights and moments of one process."""
+
+    weights: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
+
+    def write(self, folder: Path, notes: Mapping[str, str]) -> None:
+        """Write a file of weights and one of moments."""
+        write_whole(folder / "weights", self.weights, notes)
+        write_whole(folder / "optimizer", self.moments, notes)
+
+    def barrier(self) -> None:
+        """There is nobody to wait for."""
+
+
+def kept(tensors: Mapping[str, Tensor], copied: bool) -> dict[str, Tensor]:
+    """Return tensors as they are now, or copies of them."""
+    return {name: own.detach().clone() if copied else own.detach() for name, own in tensors.items()}
 
 
 def clear(trained: Mapping[str, nn.Parameter]) -> None:

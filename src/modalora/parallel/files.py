@@ -37,17 +37,19 @@ def write_pieces(
 
     What several ranks hold is written by one of them.
     """
-    import torch.distributed.checkpoint as dcp  # it takes half a second, and one process never needs it
+    from torch.distributed.checkpoint.api import CheckpointException  # half a second, and one process never needs it
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     if dist.get_rank(group) == 0:
         place.mkdir()
         (place / _NOTES).write_text(json.dumps(dict(notes)), encoding="utf-8")
     dist.barrier(group)
     held: dict[str, Any] = {name: tensor.detach() for name, tensor in tensors.items()}
-    writer = dcp.HuggingFaceStorageWriter(str(place), save_distributed=True)
+    writer = HuggingFaceStorageWriter(str(place), save_distributed=True)
     try:
-        dcp.save(held, storage_writer=writer, process_group=group)
-    except dcp.CheckpointException as failed:
+        save(held, storage_writer=writer, process_group=group)
+    except CheckpointException as failed:
         rank, (error, _) = min(failed.failures.items())
         raise OSError(f"rank {rank}: {error}") from None
 
@@ -59,11 +61,10 @@ def read(place: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -
     dtype differs, or the notes are others.
     """
     held = {name: tensor.detach() for name, tensor in tensors.items()}
+    if not place.is_dir():
+        place = place.with_suffix(".safetensors")
     try:
-        if place.is_dir():
-            _read_pieces(place, held, notes)
-        else:
-            _read_whole(place.with_suffix(".safetensors"), held, notes)
+        (_read_pieces if place.is_dir() else _read_whole)(place, held, notes)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{place} cannot be read: {error}") from None
 
@@ -81,17 +82,19 @@ def _read_whole(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, s
 
 
 def _read_pieces(place: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     _compare(place, json.loads((place / _NOTES).read_text(encoding="utf-8")), notes)
-    reader = dcp.HuggingFaceStorageReader(str(place))
+    reader = HuggingFaceStorageReader(str(place))
     found: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
     _compare_names(place, set(found), set(tensors))
     for name, tensor in tensors.items():
         _compare_kind(place, name, found[name].size, found[name].properties.dtype, tensor)
     try:
-        dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
-    except dcp.CheckpointException as failed:
+        load(dict(tensors), storage_reader=reader, no_dist=True)
+    except CheckpointException as failed:
         raise CheckpointError(f"{place} cannot be read: {min(failed.failures.items())[1][0]}") from None
 
 
@@ -99,8 +102,8 @@ def _compare(place: Path, told: Mapping[str, str], expected: Mapping[str, str]) 
     for key in sorted({*told, *expected}):
         if told.get(key) != expected.get(key):
             raise CheckpointError(
-                f"{place} is of {key} {told.get(key)!r}, the state it lies in of {expected.get(key)!r}; it was put there "
-                "from elsewhere: remove the state's folder, the one before it is used then"
+                f"{place} is of {key} {told.get(key)!r}, the state it lies in of {expected.get(key)!r}; it was put "
+                "there from elsewhere: remove the state's folder, the one before it is used then"
             )
 
 

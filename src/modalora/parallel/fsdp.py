@@ -30,10 +30,9 @@ from torch.distributed.tensor import DTensor
 from modalora.config import MeshConfig
 from modalora.contracts import Batch
 from modalora.errors import ConfigError
+from modalora.models.decoder import DecoderLayer
 from modalora.models.multimodal import Multimodal, part_of
-from modalora.models.recompute import recompute
-from modalora.models.speech import Subsampling
-from modalora.parallel.engine import Updates, clear, step_and_clear
+from modalora.parallel.engine import Snapshot, Updates, clear, kept, step_and_clear
 from modalora.parallel.files import read, write_pieces
 from modalora.parallel.idle import Presence, gate_adapters
 from modalora.parallel.ranks import totals
@@ -44,33 +43,26 @@ DIMENSIONS = ("replicate", "shard", "tensor")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """How a model is spread. Every choice that is off or of degree one changes nothing.
+    """How what a rank holds is kept and gathered.
 
-    bf16: gather parameters in bfloat16, for a forward pass under autocast. recompute: keep only the input of each
-    layer for the backward pass. compile: compile each decoder layer. offload: keep what a rank holds, and its
-    optimiser, on the CPU.
+    bf16: gather the decoder's layers in bfloat16, for a forward pass under autocast. offload: keep what a rank holds,
+    and its optimiser, on the CPU.
     """
 
     bf16: bool = False
-    recompute: bool = False
-    compile: bool = False
     offload: bool = False
 
 
 def parallelize(model: Multimodal, mesh: DeviceMesh, plan: Plan) -> None:
     """Spread a finished model over a mesh with the dimensions replicate, shard and tensor, in place.
 
-    Gates come first, since what they pass on is one rank's; then tensor parallelism, since the rest works on what it
-    leaves to a rank; FSDP last, since it gathers around all of it. Raises ConfigError when heads or channels do not divide by mesh.tensor.
+    Gates come first, since what they pass on is one rank's; then tensor parallelism, since FSDP gathers around what it
+    leaves to a rank. A layer that is run again in the backward pass (models/recompute.py) may be so before all of them.
+    Raises ConfigError when heads or channels do not divide by mesh.tensor.
     """
     gate_adapters(model)
     if mesh["tensor"].size() > 1:
         split_heads(model, mesh["tensor"])
-    if plan.recompute:
-        recompute(model)
-    for layer in model.decoder.layers:
-        if plan.compile:
-            layer.compile()
     shard(model, _data_mesh(mesh), plan)
 
 
@@ -86,8 +78,8 @@ def sizes(mesh: MeshConfig, world: int) -> tuple[int, int, int]:
     shard = mesh.shard or world // (mesh.replicate * mesh.tensor)
     if mesh.replicate * shard * mesh.tensor != world:
         raise ConfigError(
-            f"mesh: replicate={mesh.replicate} x shard={mesh.shard or 'the rest'} x tensor={mesh.tensor} do not make up "
-            f"{world} processes"
+            f"mesh: replicate={mesh.replicate} x shard={mesh.shard or 'the rest'} x tensor={mesh.tensor} do not "
+            f"make up {world} processes"
         )
     return mesh.replicate, shard, mesh.tensor
 
@@ -105,11 +97,19 @@ def shard(model: Multimodal, mesh: DeviceMesh, plan: Plan) -> None:
     # encoders return views, which nothing changes in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     for unit in units(model):
-        # its convolutions run in float32 under autocast too
-        policy = half if plan.bf16 and not isinstance(unit, Subsampling) else full
-        fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload)
+        fully_shard(
+            unit, mesh=mesh, mp_policy=half if plan.bf16 and _reads_halves(unit) else full, offload_policy=offload
+        )
     register_fsdp_forward_method(model, "loss")
     _sum_gradients(model)
+
+
+def _reads_halves(unit: nn.Module) -> bool:
+    """Tell whether autocast makes bf16 of a unit's weights anyway: the decoder's layers, which hold nearly all.
+
+    LayerNorm and some convolutions of encoders want float32 beside it.
+    """
+    return isinstance(unit, DecoderLayer) and not any(isinstance(module, nn.LayerNorm) for module in unit.modules())
 
 
 def units(model: Multimodal) -> Iterable[nn.Module]:
@@ -119,8 +119,6 @@ def units(model: Multimodal) -> Iterable[nn.Module]:
         for module in encoder.modules():
             if isinstance(module, nn.ModuleList):
                 yield from module
-            elif isinstance(module, Subsampling):
-                yield module
         yield encoder
     for branches in model.projectors.values():
         yield from branches.children()
@@ -148,6 +146,8 @@ class Sharded:
         # where a mesh has more dimensions, one collective for each is what is meant
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         self.mesh = init_device_mesh(device.type, sizes(mesh, self.world), mesh_dim_names=DIMENSIONS)
+        # what is written beside training must not wait in its line
+        self.saving = dist.new_group(backend="gloo")
         data = self.mesh["replicate", "shard"]._flatten("data")
         self.group = data.get_group()
         self.share = (data.get_local_rank(), data.size())
@@ -207,10 +207,10 @@ class Sharded:
         """Update this rank's share of every parameter and clear its gradient."""
         step_and_clear(self.optimizer)
 
-    def save(self, folder: Path, trained: Mapping[str, nn.Parameter], notes: Mapping[str, str]) -> None:
-        """Write this rank's pieces."""
-        write_pieces(folder / "weights", trained, self._notes(notes))
-        write_pieces(folder / "optimizer", self.optimizer.state(), self._notes(notes))
+    def snapshot(self, trained: Mapping[str, nn.Parameter], *, copied: bool) -> Snapshot:
+        """Return this rank's pieces."""
+        weights, moments = kept(trained, copied), kept(self.optimizer.state(), copied)
+        return _Pieces(weights, moments, self._notes({}), self.saving)
 
     def load(
         self, folder: Path, trained: Mapping[str, nn.Parameter], optimizer: Updates, notes: Mapping[str, str]
@@ -253,6 +253,24 @@ class Sharded:
         here = tensor.to(self.device)
         dist.all_reduce(here, group=self.group)
         return here
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """What one rank has of weights and moments."""
+
+    weights: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
+    told: Mapping[str, str]
+    group: dist.ProcessGroup
+
+    def write(self, folder: Path, notes: Mapping[str, str]) -> None:
+        notes = {**notes, **self.told}
+        write_pieces(folder / "weights", self.weights, notes, self.group)
+        write_pieces(folder / "optimizer", self.moments, notes, self.group)
+
+    def barrier(self) -> None:
+        dist.barrier(self.group)
 
 
 def assemble(model: Multimodal, tensors: Mapping[str, Tensor]) -> Multimodal:

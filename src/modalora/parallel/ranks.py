@@ -43,6 +43,8 @@ def join(device: str, patience_seconds: int) -> torch.device:
             raise ConfigError(f"--gpus: process {index} has no GPU of its own; there are {torch.cuda.device_count()}")
         found = torch.device("cuda", index)
         torch.cuda.set_device(found)
+    if dist.is_initialized():  # by the launcher, as Ray does
+        return found
     store = os.environ.get(STORE)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
@@ -65,8 +67,13 @@ def tell_stopped() -> None:
         stopped_file(Path(os.environ[STORE]), int(os.environ["RANK"])).touch()
 
 
+def has_joined() -> bool:
+    """Tell whether this process is in a process group."""
+    return dist.is_initialized()
+
+
 def leave() -> None:
-    """End what `join` began, if it did."""
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

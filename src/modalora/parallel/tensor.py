@@ -118,7 +118,9 @@ def _cut(linear: RoutedLinear, mesh: DeviceMesh, along: dict[str, int], order: C
         full = parameter.detach() if dimension is None else order(parameter.detach()).contiguous()
         cut = nn.Parameter(distribute_tensor(full, mesh, [placement]), requires_grad=parameter.requires_grad)
         if owner:
-            linear.get_submodule(owner)[key] = cut  # type: ignore[index]
+            held = linear.get_submodule(owner)
+            assert isinstance(held, nn.ParameterDict)
+            held[key] = cut
         else:
             linear.register_parameter(key, cut)
 

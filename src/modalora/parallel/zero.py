@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +20,8 @@ from modalora.contracts import Batch
 from modalora.errors import ConfigError
 from modalora.models.multimodal import Multimodal, part_of
 from modalora.nn.lora import RoutedLinear
-from modalora.parallel.engine import Updates
-from modalora.parallel.files import read, write_whole
+from modalora.parallel.engine import Snapshot, Updates, Whole
+from modalora.parallel.files import read
 from modalora.parallel.fsdp import assemble
 from modalora.parallel.idle import Presence, gate_adapters
 from modalora.parallel.ranks import totals
@@ -40,7 +40,8 @@ class Zero:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.share = (self.rank, self.world)
         self.stage, self.device = stage, device
-        cut = {"stage": stage, "contiguous_gradients": True, "overlap_comm": False}
+        self.saving = dist.new_group(backend="gloo")
+        cut: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, "overlap_comm": False}
         if offload:
             cut["offload_optimizer"] = {"device": "cpu"}
             if stage == 3:
@@ -147,7 +148,8 @@ class Zero:
             return tensor
         if tensor.requires_grad:
             return safe_get_full_fp32_param(tensor)
-        return tensor.ds_tensor if self.stage == 3 else tensor
+        cut: Any = tensor  # with DeepSpeed's own attributes
+        return cut.ds_tensor if self.stage == 3 else tensor
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """Return a parameter's gradient, whole."""
@@ -184,8 +186,8 @@ class Zero:
         """Drop the gradients of a step that is not taken."""
         self.engine.optimizer.zero_grad()
 
-    def save(self, folder: Path, trained: Mapping[str, nn.Parameter], notes: Mapping[str, str]) -> None:
-        """Gather one tensor after the other on rank 0, which writes them."""
+    def snapshot(self, trained: Mapping[str, nn.Parameter], *, copied: bool) -> Snapshot:
+        """Gather one tensor after the other on rank 0, which has copies then and writes them."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         step = next(iter(self.adam.state.values()))["step"]
@@ -198,9 +200,7 @@ class Zero:
                 weights[name] = whole.cpu()
                 moments |= {f"{name}.{kind}": value.cpu() for kind, value in found.items()}
                 moments[f"{name}.step"] = step.clone()
-        if self.rank == 0:
-            write_whole(folder / "weights", weights, notes)
-            write_whole(folder / "optimizer", moments, notes)
+        return _Gathered(weights, moments, self.saving)
 
     def whole(self) -> Multimodal | None:
         """Return the model as one process has it, on the CPU of rank 0; None on the others."""
@@ -222,6 +222,20 @@ class Zero:
         here = tensor.to(self.device)
         dist.all_reduce(here)
         return here
+
+
+@dataclass(frozen=True)
+class _Gathered(Whole):
+    """Whole weights and moments, on rank 0 alone."""
+
+    group: dist.ProcessGroup
+
+    def write(self, folder: Path, notes: Mapping[str, str]) -> None:
+        if dist.get_rank() == 0:
+            super().write(folder, notes)
+
+    def barrier(self) -> None:
+        dist.barrier(self.group)
 
 
 class _Task(nn.Module):

@@ -177,7 +177,8 @@ class Audit:
 
     def _check_frozen(self) -> None:
         for name, own in self._others().items():
-            if not torch.equal(_some(self.engine.local(own)), self.frozen[name]):
+            now, before = _some(self.engine.local(own)), self.frozen[name]
+            if not torch.equal(now.view(torch.uint8), before.view(torch.uint8)):  # a NaN may stay one
                 raise TrainingError(f"{name} is frozen and moved in step {self.steps}; something else updates it")
 
     def _share(self) -> None:

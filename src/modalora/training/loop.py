@@ -124,6 +124,7 @@ class _Loop:
         for line in what_trains(model, self.trained, self.optimizer):
             say(line)
         self.states = States(run, engine, self.trained, self.optimizer, self.preserved.fingerprint)
+        stack.callback(self.states.finish)
         self.progress = self.states.resume(batches, say)
         engine.wrap(self.optimizer)
         self.saved = self.progress.step if self.progress.step else None

@@ -32,7 +32,7 @@ from modalora.nn.lora import LoraConfig
 from modalora.nn.mlp import Projector
 from modalora.parallel.engine import Engine
 from modalora.parallel.launch import engine_for
-from modalora.parallel.ranks import leave
+from modalora.parallel.ranks import has_joined, leave
 from modalora.processing.chat import FORMATS, ChatFormat
 from modalora.processing.processor import Processor
 from modalora.processing.tokenizer import TextTokenizer
@@ -57,12 +57,14 @@ def run_recipe(
     if target.exists():
         _check_finished(run, target)
         return target
+    joined_before = has_joined()
     engine = engine_for(run)
     try:
         _carry_out(run, engine, target, report, say)
         engine.barrier()
     finally:
-        leave()
+        if not joined_before:
+            leave()
     return target
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from threading import current_thread, main_thread
 from types import FrameType, TracebackType
 
 
@@ -34,7 +35,9 @@ class Stop:
         self.breakable = False
 
     def __enter__(self) -> Stop:
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        # elsewhere a launcher that runs this in a thread of its own, as Ray does, has the signals
+        heard = (signal.SIGINT, signal.SIGTERM) if current_thread() is main_thread() else ()
+        self._before = {number: signal.signal(number, self._ask) for number in heard}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

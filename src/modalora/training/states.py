@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from safetensors import SafetensorError
@@ -20,7 +23,7 @@ from modalora.checkpoint.resume import STATE, begin, commit, draft_of, newest, r
 from modalora.config import RunConfig, parse
 from modalora.contracts import Batches
 from modalora.errors import CheckpointError, ConfigError, TrainingError
-from modalora.parallel.engine import Engine
+from modalora.parallel.engine import Engine, Snapshot
 from modalora.parallel.files import read, write_whole
 from modalora.training.optimizer import Optimizer
 from modalora.training.randomness import random_state, seed_all, set_random_state
@@ -29,7 +32,7 @@ from modalora.training.randomness import random_state, seed_all, set_random_stat
 FREE = {
     "steps", "log_every", "save_every", "keep", "threads", "device", "output", "cache", "data", "nonfinite",
     "nonfinite_most", "workers", "quarantine_most", "ledger", "trackers", "peak_tflops", "engine", "mesh", "offload",
-    "patience_seconds",
+    "patience_seconds", "save_in_background",
 }  # fmt: skip
 _PARTS = ("run", "step", "world", "settings", "frozen", "rate", "progress", "data")
 
@@ -73,6 +76,27 @@ class Moment:
         return cls(random_state(), dict(batches.state()))
 
 
+class _Errand:
+    """A call that runs in a thread of its own."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.error: BaseException | None = None
+        self.thread = Thread(target=self._run, args=(call,), name="saving")
+        self.thread.start()
+
+    def _run(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except BaseException as error:
+            self.error = error
+
+    def wait(self) -> None:
+        """Wait for its end. Raises what it raised."""
+        self.thread.join()
+        if self.error:
+            raise self.error
+
+
 @dataclass(frozen=True)
 class States:
     """The states of one run."""
@@ -82,6 +106,7 @@ class States:
     trained: Mapping[str, nn.Parameter]
     optimizer: Optimizer
     frozen: str  # fingerprint of what does not train: a state fits no other base
+    begun: list[_Errand] = field(default_factory=list)  # the state that is being written in the background
 
     @property
     def folder(self) -> Path:
@@ -93,16 +118,34 @@ class States:
         return {"run": hashlib.sha256(fixed.encode()).hexdigest()[:16], "step": str(step)}
 
     def save(self, progress: Progress, moment: Moment) -> None:
-        """Write a state. Raises TrainingError when the disk does not take it; the one before is then still there."""
+        """Write a state, or begin to, where the run saves in the background; `finish` then ends it.
+
+        Raises TrainingError when the disk does not take it, or did not take the one before that was begun; the last
+        whole one is then still there.
+        """
+        self.finish()
+        behind = self.run.save_in_background
+        write = partial(self._write, deepcopy(progress), moment, self.engine.snapshot(self.trained, copied=behind))
+        if behind:
+            self.begun.append(_Errand(write))
+        else:
+            write()
+
+    def finish(self) -> None:
+        """Wait for a state that is being written. Raises TrainingError when it could not be."""
+        while self.begun:
+            self.begun.pop().wait()
+
+    def _write(self, progress: Progress, moment: Moment, snapshot: Snapshot) -> None:
         engine, step = self.engine, progress.step
         draft, notes = draft_of(self.folder, step), self._notes(step)
         try:
             if engine.rank == 0:
                 begin(draft)
-            engine.barrier()
-            engine.save(draft, self.trained, notes)
+            snapshot.barrier()
+            snapshot.write(draft, notes)
             write_whole(draft / f"random-{engine.rank:05d}", moment.randomness, notes)
-            engine.barrier()
+            snapshot.barrier()
             if engine.rank == 0:
                 fields = {
                     **notes,
@@ -115,7 +158,7 @@ class States:
                 }
                 write_json(draft / STATE, fields)
                 retire(commit(draft), self.run.keep)
-            engine.barrier()
+            snapshot.barrier()
         except (OSError, SafetensorError) as error:
             raise TrainingError(
                 f"the state of step {step} could not be written to {draft.parent}: {error}; the state before it is "
@@ -162,8 +205,8 @@ class States:
         else:
             seed_all(self.run.seed, engine.rank, progress.step)
             say(
-                f"{fields['world']} processes saved this state and {engine.world} go on: data and dropout go on as they "
-                "were"
+                f"{fields['world']} processes saved this state and {engine.world} go on: data and dropout go on as "
+                "they were"
             )
         if fields["data"].get("step") != progress.step:
             raise CheckpointError(
