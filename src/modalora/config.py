@@ -74,9 +74,7 @@ class RunConfig(Settings):
     window: int = Field(256, ge=8)  # tokens of a plain text window
     steps: int = Field(ge=1)
     precision: Literal["bf16", "fp32"] = "bf16"
-    base_bits: Literal[4, 8, 16] | None = (
-        None  # of the frozen decoder's Linears while adapters train; None: as they are
-    )
+    base_bits: Literal[4, 8, 16] | None = None  # of the frozen decoder's Linears in training; None: as they are
     recompute: bool = False  # layers run again in the backward pass instead of keeping what they computed
     seed: int = 0
     log_every: int = Field(10, ge=1)
