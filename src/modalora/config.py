@@ -40,9 +40,9 @@ class OptimConfig(Settings):
     @model_validator(mode="after")
     def _moments_move(self) -> OptimConfig:
         if self.state_bits < 32 and self.name != "adamw":
-            raise ValueError(f"state_bits={self.state_bits} is for name: adamw; {self.name} keeps 32")
+            raise ConfigError(f"state_bits={self.state_bits} is for name: adamw; {self.name} keeps 32")
         if self.state_bits == 16 and self.betas[1] > 0.99:
-            raise ValueError(
+            raise ConfigError(
                 f"betas[1]={self.betas[1]} moves a bf16 moment by less than it can hold; use 0.99 or less, or 8 bits"
             )
         return self
@@ -89,7 +89,9 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _freezes_a_small_base(self) -> RunConfig:
         if self.base_bits is not None and any(fnmatchcase("decoder", pattern) for pattern in self.train):
-            raise ValueError("base_bits keeps the decoder's matrices in few bits, so it must be frozen: train adapters")
+            raise ConfigError(
+                "base_bits keeps the decoder's matrices in few bits, so it must be frozen: train adapters"
+            )
         return self
 
 
