@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from modalora.contracts import subsampled
 from modalora.errors import MediaError
-from modalora.processing.audio import AudioConfig, count_frames, log_mel, open_audio
+from modalora.processing.audio import AudioConfig, count_audio_tokens, log_mel, open_audio
 from modalora.processing.image import ImageConfig, count_image_tokens, image_features, open_image
 
 SMALL, LARGE = ImageConfig(crop=56, patch=14, max_crops=6), ImageConfig()
@@ -74,8 +75,8 @@ def test_a_sound_has_the_frames_that_its_header_tells(samples: int, rate: int, k
         soundfile.write(file, wave, rate, format=kind)
         source = file.getvalue()
     config = AudioConfig()
-    frames = outcome(lambda: len(log_mel(*open_audio(source, config))))
-    assert outcome(lambda: count_frames(source, config)) == frames
+    tokens = outcome(lambda: subsampled(len(log_mel(*open_audio(source, config)))))
+    assert outcome(lambda: count_audio_tokens(source, config)) == tokens
 
 
 def test_what_is_missing_or_cut_short_is_refused_from_the_header(tmp_path: Path) -> None:
@@ -84,4 +85,4 @@ def test_what_is_missing_or_cut_short_is_refused_from_the_header(tmp_path: Path)
     file = io.BytesIO()
     soundfile.write(file, np.zeros(8000), 8000, format="WAV", subtype="PCM_16")
     with pytest.raises(MediaError, match="cut short"):
-        count_frames(file.getvalue()[:9000], AudioConfig())
+        count_audio_tokens(file.getvalue()[:9000], AudioConfig())

@@ -126,15 +126,6 @@ def _start(part: torch.optim.Optimizer) -> None:
                 }
 
 
-def scaled_rate(base: float, tokens: float, exponent: float = -0.32) -> float:
-    """Return the peak learning rate for a run of so many tokens: base * tokens ** exponent [B D^-0.32].
-
-    Fit base on short runs. Phi-4-Mini fitted it at 12.5 to 50 billion tokens and went to 5 trillion (arXiv:2503.01743,
-    section 3.1, after Bjorck et al. 2024, arXiv:2409.19913).
-    """
-    return base * tokens**exponent
-
-
 def _factor(part: str, config: OptimConfig) -> float:
     factors = [factor for pattern, factor in config.lr_scale.items() if fnmatchcase(part, pattern)]
     return factors[-1] if factors else 1.0
