@@ -40,7 +40,7 @@ class SmallAdamW(torch.optim.Optimizer):
     def _update(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         """Go through a parameter in pieces: what is wide for a moment stays in the cache and weighs nothing."""
         if not state:
-            self._begin(parameter, state)
+            self.begin(parameter, state)
         state["step"] += 1
         first, second = group["betas"]
         rate = group["lr"] / (1 - first ** float(state["step"]))
@@ -57,7 +57,8 @@ class SmallAdamW(torch.optim.Optimizer):
             exact = flat[piece].float().mul_(1 - group["lr"] * group["weight_decay"])
             flat[piece] = exact.addcdiv_(mean, square.sqrt_().div_(root).add_(group["eps"]), value=-rate)
 
-    def _begin(self, parameter: Tensor, state: dict[str, Any]) -> None:
+    def begin(self, parameter: Tensor, state: dict[str, Any]) -> None:
+        """Fill a parameter's state with moments of zero."""
         state["step"] = torch.tensor(0.0)
         bits = 32 if parameter.numel() < TINY else self.bits
         for name in ("exp_avg", "exp_avg_sq"):

@@ -115,7 +115,9 @@ def _start(part: torch.optim.Optimizer) -> None:
     """Give every parameter the moments that torch would give it at its first gradient, so that none is ever absent."""
     for group in part.param_groups:
         for parameter in group["params"]:
-            if isinstance(part, torch.optim.Muon):
+            if isinstance(part, SmallAdamW):
+                part.begin(parameter, part.state[parameter])
+            elif isinstance(part, torch.optim.Muon):
                 part.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
             elif isinstance(part, torch.optim.AdamW):
                 part.state[parameter] = {
