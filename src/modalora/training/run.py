@@ -26,7 +26,7 @@ from modalora.models.speech import SpeechEncoder
 from modalora.nn.mlp import Projector
 from modalora.parallel.engine import Engine
 from modalora.parallel.launch import engine_for
-from modalora.parallel.ranks import has_joined, leave
+from modalora.parallel.ranks import explained, has_joined, leave
 from modalora.processing.tokenizer import TextTokenizer
 from modalora.quantize import quantize, restore
 from modalora.training.loop import Metrics, train
@@ -52,8 +52,9 @@ def run_recipe(
     joined_before = has_joined()
     engine = engine_for(run)
     try:
-        _carry_out(run, engine, target, report, say)
-        engine.barrier()
+        with explained():
+            _carry_out(run, engine, target, report, say)
+            engine.barrier()
     finally:
         if not joined_before:
             leave()
