@@ -4,7 +4,8 @@ A model of Phi-4-mini's width (3,072; 200,064 words; 4 layers), rank 320 on all 
 token labelled: forward, backward and AdamW. Before any time is taken, gradients of all A and B must agree. `loss`
 measures the cross-entropy alone, 4,096 tokens, beside logits and torch's. Each side runs in a process of its own, on
 one thread; times are CPU seconds, the best of several; memory is the peak of resident memory above what it was before
-the first step, with the allocator's defaults.
+the first of two steps, with the allocator's defaults: adapters are weights, their gradients and moments are not. The
+matrix products alone are the limit: no step can be faster than they are.
 
     python benchmarks/training_step.py step            # 2 GB of weights in --folder, about 15 minutes
     python benchmarks/training_step.py loss            # the peer needs 14 GB

@@ -41,9 +41,9 @@ class OptimConfig(Settings):
     @model_validator(mode="after")
     def _moments_move(self) -> OptimConfig:
         if self.state_bits < 32 and self.name != "adamw":
-            raise ValueError(f"state_bits={self.state_bits} is for name: adamw; {self.name} keeps 32")
+            raise ConfigError(f"state_bits={self.state_bits} is for name: adamw; {self.name} keeps 32")
         if self.state_bits == 16 and self.betas[1] > 0.99:
-            raise ValueError(
+            raise ConfigError(
                 f"betas[1]={self.betas[1]} moves a bf16 moment by less than it can hold; use 0.99 or less, or 8 bits"
             )
         return self
@@ -84,9 +84,7 @@ class RunConfig(Settings):
     window: int = Field(256, ge=8)  # tokens of a plain text window
     steps: int = Field(ge=1)
     precision: Literal["bf16", "fp32"] = "bf16"
-    base_bits: Literal[4, 8, 16] | None = (
-        None  # of the frozen decoder's Linears while adapters train; None: as they are
-    )
+    base_bits: Literal[4, 8, 16] | None = None  # of the frozen decoder's Linears in training; None: as they are
     recompute: bool = False  # layers run again in the backward pass instead of keeping what they computed
     seed: int = 0
     log_every: int = Field(10, ge=1)
@@ -111,7 +109,9 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _freezes_a_small_base(self) -> RunConfig:
         if self.base_bits is not None and any(fnmatchcase("decoder", pattern) for pattern in self.train):
-            raise ValueError("base_bits keeps the decoder's matrices in few bits, so it must be frozen: train adapters")
+            raise ConfigError(
+                "base_bits keeps the decoder's matrices in few bits, so it must be frozen: train adapters"
+            )
         return self
 
 

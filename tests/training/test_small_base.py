@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 import modalora
 from modalora.config import RunConfig, SourceConfig
+from modalora.errors import ConfigError
 from modalora.models.multimodal import part_of
 from modalora.training.run import run_recipe
 
@@ -39,5 +39,5 @@ def test_what_a_four_bit_base_trained_is_written_with_the_plain_base(tmp_path: P
 
 def test_a_decoder_in_few_bits_cannot_be_trained() -> None:
     mixture = [SourceConfig(source="books")]
-    with pytest.raises(ValidationError, match="must be frozen"):
+    with pytest.raises(ConfigError, match="must be frozen"):
         RunConfig(init="nano", output="x", train=["dec*"], mixture=mixture, steps=1, base_bits=8)

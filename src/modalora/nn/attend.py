@@ -96,7 +96,7 @@ def choose(q: Tensor, k: Tensor) -> str:
     return "eager" if q.shape[1] <= FEW else "tiled"
 
 
-FEW = 16  # queries, of a decoding step
+FEW = 16  # queries, of a decoding step; tiles would be smaller than what it takes to start them
 TILE = 768  # queries of the heads that share a key head: the logits of a tile stay in the cache of a core
 KEYS = 1024  # of them; more key heads go together where there are fewer
 

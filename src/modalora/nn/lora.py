@@ -116,7 +116,7 @@ class RoutedLinear(nn.Module):
         made: how x was made, where a backward pass should make it again instead of keeping it.
         """
         groups = [group for group in route.groups if group[0] in self.adapters]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not self.is_packed:
             return self._differentiable(x, groups, made)
         y = self._product(x, "", self._matrix(self.weight, x.dtype), self.bias)
         for name, weight, where in groups:
@@ -131,8 +131,6 @@ class RoutedLinear(nn.Module):
     def _differentiable(
         self, x: Tensor, groups: list[tuple[str, float, Tensor | slice | None]], made: Made | None
     ) -> Tensor:
-        if self.is_packed:
-            raise ConfigError("a packed model only reads; load it without pack to train it")
         terms, factors = [], []
         for name, weight, where in groups:
             config = self.adapters[name]
