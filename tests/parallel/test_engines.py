@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from modalora.models.sizes import tiny
 from modalora.nn.gate import gate
 from modalora.parallel.engine import Engine, Single
 from modalora.parallel.fsdp import Plan, Sharded, sizes
+from modalora.parallel.ranks import explained
 from modalora.parallel.tensor import regroup
 from modalora.parallel.zero import Zero
 from modalora.training.loop import train
@@ -390,3 +393,23 @@ def test_a_rank_that_cannot_write_leaves_no_state_and_all_are_told(tmp_path: Pat
         assert "the state of step 1 could not be written" in told
         assert "rank 1: [Errno 28] No space left on device" in told
     assert list((tmp_path / "resume").iterdir()) == []
+
+
+def wait_in_vain() -> str:
+    """Return what the first process says when the second does not come."""
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    dist.barrier()
+    if dist.get_rank() == 1:
+        time.sleep(3)
+        return "late"
+    try:
+        with explained():
+            dist.all_reduce(torch.ones(1), group=group)
+    except TrainingError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_process_that_does_not_come_is_told(ranks: Ranks) -> None:
+    told, _ = ranks(2, wait_in_vain)
+    assert "process 0 waited for another, which does not answer" in told

@@ -109,6 +109,15 @@ def end(run: subprocess.Popen[str]) -> tuple[int, str, str]:
     return run.returncode, out, err
 
 
+def by_rank(run: subprocess.Popen[str]) -> dict[str, int]:
+    """Return the processes of a run by "RANK=0" and so on."""
+    found: dict[str, int] = {}
+    for pid in children(run.pid):
+        values = Path(f"/proc/{pid}/environ").read_text().split("\0")
+        found |= {value: pid for value in values if value.startswith("RANK=")}
+    return found
+
+
 def test_two_processes_carry_out_a_recipe_like_one(place: Path) -> None:
     run = command(place, "two", 6, "--processes", "2")
     wait_for_steps(run, place / "two", 1)
@@ -137,10 +146,7 @@ def test_ctrl_c_saves_in_every_process_and_exits_with_130(place: Path) -> None:
 def test_a_dead_process_ends_the_run_within_seconds_and_is_named(place: Path) -> None:
     run = command(place, "killed", 100_000, "--processes", "2")
     wait_for_steps(run, place / "killed", 2)
-    workers = {}
-    for pid in children(run.pid):
-        values = Path(f"/proc/{pid}/environ").read_text().split("\0")
-        workers |= {value: pid for value in values if value.startswith("RANK=")}
+    workers = by_rank(run)
     os.kill(workers["RANK=1"], signal.SIGKILL)
     started = time.monotonic()
     code, _, err = end(run)

@@ -33,7 +33,7 @@ class Snapshot(Protocol):
     """Weights and moments to be saved. Its methods are called by all ranks, in a line apart from the engine's."""
 
     def write(self, folder: Path, notes: Mapping[str, str]) -> None:
-        """Write them into a folder that all ranks see. Raises OSError."""
+        """Write them into a folder that all ranks see. Raises OSError or WorkError."""
         ...
 
     def barrier(self) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from modalora.errors import CheckpointError
+from modalora.errors import CheckpointError, WorkError
 
 _NOTES = "notes.json"
 
@@ -33,7 +33,7 @@ def write_whole(place: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, 
 def write_pieces(
     place: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str], group: dist.ProcessGroup | None = None
 ) -> None:
-    """Write this rank's pieces of the tensors into the folder PLACE; all ranks call it. Raises OSError on all alike.
+    """Write this rank's pieces of the tensors into the folder PLACE; all ranks call it. Raises WorkError on all alike.
 
     What several ranks hold is written by one of them.
     """
@@ -51,7 +51,7 @@ def write_pieces(
         save(held, storage_writer=writer, process_group=group)
     except CheckpointException as failed:
         rank, (error, _) = min(failed.failures.items())
-        raise OSError(f"rank {rank}: {error}") from None
+        raise WorkError(f"rank {rank}: {error}") from None
 
 
 def read(place: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from modalora.errors import ConfigError
+from modalora.errors import ConfigError, TrainingError
 
 STORE = "MODALORA_STORE"  # a file by which the processes of one machine find each other
 
@@ -65,6 +66,25 @@ def tell_stopped() -> None:
     """Tell the launcher, if there is one, that this process saved and stopped."""
     if STORE in os.environ and is_one_of_many():
         stopped_file(Path(os.environ[STORE]), int(os.environ["RANK"])).touch()
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn what a collective meets when another process hangs or has died into a TrainingError."""
+    try:
+        yield
+    except RuntimeError as error:  # which is what gloo and NCCL raise
+        told = str(error).splitlines()[0]
+        if any(words in told for words in ("Timed out", "timed out", "timeout")):
+            raise TrainingError(
+                f"process {os.environ.get('RANK')} waited for another, which does not answer: it hangs, or its step "
+                f"takes longer than patience_seconds ({told:.200})"
+            ) from error
+        if any(words in told for words in ("closed by peer", "reset by peer", "remote process exited")):
+            raise TrainingError(
+                f"process {os.environ.get('RANK')} waited for another, which has ended ({told:.200})"
+            ) from error
+        raise
 
 
 def has_joined() -> bool:

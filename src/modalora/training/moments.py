@@ -28,9 +28,6 @@ class SmallAdamW(torch.optim.Optimizer):
     ) -> None:
         self.bits = bits
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self._begin(parameter, self.state[parameter])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -58,7 +55,8 @@ class SmallAdamW(torch.optim.Optimizer):
             exact = flat[piece].float().mul_(1 - group["lr"] * group["weight_decay"])
             flat[piece] = exact.addcdiv_(mean, square.sqrt_().div_(root).add_(group["eps"]), value=-rate)
 
-    def _begin(self, parameter: Tensor, state: dict[str, Any]) -> None:
+    def begin(self, parameter: Tensor, state: dict[str, Any]) -> None:
+        """Fill a parameter's state with moments of zero."""
         state["step"] = torch.tensor(0.0)
         bits = 32 if parameter.numel() < TINY else self.bits
         for name in ("exp_avg", "exp_avg_sq"):

@@ -80,8 +80,7 @@ class Optimizer:
                 torch.optim.Muon(groups, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
             )
         for part in self.parts:
-            if not isinstance(part, SmallAdamW):  # which starts its own
-                _start(part)
+            _start(part)
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
@@ -116,7 +115,9 @@ def _start(part: torch.optim.Optimizer) -> None:
     """Give every parameter the moments that torch would give it at its first gradient, so that none is ever absent."""
     for group in part.param_groups:
         for parameter in group["params"]:
-            if isinstance(part, torch.optim.Muon):
+            if isinstance(part, SmallAdamW):
+                part.begin(parameter, part.state[parameter])
+            elif isinstance(part, torch.optim.Muon):
                 part.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
             elif isinstance(part, torch.optim.AdamW):
                 part.state[parameter] = {

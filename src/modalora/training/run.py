@@ -32,7 +32,7 @@ from modalora.nn.lora import LoraConfig
 from modalora.nn.mlp import Projector
 from modalora.parallel.engine import Engine
 from modalora.parallel.launch import engine_for
-from modalora.parallel.ranks import has_joined, leave
+from modalora.parallel.ranks import explained, has_joined, leave
 from modalora.processing.chat import FORMATS, ChatFormat
 from modalora.processing.processor import Processor
 from modalora.processing.tokenizer import TextTokenizer
@@ -60,8 +60,9 @@ def run_recipe(
     joined_before = has_joined()
     engine = engine_for(run)
     try:
-        _carry_out(run, engine, target, report, say)
-        engine.barrier()
+        with explained():
+            _carry_out(run, engine, target, report, say)
+            engine.barrier()
     finally:
         if not joined_before:
             leave()

@@ -22,7 +22,7 @@ from modalora.checkpoint.files import read_json, write_json
 from modalora.checkpoint.resume import STATE, begin, commit, draft_of, newest, retire
 from modalora.config import RunConfig, parse
 from modalora.contracts import Batches
-from modalora.errors import CheckpointError, ConfigError, TrainingError
+from modalora.errors import CheckpointError, ConfigError, TrainingError, WorkError
 from modalora.parallel.engine import Engine, Snapshot
 from modalora.parallel.files import read, write_whole
 from modalora.training.optimizer import Optimizer
@@ -159,7 +159,7 @@ class States:
                 write_json(draft / STATE, fields)
                 retire(commit(draft), self.run.keep)
             snapshot.barrier()
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, WorkError) as error:
             raise TrainingError(
                 f"the state of step {step} could not be written to {draft.parent}: {error}; the state before it is "
                 "whole: make room and run the same command, which goes on from there"
