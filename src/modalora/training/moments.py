@@ -39,6 +39,8 @@ class SmallAdamW(torch.optim.Optimizer):
 
     def _update(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         """Go through a parameter in pieces: what is wide for a moment stays in the cache and weighs nothing."""
+        if not state:
+            self.begin(parameter, state)
         state["step"] += 1
         first, second = group["betas"]
         rate = group["lr"] / (1 - first ** float(state["step"]))
