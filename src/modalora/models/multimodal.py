@@ -228,6 +228,17 @@ class Multimodal(nn.Module):
         states, starts = self._end_to_end(batch)
         return self.decoder.losses(states[starts[rows] + columns], targets[rows, columns]), rows
 
+    def idle_rows(self, batch: Batch) -> list[int]:
+        """Return the rows whose loss trains nothing: without adapter, without media that learn, on a frozen decoder."""
+        if any(part_of(name) == "decoder" and own.requires_grad for name, own in self.decoder.named_parameters()):
+            return []
+        learning = {item.row for item in batch.media if self._learns(item)}
+        return [row for row, own in enumerate(batch.route.adapters) if own is None and row not in learning]
+
+    def _learns(self, item: Media) -> bool:
+        networks = (self.encoders[item.modality], self.projectors.get_submodule(f"{item.modality}.{item.branch}"))
+        return any(own.requires_grad for network in networks for own in network.parameters())
+
     def _end_to_end(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the final states of all real tokens, (tokens, width), and where each row starts, (batch,).
 

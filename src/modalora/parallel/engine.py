@@ -7,7 +7,7 @@ in the same order.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -147,8 +147,16 @@ class Single:
         self.optimizer = optimizer
 
     def losses(self, batch: Batch) -> Any:
-        """Return what the objective makes of a batch."""
-        return self.objective(self.model, batch)
+        """Return what the objective makes of a batch; rows that train nothing are read apart, without a graph."""
+        idle = [] if any(True for _ in self.objective.parameters()) else self.model.idle_rows(batch)
+        if not 0 < len(idle) < len(batch.lengths):
+            return self.objective(self.model, batch)
+        others = [row for row in range(len(batch.lengths)) if row not in idle]
+        found = self.objective(self.model, batch.select(others))
+        with torch.no_grad():
+            apart = self.objective(self.model, batch.select(idle))
+        rows = torch.cat([torch.tensor(own)[part.rows.cpu()] for own, part in ((others, found), (idle, apart))])
+        return replace(found, values=torch.cat((found.values, apart.values)), rows=rows)
 
     def level(self, batches: Sequence[Batch]) -> list[Batch]:
         """Return the micro-batches as they are."""
