@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -37,6 +38,8 @@ Ranks = Callable[..., list[Any]]
 
 # float32 sums in another order over rows and ranks; worst seen 1.2e-7 in gradients of norm 2
 GRADIENTS = {"atol": 1e-6, "rtol": 1e-6}
+# DeepSpeed is at odds with parts of torch that are to go
+old_ways = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 PARTS = ("adapter.*", "image.*", "audio.*")
 
 
@@ -227,15 +230,50 @@ def test_a_rank_without_a_modality_takes_part(ranks: Ranks, micro: list[list[Bat
     assert all(told[name] is None for name in frozen)
 
 
+class Singly(nn.Module):
+    """An encoder, as others may write it, that goes through its items one by one."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, items: list[dict[str, Tensor]]) -> list[Tensor]:
+        return [self.inner([item])[0] for item in items]
+
+
+def singly() -> Multimodal:
+    torch.manual_seed(0)
+    model = Multimodal(tiny())
+    model.encoders["audio"] = Singly(model.encoders["audio"])
+    return model
+
+
+def test_ranks_may_give_an_encoder_unlike_numbers_of_items(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "fresh", singly)
+    micro = [[stack(row("speech", 1), row("speech", 3), row("both", 5))], [row("speech", 8)]]
+    told, _ = gradients(micro, [*PARTS])
+    for found, _ in ranks(2, gradients, micro, [*PARTS]):
+        for name, gradient in told.items():
+            if gradient is not None:
+                torch.testing.assert_close(found[name], gradient, **GRADIENTS, msg=name)
+
+
+def refused() -> str:
+    with pytest.raises(ConfigError) as error:
+        engine_of("zero3").shard(singly(), nn.Module())
+    return str(error.value)
+
+
+def test_zero3_refuses_an_encoder_that_may_run_its_blocks_per_item(ranks: Ranks) -> None:
+    for told in ranks(2, refused):
+        assert "audio's may run once per item" in told
+
+
 def test_without_a_smallest_item_the_rank_would_hang_or_fail(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: what the test above proves does not hold by itself."""
     monkeypatch.setattr("modalora.parallel.idle.Presence.level", lambda self, batches: list(batches))
     with pytest.raises(AssertionError, match=r"hangs|rank \d:"):
         ranks(2, gradients, [[row("text", 1)], [row("both", 2)]], [*PARTS], seconds=8)
-
-
-# DeepSpeed is at odds with parts of torch that are to go
-old_ways = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
 
 @old_ways

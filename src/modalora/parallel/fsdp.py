@@ -32,6 +32,8 @@ from modalora.contracts import Batch
 from modalora.errors import ConfigError
 from modalora.models.decoder import DecoderLayer
 from modalora.models.multimodal import Multimodal, part_of
+from modalora.models.speech import SpeechEncoder
+from modalora.models.vision import ImageEmbedder
 from modalora.parallel.engine import Snapshot, Updates, clear, kept, step_and_clear
 from modalora.parallel.files import read, write_pieces
 from modalora.parallel.idle import Presence, gate_adapters
@@ -113,16 +115,26 @@ def _reads_halves(unit: nn.Module) -> bool:
 
 
 def units(model: Multimodal) -> Iterable[nn.Module]:
-    """Yield what is gathered at once, inner units before those around them."""
+    """Yield what is gathered at once, inner units before those around them.
+
+    Each runs once per micro-batch on every rank. Of encoders from elsewhere that is known of the whole alone: one that
+    goes through its items singly would gather its blocks as often as it has items.
+    """
     yield from model.decoder.layers
     for encoder in model.encoders.values():
-        for module in encoder.modules():
-            if isinstance(module, nn.ModuleList):
-                yield from module
+        if runs_once(encoder):
+            for module in encoder.modules():
+                if isinstance(module, nn.ModuleList):
+                    yield from module
         yield encoder
     for branches in model.projectors.values():
         yield from branches.children()
     yield model
+
+
+def runs_once(encoder: nn.Module) -> bool:
+    """Tell whether an encoder runs each of its blocks once, on all items together."""
+    return isinstance(encoder, ImageEmbedder | SpeechEncoder)
 
 
 def _sum_gradients(model: nn.Module) -> None:

@@ -22,7 +22,7 @@ from modalora.models.multimodal import Multimodal, part_of
 from modalora.nn.lora import RoutedLinear
 from modalora.parallel.engine import Snapshot, Updates, Whole
 from modalora.parallel.files import read
-from modalora.parallel.fsdp import assemble
+from modalora.parallel.fsdp import assemble, runs_once
 from modalora.parallel.idle import Presence, gate_adapters
 from modalora.parallel.ranks import totals
 
@@ -56,7 +56,16 @@ class Zero:
         }
 
     def shard(self, model: Multimodal, objective: nn.Module) -> None:
-        """Prepare the model; DeepSpeed spreads it once weights and moments are as they should be."""
+        """Prepare the model; DeepSpeed spreads it once weights and moments are as they should be.
+
+        Raises ConfigError for encoders that ZeRO-3, which gathers module by module, could wait in for ever.
+        """
+        others = [name for name, encoder in model.encoders.items() if not runs_once(encoder)]
+        if self.stage == 3 and others:
+            raise ConfigError(
+                f"engine=zero3 gathers an encoder's blocks each time they run, and {others[0]}'s may run once per "
+                "item, of which ranks have unlike numbers; use engine=fsdp or zero2"
+            )
         gate_adapters(model)
         trained = {part_of(name) for name, own in model.named_parameters() if own.requires_grad}
         self.always = {
