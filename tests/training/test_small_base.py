@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import modalora
+from modalora.checkpoint.store import load_model
 from modalora.config import RunConfig, SourceConfig
 from modalora.errors import ConfigError
 from modalora.models.multimodal import part_of
@@ -35,6 +36,30 @@ def test_what_a_four_bit_base_trained_is_written_with_the_plain_base(tmp_path: P
     before, after = (modalora.load(place).model.state_dict() for place in (NANO, run_recipe(run)))
     moved = {part_of(name) for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert moved == {"adapter.vision"}
+
+
+def test_on_a_bf16_model_what_trains_is_float32_and_takes_steps_that_bf16_would_round_away(tmp_path: Path) -> None:
+    whole = modalora.load(NANO, dtype="bfloat16")
+    whole.save(tmp_path / "half")
+    assert {tensor.dtype for tensor in load_model(tmp_path / "half").model.state_dict().values()} == {torch.bfloat16}
+    run = RunConfig.model_validate(
+        {
+            "init": str(tmp_path / "half"),
+            "output": str(tmp_path / "run"),
+            "data": str(tmp_path),
+            "cache": str(tmp_path / "cache"),
+            "train": ["adapter.vision"],
+            "mixture": [SourceConfig(source="pictures", options={"turns": 1})],
+            "rows": 1,
+            "steps": 2,
+            "optim": {"lr": 1e-6, "warmup_steps": 0},
+        }
+    )
+    before, after = load_model(tmp_path / "half").model.state_dict(), load_model(run_recipe(run)).model.state_dict()
+    for name, tensor in after.items():
+        learnt = part_of(name) == "adapter.vision"
+        assert tensor.dtype == (torch.float32 if learnt else torch.bfloat16), name
+        assert torch.equal(tensor, before[name].to(tensor.dtype)) != learnt, name
 
 
 def test_a_decoder_in_few_bits_cannot_be_trained() -> None:

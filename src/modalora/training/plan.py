@@ -17,6 +17,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from itertools import cycle, islice
 from typing import Any
 
@@ -136,7 +137,7 @@ def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype
         model = Multimodal(config)
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     with fake:
-        blank = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+        blank = {name: torch.empty(shape, dtype=_dtype(name, run, dtype)) for name, shape in shapes.items()}
         model.load_state_dict(blank, assign=True)
         objective = OBJECTIVES[run.objective](model)
     trained = freeze(model, run.train)
@@ -224,6 +225,11 @@ def _blank_payload(kind: str, size: str) -> Any:
     if kind == "audio" and re.fullmatch(r"\d+(\.\d+)?", size):
         return np.zeros(int(float(size) * 16_000), np.float32), 16_000
     return None
+
+
+def _dtype(name: str, run: RunConfig, stored: torch.dtype) -> torch.dtype:
+    """Return what a tensor is kept in: what trains, in float32 (training/run.py)."""
+    return torch.float32 if any(fnmatchcase(part_of(name), pattern) for pattern in run.train) else stored
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

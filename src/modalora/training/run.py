@@ -76,6 +76,7 @@ def _carry_out(
         report, say = lambda metrics: None, lambda line: None
     model, tokenizer, chat = _start(run)
     context = _context(run, model.config, tokenizer, chat)
+    _widen(model, run.train)
     if "audio.encoder" in run.train:
         _set_mel_statistics(model, make_mixture(run, context))
     for modality in run.whiten:
@@ -246,6 +247,13 @@ def _copy_parts(model: Multimodal, copies: dict[str, str]) -> None:
             )
         for tensor, start in zip(own.values(), given, strict=True):
             tensor.copy_(start)
+
+
+def _widen(model: Multimodal, patterns: Sequence[str]) -> None:
+    """Keep in float32 what trains: of bf16's eight bits, a step of the learning rate's size would be rounded away."""
+    for name, parameter in model.named_parameters():
+        if any(fnmatchcase(part_of(name), pattern) for pattern in patterns):
+            parameter.data = parameter.data.float()
 
 
 def _limit_media(processor: Processor, limits: MediaConfig) -> None:
