@@ -90,5 +90,5 @@ clean:  ## remove builds and caches; keeps .venv and runs
 
 .venv/.ready: .venv/.base
 	@echo "== set-up: what training, tests and checks need"
-	@$(PIP) -e '.[train,eval,dev]'
+	@$(PIP) -e '.[train,eval,science,track,dev]'
 	@touch $@
