@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from modalora.cli.main import app
 from modalora.config import RunConfig, parse
+from modalora.contracts import Route
 from modalora.errors import ConfigError
 from modalora.models.multimodal import ModelConfig, Multimodal, part_of
 from modalora.models.sizes import nano, phi4_multimodal, tiny
@@ -75,6 +76,17 @@ def test_bfloat16_weights_take_half_and_what_trains_stays_in_float32() -> None:
     single, half = (plan_step(config, run_of(), [batch], dtype) for dtype in (torch.float32, torch.bfloat16))
     for part, whole in zip(half.parts, single.parts, strict=True):
         assert part.weights == (whole.weights if part.trained else whole.weights // 2)
+
+
+def test_a_plan_carries_out_the_options_that_save_memory() -> None:
+    batch = shaped_batch(nano(), ["text=200"], 2)
+    plain, again, small = (
+        plan_step(nano(), run_of(**more), [replace(batch, route=Route(("vision", "vision")))])
+        for more in ({}, {"recompute": True}, {"base_bits": 4, "optim": {"state_bits": 8}})
+    )
+    assert again.step < 0.6 * plain.step
+    assert small.weights < 0.6 * plain.weights
+    assert small.optimizer < 0.6 * plain.optimizer  # of 8,192 numbers and fewer all bits are kept
 
 
 @pytest.mark.parametrize("shape", ["text", "text=a", "image=3", "video=3", "audio=x", "", "image=50x50,,text=4"])

@@ -37,10 +37,12 @@ from modalora.config import RunConfig
 from modalora.contracts import IGNORED, Batch, Media, Route
 from modalora.errors import CheckpointError, ConfigError, InputError
 from modalora.models.multimodal import ModelConfig, Multimodal, parameter_counts, part_of
+from modalora.models.recompute import recompute
 from modalora.models.router import route
 from modalora.models.sizes import SIZES
 from modalora.nn.lora import LoraConfig
 from modalora.parallel.engine import step_and_clear
+from modalora.quantize import quantize
 from modalora.training.objectives import OBJECTIVES
 from modalora.training.optimizer import Optimizer, freeze
 from modalora.training.run import make_mixture, open_context
@@ -140,6 +142,10 @@ def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype
         blank = {name: torch.empty(shape, dtype=_dtype(name, run, dtype)) for name, shape in shapes.items()}
         model.load_state_dict(blank, assign=True)
         objective = OBJECTIVES[run.objective](model)
+        if run.base_bits is not None:
+            quantize(model, run.base_bits)
+    if run.recompute:
+        recompute(model)
     trained = freeze(model, run.train)
     trained |= {f"objective.{name}": parameter for name, parameter in objective.named_parameters()}
     optimizer = Optimizer(trained, run.optim, run.steps)
