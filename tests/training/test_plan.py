@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 from modalora.cli.main import app
 from modalora.config import RunConfig, parse
 from modalora.contracts import Route
-from modalora.errors import ConfigError
+from modalora.errors import CheckpointError, ConfigError
 from modalora.models.multimodal import ModelConfig, Multimodal, part_of
 from modalora.models.sizes import nano, phi4_multimodal, tiny
 from modalora.training.optimizer import freeze
-from modalora.training.plan import estimate, plan_reading, plan_step, shaped_batch
+from modalora.training.plan import estimate, plan_reading, plan_run, plan_step, shaped_batch
 
 MIXED = ["text=40,image=100x80", "text=30", "text=20,audio=1.5"]
 
@@ -144,3 +144,10 @@ def test_the_published_sizes_are_planned_without_memory() -> None:
     run = run_of(init="phi4-multimodal", train=["adapter.vision"], rows=1)
     plan = plan_step(small, run, [shaped_batch(small, ["text=64,image=120x120"], 1)], torch.bfloat16)
     assert plan.weights > 1_200_000_000  # 200,064 words of 3,072 in two bytes, and a layer
+
+
+def test_a_run_whose_start_is_not_there_yet_is_told_to_name_a_size() -> None:
+    with pytest.raises(
+        CheckpointError, match=r"no model folder 'runs/none'.*; or name a size to plan with, init=phi4-mini"
+    ):
+        plan_run(run_of(init="runs/none"))

@@ -364,7 +364,10 @@ def plan_run(run: RunConfig, shapes: Sequence[str] = (), size: str | None = None
     be opened, texts that fill the micro-batch. size: what stands in for run.init, such as phi4-multimodal. Raises
     ConfigError, CheckpointError.
     """
-    config, dtype = read_size(size or run.init)
+    try:
+        config, dtype = read_size(size or run.init)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; or name a size to plan with, init={' or init='.join(SIZES)}") from None
     if shapes:
         return plan_step(config, run, _filled(config, run, shapes), dtype), "rows of " + " and ".join(shapes)
     try:
