@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from modalora.config import MeshConfig, OptimConfig, RunConfig, SourceConfig
-from modalora.contracts import IGNORED, Batch, Media, Route, image_tokens, subsampled
+from modalora.contracts import Batch
 from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import tiny
 from modalora.nn.lora import LoraConfig
@@ -36,9 +36,12 @@ from modalora.parallel.fsdp import Plan, Sharded
 from modalora.parallel.zero import Zero
 from modalora.training.loop import train
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "parallel"))
+from test_engines import row
+
 SECONDS = 300
 MICRO = 12  # micro-batches of a step: one to four processes share them evenly
-KINDS = {"text": None, "image": "vision", "speech": "speech", "both": "vision"}  # and the adapter of their rows
+KINDS = ("text", "image", "speech", "both")
 ENGINES: dict[str, Callable[[], Engine]] = {
     "fsdp": lambda: Sharded(MeshConfig(), Plan(), torch.device("cpu")),
     "fsdp, 2 copies": lambda: Sharded(MeshConfig(replicate=2), Plan(), torch.device("cpu")),
@@ -71,28 +74,6 @@ def fresh() -> Multimodal:
     return model
 
 
-def row(kind: str, seed: int) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    time = 30 + seed % 7
-    ids = torch.randint(0, 320, (1, time), generator=generator)
-    labels = ids.clone()
-    labels[:, : 8 + seed % 3] = IGNORED
-    media: list[Media] = []
-    if kind in ("image", "both"):
-        features = {
-            "pixels": torch.randn(2, 3, 56, 56, generator=generator),
-            "mask": torch.ones(2, 4, 4, dtype=torch.bool),
-            "grid": torch.tensor([1, 1]),
-        }
-        media.append(Media("image", features, 0, 1, image_tokens(4, 4, 4), "vision"))
-    if kind in ("speech", "both"):
-        mel = torch.randn(37, 80, generator=generator)
-        media.append(Media("audio", {"mel": mel}, 0, 15, subsampled(37), "speech" if kind == "speech" else "vision"))
-    return Batch(
-        input_ids=ids, lengths=torch.tensor([time]), route=Route((KINDS[kind],)), media=tuple(media), labels=labels
-    )
-
-
 class Rows:
     """The micro-batches of a share."""
 
@@ -101,7 +82,7 @@ class Rows:
 
     def take(self) -> list[Batch]:
         self.taken += 1
-        kinds = [list(KINDS)[(at + at // 4 + self.taken) % 4] for at in range(MICRO)]
+        kinds = [KINDS[(at + at // 4 + self.taken) % 4] for at in range(MICRO)]
         every = [row(kind, 100 * self.taken + at) for at, kind in enumerate(kinds)]
         return every[self.share[0] :: self.share[1]]
 

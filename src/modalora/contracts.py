@@ -19,6 +19,7 @@ from torch import Tensor
 from modalora.errors import RouteError
 
 IGNORED = -100  # label of a token that is not trained on, as torch's cross_entropy has it
+BLANK = "(blank)"  # sample of a row that stands in where all rows of a micro-batch turned out bad
 NOWHERE = -1  # row of a medium that belongs to none: it is encoded, since other ranks encode theirs, and dropped
 
 Message = Mapping[str, Any]  # {"role": "user", "content": text or a list of parts}, as OpenAI and transformers have it

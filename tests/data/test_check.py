@@ -284,23 +284,6 @@ def recipe(tmp_path: Path) -> Path:
     return tmp_path / "r.yaml"
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    from modalora.cli.main import main
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["modalora", *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        told = capsys.readouterr()
-        return code, told.out, told.err
-
-    return call
-
-
 def test_data_check_loads_no_weight_and_fails_when_a_row_is_bad(
     recipe: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

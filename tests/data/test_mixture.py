@@ -21,7 +21,7 @@ from pyarrow import parquet
 
 from modalora.assistant import make_processor
 from modalora.config import RunConfig, SourceConfig, parse
-from modalora.contracts import IGNORED, Batch
+from modalora.contracts import BLANK, IGNORED, Batch
 from modalora.data.mixture import Mixture, make_source
 from modalora.data.order import shuffled
 from modalora.data.packing import fill
@@ -174,7 +174,7 @@ def test_every_row_of_every_epoch_is_kept_or_quarantined_once(
     while step := mixture.take():
         assert len(step) == 2
         steps.append(step)
-    kept = [name for name in names(steps) if name]
+    kept = [name for name in names(steps) if name != BLANK]
     lines = [json.loads(line) for line in aside.path.read_text().splitlines()] if bad else []
     assert sorted(kept + [line["sample"] for line in lines]) == sorted(f"pairs:{number}" for number in range(69))
     assert Counter(line["line"] for line in lines) == {number + 1: 3 for number in bad}
@@ -234,7 +234,7 @@ def test_media_that_turn_out_damaged_leave_their_batch(context: Context, tmp_pat
     source = SourceConfig(source="files", options={"path": str(tmp_path / "rows.jsonl"), "shuffle": False})
     alone = Mixture(context, [source], rows=1, accumulate=4, quarantine=Quarantine(tmp_path / "aside.jsonl"))
     batches = alone.take()
-    assert [batch.samples for batch in batches].count(("",)) == 2  # a row that trains nothing stands in
+    assert [batch.samples for batch in batches].count((BLANK,)) == 2  # a row that trains nothing stands in
     assert all((batch.labels != IGNORED).any() == (batch.samples != ("",)) for batch in batches)
     lines = [json.loads(line) for line in (tmp_path / "aside.jsonl").read_text().splitlines()]
     assert [line["line"] for line in lines] == [2, 4]

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from modalora.cli.main import app
 from modalora.config import RunConfig, parse
 from modalora.contracts import Route
-from modalora.errors import CheckpointError, ConfigError
+from modalora.errors import CheckpointError, ConfigError, InputError
 from modalora.models.multimodal import ModelConfig, Multimodal, part_of
 from modalora.models.sizes import nano, phi4_multimodal, tiny
 from modalora.training.optimizer import freeze
@@ -151,3 +151,23 @@ def test_a_run_whose_start_is_not_there_yet_is_told_to_name_a_size() -> None:
         CheckpointError, match=r"no model folder 'runs/none'.*; or name a size to plan with, init=phi4-mini"
     ):
         plan_run(run_of(init="runs/none"))
+
+
+def test_the_parts_of_a_plan_hold_all_of_its_weights() -> None:
+    for more in ({}, {"base_bits": 4}):
+        plan = plan_step(nano(), run_of(**more), [shaped_batch(nano(), ["text=20"], 1)])
+        assert sum(part.weights for part in plan.parts) == plan.weights
+
+
+def test_a_plan_has_the_modalities_adapters_and_limits_that_the_run_adds() -> None:
+    run = run_of(init="tiny", train=["adapter.more"], adapters={"more": {"r": 2, "lora_alpha": 4}})
+    plan, _ = plan_run(run, ["text=20"])
+    assert {part.name for part in plan.parts if part.trained} == {"adapter.more"}
+    few, many = (plan_run(run_of(media=media), ["image=300x300"])[0] for media in ({"max_crops": 1}, {}))
+    assert few.media_tokens < many.media_tokens
+
+
+def test_what_plans_a_recipe_is_refused_for_a_model() -> None:
+    for more in (["steps=3"], ["--row", "text=5"], ["--count", "2"]):
+        told = CliRunner().invoke(app, ["plan", "tiny", *more])
+        assert isinstance(told.exception, InputError)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,22 +18,23 @@ from modalora.training.run import run_recipe
 NANO = Path(modalora.__file__).parent / "bundled" / "nano"
 
 
+def short_run(folder: Path, init: Path, **more: Any) -> RunConfig:
+    """Two steps of the vision adapter."""
+    fields = {
+        "init": str(init),
+        "output": str(folder / "run"),
+        "data": str(folder),
+        "cache": str(folder / "cache"),
+        "train": ["adapter.vision"],
+        "mixture": [SourceConfig(source="pictures", options={"turns": 1})],
+        "rows": 1,
+        "steps": 2,
+    }
+    return RunConfig.model_validate(fields | more)
+
+
 def test_what_a_four_bit_base_trained_is_written_with_the_plain_base(tmp_path: Path) -> None:
-    run = RunConfig.model_validate(
-        {
-            "init": str(NANO),
-            "output": str(tmp_path / "run"),
-            "data": str(tmp_path),
-            "cache": str(tmp_path / "cache"),
-            "train": ["adapter.vision"],
-            "mixture": [SourceConfig(source="pictures", options={"turns": 1})],
-            "rows": 1,
-            "steps": 2,
-            "base_bits": 4,
-            "recompute": True,
-            "optim": {"state_bits": 8},
-        }
-    )
+    run = short_run(tmp_path, NANO, base_bits=4, recompute=True, optim={"state_bits": 8})
     before, after = (modalora.load(place).model.state_dict() for place in (NANO, run_recipe(run)))
     moved = {part_of(name) for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert moved == {"adapter.vision"}
@@ -42,19 +44,7 @@ def test_on_a_bf16_model_what_trains_is_float32_and_takes_steps_that_bf16_would_
     whole = modalora.load(NANO, dtype="bfloat16")
     whole.save(tmp_path / "half")
     assert {tensor.dtype for tensor in load_model(tmp_path / "half").model.state_dict().values()} == {torch.bfloat16}
-    run = RunConfig.model_validate(
-        {
-            "init": str(tmp_path / "half"),
-            "output": str(tmp_path / "run"),
-            "data": str(tmp_path),
-            "cache": str(tmp_path / "cache"),
-            "train": ["adapter.vision"],
-            "mixture": [SourceConfig(source="pictures", options={"turns": 1})],
-            "rows": 1,
-            "steps": 2,
-            "optim": {"lr": 1e-6, "warmup_steps": 0},
-        }
-    )
+    run = short_run(tmp_path, tmp_path / "half", optim={"lr": 1e-6, "warmup_steps": 0})
     before, after = load_model(tmp_path / "half").model.state_dict(), load_model(run_recipe(run)).model.state_dict()
     for name, tensor in after.items():
         learnt = part_of(name) == "adapter.vision"

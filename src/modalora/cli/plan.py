@@ -32,10 +32,13 @@ def plan(
     Example: modalora plan nano-6-vision --row text=200,image=300x200 --machine h100
     """
     from modalora.cli.train import find_recipe
+    from modalora.errors import InputError
     from modalora.models.sizes import SIZES
 
     recipe = find_recipe(what)
     if not recipe.is_file() and (what in SIZES or Path(what).is_dir() or "." not in what):
+        if overrides or row or count > 1 or hourly:
+            raise InputError(f"{what} is a model: settings, --row, --count and --hourly are for planning a recipe")
         _reading(what, machine, as_json)
         return
     _training(recipe, overrides or [], row or [], (machine, count, share, hourly), as_json)

@@ -23,7 +23,7 @@ import torch
 
 from modalora import modality
 from modalora.config import SourceConfig
-from modalora.contracts import IGNORED, Batch
+from modalora.contracts import BLANK, IGNORED, Batch
 from modalora.data.corpus import open_corpus
 from modalora.data.packing import fill
 from modalora.data.quarantine import Quarantine
@@ -365,7 +365,7 @@ class Mixture:
 
     def _nothing(self) -> Row:
         """Return a row that trains nothing, for a micro-batch whose rows all turned out bad."""
-        return Row(ids=[self.processor.tokenizer.control(END_OF_TEXT)], labels=[IGNORED])
+        return Row(ids=[self.processor.tokenizer.control(END_OF_TEXT)], labels=[IGNORED], sample=BLANK)
 
     def _put_aside(self, bad: Bad, step: int, drawn: int, written: bool = True) -> None:
         self.quarantine.add(bad, step, written)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from modalora.checkpoint.preserve import differences, preservation
 from modalora.checkpoint.resume import locked
 from modalora.config import RunConfig, dump
-from modalora.contracts import Batch, Batches
+from modalora.contracts import BLANK, Batch, Batches
 from modalora.errors import ShapeError, TrainingError
 from modalora.models.multimodal import Multimodal
 from modalora.parallel.engine import Engine, Single
@@ -219,9 +219,12 @@ class _Loop:
         return losses
 
     def _gradients(self, micro: list[Batch]) -> _Outcome:
-        labels = self.engine.totals({"labels": sum(self.objective.count(batch) for batch in micro)})["labels"]
-        if not labels and any(set(batch.samples) == {""} for batch in micro):
-            labels = 1.0  # every row was bad, and blank ones without a label stand in
+        blanks = sum(set(batch.samples) == {BLANK} for batch in micro)
+        count = sum(self.objective.count(batch) for batch in micro)
+        totals = self.engine.totals({"labels": count, "blanks": blanks})
+        labels = totals["labels"]
+        if not labels and totals["blanks"]:
+            labels = 1.0  # the rows were bad, and blank ones without a label stand in
         elif not labels:
             raise TrainingError(
                 f"step {self.progress.step + 1} has no labelled token; the mixture's conversations need an assistant's "
@@ -237,12 +240,12 @@ class _Loop:
                 rows = ", ".join(row_name(batch, number, row) for row in range(len(batch.lengths)))
                 raise ShapeError(f"step {self.progress.step + 1}, one of the rows {rows:.300}: {error}") from None
             found["tokens"] += int(batch.lengths.sum())
-            totals, counts = _by_row(batch, losses)
+            sums, counts = _by_row(batch, losses)
             for row, adapter in enumerate(batch.route.adapters):
                 if counts[row]:
-                    found[f"sum {adapter or 'text'}"] += totals[row]
+                    found[f"sum {adapter or 'text'}"] += sums[row]
                     found[f"count {adapter or 'text'}"] += counts[row]
-                if not isfinite(totals[row]):
+                if not isfinite(sums[row]):
                     found[f"bad {row_name(batch, number, row)}"] += 1
             if self.audit.watched:
                 for part in parts_reached(batch, [row for row, count in enumerate(counts) if count]):

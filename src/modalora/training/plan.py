@@ -33,7 +33,7 @@ from torch.utils.flop_counter import flop_registry
 from modalora import modality
 from modalora.assistant import find_model
 from modalora.checkpoint.store import describe, read_card
-from modalora.config import RunConfig
+from modalora.config import MediaConfig, RunConfig
 from modalora.contracts import IGNORED, Batch, Media, Route
 from modalora.errors import CheckpointError, ConfigError, InputError
 from modalora.models.multimodal import ModelConfig, Multimodal, parameter_counts, part_of
@@ -45,7 +45,7 @@ from modalora.parallel.engine import step_and_clear
 from modalora.quantize import quantize
 from modalora.training.objectives import OBJECTIVES
 from modalora.training.optimizer import Optimizer, freeze
-from modalora.training.run import make_mixture, open_context
+from modalora.training.run import grown, limited, make_mixture, open_context
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,13 +186,13 @@ def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype
     )
 
 
-def shaped_batch(config: ModelConfig, shapes: Sequence[str], rows: int) -> Batch:
+def shaped_batch(config: ModelConfig, shapes: Sequence[str], rows: int, limits: MediaConfig | None = None) -> Batch:
     """Return a batch of blank rows of given shapes, taken in turn, every text token labelled.
 
     A shape is text=TOKENS, image=WIDTHxHEIGHT and audio=SECONDS, in any number, with commas: "text=200,image=1344x896".
     Raises ConfigError for another shape, RouteError where the model has no route for the media.
     """
-    blanks = [_blank(config, shape) for shape in islice(cycle(shapes), rows)]
+    blanks = [_blank(config, shape, limits or MediaConfig()) for shape in islice(cycle(shapes), rows)]
     lengths = torch.tensor([sum(item[2] for item in media) + text for media, text in blanks])
     labels = torch.full((rows, int(lengths.max())), IGNORED)
     found, adapters = [], []
@@ -207,7 +207,9 @@ def shaped_batch(config: ModelConfig, shapes: Sequence[str], rows: int) -> Batch
     return Batch(torch.zeros_like(labels), lengths, Route(tuple(adapters)), tuple(found), labels)
 
 
-def _blank(config: ModelConfig, shape: str) -> tuple[list[tuple[str, dict[str, Tensor], int]], int]:
+def _blank(
+    config: ModelConfig, shape: str, limits: MediaConfig
+) -> tuple[list[tuple[str, dict[str, Tensor], int]], int]:
     media: list[tuple[str, dict[str, Tensor], int]] = []
     text = 0
     for piece in shape.split(","):
@@ -216,7 +218,8 @@ def _blank(config: ModelConfig, shape: str) -> tuple[list[tuple[str, dict[str, T
             text += int(size)
         elif kind in config.modalities and (payload := _blank_payload(kind, size)) is not None:
             row = modality.find(kind)
-            media.append((kind, *row.features(payload, row.settings(config.modalities[kind]))))
+            settings = limited(kind, row.settings(config.modalities[kind]), limits)
+            media.append((kind, *row.features(payload, settings)))
         else:
             raise ConfigError(
                 f"row shape {piece.strip()!r}: write text=TOKENS, image=WIDTHxHEIGHT or audio=SECONDS, of media that "
@@ -270,8 +273,11 @@ def _parts(
     for name, parameter in own:
         part = "objective" if name.startswith("objective.") else part_of(name)
         trained = parameter.numel() if parameter.requires_grad else 0
-        added = (parameter.numel(), trained, _size(parameter), gradients.get(name, 0), states.get(name, 0))
+        stored = parameter.untyped_storage().nbytes()  # of a matrix in few bits, next to nothing
+        added = (parameter.numel(), trained, stored, gradients.get(name, 0), states.get(name, 0))
         totals[part] = [a + b for a, b in zip(totals[part], added, strict=True)]
+    for name, buffer in model.named_buffers():  # and these bits, among others
+        totals[part_of(name)][2] += buffer.untyped_storage().nbytes()
     return tuple(Part(name, *numbers) for name, numbers in totals.items())
 
 
@@ -368,6 +374,7 @@ def plan_run(run: RunConfig, shapes: Sequence[str] = (), size: str | None = None
         config, dtype = read_size(size or run.init)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; or name a size to plan with, init={' or init='.join(SIZES)}") from None
+    config = grown(config, run)
     if shapes:
         return plan_step(config, run, _filled(config, run, shapes), dtype), "rows of " + " and ".join(shapes)
     try:
@@ -385,9 +392,9 @@ def _filled(config: ModelConfig, run: RunConfig, shapes: Sequence[str]) -> list[
     """Return the micro-batches of a step made of rows of given shapes: as many as run.rows, or as fill run.tokens."""
     rows = run.rows
     if run.tokens:
-        lengths = shaped_batch(config, shapes, len(shapes)).lengths.tolist()
+        lengths = shaped_batch(config, shapes, len(shapes), run.media).lengths.tolist()
         rows = max(1, round(len(lengths) * run.tokens / sum(lengths)))
-    return [shaped_batch(config, shapes, rows)] * run.accumulate
+    return [shaped_batch(config, shapes, rows, run.media)] * run.accumulate
 
 
 def read_size(init: str) -> tuple[ModelConfig, torch.dtype]:
@@ -423,7 +430,7 @@ class Reading:
 
 
 def plan_reading(model: str, machine: str = "this") -> Reading:
-    """Return what a model, a folder or the name of a size, needs to read prompts and to answer, one row in bf16.
+    """Return what a model, a folder or the name of a size, needs to read prompts and to answer, one row at a time.
 
     Reading is bound by products, 2 FLOPs a number of the decoder and token and the attention's; every further token by
     reading all weights and the cache once.

@@ -113,12 +113,17 @@ def open_context(run: RunConfig) -> Context:
     else:
         card, tokenizer, chat = read_texts(find_model(run.init))
         config = card.config
-    if run.modalities or run.adapters:
-        with torch.device("meta"):
-            model = Multimodal(config)
-            _grow(model, run)
-        config = model.config
-    return _context(run, config, tokenizer, chat)
+    return _context(run, grown(config, run), tokenizer, chat)
+
+
+def grown(config: ModelConfig, run: RunConfig) -> ModelConfig:
+    """Return the sizes that a model has once a run added its modalities and adapters."""
+    if not run.modalities and not run.adapters:
+        return config
+    with torch.device("meta"):
+        model = Multimodal(config)
+        _grow(model, run)
+    return model.config
 
 
 def _context(run: RunConfig, config: ModelConfig, tokenizer: TextTokenizer, chat: ChatFormat) -> Context:
@@ -258,16 +263,26 @@ def _widen(model: Multimodal, patterns: Sequence[str]) -> None:
 
 def _limit_media(processor: Processor, limits: MediaConfig) -> None:
     """Let training media be smaller than those that the model may read."""
-    for modality, key, value in (
-        ("image", "max_crops", limits.max_crops),
-        ("audio", "max_seconds", limits.max_seconds),
-    ):
-        if value is None:
-            continue
-        if modality not in processor.media:
-            raise ConfigError(f"media.{key}={value}: this model takes no {modality}; leave it out")
-        medium = processor.media[modality]
-        processor.media[modality] = replace(medium, settings=replace(medium.settings, **{key: value}))
+    for modality, medium in processor.media.items():
+        processor.media[modality] = replace(medium, settings=limited(modality, medium.settings, limits))
+    for modality in LIMITS:
+        if modality not in processor.media and (told := _limits(modality, limits)):
+            raise ConfigError(f"media: {told} is for a model that takes {modality}; leave it out")
+
+
+LIMITS = {"image": "max_crops", "audio": "max_seconds"}
+
+
+def _limits(modality: str, limits: MediaConfig) -> dict[str, Any]:
+    key = LIMITS.get(modality, "")
+    value = getattr(limits, key, None)
+    return {} if value is None else {key: value}
+
+
+def limited(modality: str, settings: Any, limits: MediaConfig) -> Any:
+    """Return how a medium is read within the limits of a run."""
+    own = _limits(modality, limits)
+    return replace(settings, **own) if own else settings
 
 
 def _check_base(model: Multimodal, other: Multimodal, pattern: str, folder: str) -> None:
