@@ -18,6 +18,7 @@ from modalora.contracts import Message
 from modalora.data.instruct import instruct
 from modalora.data.nlvr import nlvr_scenes
 from modalora.data.questions import QUESTION_KINDS
+from modalora.data.retrieval import DISTANCES, Phrases, copy_row, facts_row
 from modalora.data.rows import (
     Conversation,
     cells,
@@ -135,6 +136,25 @@ def _books(context: Context, split: str = "train", recurring: float = 0.0) -> Dr
             ids = recurring_window(stream, context.window, rng)
         else:
             (ids,) = windows(stream, context.window, 1, rng)
+        return Row(ids=ids, labels=list(ids))
+
+    return draw
+
+
+def _retrieval(
+    context: Context, distances: str = "uniform", facts: float = 0.5, most: int = 12, split: str = "train"
+) -> Draw:
+    if distances not in DISTANCES:
+        raise ConfigError(f"distances={distances!r} of source 'retrieval' must be one of {', '.join(DISTANCES)}")
+    tokenizer = context.processor.tokenizer
+    stream, phrases = token_stream(context.folder, split, tokenizer, context.cache), Phrases(tokenizer)
+
+    def draw(rng: np.random.Generator) -> Row:
+        text = np.array(windows(stream, context.window, 1, rng)[0])
+        if rng.random() < facts:
+            ids, _ = facts_row(text, phrases, rng, distances, most)
+        else:
+            ids = copy_row(text, rng, distances)
         return Row(ids=ids, labels=list(ids))
 
     return draw
@@ -279,6 +299,7 @@ SOURCES: dict[str, Callable[..., Draw]] = {
     "instruct": _instruct,
     "nlvr": _nlvr,
     "pictures": _pictures,
+    "retrieval": _retrieval,
     "seen_and_heard": _seen_and_heard,
     "sentences": _sentences,
 }
