@@ -235,7 +235,7 @@ def test_media_that_turn_out_damaged_leave_their_batch(context: Context, tmp_pat
     alone = Mixture(context, [source], rows=1, accumulate=4, quarantine=Quarantine(tmp_path / "aside.jsonl"))
     batches = alone.take()
     assert [batch.samples for batch in batches].count((BLANK,)) == 2  # a row that trains nothing stands in
-    assert all((batch.labels != IGNORED).any() == (batch.samples != ("",)) for batch in batches)
+    assert all((batch.labels != IGNORED).any() == (batch.samples != (BLANK,)) for batch in batches)
     lines = [json.loads(line) for line in (tmp_path / "aside.jsonl").read_text().splitlines()]
     assert [line["line"] for line in lines] == [2, 4]
     assert all("cannot be decoded" in line["reason"] and "export it again" in line["mend"] for line in lines)
