@@ -342,9 +342,7 @@ def set_regime(model: Multimodal, regime: Regime) -> None:
     if regime != "reference" and not isinstance(rope, LongRope):
         raise ConfigError(f"rope={regime!r}: this model has one rotary table alone; leave rope at 'reference'")
     if isinstance(rope, LongRope):
-        decoder = replace(model.config.decoder, rope=replace(rope, regime=regime))
-        model.config = replace(model.config, decoder=decoder)
-        model.decoder.config = decoder
+        model.set_rope(replace(rope, regime=regime))
 
 
 def find_model(name: str | Path) -> Path:

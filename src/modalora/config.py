@@ -79,6 +79,7 @@ class SourceConfig(Settings):
 
     weight: its share of the rows against the others' weights. Several phases of a run: {0: 3, 0.8: 1} is weight 3 from
     the start and 1 from 80 % of the steps on. epochs: how often a source that ends is read; None: as long as the run.
+    window: tokens of its rows, for sources that cut text into windows; None: the run's.
     name: what its rows are called in reports; by default the source.
     """
 
@@ -86,6 +87,7 @@ class SourceConfig(Settings):
     name: str = Field("", pattern=r"^[\w.-]*$")
     weight: float | dict[float, float] = 1.0
     epochs: int | None = Field(None, ge=1)
+    window: int | None = Field(None, ge=8)
     route: str | None = None  # of its rows: "none" or an adapter, such as a language's; None: by their media
     options: dict[str, Any] = Field(default_factory=dict)
 
@@ -124,6 +126,9 @@ class RunConfig(Settings):
     init: str  # a folder to start from, bundled/nano, or a name of models/sizes.py for fresh weights
     output: str
     modalities: dict[str, dict[str, Any]] = Field(default_factory=dict)  # modality to add -> its sizes
+    rope: dict[str, Any] | None = (
+        None  # rotary positions (nn/rope.py) that the start gets, window included; None: its own
+    )
     modality_files: list[str] = Field(default_factory=list)  # Python files that set MODALITY; they are run
     adapters: dict[str, dict[str, Any]] = Field(default_factory=dict)  # adapter to add -> fields of LoraConfig
     take: dict[str, str] = Field(default_factory=dict)  # part pattern -> folder that gives its weights
@@ -132,6 +137,7 @@ class RunConfig(Settings):
     train: list[str]  # parts that train, e.g. "decoder", "image.*", "adapter.vision"; all others are frozen
     preserve: list[str] = Field(default_factory=list)  # parts that must not train, whatever train: matches
     mixture: list[SourceConfig] = Field(min_length=1)
+    weigh: Literal["rows", "tokens"] = "rows"  # what the weights of the mixture's sources are shares of
     media: MediaConfig = Field(default_factory=MediaConfig)
     whiten: list[str] = Field(
         default_factory=list

@@ -23,7 +23,7 @@ from modalora.nn.cache import KVCache
 from modalora.nn.lora import LoraConfig
 from modalora.nn.loss import EVEN
 from modalora.nn.mlp import Projector
-from modalora.nn.rope import is_long
+from modalora.nn.rope import Rope, is_long
 
 
 class EncoderConfig(Protocol):
@@ -97,6 +97,11 @@ class Multimodal(nn.Module):
         self.projectors[modality] = nn.ModuleDict(
             {branch: Projector(sizes.hidden_size, self.config.decoder.hidden_size) for branch in branches}
         )
+
+    def set_rope(self, rope: Rope) -> None:
+        """Replace the rotary positions, window included; no weight changes. Raises ShapeError for other heads'."""
+        self.config = replace(self.config, decoder=replace(self.config.decoder, rope=rope))
+        self.decoder.config = self.config.decoder
 
     def add_modality(self, name: str, sizes: EncoderConfig) -> None:
         """Add a modality with fresh networks; the decoder keeps every bit. Raises ConfigError when there is one."""

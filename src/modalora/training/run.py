@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -30,6 +30,7 @@ from modalora.models.sizes import SIZES
 from modalora.models.speech import SpeechEncoder
 from modalora.nn.lora import LoraConfig
 from modalora.nn.mlp import Projector
+from modalora.nn.rope import Rope
 from modalora.parallel.engine import Engine
 from modalora.parallel.launch import engine_for
 from modalora.parallel.ranks import explained, has_joined, leave
@@ -117,8 +118,8 @@ def open_context(run: RunConfig) -> Context:
 
 
 def grown(config: ModelConfig, run: RunConfig) -> ModelConfig:
-    """Return the sizes that a model has once a run added its modalities and adapters."""
-    if not run.modalities and not run.adapters:
+    """Return the sizes that a model has once a run set its rope and added its modalities and adapters."""
+    if not run.modalities and not run.adapters and run.rope is None:
         return config
     with torch.device("meta"):
         model = Multimodal(config)
@@ -135,7 +136,10 @@ def _context(run: RunConfig, config: ModelConfig, tokenizer: TextTokenizer, chat
 
 
 def _grow(model: Multimodal, run: RunConfig) -> None:
-    """Add the modalities and adapters that a run adds."""
+    """Set the rope, and add the modalities and adapters that a run adds."""
+    if run.rope is not None:
+        rope: Rope = parse(cast(Any, Rope), run.rope, "rope")
+        model.set_rope(rope)
     for file in run.modality_files:
         load_file(file)
     for name, sizes in run.modalities.items():
@@ -156,7 +160,7 @@ def make_mixture(
     rank, world = share
     return Mixture(
         context, run.mixture, rows=run.rows, tokens=run.tokens, accumulate=run.accumulate, seed=run.seed,
-        steps=run.steps, rank=rank, world=world, workers=workers, quarantine=quarantine,
+        steps=run.steps, weigh=run.weigh, rank=rank, world=world, workers=workers, quarantine=quarantine,
     )  # fmt: skip
 
 
