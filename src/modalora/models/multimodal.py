@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from modalora.contracts import IGNORED, NOWHERE, Batch, Cache, Media, Route, Step
+from modalora.contracts import IGNORED, NOWHERE, Batch, Cache, Media, Rotations, Route, Step
 from modalora.errors import ConfigError, ShapeError
 from modalora.models.decoder import Decoder, DecoderConfig
 from modalora.models.speech import SpeechConfig
@@ -182,11 +182,14 @@ class Multimodal(nn.Module):
             found, at, along = found[real.to(device)], at[real], along[real]
         return found, at.to(device), along.to(device)
 
-    def hidden(self, batch: Batch, cache: Cache | None = None) -> Tensor:
-        """Return the decoder's final states, (batch, time, width), of whole rows from their first token on."""
+    def hidden(self, batch: Batch, cache: Cache | None = None, rotations: Rotations | None = None) -> Tensor:
+        """Return the decoder's final states, (batch, time, width), of whole rows from their first token on.
+
+        rotations: a rotary table for each row in place of the config's.
+        """
         lengths = batch.lengths.tolist()
         long = torch.tensor(is_long(self.config.decoder.rope, lengths), device=batch.input_ids.device)
-        step = Step(lengths=batch.lengths, route=batch.route, long=long, cache=cache)
+        step = Step(lengths=batch.lengths, route=batch.route, long=long, cache=cache, rotations=rotations)
         states: Tensor = self.decoder(self.embed(batch), step)
         return states
 

@@ -116,8 +116,17 @@ def rotation(rope: Rope, head_dim: int, positions: Tensor, long: Tensor) -> tupl
         rows = long[..., None]
         table = torch.where(rows, rope.frequencies(head_dim, long=True).to(positions.device), table)
         factor = torch.where(rows, rope.attention_factor(long=True), rope.attention_factor())
-    angles = positions[..., None].float() * table
-    return angles.cos() * factor.to(angles), angles.sin() * factor.to(angles)
+    return turned(positions, table, factor)
+
+
+def turned(positions: Tensor, frequencies: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cos and sin, each (batch, time, pairs) float32, times scale.
+
+    positions: (batch, time). frequencies: radians per token, (pairs,) or (batch, 1 or time, pairs). scale: one number,
+    or (batch, 1 or time, 1).
+    """
+    angles = positions[..., None].float() * frequencies
+    return angles.cos() * scale.to(angles), angles.sin() * scale.to(angles)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
