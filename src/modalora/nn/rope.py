@@ -1,46 +1,308 @@
-"""Rotary positions, plain or rescaled for long windows (RoFormer, arXiv:2104.09864; LongRoPE, arXiv:2402.13753).
+"""The rotary tables: plain, or rescaled for windows longer than the one that a model was trained on.
 
-Angles are radians, windows are tokens, x is (batch, time, heads, head_dim).
-A scaling method is a small frozen dataclass; every one gives `frequencies(head_dim, long)` and `attention_factor`.
+A method is a small frozen dataclass with a tag `kind`. Each gives `frequencies(head_dim, long)`, radians per token of
+each rotated pair, fastest first, and `attention_factor(long)`, what cos and sin are multiplied by. At a factor of 1 each
+is `Plain` to the last bit. Windows are tokens; a factor divides frequencies. Paper symbols stand in brackets.
+
+Sources: RoFormer, arXiv:2104.09864; YaRN, arXiv:2309.00071, which also has the two NTK methods; LongRoPE,
+arXiv:2402.13753 and 2502.20082; each method's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from math import log, sqrt
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil, floor, log, pi, sqrt
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Discriminator, Tag
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from modalora.config import parse
 from modalora.errors import ConfigError, ShapeError
+
+# How a transformers config.json tells it: since version 5, and before.
+Form = Literal["rope_parameters", "rope_scaling"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plain:
-    """Unscaled rotary positions. Paper symbols in brackets."""
+class _Base:
+    """What every method has."""
 
-    theta: float = 10_000.0  # base of the frequencies [θ]
+    theta: float = 10_000.0  # base of the frequencies [b]
     rotated: float = 1.0  # share of each head that turns, (0, 1]
-    window: int = 4096  # tokens that the model may read
+    window: int = 4096  # tokens that the model may read [L']
 
-    def __post_init__(self) -> None:
-        _check_base(self.theta, self.rotated, self.window)
+    def periods(self, head_dim: int, theta: float | None = None) -> Tensor:
+        """Return tokens per radian of each unscaled pair, (pairs,) float32. theta: a base in place of its own.
+
+        Raises ShapeError when the share that turns is no whole number of pairs.
+        """
+        turning = head_dim * self.rotated
+        if turning % 2:
+            raise ShapeError(
+                f"head_dim={head_dim} x rotated={self.rotated} is {turning}; it must be an even whole number"
+            )
+        exponents = torch.arange(0, int(turning), 2, dtype=torch.float32) / int(turning)
+        return (self.theta if theta is None else theta) ** exponents
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _OneTable(_Base):
+    """One table for rows of every length."""
+
+    @property
+    def switch(self) -> int | None:
+        """Length in tokens beyond which the long table applies; None: never."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Unscaled(_OneTable):
+    """One table, whose cos and sin keep their size."""
 
     def attention_factor(self, *, long: bool = False) -> float:
         """What cos and sin are multiplied by."""
         return 1.0
 
-    @property
-    def switch(self) -> int | None:
-        """Length in tokens beyond which the long table applies; None: there is one table."""
-        return None
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plain(_Unscaled):
+    """Unscaled rotary positions."""
+
+    kind: Literal["plain"] = field(default="plain", repr=False)
+
+    def __post_init__(self) -> None:
+        _check(self)
 
     def frequencies(self, head_dim: int, *, long: bool = False) -> Tensor:
         """Return radians per token of each rotated pair, fastest first, (pairs,) float32."""
-        return 1.0 / _periods(self.theta, self.rotated, head_dim)
+        return 1.0 / self.periods(head_dim)
+
+    def to_hf(self, form: Form = "rope_parameters") -> dict[str, Any]:
+        """Return the rotary keys of a transformers config.json."""
+        return _form(self, form, "default")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Linear(_Unscaled):
+    """Position interpolation: every frequency divided by the factor, as if positions were (arXiv:2306.15595)."""
+
+    factor: float  # [s]
+    kind: Literal["linear"] = field(default="linear", repr=False)
+
+    def __post_init__(self) -> None:
+        _check(self, factor=self.factor)
+
+    def frequencies(self, head_dim: int, *, long: bool = False) -> Tensor:
+        """Return radians per token of each rotated pair, fastest first, (pairs,) float32."""
+        return 1.0 / self.periods(head_dim) / self.factor
+
+    def to_hf(self, form: Form = "rope_parameters") -> dict[str, Any]:
+        """Return the rotary keys of a transformers config.json."""
+        return _form(self, form, "linear", factor=self.factor)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ntk(_Unscaled):
+    """NTK-aware scaling: a larger base, such that the slowest pair alone is divided by the whole factor."""
+
+    factor: float  # [s]
+    kind: Literal["ntk"] = field(default="ntk", repr=False)
+
+    def __post_init__(self) -> None:
+        _check(self, factor=self.factor)
+
+    def base(self, head_dim: int) -> float:
+        """Return the larger base, b s^(d / (d - 2)). Raises ShapeError for a single pair, which is the fastest."""
+        turning = 2 * len(self.periods(head_dim))
+        if turning == 2:
+            raise ShapeError(f"head_dim={head_dim} x rotated={self.rotated} is one pair; NTK-aware scaling needs two")
+        return self.theta * self.factor ** (turning / (turning - 2))
+
+    def frequencies(self, head_dim: int, *, long: bool = False) -> Tensor:
+        """Return radians per token of each rotated pair, fastest first, (pairs,) float32."""
+        return 1.0 / self.periods(head_dim, self.base(head_dim))
+
+    def to_hf(self, form: Form = "rope_parameters") -> dict[str, Any]:
+        """Refuse: transformers has no such type."""
+        raise ConfigError(
+            "transformers has no type for a fixed NTK-aware base; a model that is Plain(theta=rope.base(head_dim)) is "
+            "the same and has one"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DynamicNtk(_OneTable):
+    """NTK-aware scaling whose factor grows with the row: each length beyond the original window has its own table.
+
+    `at` is a row's table. The two that `frequencies` knows are those of rows at the ends: up to the original window, and
+    as long as the window.
+    """
+
+    factor: float
+    original_window: int  # [L]
+    kind: Literal["dynamic_ntk"] = field(default="dynamic_ntk", repr=False)
+
+    def __post_init__(self) -> None:
+        _check(self, factor=self.factor, original_window=self.original_window)
+
+    def at(self, length: int) -> Ntk:
+        """Return the method of a row of this many tokens."""
+        grown = max(length, self.original_window) / self.original_window
+        stretch = 1 + self.factor * (grown - 1)
+        return Ntk(theta=self.theta, rotated=self.rotated, window=self.window, factor=stretch)
+
+    def attention_factor(self, *, long: bool = False) -> float:
+        """What cos and sin are multiplied by."""
+        return 1.0
+
+    def frequencies(self, head_dim: int, *, long: bool = False) -> Tensor:
+        """Return radians per token of each rotated pair, fastest first, (pairs,) float32."""
+        return self.at(self.window if long else self.original_window).frequencies(head_dim)
+
+    def to_hf(self, form: Form = "rope_parameters") -> dict[str, Any]:
+        """Return the rotary keys of a transformers config.json, where the window is the original one."""
+        return {**_form(self, form, "dynamic", factor=self.factor), "max_position_embeddings": self.original_window}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScalingLawNtk(_Unscaled):
+    """A larger base by the law of arXiv:2310.05209, which LongRoPE2's paper calls NTK.
+
+    The factor is exactly window / original window at the pair whose period is the original window, and larger beyond.
+    """
+
+    original_window: int  # [L]
+    kind: Literal["scaling_law_ntk"] = field(default="scaling_law_ntk", repr=False)
+
+    def __post_init__(self) -> None:
+        _check(self, original_window=self.original_window)
+        if self.original_window < 7:
+            raise ConfigError(f"original_window={self.original_window} must be above 2 pi: at least 7 tokens")
+
+    @property
+    def base(self) -> float:
+        """The larger base, b^(ln(L' / 2 pi) / ln(L / 2 pi))."""
+        return self.theta ** (log(self.window / (2 * pi)) / log(self.original_window / (2 * pi)))
+
+    def frequencies(self, head_dim: int, *, long: bool = False) -> Tensor:
+        """Return radians per token of each rotated pair, fastest first, (pairs,) float32."""
+        return 1.0 / self.periods(head_dim, self.base)
+
+    def to_hf(self, form: Form = "rope_parameters") -> dict[str, Any]:
+        """Return the rotary keys of a transformers config.json, which is that of a plain one with the larger base."""
+        return Plain(theta=self.base, rotated=self.rotated, window=self.window).to_hf(form)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _ByParts(_OneTable):
+    """Frequencies divided by the factor where a period is rare in the original window, and kept where it is common.
+
+    Source: arXiv:2309.00071, section 3.2.
+    """
+
+    factor: float  # [s]
+    original_window: int  # [L]
+    beta_fast: float = 32.0  # periods in the original window from which on a pair is kept
+    beta_slow: float = 1.0  # periods up to which it is divided
+    truncate: bool = True  # the two ends of the ramp are whole pairs
+
+    def ramp(self, head_dim: int) -> tuple[float, float]:
+        """Return the last pair that is kept and the first that is divided by the whole factor."""
+        pairs = len(self.periods(head_dim))
+        low, high = (
+            pairs * log(self.original_window / (2 * pi * beta)) / log(self.theta)
+            for beta in (self.beta_fast, self.beta_slow)
+        )
+        if self.truncate:
+            low, high = floor(low), ceil(high)
+        return max(low, 0), min(high, 2 * pairs - 1)
+
+    def frequencies(self, head_dim: int, *, long: bool = False) -> Tensor:
+        """Return radians per token of each rotated pair, fastest first, (pairs,) float32."""
+        plain = 1.0 / self.periods(head_dim)
+        low, high = self.ramp(head_dim)
+        pairs = torch.arange(len(plain), dtype=torch.float64)
+        return _blend(plain, (pairs - low) / (high - low if high != low else 0.001), self.factor)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NtkByParts(_ByParts):
+    """The frequencies of YaRN without its attention factor."""
+
+    kind: Literal["ntk_by_parts"] = field(default="ntk_by_parts", repr=False)
+
+    def __post_init__(self) -> None:
+        _check(self, factor=self.factor, original_window=self.original_window, betas=(self.beta_slow, self.beta_fast))
+
+    def attention_factor(self, *, long: bool = False) -> float:
+        """What cos and sin are multiplied by."""
+        return 1.0
+
+    def to_hf(self, form: Form = "rope_parameters") -> dict[str, Any]:
+        """Return the rotary keys of a transformers config.json, which is that of a Yarn whose attention is 1."""
+        return _yarn_form(self, form, attention_factor=1.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Yarn(_ByParts):
+    """Frequencies by parts, and an attention factor (arXiv:2309.00071)."""
+
+    mscale: float | None = None  # with mscale_all_dim: the attention factor is the ratio of the two temperatures
+    mscale_all_dim: float | None = None
+    attention: float | None = None  # attention factor in place of what the factor gives
+    kind: Literal["yarn"] = field(default="yarn", repr=False)
+
+    def __post_init__(self) -> None:
+        _check(self, factor=self.factor, original_window=self.original_window, betas=(self.beta_slow, self.beta_fast))
+        if (self.mscale is None) != (self.mscale_all_dim is None):
+            raise ConfigError("mscale and mscale_all_dim change nothing one without the other; give both, or none")
+        if self.attention is not None and self.mscale is not None:
+            raise ConfigError("attention and mscale both set the attention factor; leave one out")
+
+    def attention_factor(self, *, long: bool = False) -> float:
+        """0.1 ln s + 1, or what its own settings say."""
+        if self.attention is not None:
+            return self.attention
+        if self.mscale is not None and self.mscale_all_dim is not None:
+            return yarn_temperature(self.factor, self.mscale) / yarn_temperature(self.factor, self.mscale_all_dim)
+        return yarn_temperature(self.factor)
+
+    def to_hf(self, form: Form = "rope_parameters") -> dict[str, Any]:
+        """Return the rotary keys of a transformers config.json."""
+        own = {"mscale": self.mscale, "mscale_all_dim": self.mscale_all_dim, "attention_factor": self.attention}
+        return _yarn_form(self, form, **{key: value for key, value in own.items() if value is not None})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Llama3(_Unscaled):
+    """Frequencies by parts as Llama 3.1 has them: the ramp is linear in the periods that the original window holds."""
+
+    factor: float  # [s]
+    original_window: int  # [L]
+    low_freq_factor: float = 1.0  # periods up to which a pair is divided by the whole factor
+    high_freq_factor: float = 4.0  # periods from which on it is kept
+    kind: Literal["llama3"] = field(default="llama3", repr=False)
+
+    def __post_init__(self) -> None:
+        ends = (self.low_freq_factor, self.high_freq_factor)
+        _check(self, factor=self.factor, original_window=self.original_window, betas=ends)
+
+    def frequencies(self, head_dim: int, *, long: bool = False) -> Tensor:
+        """Return radians per token of each rotated pair, fastest first, (pairs,) float32."""
+        plain = 1.0 / self.periods(head_dim)
+        held = self.original_window * plain.double() / (2 * pi)
+        kept = (held - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        return _blend(plain, 1 - kept, self.factor)
+
+    def to_hf(self, form: Form = "rope_parameters") -> dict[str, Any]:
+        """Return the rotary keys of a transformers config.json."""
+        return _form(
+            self, form, "llama3", factor=self.factor, original_max_position_embeddings=self.original_window,
+            low_freq_factor=self.low_freq_factor, high_freq_factor=self.high_freq_factor,
+        )  # fmt: skip
 
 
 # When the long table applies. reference: to rows longer than the original window, as transformers' Phi3 has it; long,
@@ -49,23 +311,23 @@ Regime = Literal["reference", "long", "short"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LongRope:
+class LongRope(_Base):
     """One divisor per rotated pair, in two sets: up to the original window, and beyond it.
 
     Source: arXiv:2402.13753 and 2502.20082; served as in the Phi-4-Mini config ("longrope").
     """
 
-    short_factor: tuple[float, ...]
+    short_factor: tuple[float, ...]  # [λ]
     long_factor: tuple[float, ...]
-    theta: float = 10_000.0
-    rotated: float = 1.0
     window: int = 131_072
-    original_window: int = 4096
+    original_window: int = 4096  # [L]
     mscale: tuple[float, float] | None = None  # attention factors, short and long, where a model has its own
+    temperature: Literal["su", "yarn"] = "su"  # of both tables, where it has none
     regime: Regime = "reference"
+    kind: Literal["longrope"] = field(default="longrope", repr=False)
 
     def __post_init__(self) -> None:
-        _check_base(self.theta, self.rotated, self.window)
+        _check(self, original_window=self.original_window)
         if len(self.short_factor) != len(self.long_factor):
             raise ConfigError(
                 f"short_factor has {len(self.short_factor)} entries and long_factor {len(self.long_factor)}; "
@@ -73,15 +335,23 @@ class LongRope:
             )
         if min((*self.short_factor, *self.long_factor), default=0) <= 0:
             raise ConfigError("short_factor and long_factor must be given and positive; 1.0 leaves a pair unscaled")
-        if not 1 < self.original_window <= self.window:
-            raise ConfigError(f"original_window={self.original_window} must lie in (1, window={self.window}]")
+        if self.mscale is not None and min(self.mscale) <= 0:
+            raise ConfigError(f"mscale={self.mscale} must be two positive numbers, for short and long rows")
+        if self.mscale is not None and self.temperature != "su":
+            raise ConfigError("mscale and temperature both set the attention factors; leave one out")
+
+    @property
+    def stretch(self) -> float:
+        """How many times the original window the window is [s]."""
+        return self.window / self.original_window
 
     def attention_factor(self, *, long: bool = False) -> float:
-        """sqrt(1 + ln(s) / ln(original window)), s = window / original window, for the short table as well."""
+        """sqrt(1 + ln s / ln L), or 0.1 ln s + 1, for the short table as well; or the model's own two."""
         if self.mscale is not None:
             return self.mscale[long]
-        stretch = self.window / self.original_window
-        return sqrt(1 + log(stretch) / log(self.original_window))
+        if self.temperature == "yarn":
+            return yarn_temperature(self.stretch)
+        return su_temperature(self.stretch, self.original_window)
 
     @property
     def switch(self) -> int | None:
@@ -93,71 +363,71 @@ class LongRope:
 
         Raises ShapeError when the factor lists do not have one entry per rotated pair.
         """
-        base = _periods(self.theta, self.rotated, head_dim)
+        base = self.periods(head_dim)
         factors = self.long_factor if long else self.short_factor
         if len(factors) != len(base):
             raise ShapeError(
                 f"{len(factors)} rope factors for {len(base)} rotated pairs (head_dim={head_dim}, rotated="
                 f"{self.rotated}); give one factor per pair"
             )
-        return 1.0 / (torch.tensor(factors, dtype=torch.float32) * base)
+        return 1.0 / (torch.tensor(factors, dtype=torch.float32) * base)  # in this order: the published bits
+
+    def to_hf(self, form: Form = "rope_parameters") -> dict[str, Any]:
+        """Return the rotary keys of a transformers config.json.
+
+        Raises ConfigError for what transformers cannot be told: two attention factors, and a regime.
+        """
+        if self.regime != "reference":
+            raise ConfigError(f"regime={self.regime!r} is a setting of this run; published configs have none")
+        short, long = self.attention_factor(), self.attention_factor(long=True)
+        if short != long:
+            raise ConfigError(
+                f"mscale={self.mscale}: transformers multiplies short and long rows by one attention factor; train with "
+                "two equal ones, or keep the layout 'modalora'"
+            )
+        one = {} if self.mscale is None and self.temperature == "su" else {"attention_factor": short}
+        lists = {"short_factor": list(self.short_factor), "long_factor": list(self.long_factor)}
+        original = {"original_max_position_embeddings": self.original_window}
+        inner = {**lists, **one, **(original if form == "rope_parameters" else {})}
+        return {**_form(self, form, "longrope", **inner), **original}
 
 
-Rope = Plain | LongRope
+def _named(value: Any) -> str | None:
+    """Return the class that a mapping or an object is of. Configs had no `kind` when there were two methods."""
+    if not isinstance(value, Mapping):
+        return type(value).__name__
+    kind = value.get("kind", "longrope" if {"short_factor", "long_factor"} & set(value) else "plain")
+    return METHODS[kind].__name__ if isinstance(kind, str) and kind in METHODS else None
 
 
-def rotation(rope: Rope, head_dim: int, positions: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cos and sin, each (batch, time, pairs) float32.
-
-    positions: (batch, time). long: bool that says which use the long table, (batch, 1) or (batch, time).
-    """
-    table, factor = rope.frequencies(head_dim).to(positions.device), torch.tensor(rope.attention_factor())
-    if rope.switch is not None and bool(long.any()):
-        rows = long[..., None]
-        table = torch.where(rows, rope.frequencies(head_dim, long=True).to(positions.device), table)
-        factor = torch.where(rows, rope.attention_factor(long=True), rope.attention_factor())
-    return turned(positions, table, factor)
-
-
-def turned(positions: Tensor, frequencies: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cos and sin, each (batch, time, pairs) float32, times scale.
-
-    positions: (batch, time). frequencies: radians per token, (pairs,) or (batch, 1 or time, pairs). scale: one number,
-    or (batch, 1 or time, 1).
-    """
-    angles = positions[..., None].float() * frequencies
-    return angles.cos() * scale.to(angles), angles.sin() * scale.to(angles)
+METHODS = {
+    "plain": Plain, "linear": Linear, "ntk": Ntk, "dynamic_ntk": DynamicNtk, "scaling_law_ntk": ScalingLawNtk,
+    "ntk_by_parts": NtkByParts, "yarn": Yarn, "llama3": Llama3, "longrope": LongRope,
+}  # fmt: skip
+Rope = Annotated[
+    Annotated[Plain, Tag("Plain")]
+    | Annotated[Linear, Tag("Linear")]
+    | Annotated[Ntk, Tag("Ntk")]
+    | Annotated[DynamicNtk, Tag("DynamicNtk")]
+    | Annotated[ScalingLawNtk, Tag("ScalingLawNtk")]
+    | Annotated[NtkByParts, Tag("NtkByParts")]
+    | Annotated[Yarn, Tag("Yarn")]
+    | Annotated[Llama3, Tag("Llama3")]
+    | Annotated[LongRope, Tag("LongRope")],
+    Discriminator(
+        _named, custom_error_type="rope", custom_error_message=f"a rope needs a kind: one of {', '.join(METHODS)}"
+    ),
+]
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first 2 * pairs channels of each head; channel i pairs with channel i + pairs, the rest passes through.
-
-    x: (batch, time, heads, head_dim); cos, sin: (batch, time, pairs).
-    """
-    turned: Tensor = _Rotate.apply(x, cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype))  # type: ignore[no-untyped-call]
-    return turned
+@dataclass(frozen=True)
+class _Holder:
+    rope: Rope
 
 
-class _Rotate(torch.autograd.Function):
-    """The gradient of a rotation is the rotation back: nothing is kept but the angles."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *given: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turn(given[0], cos, -sin), None, None
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    pairs = cos.shape[-1]
-    first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return torch.cat((*turned, rest) if rest.shape[-1] else turned, dim=-1)
+def read_rope(fields: Mapping[str, Any], where: str) -> Rope:
+    """Return the method that a mapping of settings names by its `kind`. Raises ConfigError naming key and rule."""
+    return parse(_Holder, {"rope": fields}, where).rope
 
 
 def is_long(rope: Rope, lengths: Sequence[int]) -> list[bool]:
@@ -165,18 +435,59 @@ def is_long(rope: Rope, lengths: Sequence[int]) -> list[bool]:
     return [rope.switch is not None and length > rope.switch for length in lengths]
 
 
-def _periods(theta: float, rotated: float, head_dim: int) -> Tensor:
-    """Tokens per radian of each pair: factors are multiplied before the one division, as published, to the last bit."""
-    turning = head_dim * rotated
-    if turning % 2:
-        raise ShapeError(f"head_dim={head_dim} x rotated={rotated} is {turning}; it must be an even whole number")
-    return theta ** (torch.arange(0, int(turning), 2, dtype=torch.float32) / int(turning))
+def su_temperature(stretch: float, original_window: int) -> float:
+    """Return sqrt(1 + ln s / ln L), the attention factor of the Phi models: its square is ln L' / ln L."""
+    return sqrt(1 + log(stretch) / log(original_window)) if stretch > 1 else 1.0
 
 
-def _check_base(theta: float, rotated: float, window: int) -> None:
-    if theta <= 1:
-        raise ConfigError(f"theta={theta} must be above 1; Phi-4-Mini uses 10000")
-    if not 0 < rotated <= 1:
-        raise ConfigError(f"rotated={rotated} must lie in (0, 1]; Phi-4-Mini uses 0.75")
-    if window < 1:
-        raise ConfigError(f"window={window} must be at least 1 token; Phi-4-Mini uses 131072")
+def yarn_temperature(stretch: float, mscale: float = 1.0) -> float:
+    """Return 0.1 mscale ln s + 1 (arXiv:2309.00071, section 3.4)."""
+    return 0.1 * mscale * log(stretch) + 1.0 if stretch > 1 else 1.0
+
+
+def _blend(plain: Tensor, share: Tensor, factor: float) -> Tensor:
+    """Return frequencies of which a share, (pairs,) cut to [0, 1], is divided by the factor."""
+    share = share.clamp(0, 1)
+    return plain * (share / factor + (1 - share)).float()
+
+
+def _check(
+    rope: _Base,
+    *,
+    factor: float = 1.0,
+    original_window: int | None = None,
+    betas: tuple[float, float] | None = None,
+) -> None:
+    if rope.theta <= 1:
+        raise ConfigError(f"theta={rope.theta} must be above 1; Phi-4-Mini uses 10000")
+    if not 0 < rope.rotated <= 1:
+        raise ConfigError(f"rotated={rope.rotated} must lie in (0, 1]; Phi-4-Mini uses 0.75")
+    if rope.window < 1:
+        raise ConfigError(f"window={rope.window} must be at least 1 token; Phi-4-Mini uses 131072")
+    if not factor >= 1:
+        raise ConfigError(f"factor={factor} must be at least 1; a window four times as long needs 4")
+    if original_window is not None and not 1 < original_window <= rope.window:
+        raise ConfigError(f"original_window={original_window} must lie in (1, window={rope.window}]")
+    if betas is not None and not 0 < betas[0] < betas[1]:
+        raise ConfigError(
+            f"{betas[0]} and {betas[1]} periods: a pair is divided up to the first number and kept from the second on, "
+            "so both must be positive and the first the smaller one"
+        )
+
+
+def _form(rope: _Base, form: Form, kind: str, **inner: Any) -> dict[str, Any]:
+    """Return the keys of a config.json: the base within the rotary object since version 5, and beside it before."""
+    window, base = {"max_position_embeddings": rope.window}, {
+        "rope_theta": rope.theta, "partial_rotary_factor": rope.rotated,
+    }  # fmt: skip
+    if form == "rope_parameters":
+        return {**window, form: {"rope_type": kind, **base, **inner}}
+    tag = "type" if kind in ("linear", "dynamic", "longrope") else "rope_type"  # what readers of their time know
+    return {**window, **base, form: {tag: kind, **inner} if inner else None}
+
+
+def _yarn_form(rope: _ByParts, form: Form, **own: float) -> dict[str, Any]:
+    return _form(
+        rope, form, "yarn", factor=rope.factor, original_max_position_embeddings=rope.original_window,
+        beta_fast=rope.beta_fast, beta_slow=rope.beta_slow, truncate=rope.truncate, **own,
+    )  # fmt: skip
