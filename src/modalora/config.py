@@ -197,6 +197,31 @@ class RunConfig(Settings):
         return self
 
 
+class SearchConfig(Settings):
+    """The search for rotary divisors of a longer window (LongRoPE2, arXiv:2502.20082, section 3.2 and appendix B)."""
+
+    space: Literal["longrope2", "longrope"] = "longrope2"  # longrope: every pair from 1 to 1.25 stretches
+    anchor: int | None = Field(None, ge=1)  # the first pair that is searched; None: it is searched for too
+    method: Literal["evolution", "random"] = "evolution"  # random: as many candidates, none made from another
+    population: int = Field(64, ge=4)  # of which the better half are parents
+    iterations: int = Field(40, ge=0)  # each gives half a population of children
+    mutation: float = Field(0.3, gt=0, le=1)  # probability that a pair of a child changes
+    crossover: float = Field(0.0, ge=0, le=1)  # share of the children that have two parents
+    seed: int = 0
+    temperature: Literal["su", "yarn", "none"] = "su"  # of every candidate alike
+    together: int = Field(4, ge=1)  # candidates that are judged in one call
+    racing: bool = True  # drop a candidate once a part of the documents shows that it cannot become a parent
+    race_from: int = Field(4, ge=2)  # documents read before the first look; each look doubles them
+    race_error: float = Field(0.05, gt=0, lt=0.5)  # chance that a look drops a candidate that would become a parent
+    proposals: int = Field(1, ge=1)  # children made for each one that is judged; above 1 a surrogate chooses
+
+    @model_validator(mode="after")
+    def _check_space(self) -> SearchConfig:
+        if self.space == "longrope" and self.anchor is not None:
+            raise ConfigError(f"anchor={self.anchor}: space=longrope searches every pair; leave the anchor out")
+        return self
+
+
 class StageConfig(Settings):
     """One stage of a chain: a recipe, and what differs from it here."""
 
