@@ -26,9 +26,12 @@ from modalora.longrope2.factors import (
 from modalora.models.sizes import phi4_mini, tiny, window_study
 from modalora.nn.rope import LongRope, Plain
 
-# Tail of the published LLaMA3-8B factors, 8,192 to 131,072 tokens, pairs 33 .. 63 (nnScaler's example config).
+# The published LLaMA3-8B factors, 8,192 to 131,072 tokens, anchor 33 (nnScaler's example config).
 LLAMA3 = (
-    21.81, 21.87, 21.88, 22.23, 22.28, 22.53, 22.65, 22.73, 22.89, 22.92, 23.18, 23.23, 23.36, 23.42, 23.47, 23.51,
+    1, 1.097906416, 1.205398499, 1.323414747, 1.452985542, 1.595242149, 1.751426591, 1.922902493, 2.111166985,
+    2.317863779, 2.544797515, 2.79394952, 3.067495105, 3.367822558, 3.697553996, 4.059568257, 4.457026037, 4.893397485,
+    5.372492496, 5.898493984, 6.475994392, 7.110035795, 7.806153921, 8.570426477, 9.40952622, 10.33077921, 11.34222878,
+    12.45270576, 13.67190555, 15.01047283, 16.48009443, 18.09360142, 19.8650811, 21.81, 21.87, 21.88, 22.23, 22.28, 22.53, 22.65, 22.73, 22.89, 22.92, 23.18, 23.23, 23.36, 23.42, 23.47, 23.51,
     23.52, 23.75, 23.82, 23.89, 24.06, 24.13, 24.14, 24.30, 24.53, 24.67, 24.75, 24.97, 25.49, 26.01, 26.05,
 )  # fmt: skip
 EIGHT_B = Stretch(theta=5e5, pairs=64, window=8192, target=131_072)
@@ -79,18 +82,22 @@ def test_pairs_below_the_anchor_of_phi4_mini_are_published_so() -> None:
     assert max(abs(one - other) for one, other in zip(ours, rope.long_factor, strict=True)) <= 5e-9
 
 
-def test_pairs_below_the_anchor_of_llama3_8b_are_a_power_of_its_value() -> None:
-    found = Factors.meeting(EIGHT_B, 33, LLAMA3)
-    assert len(found.long) == 64
-    assert found.long[0] == 1.0
-    assert found.long[33:] == LLAMA3
+def test_pairs_below_the_anchor_of_llama3_8b_are_published_so() -> None:
+    ours = Factors.meeting(EIGHT_B, 33, LLAMA3[33:]).long
+    assert len(ours) == len(LLAMA3) == 64
+    # ten significant digits are printed, of numbers up to 26
+    assert max(abs(one - other) for one, other in zip(ours, LLAMA3, strict=True)) <= 5e-9
+
+
+def test_below_the_anchor_stands_an_ntk_base() -> None:
+    found = Factors.meeting(EIGHT_B, 33, LLAMA3[33:])
     for pair in range(33):  # an NTK base: theta' = theta * 21.81 ^ (pairs / anchor), compared as periods
         base = 5e5 * 21.81 ** (64 / 33)
         assert found.long[pair] * EIGHT_B.period(pair) == pytest.approx(2 * pi * base ** (pair / 64), rel=5e-9)
 
 
 def test_both_meanings_of_the_real_critical_dimension_differ_for_llama3_8b() -> None:
-    found = Factors.meeting(EIGHT_B, 33, LLAMA3)
+    found = Factors.meeting(EIGHT_B, 33, LLAMA3[33:])
     assert (found.anchor, found.first_stretched) == (33, 30)  # the paper names 30
     rope = phi4_mini().decoder.rope
     assert isinstance(rope, LongRope)
