@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -30,7 +30,7 @@ from modalora.models.sizes import SIZES
 from modalora.models.speech import SpeechEncoder
 from modalora.nn.lora import LoraConfig
 from modalora.nn.mlp import Projector
-from modalora.nn.rope import Rope
+from modalora.nn.rope import read_rope
 from modalora.parallel.engine import Engine
 from modalora.parallel.launch import engine_for
 from modalora.parallel.ranks import explained, has_joined, leave
@@ -75,7 +75,7 @@ def _carry_out(
 ) -> None:
     if engine.rank:  # one process speaks
         report, say = lambda metrics: None, lambda line: None
-    model, tokenizer, chat = _start(run)
+    model, tokenizer, chat = open_start(run)
     context = _context(run, model.config, tokenizer, chat)
     _widen(model, run.train)
     if "audio.encoder" in run.train:
@@ -97,7 +97,7 @@ def _carry_out(
         batches.close()
     notes = {"trained": run.model_dump(mode="json"), "last": metrics}
     if run.base_bits is not None:  # what was trained belongs to the plain weights
-        restore(model.cpu(), _start(run)[0])
+        restore(model.cpu(), open_start(run)[0])
     if whole := engine.whole():
         plot_metrics(target.parent / "metrics.jsonl", target.parent / "loss.png")
         _write(run, whole, tokenizer, chat, target, notes, say)
@@ -138,8 +138,7 @@ def _context(run: RunConfig, config: ModelConfig, tokenizer: TextTokenizer, chat
 def _grow(model: Multimodal, run: RunConfig) -> None:
     """Set the rope, and add the modalities and adapters that a run adds."""
     if run.rope is not None:
-        rope: Rope = parse(cast(Any, Rope), run.rope, "rope")
-        model.set_rope(rope)
+        model.set_rope(read_rope(run.rope, "rope"))
     for file in run.modality_files:
         load_file(file)
     for name, sizes in run.modalities.items():
@@ -198,7 +197,7 @@ def _write(
     save_model(model, tokenizer, target, int8=run.int8, chat=chat, notes=notes, certificate=certificate)
 
 
-def _start(run: RunConfig) -> tuple[Multimodal, TextTokenizer, ChatFormat]:
+def open_start(run: RunConfig) -> tuple[Multimodal, TextTokenizer, ChatFormat]:
     """Return the weights that a run starts from, the same at each call, their tokenizer and chat format."""
     torch.manual_seed(run.seed)
     if run.init in SIZES:
