@@ -8,9 +8,8 @@ settings is never overwritten.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,13 @@ import torch
 from modalora.checkpoint.adapters import fingerprint
 from modalora.checkpoint.files import read_json, write_json
 from modalora.checkpoint.resume import locked
+from modalora.checkpoint.store import load_model
 from modalora.config import ExtendConfig, NeedleConfig, RunConfig, dump, load_extension
 from modalora.errors import ConfigError
 from modalora.evaluation.documents import make_documents, part_of_books
 from modalora.evaluation.needle import Document, Grid, measure_grid, plain_document
 from modalora.longrope2.factors import Factors, Provenance, Stretch, read_factors, write_factors
-from modalora.longrope2.judge import NeedleJudge
+from modalora.longrope2.judges import NeedleJudge, Surrogate
 from modalora.longrope2.methods import TITLES, other_methods, unscaled
 from modalora.longrope2.pictures import draw_by_length, draw_factors, draw_needles, draw_search
 from modalora.longrope2.report import as_page
@@ -135,9 +135,15 @@ def _open(config: ExtendConfig, folder: Path) -> Extension:
     model, tokenizer, _ = open_start(start)
     base = unscaled(model.config.decoder.rope)
     stretch = Stretch.of(base, model.config.decoder.head_dim, config.target)
+    model.set_rope(base)
+    return Extension(config, folder, _placed(model, config), tokenizer, base, stretch)
+
+
+def _placed(model: Multimodal, config: ExtendConfig) -> Multimodal:
+    """Return a model in the dtype and on the device that it is asked in."""
     if config.dtype != "auto":
         model = model.to(_DTYPES[config.dtype])
-    return Extension(config, folder, model.to(config.device).eval(), tokenizer, base, stretch)
+    return model.to(config.device).eval()
 
 
 def _critical(stretch: Stretch) -> str:
@@ -184,18 +190,18 @@ def _search(work: Extension, say: Say) -> tuple[Factors, dict[str, Any]]:
         say(f"factors are there: {target}")
         return factors, read_json(told)
     config = work.config.search
-    judge = NeedleJudge(work.model, documents)
+    judge = NeedleJudge(work.model, documents, rows=work.config.rows)
     say(f"searching: {config.population} candidates, {config.iterations} iterations, {len(documents)} documents")
 
     def show(figures: Mapping[str, Any]) -> None:
         say(_progress(figures))
 
-    with _unscaled(work):
-        outcome = search(
-            space_of(work.stretch, config), judge, config, folder=work.folder / "search",
-            fingerprints={"model": model, "documents": list(hashes)}, report=show,
-        )  # fmt: skip
-        others = _losses_of_others(work, judge)
+    outcome = search(
+        space_of(work.stretch, config), judge, config, folder=work.folder / "search",
+        fingerprints={"model": model, "documents": list(hashes)}, report=show,
+        surrogate=Surrogate(work.model, documents) if config.proposals > 1 else None,
+    )  # fmt: skip
+    others = _losses_of_others(work, judge)
     found = _outcome(outcome, others, documents)
     told.parent.mkdir(exist_ok=True)
     _write_whole(told, found)
@@ -223,17 +229,6 @@ def _progress(figures: Mapping[str, Any]) -> str:
     if "perplexity" in figures:
         line += f", best perplexity {figures['perplexity']:.4g} with anchor {figures['anchor']}"
     return f"{line}, {figures['remaining_seconds']:,} s left"
-
-
-@contextmanager
-def _unscaled(work: Extension) -> Iterator[None]:
-    """Let the model have its first rotary positions, of the target's length, for a while."""
-    before = work.model.config.decoder.rope
-    work.model.set_rope(replace(work.base, window=work.config.target))
-    try:
-        yield
-    finally:
-        work.model.set_rope(before)
 
 
 def _losses_of_others(work: Extension, judge: NeedleJudge) -> dict[str, float]:
@@ -292,10 +287,9 @@ def _score(work: Extension, factors: Factors, trained: Path | None, say: Say) ->
     documents = [one for length in _lengths(work) for one in _documents(work, config.scores, "evaluation", length)]
     for name in missing:
         say(f"measuring {TITLES[name]}, untrained: {len(documents)} documents")
-        before = work.model.config.decoder.rope
         work.model.set_rope(candidates[name].rope(work.base))
         (grid,) = measure_grid(work.model, documents, rows=config.rows)
-        work.model.set_rope(before)
+        work.model.set_rope(work.base)
         _write_whole(folder / f"{name}.json", grid.as_json())
     grids = {TITLES[name]: Grid.from_json(read_json(folder / f"{name}.json")) for name in candidates}
     if trained is None:
@@ -303,14 +297,8 @@ def _score(work: Extension, factors: Factors, trained: Path | None, say: Say) ->
     regimes: tuple[Regime, ...] = ("reference", "long")
     if not all((folder / f"trained-{regime}.json").exists() for regime in regimes):
         say(f"measuring the trained model: {len(documents)} documents, twice")
-        run = RunConfig(
-            init=str(trained), output=config.output, train=["decoder"], steps=1, data=config.data, cache=config.cache,
-            mixture=[{"source": "books"}],  # type: ignore[list-item]
-        )  # fmt: skip
-        model, _, _ = open_start(run)
-        if config.dtype != "auto":
-            model = model.to(_DTYPES[config.dtype])
-        made = measure_grid(model.to(config.device).eval(), documents, regimes=regimes, rows=config.rows)
+        model = _placed(load_model(trained).model, config)
+        made = measure_grid(model, documents, regimes=regimes, rows=config.rows)
         for regime, grid in zip(regimes, made, strict=True):
             _write_whole(folder / f"trained-{regime}.json", grid.as_json())
     for regime in regimes:
