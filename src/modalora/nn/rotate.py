@@ -5,13 +5,35 @@ Angles are radians in float32 whatever the model's dtype; x is (batch, time, hea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from modalora.nn.rope import Rope
+from modalora.contracts import Rotations
+from modalora.errors import ConfigError
+from modalora.nn.rope import DynamicNtk, Rope, is_long, table_number
+
+
+def tables(rope: Rope, head_dim: int, lengths: Sequence[int], device: torch.device | str = "cpu") -> Rotations:
+    """Return the table of each row, from the length that decides it."""
+    numbers = [table_number(rope, length) for length in lengths]
+    each = {
+        number: _table(rope, head_dim, length) for number, length in dict(zip(numbers, lengths, strict=True)).items()
+    }
+    return Rotations(
+        frequencies=torch.stack([each[number][0] for number in numbers]).to(device),
+        scale=torch.tensor([each[number][1] for number in numbers], device=device),
+    )
+
+
+def _table(rope: Rope, head_dim: int, length: int) -> tuple[Tensor, float]:
+    if isinstance(rope, DynamicNtk):
+        rope = rope.at(length)
+    long = is_long(rope, [length])[0]
+    return rope.frequencies(head_dim, long=long), rope.attention_factor(long=long)
 
 
 def rotation(rope: Rope, head_dim: int, positions: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:
@@ -19,6 +41,8 @@ def rotation(rope: Rope, head_dim: int, positions: Tensor, long: Tensor) -> tupl
 
     positions: (batch, time). long: bool that says which use the long table, (batch, 1) or (batch, time).
     """
+    if isinstance(rope, DynamicNtk):
+        raise ConfigError("dynamic_ntk has a table for every length: give each row its own (Step.rotations)")
     table, factor = rope.frequencies(head_dim).to(positions.device), torch.tensor(rope.attention_factor())
     if rope.switch is not None and bool(long.any()):
         rows = long[..., None]
