@@ -25,7 +25,12 @@ from modalora.evaluation.names import Part, draw_names, draw_numbers
 from modalora.evaluation.needle import Document, fingerprint
 from modalora.processing.tokenizer import END_OF_TEXT, TextTokenizer
 
-_STREAMS: dict[Part, int] = {"search": 101, "evaluation": 102, "tasks": 103}  # no generator serves two parts
+_STREAMS: dict[Part, int] = {
+    "search": 101,
+    "evaluation": 102,
+    "tasks": 103,
+    "examples": 104,
+}  # no generator serves two parts
 # What ends a sentence, closing quotes and line ends with it; an empty line ends one too.
 _MOST = 100_000  # documents of one seed
 _END = re.compile(r"[.!?][\"'”’)]*(?=\s)\n*|\n{2,}")
