@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -44,6 +45,26 @@ def part_of_books(folder: Path, part: Literal["search", "evaluation"]) -> list[s
     Raises DataError when there is no such file.
     """
     return list(books(folder, "validation"))[["search", "evaluation"].index(part) :: 2]
+
+
+def read_texts(path: Path) -> list[str]:
+    """Return the text of a file, or of the books that judge: those of a folder's part "evaluation".
+
+    Raises DataError for what is neither UTF-8 text nor such a folder.
+    """
+    if path.is_dir():
+        return part_of_books(path, "evaluation")
+    try:
+        return [path.read_text(encoding="utf-8")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as text: {error}; give a UTF-8 file, or a folder of books") from None
+
+
+def check_lengths(lengths: Sequence[int], window: int) -> None:
+    """Raise ConfigError for a length that is none, or beyond what a model reads."""
+    for length in lengths:
+        if not 2 <= length <= window:
+            raise ConfigError(f"length {length} must lie in 2 to {window}, this model's window; leave it out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +198,22 @@ def make_documents(
             depths=[depths[(number * needles + one) % len(depths)] for one in range(needles)],
         )
         for number in range(count)
+    ]  # fmt: skip
+
+
+def grid_documents(
+    tokenizer: TextTokenizer, texts: Sequence[str], lengths: Sequence[int], samples: int, *, part: Part,
+    style: str = "digits", depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0), needles: int = 1,
+    distractors: int = 0, seed: int = 0,
+) -> list[Document]:  # fmt: skip
+    """Return documents that ask at least `samples` questions at every length and depth; settings as above."""
+    return [
+        document
+        for length in lengths
+        for document in make_documents(
+            tokenizer, texts, ceil(samples * len(depths) / max(1, needles)), length=length, part=part, style=style,
+            depths=depths, needles=needles, distractors=distractors, seed=seed,
+        )
     ]  # fmt: skip
 
 

@@ -25,6 +25,7 @@ import numpy as np
 
 from modalora.assistant import Assistant
 from modalora.errors import ConfigError, DataError
+from modalora.evaluation.documents import check_lengths
 from modalora.evaluation.intervals import wilson
 from modalora.evaluation.names import Part, draw_names, draw_numbers, draw_words, most_names
 from modalora.evaluation.needle import fingerprint
@@ -419,11 +420,7 @@ def run_tasks(
 
     Raises ConfigError for a length that the model does not read.
     """
-    for length in lengths:
-        if length > assistant.processor.window:
-            raise ConfigError(
-                f"length {length} is beyond this model's window of {assistant.processor.window} tokens; leave it out"
-            )
+    check_lengths(lengths, assistant.processor.window)
     for length in lengths:
         for task in tasks:
             made = make_samples(
