@@ -113,6 +113,7 @@ class Digits:
         plain = self.tokenizer.decode(text)
         names = [name for name in draw_names(rng, part, 2 * count) if name not in plain][:count]
         numbers = [number for number in draw_numbers(rng, 2 * count) if number not in plain][:count]
+        _check_enough(count, min(len(names), len(numbers)))
         return [self._fact(name, number) for name, number in zip(names, numbers, strict=True)]
 
     def _fact(self, name: str, number: str) -> Fact:
@@ -145,16 +146,20 @@ class Words:
         words = self.phrases
         taken = {one for one, other in zip(text, text[1:], strict=False) if other == words.colon}
         keys = [key for key in rng.permutation(words.keys).tolist() if key not in taken][:count]
-        if len(keys) < count:
-            raise DataError(
-                f"{count} facts are asked for and the vocabulary has {len(keys)} words that can be their keys; ask for "
-                "fewer needles or distractors"
-            )
+        _check_enough(count, len(keys))
         values = rng.choice(words.values, size=count, replace=count > len(words.values)).tolist()
         return [
             Fact(words.fact(key, value), [*words.question(key), value], 1)
             for key, value in zip(keys, values, strict=True)
         ]
+
+
+def _check_enough(asked: int, found: int) -> None:
+    if found < asked:
+        raise DataError(
+            f"{asked} facts are asked for and there are {found} things that they can be about, not named in the text "
+            "already; ask for fewer needles or distractors"
+        )
 
 
 STYLES: dict[str, Callable[[TextTokenizer], Style]] = {"digits": Digits, "words": Words}
