@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -25,7 +26,12 @@ from modalora.evaluation.names import Part, draw_names, draw_numbers
 from modalora.evaluation.needle import Document, fingerprint
 from modalora.processing.tokenizer import END_OF_TEXT, TextTokenizer
 
-_STREAMS: dict[Part, int] = {"search": 101, "evaluation": 102, "tasks": 103}  # no generator serves two parts
+_STREAMS: dict[Part, int] = {
+    "search": 101,
+    "evaluation": 102,
+    "tasks": 103,
+    "examples": 104,
+}  # no generator serves two parts
 # What ends a sentence, closing quotes and line ends with it; an empty line ends one too.
 _MOST = 100_000  # documents of one seed
 _END = re.compile(r"[.!?][\"'”’)]*(?=\s)\n*|\n{2,}")
@@ -39,6 +45,26 @@ def part_of_books(folder: Path, part: Literal["search", "evaluation"]) -> list[s
     Raises DataError when there is no such file.
     """
     return list(books(folder, "validation"))[["search", "evaluation"].index(part) :: 2]
+
+
+def read_texts(path: Path) -> list[str]:
+    """Return the text of a file, or of the books that judge: those of a folder's part "evaluation".
+
+    Raises DataError for what is neither UTF-8 text nor such a folder.
+    """
+    if path.is_dir():
+        return part_of_books(path, "evaluation")
+    try:
+        return [path.read_text(encoding="utf-8")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as text: {error}; give a UTF-8 file, or a folder of books") from None
+
+
+def check_lengths(lengths: Sequence[int], window: int) -> None:
+    """Raise ConfigError for a length that is none, or beyond what a model reads."""
+    for length in lengths:
+        if not 2 <= length <= window:
+            raise ConfigError(f"length {length} must lie in 2 to {window}, this model's window; leave it out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +113,7 @@ class Digits:
         plain = self.tokenizer.decode(text)
         names = [name for name in draw_names(rng, part, 2 * count) if name not in plain][:count]
         numbers = [number for number in draw_numbers(rng, 2 * count) if number not in plain][:count]
+        _check_enough(count, min(len(names), len(numbers)))
         return [self._fact(name, number) for name, number in zip(names, numbers, strict=True)]
 
     def _fact(self, name: str, number: str) -> Fact:
@@ -119,16 +146,20 @@ class Words:
         words = self.phrases
         taken = {one for one, other in zip(text, text[1:], strict=False) if other == words.colon}
         keys = [key for key in rng.permutation(words.keys).tolist() if key not in taken][:count]
-        if len(keys) < count:
-            raise DataError(
-                f"{count} facts are asked for and the vocabulary has {len(keys)} words that can be their keys; ask for "
-                "fewer needles or distractors"
-            )
+        _check_enough(count, len(keys))
         values = rng.choice(words.values, size=count, replace=count > len(words.values)).tolist()
         return [
             Fact(words.fact(key, value), [*words.question(key), value], 1)
             for key, value in zip(keys, values, strict=True)
         ]
+
+
+def _check_enough(asked: int, found: int) -> None:
+    if found < asked:
+        raise DataError(
+            f"{asked} facts are asked for and there are {found} things that they can be about, not named in the text "
+            "already; ask for fewer needles or distractors"
+        )
 
 
 STYLES: dict[str, Callable[[TextTokenizer], Style]] = {"digits": Digits, "words": Words}
@@ -172,6 +203,22 @@ def make_documents(
             depths=[depths[(number * needles + one) % len(depths)] for one in range(needles)],
         )
         for number in range(count)
+    ]  # fmt: skip
+
+
+def grid_documents(
+    tokenizer: TextTokenizer, texts: Sequence[str], lengths: Sequence[int], samples: int, *, part: Part,
+    style: str = "digits", depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0), needles: int = 1,
+    distractors: int = 0, seed: int = 0,
+) -> list[Document]:  # fmt: skip
+    """Return documents that ask at least `samples` questions at every length and depth; settings as above."""
+    return [
+        document
+        for length in lengths
+        for document in make_documents(
+            tokenizer, texts, ceil(samples * len(depths) / max(1, needles)), length=length, part=part, style=style,
+            depths=depths, needles=needles, distractors=distractors, seed=seed,
+        )
     ]  # fmt: skip
 
 

@@ -1,7 +1,7 @@
-"""What is asked for in long text: names in three sets that share none, numbers, and made-up words.
+"""What is asked for in long text: names in four sets that share none, numbers, and made-up words.
 
-A name is an adjective and a noun. Documents of a search, documents that judge its result, and RULER-style tasks name
-different things by construction.
+A name is an adjective and a noun. Documents of a search, documents that judge its result, RULER-style tasks and the
+solved examples in front of them name different things by construction.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from modalora.errors import DataError
 
-Part = Literal["search", "evaluation", "tasks"]
+Part = Literal["search", "evaluation", "tasks", "examples"]
 
 _ADJECTIVES = (
     "amber ancient bitter blunt brave brief bright brisk broad calm careful cheerful clever cold copper crisp curious "
@@ -45,6 +45,7 @@ _NOUNS: dict[Part, list[str]] = {
         "speech squire statute stranger student surgeon tailor teacher tenant theater trader treaty tutor uncle "
         "verdict verse village visitor voyage waiter warden weaver widow witness writer"
     ).split(),
+    "examples": "biscuit butter carrot cheese cookie cracker dumpling garlic ginger lemon muffin onion pepper".split(),
 }
 
 

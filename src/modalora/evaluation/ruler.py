@@ -15,6 +15,7 @@ numbers and sentences are none that documents of a search have (`names.py`).
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,9 +25,9 @@ import numpy as np
 
 from modalora.assistant import Assistant
 from modalora.errors import ConfigError, DataError
-from modalora.evaluation.documents import sentences
+from modalora.evaluation.documents import check_lengths
 from modalora.evaluation.intervals import wilson
-from modalora.evaluation.names import draw_names, draw_numbers, draw_words, most_names
+from modalora.evaluation.names import Part, draw_names, draw_numbers, draw_words, most_names
 from modalora.evaluation.needle import fingerprint
 from modalora.generation.engine import generate
 from modalora.generation.sampling import Sampling
@@ -52,18 +53,22 @@ class Puzzle:
 
 @dataclass(frozen=True, slots=True)
 class Sized:
-    """A puzzle that can be had in sizes from `least` to `most`: all is drawn but how much surrounds the answer."""
+    """A puzzle that can be had in sizes from `least` to `most`: all is drawn but how much surrounds the answer.
+
+    small: the size of an example.
+    """
 
     least: int
+    small: int
     most: int
     at: Callable[[int], Puzzle]
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """make: (generator, texts, tokens to fill) -> puzzle. score: see `score_answer`."""
+    """make: (generator, texts, tokens to fill, whose names) -> puzzle. score: see `score_answer`."""
 
-    make: Callable[[_Rng, Sequence[str], int], Sized]
+    make: Callable[[_Rng, Sequence[str], int, Part], Sized]
     score: Literal["all", "part"] = "all"
     needs_text: bool = False
 
@@ -77,6 +82,7 @@ _CALM = (
     "Clouds drift over the quiet hills. ",
     "Evening comes, and the lamps are lit. ",
 )
+_SENTENCE_END = re.compile(r"[.!?][\"'”’)]*\s*$")
 
 
 def _repeated(rng: _Rng, texts: Sequence[str], length: int) -> list[str]:
@@ -88,7 +94,7 @@ def _book(rng: _Rng, texts: Sequence[str], length: int) -> list[str]:
         raise DataError("this task hides things in running text and none was given; give a text, or leave it out")
     text = texts[int(rng.integers(len(texts)))]
     start = int(rng.random() * max(0, len(text) - 8 * length))
-    return [sentence.strip() + " " for sentence in sentences(text[start:])]
+    return re.findall(r"\S+\s*", text[start : start + 8 * length])  # words: eight characters are a token and more
 
 
 def _told(name: str, number: str) -> str:
@@ -97,15 +103,15 @@ def _told(name: str, number: str) -> str:
 
 def _hidden(
     lines_of: Callable[[_Rng, Sequence[str], int], list[str]] | None, keys: int = 1, values: int = 1, asked: int = 1
-) -> Callable[[_Rng, Sequence[str], int], Sized]:
+) -> Callable[[_Rng, Sequence[str], int, Part], Sized]:
     """Return a maker: `keys` names with `values` numbers each, `asked` of which are asked for.
 
     lines_of: what surrounds them; None: other names with numbers.
     """
 
-    def make(rng: _Rng, texts: Sequence[str], length: int) -> Sized:
-        others = 0 if lines_of else min(length // 12, most_names("tasks") - keys)  # a line has twelve tokens and more
-        names = draw_names(rng, "tasks", keys + others)
+    def make(rng: _Rng, texts: Sequence[str], length: int, part: Part) -> Sized:
+        others = 0 if lines_of else min(length // 12, most_names(part) - keys)  # a line has twelve tokens and more
+        names = draw_names(rng, part, keys + others)
         numbers = draw_numbers(rng, keys * values + others)
         named = [name for name in names[:keys] for _ in range(values)]
         told = list(map(_told, named, numbers))
@@ -128,19 +134,25 @@ def _hidden(
                 tuple(answers),
             )
 
-        return Sized(1, len(lines), at)
+        return Sized(1, min(60 if lines_of is _book else 5, len(lines)), len(lines), at)
 
     return make
 
 
-def _insert(lines: Sequence[str], shares: Sequence[float], told: Sequence[str]) -> str:
-    """Return lines with others put in at shares of them, from 0, the start, to 1, the end; shares ascend."""
-    pieces, at = [], 0
+def _insert(pieces: Sequence[str], shares: Sequence[float], told: Sequence[str]) -> str:
+    """Return sentences or words with sentences put in at shares of them, from 0, the start, to 1, the end.
+
+    shares ascend; what is put in stands behind the sentence that ends there or before.
+    """
+    text: list[str] = []
+    at = 0
     for share, one in zip(shares, told, strict=True):
-        place = round(share * len(lines))
-        pieces += [*lines[at:place], one]
+        place = round(share * len(pieces))
+        while place > at and not _SENTENCE_END.search(pieces[place - 1]):
+            place -= 1
+        text += [*pieces[at:place], one]
         at = place
-    return "".join([*pieces, *lines[at:]]).strip()
+    return "".join([*text, *pieces[at:]]).strip()
 
 
 def _listed(words: Sequence[str]) -> str:
@@ -150,7 +162,7 @@ def _listed(words: Sequence[str]) -> str:
 # ------------------------------------------------------------------------------------------------- tracing and counting
 
 
-def _variables(rng: _Rng, texts: Sequence[str], length: int) -> Sized:
+def _variables(rng: _Rng, texts: Sequence[str], length: int, part: Part) -> Sized:
     lines = _repeated(rng, texts, length)
     names: list[str] = []
     while len(names) < HOPS + 1:
@@ -169,11 +181,11 @@ def _variables(rng: _Rng, texts: Sequence[str], length: int) -> Sized:
             tuple(names),
         )
 
-    return Sized(1, len(lines), at)
+    return Sized(1, 5, len(lines), at)
 
 
-def _common_words(rng: _Rng, texts: Sequence[str], length: int) -> Sized:
-    often, seldom = (30, 3) if length >= 4096 else (6, 1)
+def _common_words(rng: _Rng, texts: Sequence[str], length: int, part: Part) -> Sized:
+    often, seldom = (30, 3) if length >= 4096 else (6 if length >= 512 else 3, 1)
     words = draw_words(rng, COMMON + length // 4)
     order = int(rng.integers(2**32))
 
@@ -188,7 +200,7 @@ def _common_words(rng: _Rng, texts: Sequence[str], length: int) -> Sized:
             tuple(words[:COMMON]),
         )
 
-    return Sized(COMMON, length // 4, at)
+    return Sized(COMMON, COMMON, length // 4, at)
 
 
 def zipf_counts(total: int, kinds: int) -> list[int]:
@@ -197,7 +209,7 @@ def zipf_counts(total: int, kinds: int) -> list[int]:
     return [max(1, round(total * share)) for share in (shares / shares.sum()).tolist()]
 
 
-def _frequent_words(rng: _Rng, texts: Sequence[str], length: int) -> Sized:
+def _frequent_words(rng: _Rng, texts: Sequence[str], length: int, part: Part) -> Sized:
     words = draw_words(rng, max(8, length // 50))
     order = int(rng.integers(2**32))
 
@@ -212,8 +224,8 @@ def _frequent_words(rng: _Rng, texts: Sequence[str], length: int) -> Sized:
             tuple(words[1:4]),
         )
 
-    # from 60 words on, the fourth and fifth rank (1/16 and 1/25 of them) differ
-    return Sized(60, length, at)
+    # from 80 words on, the fourth and the fifth rank, 1/16 and 1/25 of 0.6 of them and more, differ
+    return Sized(80, 80, length, at)
 
 
 TASKS: dict[str, Task] = {
@@ -266,10 +278,10 @@ def _sample(
     key = (crc32(task.encode()), seed, number)
     front = ""
     if example:
-        small = TASKS[task].make(np.random.default_rng((*key, 1)), texts, 256)
-        solved = small.at(min(small.least + 3, small.most))
+        small = TASKS[task].make(np.random.default_rng((*key, 1)), texts, 256, "examples")
+        solved = small.at(small.small)
         front = f"{solved.prompt}{solved.prefix} {_listed(solved.answers)}.\n\n"
-    sized = TASKS[task].make(np.random.default_rng((*key, 0)), texts, length)
+    sized = TASKS[task].make(np.random.default_rng((*key, 0)), texts, length, "tasks")
     answers = sized.at(sized.least).answers
     budget = 2 * len(processor.tokenizer.encode(f" {_listed(answers)}.")) + 8
 
@@ -408,11 +420,7 @@ def run_tasks(
 
     Raises ConfigError for a length that the model does not read.
     """
-    for length in lengths:
-        if length > assistant.processor.window:
-            raise ConfigError(
-                f"length {length} is beyond this model's window of {assistant.processor.window} tokens; leave it out"
-            )
+    check_lengths(lengths, assistant.processor.window)
     for length in lengths:
         for task in tasks:
             made = make_samples(
