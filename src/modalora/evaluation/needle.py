@@ -7,17 +7,23 @@ neighbours. Lengths and positions are tokens; losses are nats.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from modalora.assistant import set_regime
 from modalora.contracts import Batch, Rotations, Route
 from modalora.errors import DataError, WorkError
+from modalora.evaluation.intervals import wilson
 from modalora.models.multimodal import Multimodal
+from modalora.nn.rope import LongRope, Regime
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +75,172 @@ def fingerprint(ids: Sequence[int]) -> str:
     return hashlib.sha256(np.array(ids, dtype="<u4").tobytes()).hexdigest()
 
 
+def plain_document(ids: Sequence[int], *, scored: int | None = None, seed: int = 0) -> Document:
+    """Return running text as a document of which the last `scored` tokens count; None: all that have one before."""
+    scored = len(ids) - 1 if scored is None else scored
+    return Document(tuple(ids), tuple(range(len(ids) - scored, len(ids))), (), seed, fingerprint(ids))
+
+
+def perplexity(losses: Tensor) -> float:
+    """Return exp of the mean over documents, for losses as `answer_losses` gives them: the search's fitness."""
+    return float(losses.double().mean().exp())
+
+
+@torch.no_grad()
 def answer_losses(model: Multimodal, documents: Sequence[Document], rotations: Rotations | None = None) -> Tensor:
     """Return the mean nats over the answer tokens of each document, (documents,), in one forward pass.
 
     Rows may be longer than the model's window: how it reads them is what is asked. rotations: the rows' own rotary
-    tables. Raises WorkError for a loss that is no finite number, DataError without documents.
+    tables. Only the answers go through the output projection.
+    Raises WorkError for a loss that is no finite number, DataError without documents.
     """
-    states, targets = _answer_states(model, documents, rotations)
-    losses = model.decoder.losses(states, targets)
-    return _per_document(losses, documents)
+    losses = model.decoder.losses(*_answer_states(model, documents, rotations))
+    means = torch.stack([part.mean() for part in losses.split([len(one.answers) for one in documents])])
+    _check_finite(means, documents)
+    return means
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One question. right: whether greedy decoding gives exactly the answer. nats: mean over its `tokens`."""
+
+    length: int
+    depth: float
+    right: bool
+    nats: float
+    tokens: int
 
 
 @torch.no_grad()
+def ask_probes(model: Multimodal, documents: Sequence[Document], *, rows: int = 8) -> list[Probe]:
+    """Return what becomes of every question, document by document, in batches of `rows` documents of like length.
+
+    One forward pass tells what greedy decoding says: up to its first wrong token it reads the true answer, so it is
+    right where every answer token is the likeliest. Which rotary table is used, the whole document's length decides.
+    Raises DataError for a document without needles, WorkError for a loss that is no finite number.
+    """
+    found: dict[int, list[Probe]] = {}
+    order = sorted(range(len(documents)), key=lambda one: len(documents[one].ids))
+    for at in range(0, len(order), rows):
+        places = order[at : at + rows]
+        part = [documents[place] for place in places]
+        states, targets = _answer_states(model, part, None)
+        losses, likeliest = model.decoder.losses(states, targets), model.decoder.head(states).argmax(-1)
+        sizes = [len(probe) for document in part for probe in document.probes]
+        means = [float(piece.mean()) for piece in losses.split(sizes)]
+        rights = [bool(piece.all()) for piece in (likeliest == targets).split(sizes)]
+        told = iter(zip(rights, means, sizes, strict=True))
+        for place, document in zip(places, part, strict=True):
+            if not document.depths:
+                raise DataError(f"document of seed {document.seed} has no needles; build it with make_documents")
+            found[place] = [
+                Probe(len(document.ids), depth, *one) for depth, one in zip(document.depths, told, strict=False)
+            ]
+            _check_finite(torch.tensor([probe.nats for probe in found[place]]), [document] * len(found[place]))
+    return [probe for place in range(len(documents)) for probe in found[place]]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Questions of one length and depth, or of one length over all depths (depth None). nats: mean per question."""
+
+    length: int
+    depth: float | None
+    right: int
+    count: int
+    nats: float
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the questions that are answered exactly."""
+        return self.right / self.count
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of the accuracy, as if no two questions shared a document."""
+        return wilson(self.right, self.count)
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Accuracy over length and depth. regime: which rows used the long rotary table (nn.rope.Regime).
+
+    tokens: mean tokens of an answer, which the tokenizer decides. cells: by length, then depth.
+    """
+
+    regime: str
+    tokens: float
+    cells: tuple[Cell, ...]
+
+    @property
+    def by_length(self) -> tuple[Cell, ...]:
+        """All depths of each length together."""
+        return tuple(
+            _sum_cells([cell for cell in self.cells if cell.length == length])
+            for length in sorted({cell.length for cell in self.cells})
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain values, with shares and intervals; `from_json` reads them."""
+        return {
+            "regime": self.regime,
+            "tokens": self.tokens,
+            "cells": [_cell_json(cell) for cell in self.cells],
+            "by_length": [_cell_json(cell) for cell in self.by_length],
+        }
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Grid:
+        """Return the grid that `as_json` wrote."""
+        names = [field.name for field in dataclasses.fields(Cell)]
+        cells = tuple(Cell(**{name: cell[name] for name in names}) for cell in fields["cells"])
+        return cls(fields["regime"], fields["tokens"], cells)
+
+
+def measure_grid(
+    model: Multimodal, documents: Sequence[Document], *, regimes: Sequence[Regime] = ("reference",), rows: int = 8
+) -> list[Grid]:
+    """Return one grid per regime over the documents' lengths and depths; the model keeps the regime that it had.
+
+    Raises ConfigError for a regime that the model does not have.
+    """
+    rope = model.config.decoder.rope
+    before: Regime = rope.regime if isinstance(rope, LongRope) else "reference"
+    try:
+        grids = []
+        for regime in regimes:
+            set_regime(model, regime)
+            grids.append(make_grid(regime, ask_probes(model, documents, rows=rows)))
+        return grids
+    finally:
+        set_regime(model, before)
+
+
+def make_grid(regime: str, probes: Sequence[Probe]) -> Grid:
+    """Return what became of questions as a grid. Raises DataError when there are none."""
+    if not probes:
+        raise DataError("a grid needs at least one question; build documents with needles")
+    cells: dict[tuple[int, float], list[Probe]] = {}
+    for probe in probes:
+        cells.setdefault((probe.length, probe.depth), []).append(probe)
+    made = tuple(
+        Cell(length, depth, sum(one.right for one in own), len(own), sum(one.nats for one in own) / len(own))
+        for (length, depth), own in sorted(cells.items())
+    )
+    return Grid(regime, sum(probe.tokens for probe in probes) / len(probes), made)
+
+
+def _sum_cells(cells: Sequence[Cell]) -> Cell:
+    count = sum(cell.count for cell in cells)
+    nats = sum(cell.nats * cell.count for cell in cells) / count
+    return Cell(cells[0].length, None, sum(cell.right for cell in cells), count, nats)
+
+
+def _cell_json(cell: Cell) -> dict[str, Any]:
+    low, high = cell.interval
+    return {**dataclasses.asdict(cell), "accuracy": cell.accuracy, "low": low, "high": high}
+
+
 def _answer_states(
     model: Multimodal, documents: Sequence[Document], rotations: Rotations | None
 ) -> tuple[Tensor, Tensor]:
@@ -98,12 +258,10 @@ def _answer_states(
     return model.hidden(batch, rotations=rotations)[rows, columns - 1], batch.input_ids[rows, columns]
 
 
-def _per_document(losses: Tensor, documents: Sequence[Document]) -> Tensor:
-    means = torch.stack([part.mean() for part in losses.detach().split([len(one.answers) for one in documents])])
-    if not bool(means.isfinite().all()):
-        (first,) = (~means.isfinite()).nonzero()[0].tolist()
-        raise WorkError(
-            f"document {first} (seed {documents[first].seed}, {len(documents[first].ids)} tokens) has a loss of "
-            f"{float(means[first])}; the model's weights, its dtype or its rotary factors cannot be used at this length"
-        )
-    return means
+def _check_finite(losses: Tensor, documents: Sequence[Document]) -> None:
+    for loss, document in zip(losses.tolist(), documents, strict=True):
+        if not isfinite(loss):
+            raise WorkError(
+                f"a document of {len(document.ids)} tokens (seed {document.seed}) has a loss of {loss}; the model's "
+                "weights, dtype or rotary factors cannot be used at this length"
+            )
