@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from math import exp, isfinite, sqrt
 from pathlib import Path
-from statistics import NormalDist
+from statistics import NormalDist, fmean
 from typing import Any, Protocol
 
 import numpy as np
@@ -78,9 +78,9 @@ def search(
 
     folder: where the log is; a search that finds its own there goes on from it, also with more iterations than before.
     fingerprints: what tells model and documents apart, as JSON: a log of others is refused. surrogate: a cheaper judge
-    that chooses which proposals are judged; the first candidate of each of its calls is the best so far, on which it may
-    lean. report: called with figures after each round of calls. In a process group all ranks call this, and share the
-    calls of each round.
+    that chooses which proposals are judged; the first candidate of each of its calls is the best so far, on which it
+    may lean. report: called with figures after each round of calls. In a process group all ranks call this, and share
+    the calls of each round.
 
     Raises ConfigError for settings that do not fit and for a log of another search, WorkError for a loss that is no
     finite number, Interrupted at SIGINT or SIGTERM: all that was judged is in the log.
@@ -91,7 +91,7 @@ def search(
         raise ConfigError(
             "a surrogate was given, and proposals=1 leaves it nothing to choose; set proposals, such as 4"
         )
-    told = {"space": asdict(space), "settings": config.model_dump(exclude={"iterations"})}
+    told: dict[str, Any] = {"space": asdict(space), "settings": config.model_dump(exclude={"iterations"})}
     told |= {"documents": judge.documents, "fingerprints": dict(fingerprints or {})}
     with ExitStack() as stack:
         stop = stack.enter_context(Stop())
@@ -129,8 +129,8 @@ class _Log:
         self.step += 1
         if any(line.get(key) != value for key, value in call.told().items()):
             raise ConfigError(
-                f"line {self.step + 1} of {LOG} is not what this search asks next: it is of another version of modalora "
-                "or was altered; give another folder"
+                f"line {self.step + 1} of {LOG} is not what this search asks next: another version of modalora wrote "
+                "it, or it was altered; give another folder"
             )
         return line["losses"]
 
@@ -205,7 +205,7 @@ class _Search:
         self.parents: list[Genome] = []
         self.keep = config.population // 2
         self.planned = config.population + config.iterations * self.keep
-        self.iteration = self.passes = self.screened = self.dropped = 0
+        self.iteration = self.passes = self.screened = 0
         self.history: list[dict[str, Any]] = []
         self.started, self.replayed = time.monotonic(), 0
 
@@ -214,13 +214,9 @@ class _Search:
         if self.config.method == "random":
             first = self._distinct(self.config.population, lambda at: self.space.sample(self.rng))
         self._select(first, None)
-        for self.iteration in range(1, self.config.iterations + 1):
-            wanted = self.keep
-            children = self._distinct(wanted * self.config.proposals, lambda at, of=wanted: self._child(at / of))
-            guesses = self._screen(children) if self.surrogate else None
-            if guesses:
-                children = sorted(children, key=lambda child: guesses[child])[:wanted]
-            self._select(children, guesses)
+        for number in range(self.config.iterations):
+            self.iteration = number + 1
+            self._iterate()
         best = self.parents[0]
         return Outcome(
             best=self.space.factors(best),
@@ -232,12 +228,21 @@ class _Search:
             history=tuple(self.history),
         )
 
-    def _child(self, share: float) -> Genome:
-        """Return a child; those at the last shares of an iteration have two parents."""
+    def _iterate(self) -> None:
+        """Make children; where a surrogate chooses among more, the best of those are judged."""
+        children = self._distinct(self.keep * self.config.proposals, self._child)
+        if self.surrogate is None:
+            self._select(children, None)
+            return
+        guesses = self._screen(children)
+        self._select(sorted(children, key=guesses.__getitem__)[: self.keep], guesses)
+
+    def _child(self, number: int) -> Genome:
+        """Return a child; the last of each half population have two parents."""
         if self.config.method == "random":
             return self.space.sample(self.rng)
         one, other = (self.parents[int(self.rng.integers(len(self.parents)))] for _ in range(2))
-        if share % 1 >= 1 - self.config.crossover:
+        if number % self.keep >= round(self.keep * (1 - self.config.crossover)):
             return self.space.cross(one, other, self.rng)
         return self.space.mutate(one, self.rng, self.config.mutation)
 
@@ -261,9 +266,9 @@ class _Search:
         assert self.surrogate is not None
         documents = tuple(range(self.surrogate.documents))
         calls = [_Call((self.parents[0], *few), documents, cheap=True) for few in self._groups(children)]
-        found = {}
+        found: dict[Genome, float] = {}
         for call, losses in zip(calls, self._answers(calls), strict=True):
-            found |= {own: float(np.mean(row)) for own, row in zip(call.genomes[1:], losses[1:], strict=True)}
+            found |= {own: fmean(row) for own, row in zip(call.genomes[1:], losses[1:], strict=True)}
         self.screened += len(found)
         return found
 
@@ -282,7 +287,6 @@ class _Search:
             at = stop
         pool = [*self.parents, *alive]
         self.parents = sorted(pool, key=self._loss)[: self.keep]  # stable: of equals the older one
-        self.dropped += dropped
         self.log.sync()
         self.history.append(
             {
@@ -319,7 +323,7 @@ class _Search:
 
     def _loss(self, genome: Genome) -> float:
         """Mean nats over the documents read; over all of them for a parent."""
-        return float(np.mean(self.known[genome]))
+        return fmean(self.known[genome])
 
     def _answers(self, calls: Sequence[_Call]) -> list[list[list[float]]]:
         """Return what is said to each call. Ranks take turns; the log is the same as one process would write."""
@@ -342,7 +346,8 @@ class _Search:
                 found.append(said)
             if asked := max(number for _, number in told):
                 raise self._interrupted(asked)
-            self.report({"iteration": self.iteration, **self._figures()})
+            told_so_far = {"iteration": self.iteration, "iterations": self.config.iterations, **self._figures()}
+            self.report({**told_so_far, "planned": self.planned, "remaining_seconds": self._remaining()})
         return found
 
     def _ask(self, call: _Call, *, alone: bool) -> list[list[float]]:
@@ -373,21 +378,19 @@ class _Search:
         return Interrupted(f"search stopped after {len(self.known)} of {self.planned} evaluations; {kept}", number)
 
     def _figures(self) -> dict[str, Any]:
-        seconds, fresh = time.monotonic() - self.started, max(1, self.log.step - self.replayed)
-        done = max(1, len(self.known))
-        figures: dict[str, Any] = {
-            "iterations": self.config.iterations,
-            "evaluations": len(self.known),
-            "planned": self.planned,
-            "passes": self.passes,
-            "remaining_seconds": round(seconds / fresh * self.log.step / done * max(0, self.planned - done)),
-        }
+        figures: dict[str, Any] = {"evaluations": len(self.known), "passes": self.passes}
         if self.parents:
             best = self.space.factors(self.parents[0])
             loss = self._loss(self.parents[0])
             figures |= {"loss": loss, "perplexity": exp(min(loss, 700.0)), "anchor": best.anchor}
             figures |= {"first_stretched": best.first_stretched}
         return figures
+
+    def _remaining(self) -> int:
+        """Seconds left, at the speed of the calls that were not replayed."""
+        done, fresh = max(1, len(self.known)), max(1, self.log.step - self.replayed)
+        calls = self.log.step / done * max(0, self.planned - done)
+        return round((time.monotonic() - self.started) / fresh * calls)
 
 
 def _looks(config: SearchConfig, total: int) -> list[int]:

@@ -75,7 +75,9 @@ class Space:
     def mutate(self, parent: Genome, rng: Rng, probability: float) -> Genome:
         """Return a child: each divisor is drawn anew with the probability, near its neighbours, and so is the anchor.
 
-        A lower anchor adds pairs with divisors between the lowest and the first; a higher one takes pairs away.
+        Every other child has a run of neighbouring divisors shifted by one amount instead, as single ones alone would
+        take long to move a slope. A lower anchor adds pairs with divisors between the lowest and the first; a higher
+        one takes pairs away.
         """
         anchor, tail = parent.anchor, list(parent.tail)
         if len(self.anchors) > 1 and rng.random() < probability:
@@ -84,7 +86,8 @@ class Space:
             added = max(0, parent.anchor - anchor)
             tail = [*sorted(rng.integers(self.lowest, tail[0] + 1, size=added).tolist()), *tail]
             tail = tail[max(0, anchor - parent.anchor) :]
-        return Genome(anchor, self._moved(tail, rng, probability))
+        change = self._moved(tail, rng, probability) if rng.random() < 0.5 else self._shifted(tail, rng)
+        return Genome(anchor, change)
 
     def cross(self, one: Genome, other: Genome, rng: Rng) -> Genome:
         """Return a child that has the anchor of one of two parents, and each divisor of either."""
@@ -114,6 +117,12 @@ class Space:
             child = self.mutate(parent, rng, probability)
             found[self.sample(rng) if len(found) % 2 and not self.seeds else child] = None
         return [*found]
+
+    def _shifted(self, tail: list[int], rng: Rng) -> tuple[int, ...]:
+        first, last = sorted(rng.integers(0, len(tail), size=2).tolist())
+        by = int(rng.integers(1, 4 * self.reach + 1)) * int(rng.choice((-1, 1)))
+        moved = [value + by if first <= at <= last else value for at, value in enumerate(tail)]
+        return tuple(sorted(min(max(value, self.lowest), self.highest) for value in moved))
 
     def _moved(self, tail: list[int], rng: Rng, probability: float) -> tuple[int, ...]:
         chosen = rng.random(len(tail)) < probability
