@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pyarrow as arrow
 import pyarrow.parquet as parquet
@@ -83,7 +81,7 @@ def test_a_paragraph_longer_than_a_row_is_in_none(processor: Processor) -> None:
     most = 12  # tokens: some paragraphs are longer
     shelf = passages(stream, processor.tokenizer, mark, most)
     sizes = [len(processor.tokenizer.encode(piece + "\n\n")) for piece in PARAGRAPHS]
-    assert 0 < sum(size > most - 2 for size in sizes)
+    assert sum(size > most - 2 for size in sizes) > 0
     assert shelf.sizes.max(initial=0) <= most
 
 

@@ -52,10 +52,11 @@ def _report(metrics: dict[str, Any]) -> None:
 
 
 def _told(found: dict[str, Any]) -> str:
+    in_theory, anchor = found["theoretical_critical_pair"], found["anchor"]
+    judged = found["search"]
     lines = [
-        f"critical pairs: {found['theoretical_critical_pair']} in theory, {found['anchor']} the anchor found, "
-        f"{found['first_stretched_pair']} the first stretched by s",
-        f"needle perplexity {found['search']['perplexity']:.4g} after {found['search']['evaluations']:,} candidates",
+        f"critical pair: {in_theory} in theory; anchor {anchor}, first stretched by s {found['first_stretched_pair']}",
+        f"needle perplexity {judged['perplexity']:.4g} after {judged['evaluations']:,} candidates",
     ]
     width = max(len(title) for title in found["scores"])
     lengths = [cell["length"] for cell in next(iter(found["scores"].values()))]

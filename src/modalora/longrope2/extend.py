@@ -19,7 +19,7 @@ from modalora.checkpoint.adapters import fingerprint
 from modalora.checkpoint.files import read_json, write_json
 from modalora.checkpoint.resume import locked
 from modalora.checkpoint.store import load_model
-from modalora.config import ExtendConfig, NeedleConfig, RunConfig, dump, load_extension
+from modalora.config import ExtendConfig, NeedleConfig, RunConfig, SourceConfig, dump, load_extension
 from modalora.errors import ConfigError
 from modalora.evaluation.documents import make_documents, part_of_books
 from modalora.evaluation.needle import Document, Grid, measure_grid, plain_document
@@ -130,7 +130,7 @@ def _changed(key: str, before: ExtendConfig, now: ExtendConfig) -> list[str]:
 def _open(config: ExtendConfig, folder: Path) -> Extension:
     start = RunConfig(
         init=config.init, output=config.output, train=["decoder"], steps=1, data=config.data, cache=config.cache,
-        mixture=[{"source": "books"}],  # type: ignore[list-item]  # a run needs one; none is made of it
+        mixture=[SourceConfig(source="books")],  # a run needs one; none is opened
     )  # fmt: skip
     model, tokenizer, _ = open_start(start)
     base = unscaled(model.config.decoder.rope)
@@ -268,7 +268,7 @@ def _outcome(outcome: Outcome, others: Mapping[str, float], documents: Sequence[
 
 def _train(work: Extension, factors: Factors, say: Say, report: Callable[[Metrics], None]) -> Path | None:
     """Train the extended model, if that is asked for, and return its folder."""
-    rope = {key: value for key, value in asdict(factors.rope(work.base)).items() if value is not None}
+    rope = json.loads(json.dumps(asdict(factors.rope(work.base))))  # as it will be read back
     run = work.config.run(rope=rope)
     if run is None:
         return None

@@ -29,8 +29,8 @@ def unscaled(base: Rope) -> Plain:
         return Plain(theta=base.theta, rotated=base.rotated, window=base.original_window)
     if not isinstance(base, Plain):
         raise ConfigError(
-            f"a model with rotary positions of kind {base.kind!r} was extended already, and tells no window that it was "
-            "first trained on; start from the model before that"
+            f"a model with rotary positions of kind {base.kind!r} was extended already, and tells no window that it "
+            "was first trained on; start from the model before that"
         )
     return base
 

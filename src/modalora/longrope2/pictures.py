@@ -26,7 +26,7 @@ def draw_factors(curves: Mapping[str, Sequence[float]], stretch: Stretch, anchor
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     for title, values in curves.items():
-        axes.plot(range(len(values)), values, label=title, marker=".", **_style(title))
+        axes.plot(range(len(values)), values, label=title, marker=".", linewidth=_width(title))
     marks = {
         f"ten periods in the window: {stretch.ten_turns}": (stretch.ten_turns, ":"),
         f"theoretical critical pair: {stretch.critical}": (stretch.critical, "--"),
@@ -48,7 +48,9 @@ def draw_search(progress: Sequence[tuple[int, float]], others: Mapping[str, floa
     """Draw the best perplexity after so many evaluations. others: mean nats of each method on the same documents."""
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.step([count for count, _ in progress], [exp(loss) for _, loss in progress], where="post", **_style(_OURS))
+    axes.step(
+        [count for count, _ in progress], [exp(loss) for _, loss in progress], where="post", linewidth=_width(_OURS)
+    )
     for place, (title, loss) in enumerate(others.items()):
         axes.axhline(exp(loss), color=f"C{place}", linestyle="--", linewidth=1)
         axes.annotate(title, (1, exp(loss)), xycoords=("axes fraction", "data"), ha="right", va="bottom",
@@ -97,7 +99,7 @@ def draw_by_length(grids: Mapping[str, Grid], window: int) -> bytes:
             [max(0.0, share - cell.interval[0]) for share, cell in zip(shares, cells, strict=True)],
             [max(0.0, cell.interval[1] - share) for share, cell in zip(shares, cells, strict=True)],
         ]
-        axes.errorbar(at, shares, yerr=bars, label=title, marker="o", markersize=3, capsize=2, **_style(title))
+        axes.errorbar(at, shares, yerr=bars, label=title, marker="o", markersize=3, capsize=2, linewidth=_width(title))
     lengths = sorted({cell.length for grid in grids.values() for cell in grid.cells})
     axes.set_xticks([log2(length) for length in lengths], [f"{length:,}" for length in lengths])
     _mark_window(axes, log2(window))
@@ -112,8 +114,8 @@ def _mark_window(axes: Axes, at: float) -> None:
     axes.annotate(" trained window", (at, 0.02), xycoords=("data", "axes fraction"), fontsize="small")
 
 
-def _style(title: str) -> dict[str, float]:
-    return {"linewidth": 2.4, "zorder": 3} if title.startswith(_OURS) else {"linewidth": 1.1}
+def _width(title: str) -> float:
+    return 2.4 if title.startswith(_OURS) else 1.1
 
 
 def _png(figure: Figure) -> bytes:
