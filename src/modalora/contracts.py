@@ -108,18 +108,31 @@ class Cache(Protocol):
 
 
 @dataclass(frozen=True)
+class Rotations:
+    """Rotary tables of the rows of one call, in place of the model's own: candidates that are compared side by side.
+
+    frequencies: (batch, pairs) radians per token. scale: (batch,) what cos and sin are multiplied by.
+    """
+
+    frequencies: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
 class Step:
     """What one decoder call needs besides its embeddings.
 
     lengths: (batch,) real tokens of this call; what follows them in a row is padding, unless `route.spans` says that
     the rows lie end to end in one sequence.
     long: (batch,) whether a row uses the rotary table for long windows.
+    rotations: the rows' own tables, whatever `long` and the config say; None: the config's.
     """
 
     lengths: Tensor
     route: Route
     long: Tensor
     cache: Cache | None = None
+    rotations: Rotations | None = None
 
 
 @dataclass(frozen=True)

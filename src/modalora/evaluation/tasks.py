@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from modalora.data.nlvr import nlvr_scenes
 from modalora.data.questions import kind_questions
 from modalora.data.rows import TRUE_OR_FALSE, number_and_picture
 from modalora.data.speech import TRANSCRIBE, Clip, digit_string, spoken_digits
+from modalora.evaluation.intervals import wilson
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,7 @@ class Score:
     @property
     def interval(self) -> tuple[float, float]:
         """95 % Wilson interval of the accuracy."""
-        n, p, z = max(1, self.count), self.accuracy, 1.96
-        middle, reach = p + z * z / (2 * n), z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return max(0.0, (middle - reach) / (1 + z * z / n)), min(1.0, (middle + reach) / (1 + z * z / n))
+        return wilson(self.right, self.count)
 
 
 def score(assistant: Assistant, cases: Sequence[Case], *, rows: int = 16, max_tokens: int = 24) -> Score:

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from modalora.config import check_sizes
 from modalora.contracts import Step
-from modalora.errors import ConfigError
+from modalora.errors import ConfigError, ShapeError
 from modalora.nn import packed
 from modalora.nn.attend import attend
 from modalora.nn.lora import LoraConfig, Made, RoutedLinear
@@ -23,7 +23,8 @@ from modalora.nn.loss import cross_entropy
 from modalora.nn.mask import BlockSparse, Mask
 from modalora.nn.mlp import swiglu
 from modalora.nn.norm import RMSNorm
-from modalora.nn.rope import LongRope, Plain, rotate, rotation
+from modalora.nn.rope import Plain, Rope
+from modalora.nn.rotate import rotate, rotation, turned
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +54,7 @@ class DecoderConfig:
     num_attention_heads: int
     num_key_value_heads: int
     rms_norm_eps: float = 1e-5
-    rope: Plain | LongRope = field(default_factory=Plain)
+    rope: Rope = field(default_factory=Plain)
     tie_word_embeddings: bool = True
     sliding_window: int | None = None  # keys that a query sees, itself counted; None: all
     phi3_small: Phi3Small | None = None
@@ -243,13 +244,31 @@ class Decoder(nn.Module):
         positions = positions.expand(len(hidden), -1)
         if step.cache is not None:
             positions = positions + step.cache.lengths[:, None]
-        cos, sin = rotation(self.config.rope, self.config.head_dim, positions, long)
+        if step.rotations is None:
+            cos, sin = rotation(self.config.rope, self.config.head_dim, positions, long)
+        else:
+            cos, sin = turned(positions, *self._own_tables(step))
         for layer in self.layers:
             hidden = layer(hidden, cos, sin, step)
         if step.cache is not None:
             step.cache.advance(step.lengths)
         normal: Tensor = self.norm(hidden)
         return normal
+
+    def _own_tables(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Return the frequencies, (batch, 1 or time, pairs), and scales, (batch, 1 or time, 1), that a step brings."""
+        assert step.rotations is not None
+        frequencies, scale = step.rotations.frequencies, step.rotations.scale
+        rows, most = len(step.lengths), self.config.head_dim // 2
+        if len(frequencies) != rows or scale.shape != (rows,) or not 1 <= frequencies.shape[-1] <= most:
+            raise ShapeError(
+                f"rotations of {rows} rows need frequencies ({rows}, 1 to {most} pairs) and scale ({rows},); given "
+                f"{tuple(frequencies.shape)} and {tuple(scale.shape)}"
+            )
+        if step.route.spans is None:
+            return frequencies[:, None], scale[:, None, None]
+        each = step.lengths
+        return frequencies.repeat_interleave(each, 0)[None], scale.repeat_interleave(each)[None, :, None]
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden: (..., width) -> logits (..., vocab)."""

@@ -1,0 +1,153 @@
+"""`modalora eval`: scores of a model by length, with their intervals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from modalora.cli.loading import open_model
+
+if TYPE_CHECKING:
+    from modalora.evaluation.needle import Cell, Grid
+    from modalora.evaluation.perplexity import LengthBits
+    from modalora.evaluation.ruler import Report
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model folder, or a bundled model such as nano.")],
+    tasks: Annotated[list[str], typer.Argument(help="needle, ruler or perplexity; one or several.")],
+    lengths: Annotated[
+        str, typer.Option(help="Tokens, with commas between; else a quarter, a half and the whole of the window.")
+    ] = "",
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", help="A UTF-8 file, or a folder with books/validation.parquet; again for more."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Questions per length and depth, or task, or passages.")] = 30,
+    depths: Annotated[str, typer.Option(help="Where needles lie: 0 the start, 1 the end of the text.")] = (
+        "0,0.25,0.5,0.75,1"
+    ),
+    style: Annotated[str, typer.Option(help="Needles: digits, or words (for models of the window study).")] = "digits",
+    needles: Annotated[int, typer.Option(help="Needles of one document, each asked for.")] = 1,
+    distractors: Annotated[int, typer.Option(help="Further facts of a document that nobody asks for.")] = 0,
+    rope: Annotated[
+        list[str] | None,
+        typer.Option("--rope", help="Rotary table for needle: reference, long or short; again for more."),
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option("--only", help="A task of ruler; again for more.")] = None,
+    form: Annotated[str, typer.Option(help="Prompts of ruler: plain, or chat for tuned models.")] = "plain",
+    example: Annotated[bool, typer.Option("--example", help="Put a solved example in front of ruler's tasks.")] = False,
+    threshold: Annotated[float, typer.Option(help="Average of ruler that a length must reach to be effective.")] = (
+        0.856
+    ),
+    seed: Annotated[int, typer.Option(help="Same seed, same questions.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.")] = "auto",
+    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print every figure as JSON.")] = False,
+) -> None:
+    """Find hidden facts (needle), solve RULER-style tasks (ruler), or read text (perplexity) at several lengths.
+
+    Example: modalora eval nano needle --text book.txt --lengths 256,1024
+    """
+    from modalora.errors import ConfigError
+    from modalora.evaluation.documents import check_lengths, grid_documents, read_texts
+    from modalora.evaluation.needle import measure_grid
+    from modalora.evaluation.perplexity import bits_by_length
+    from modalora.evaluation.ruler import TASKS, Report, run_tasks
+
+    known = ("needle", "ruler", "perplexity")
+    for task in tasks:
+        if task not in known:
+            raise ConfigError(f"task {task!r} must be one of {', '.join(known)}")
+    if samples < 1:
+        raise ConfigError(f"--samples {samples} must be at least 1")
+    assistant = open_model(model, dtype=dtype, device=device)
+    window, tokenizer = assistant.processor.window, assistant.processor.tokenizer
+    chosen = _numbers(lengths, int, "--lengths") or [window // 4, window // 2, window]
+    check_lengths(chosen, window)
+    texts = [one for path in text or [] for one in read_texts(path)]
+    if not texts and {"needle", "perplexity"} & set(tasks):
+        raise ConfigError("needle and perplexity read running text; give --text, a file or a folder of books")
+    found: dict[str, Any] = {"model": model, "seed": seed, "lengths": chosen}
+    shown: list[str] = []
+    if "needle" in tasks:
+        documents = grid_documents(
+            tokenizer, texts, chosen, samples, part="evaluation", style=style, needles=needles,
+            depths=_numbers(depths, float, "--depths"), distractors=distractors, seed=seed,
+        )  # fmt: skip
+        grids = measure_grid(assistant.model, documents, regimes=cast(Any, rope or ["reference"]))
+        setting = {"style": style, "needles": needles, "distractors": distractors}
+        found["needle"] = setting | {"grids": [grid.as_json() for grid in grids]}
+        shown += _needle_lines(grids)
+    if "ruler" in tasks:
+        names = only or [name for name, task in TASKS.items() if texts or not task.needs_text]
+        cells = run_tasks(
+            assistant, names, chosen, samples=samples, texts=texts, form=cast(Any, form), example=example, seed=seed
+        )
+        report = Report(tuple(cells))
+        found["ruler"] = {"form": form, "example": example} | report.as_json(threshold)
+        shown += _ruler_lines(report, threshold)
+        if not texts and not only:
+            shown.append("tasks in book text were left out: they need --text")
+    if "perplexity" in tasks:
+        bits = bits_by_length(assistant.model, tokenizer, texts, chosen, passages=samples, seed=seed)
+        found["perplexity"] = [one.as_json() for one in bits]
+        shown += _bits_lines(bits)
+    print(json.dumps(found, ensure_ascii=False) if as_json else "\n".join(shown))
+
+
+def _numbers(text: str, kind: type[int] | type[float], option: str) -> list[Any]:
+    from modalora.errors import ConfigError
+
+    try:
+        return [kind(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise ConfigError(f"{option} {text!r} must be numbers with commas between, such as 256,1024") from None
+
+
+def _share(cell: Cell) -> str:
+    low, high = cell.interval
+    return f"{100 * cell.accuracy:5.1f} [{100 * low:5.1f} {100 * high:5.1f}]"
+
+
+def _needle_lines(grids: list[Grid]) -> list[str]:
+    depths = sorted({cell.depth for cell in grids[0].cells if cell.depth is not None})
+    lines = [f"needle: exact answers in %, of {grids[0].tokens:.1f} tokens on average [95 % interval]"]
+    lines.append("rope      length  questions  all depths           " + "".join(f"at {one:<18g}" for one in depths))
+    for grid in grids:
+        for total in grid.by_length:
+            row = "  ".join(_share(cell) for cell in grid.cells if cell.length == total.length)
+            lines.append(f"{grid.regime:<9} {total.length:>6}  {total.count:>9}  {_share(total)}  {row}")
+    return lines
+
+
+def _ruler_lines(report: Report, threshold: float) -> list[str]:
+    lines = ["ruler: score in % [95 % interval]", "task             length  samples  score"]
+    for cell in report.cells:
+        low, high = cell.interval
+        lines.append(
+            f"{cell.task:<16} {cell.length:>6}  {cell.count:>7}  {100 * cell.score:5.1f} "
+            f"[{100 * low:5.1f} {100 * high:5.1f}]"
+        )
+    lines += [f"{'average':<16} {length:>6}           {100 * score:5.1f}" for length, score in report.averages.items()]
+    lines.append(f"effective length at {100 * threshold:g}: {report.effective_length(threshold) or 'none of these'}")
+    return lines
+
+
+def _bits_lines(found: list[LengthBits]) -> list[str]:
+    from modalora.evaluation.perplexity import bits_gained
+
+    lines = ["perplexity: bits per token of the same tokens behind ever more text [95 % interval]"]
+    lines.append("length   tokens  bits                     more than the shortest window")
+    base = min(found, key=lambda one: one.length)
+    for one in found:
+        low, high = one.interval
+        more, least, most = bits_gained(base, one)
+        lines.append(
+            f"{one.length:>6}  {one.tokens:>7}  {one.bits:.3f} [{low:6.3f} {high:6.3f}]  "
+            f"{more:+.3f} [{least:+.3f} {most:+.3f}]"
+        )
+    return lines
