@@ -82,6 +82,10 @@ ARMS: dict[str, tuple[str, Regime, str]] = {
 # ------------------------------------------------------------------------------------------------------ the parts
 
 
+def scores_folder(options: argparse.Namespace, premise: str) -> Path:
+    return options.output / ("scores-one-search" if options.one_search else "scores") / premise
+
+
 def base_folder(options: argparse.Namespace, premise: str) -> Path:
     return options.output / f"base-{premise}"
 
@@ -97,7 +101,7 @@ def check_base(options: argparse.Namespace, premise: str) -> None:
     found = score(model, tokenizer, options, [WINDOW], ["reference"])
     cells = found["grids"]["reference"]["cells"]
     worst = min(cells, key=lambda cell: cell["accuracy"])
-    write(options.output / "scores" / premise / "base.json", found)
+    write(scores_folder(options, premise) / "base.json", found)
     if worst["accuracy"] < GATE and not options.ungated:
         raise SystemExit(
             f"base {premise!r} finds {worst['accuracy']:.1%} of the facts at length {worst['length']}, depth "
@@ -128,7 +132,7 @@ def find(options: argparse.Namespace, premise: str, name: str, seed: int) -> Non
 def extend(options: argparse.Namespace, premise: str, method: str, seed: int) -> None:
     """Give a base the factors of a method, score it, train it on two windows, and score it again."""
     rope = rope_of(options, premise, method, seed)
-    target = options.output / "scores" / premise / f"{method}-{seed}.json"
+    target = scores_folder(options, premise) / f"{method}-{seed}.json"
     model, tokenizer = load(base_folder(options, premise) / "model")
     model.config = replace(model.config, decoder=replace(model.config.decoder, rope=rope))
     model.decoder.config = model.config.decoder
@@ -152,7 +156,7 @@ def training(options: argparse.Namespace, premise: str, method: str, seed: int, 
     ]  # fmt: skip
     fields = {
         "init": str(base_folder(options, premise) / "model"),
-        "output": str(options.output / "extended" / premise / f"{method}-{seed}"),
+        "output": str(scores_folder(options, premise) / f"{method}-{seed}"),
         "train": ["decoder"], "rope": asdict(rope), "mixture": mixture, "weigh": "tokens", "window": WINDOW,
         "tokens": 4096, "steps": options.steps, "seed": seed, "threads": 1, "data": str(options.data),
         "log_every": 10, "save_every": options.steps,
@@ -167,7 +171,8 @@ def rope_of(options: argparse.Namespace, premise: str, method: str, seed: int) -
         divisors = PLAIN.frequencies(HEAD).double() / GIVEN[name].frequencies(HEAD).double()
         long = tuple(divisors.tolist())
     else:
-        factors, _ = read_factors(options.output / "searches" / premise / f"{name}-{seed}" / "factors.json")
+        own = 0 if options.one_search else seed
+        factors, _ = read_factors(options.output / "searches" / premise / f"{name}-{own}" / "factors.json")
         long = factors.long
     scale = temperature_scale(temperature, STRETCH.ratio, WINDOW)  # type: ignore[arg-type]
     return LongRope(
@@ -281,7 +286,7 @@ COLUMNS = (
 
 def table(options: argparse.Namespace, premise: str) -> None:
     """Print what became of each method on a base."""
-    folder = options.output / "scores" / premise
+    folder = scores_folder(options, premise)
     base = json.loads((folder / "base.json").read_text())
     found, bits = accuracy(base, "reference", WINDOW), base["bits"][str(WINDOW)]
     print(f"\n## Base {premise!r}: {found:.1f} % of facts at {WINDOW} tokens, {bits:.3f} bits per token of books\n")
@@ -347,17 +352,21 @@ def main() -> None:
     parser.add_argument("--premises", nargs="+", default=["rare", "uniform", "long"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=ARMS, default=[*ARMS])
+    parser.add_argument(
+        "--one-search", action="store_true", help="every seed trains with the factors of seed 0's search"
+    )
     parser.add_argument("--steps", type=int, default=60, help="of training after the extension, 4,096 tokens each")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread")
     parser.add_argument("--ungated", action="store_true", help="extend a base that does not find all facts, too")
     options = parser.parse_args()
-    output, scores = options.output, options.output / "scores"
+    output, scores = options.output, scores_folder
     carry_out(options, [(base_folder(options, one) / "model", train_base, (one,)) for one in options.premises])
-    carry_out(options, [(scores / one / "base.json", check_base, (one,)) for one in options.premises])
+    carry_out(options, [(scores(options, one) / "base.json", check_base, (one,)) for one in options.premises])
     wanted = [name for name in SEARCHED if any(ARMS[method][0] == name for method in options.methods)]
     for seed in options.seeds:  # whole seeds first, so that what is there early can be compared
-        searches = [(premise, name, seed) for premise in options.premises for name in wanted]
+        own = 0 if options.one_search else seed
+        searches = [(premise, name, own) for premise in options.premises for name in wanted]
         carry_out(
             options,
             [(output / "searches" / one[0] / f"{one[1]}-{seed}" / "factors.json", find, one) for one in searches],
