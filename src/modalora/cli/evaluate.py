@@ -84,9 +84,7 @@ def evaluate(
         shown += _needle_lines(grids)
     if "ruler" in tasks:
         names = only or [name for name, task in TASKS.items() if texts or not task.needs_text]
-        cells = run_tasks(
-            assistant, names, chosen, samples=samples, texts=texts, form=cast(Any, form), example=example, seed=seed
-        )
+        cells = run_tasks(assistant, names, chosen, samples=samples, texts=texts, form=form, example=example, seed=seed)
         report = Report(tuple(cells))
         found["ruler"] = {"form": form, "example": example} | report.as_json(threshold)
         shown += _ruler_lines(report, threshold)
