@@ -22,19 +22,19 @@ def book(tmp_path: Path) -> str:
 
 def test_a_table_shows_every_figure_with_its_interval(run: Run, book: str) -> None:
     code, out, err = run(
-        "eval", "nano", "needle", "ruler", "perplexity", "--text", book, "--lengths", "200,300", "--samples", "2",
-        "--depths", "0,1", "--needles", "2", "--only", "single-repeated",
+        "eval", "nano", "needle", "ruler", "perplexity", "--text", book, "--lengths", "150,200", "--samples", "2",
+        "--depths", "0,1", "--only", "single-repeated",
     )  # fmt: skip
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert "needle: exact answers in %, of 7.0 tokens" in lines[0]
-    assert [line.split()[:3] for line in lines[2:4]] == [["reference", "200", "4"], ["reference", "300", "4"]]
+    assert [line.split()[:3] for line in lines[2:4]] == [["reference", "150", "4"], ["reference", "200", "4"]]
     assert [line.split()[:3] for line in lines[6:8]] == [
+        ["single-repeated", "150", "2"],
         ["single-repeated", "200", "2"],
-        ["single-repeated", "300", "2"],
     ]
     assert lines[10].startswith("effective length at 85.6: ")
-    assert [line.split()[:2] for line in lines[13:]] == [["200", "200"], ["300", "200"]]
+    assert [line.split()[:2] for line in lines[13:]] == [["150", "150"], ["200", "150"]]
     assert all("[" in line and "]" in line for line in (*lines[2:4], *lines[6:8], *lines[13:]))
 
 

@@ -23,7 +23,7 @@ from modalora.evaluation.documents import (
     make_documents,
     part_of_books,
     passage,
-    read_texts,
+    load_texts,
     sentences,
     within,
 )
@@ -170,7 +170,7 @@ def test_the_books_of_the_search_are_not_those_that_judge(data_folder: Path) -> 
     assert not set(search) & set(judge)
     lines = [{line for text in part for line in text.splitlines() if len(line) > 40} for part in (search, judge)]
     assert not lines[0] & lines[1]
-    assert read_texts(data_folder) == judge
+    assert load_texts(data_folder) == judge
 
 
 def test_what_cannot_be_made_is_refused(tokenizer: TextTokenizer, letters: TextTokenizer) -> None:
@@ -191,7 +191,7 @@ def test_what_cannot_be_made_is_refused(tokenizer: TextTokenizer, letters: TextT
     with pytest.raises(ConfigError, match="facts are made of words of one token"):
         make_documents(letters, TEXTS, 1, length=500, part="search", style="words")
     with pytest.raises(DataError, match="cannot be read as text"):
-        read_texts(Path("no-such-file"))
+        load_texts(Path("no-such-file"))
 
 
 def test_names_numbers_and_words_come_once_each() -> None:
