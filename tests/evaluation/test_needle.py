@@ -20,10 +20,10 @@ from modalora.evaluation.documents import (
     Digits,
     Words,
     grid_documents,
+    load_texts,
     make_documents,
     part_of_books,
     passage,
-    load_texts,
     sentences,
     within,
 )
