@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import pickle
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from beartype import BeartypeConf, beartype
 from beartype.roar import BeartypeDecorHintPep3119Exception
 from jaxtyping import install_import_hook
@@ -17,7 +22,7 @@ from jaxtyping import install_import_hook
 # Calls in these rooms are checked against their annotations, in tests only. Left out are the rooms that users hand
 # things to (processing, assistant, cli), whose own messages about wrong types are tested, and data, whose loops over
 # millions of small calls would take five times as long.
-CHECKED = ("contracts", "nn", "models", "generation", "checkpoint", "training", "evaluation")
+CHECKED = ("contracts", "nn", "models", "generation", "checkpoint", "training", "evaluation", "longrope2")
 _checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int where a float is asked for is right
 
 
@@ -67,3 +72,58 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return code, told.out, told.err
 
     return call
+
+
+# Several processes on this machine, forked from the test and bounded in time: none outlives it.
+SECONDS = 60  # far above what anything here takes, far below patience: a hang fails
+
+
+def _work(rank: int, world: int, store: Path, answers: Any, function: Callable[..., Any], arguments: Any) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+        answers.send_bytes(pickle.dumps((True, function(*arguments))))  # tensors by value
+        dist.destroy_process_group()
+    except BaseException:
+        answers.send_bytes(pickle.dumps((False, traceback.format_exc())))
+    finally:
+        answers.close()
+        os._exit(0)  # what pytest registered to run at exit is the parent's
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Callable[..., list[Any]]:
+    """ranks(world, function, *arguments): what the function returned in each of so many processes."""
+    count = 0
+
+    def run(world: int, function: Callable[..., Any], *arguments: Any, seconds: float = SECONDS) -> list[Any]:
+        nonlocal count
+        count += 1
+        context = multiprocessing.get_context("fork")
+        pipes = [context.Pipe(duplex=False) for _ in range(world)]
+        workers = [
+            context.Process(
+                target=_work, args=(rank, world, tmp_path / f"store-{count}", pipes[rank][1], function, arguments)
+            )
+            for rank in range(world)
+        ]
+        for worker in workers:
+            worker.start()
+        for _, sender in pipes:
+            sender.close()
+        deadline = time.monotonic() + seconds
+        answers = []
+        try:
+            for rank, (receiver, _) in enumerate(pipes):
+                assert receiver.poll(max(0.0, deadline - time.monotonic())), f"rank {rank} hangs"
+                fine, answer = pickle.loads(receiver.recv_bytes())
+                assert fine, f"rank {rank}: {answer}"
+                answers.append(answer)
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.join()
+        return answers
+
+    return run

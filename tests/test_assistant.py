@@ -133,14 +133,14 @@ class Script:
     def new_cache(self, batch: int) -> KVCache:
         return KVCache(0, batch)
 
-    def read(self, batch: Batch, cache: KVCache) -> Tensor:
+    def read(self, batch: Batch, cache: KVCache, reach: Sequence[int] | None = None) -> Tensor:
         return torch.nn.functional.one_hot(torch.tensor([next(self.ids)]), 320).float()
 
-    def read_next(self, ids: Tensor, route: Route, cache: KVCache) -> Tensor:
+    def read_next(self, ids: Tensor, route: Route, cache: KVCache, reach: Sequence[int] | None = None) -> Tensor:
         return torch.nn.functional.one_hot(torch.tensor([next(self.ids)]), 320).float()
 
-    def is_long(self, length: int) -> bool:
-        return False
+    def table_number(self, length: int) -> int:
+        return 0
 
 
 Say = Callable[[Sequence[int]], None]
@@ -374,6 +374,8 @@ def test_an_explanation_says_what_every_token_is(assistant: Assistant) -> None:
         "scale": 2.0,
         "projectors": {"image": "vision", "audio": "vision"},
         "rope": "short",
+        "rope_why": f"{int(batch.lengths[0])} tokens fit the original window of 256",
+        "rope_crosses": None,
         "tokens": int(batch.lengths[0]),
     }
     kinds = [span["kind"] for span in told["spans"]]

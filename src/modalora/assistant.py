@@ -21,6 +21,7 @@ from modalora.contracts import Batch, Message, terms
 from modalora.errors import CheckpointError, ConfigError, PromptError, RouteError
 from modalora.generation.engine import generate
 from modalora.generation.sampling import Sampling
+from modalora.generation.windows import Switch, check_switch, explain_table
 from modalora.models.multimodal import MODALITIES, ModelConfig, Multimodal
 from modalora.models.router import route as route_of
 from modalora.nn.rope import LongRope, Regime
@@ -74,6 +75,7 @@ class Assistant:
         route: str = "auto",
         stop: str | Sequence[str] = (),
         raw: bool = False,
+        switch: Switch = "crossing",
         **sampling: Any,
     ) -> Answer:
         """Answer a question, or go on from a list of messages.
@@ -82,13 +84,15 @@ class Assistant:
         has tags such as <|image_1|>. media: the same for further modalities, {name: one payload or a list of them}.
         route: "auto", "none" or an adapter. sampling: fields of generation.sampling.Sampling.
         raw: the question is a whole prompt in the model's own format, whose control tokens count as such; else they are
-        text. Raises PromptError, MediaError, RouteError, ConfigError.
+        text. switch: when a row changes to the rotary table of longer rows (generation.windows.Switch): "crossing",
+        once it outgrows the original window, or "planned", from the start if prompt and max_tokens together do.
+        Raises PromptError, MediaError, RouteError, ConfigError.
         """
         if raw:
             batch = self.raw_batch(question, image=image, audio=audio, media=media, route=route)
-            return self._answers(batch, max_tokens, stop, sampling)[0]
+            return self._answers(batch, max_tokens, stop, switch, sampling)[0]
         messages = question_messages(question, image, audio, media) if isinstance(question, str) else list(question)
-        return self.ask_many([messages], max_tokens=max_tokens, route=route, stop=stop, **sampling)[0]
+        return self.ask_many([messages], max_tokens=max_tokens, route=route, stop=stop, switch=switch, **sampling)[0]
 
     def raw_batch(
         self,
@@ -112,27 +116,28 @@ class Assistant:
         max_tokens: int = 128,
         route: str = "auto",
         stop: str | Sequence[str] = (),
+        switch: Switch = "crossing",
         **sampling: Any,
     ) -> list[Answer]:
         """Answer several conversations in one batch, whatever media each holds; each answer is what it would be
         alone."""
-        return self._answers(self.processor(conversations, route=route), max_tokens, stop, sampling)
+        return self._answers(self.processor(conversations, route=route), max_tokens, stop, switch, sampling)
 
     def _answers(
-        self, batch: Batch, max_tokens: int, stop: str | Sequence[str], sampling: Mapping[str, Any]
+        self, batch: Batch, max_tokens: int, stop: str | Sequence[str], switch: Switch, sampling: Mapping[str, Any]
     ) -> list[Answer]:
         started = time.perf_counter()
         stop = _stops(stop)
         batch = self._prompt(batch, max_tokens)
         ids: list[list[int]] = [[] for _ in batch.input_ids]
         finish = ["stop"] * len(ids)
-        for token in self._generate(batch, max_tokens, stop, sampling):
+        for token in self._generate(batch, max_tokens, stop, switch, sampling):
             if token.finish != "stop" or token.id not in self.stop_ids:
                 ids[token.row].append(token.id)
             finish[token.row] = token.finish or finish[token.row]
         seconds = time.perf_counter() - started
         answers: list[Answer] = []
-        routes = self.explain(batch)
+        routes = self.explain(batch, max_tokens=max_tokens, switch=switch)
         for row, new in enumerate(ids):
             prompt = int(batch.lengths[row])
             usage = {"prompt_tokens": prompt, "completion_tokens": len(new), "total_tokens": prompt + len(new)}
@@ -147,6 +152,7 @@ class Assistant:
         max_tokens: int = 128,
         route: str = "auto",
         stop: str | Sequence[str] = (),
+        switch: Switch = "crossing",
         **sampling: Any,
     ) -> Iterator[str]:
         """Yield the answer in pieces of whole characters as they come; the pieces together are `ask`'s text."""
@@ -156,7 +162,7 @@ class Assistant:
         ids: list[int] = []
         sent = ""
         held_back = max((len(word) for word in stop), default=1) - 1  # a stop string may have begun
-        for token in self._generate(batch, max_tokens, stop, sampling):
+        for token in self._generate(batch, max_tokens, stop, switch, sampling):
             if token.id not in self.stop_ids:
                 ids.append(token.id)
             text = _cut(self.processor.tokenizer.decode(ids), stop)
@@ -174,9 +180,12 @@ class Assistant:
         batch = self.processor([conversation], route=route).to(self.device)
         return self.model(batch)[0].float()
 
-    def explain(self, batch: Batch) -> list[dict[str, Any]]:
-        """Return per row: adapter and scale, projector branches, rotary regime, and what each token range is."""
-        return [self._explain(batch, row) for row in range(len(batch.input_ids))]
+    def explain(self, batch: Batch, *, max_tokens: int = 128, switch: Switch = "crossing") -> list[dict[str, Any]]:
+        """Return per row: adapter and scale, projector branches, rotary table, and what each token range is.
+
+        max_tokens, switch: of the answer that would follow, which decide the table.
+        """
+        return [self._explain(batch, row, max_tokens, switch) for row in range(len(batch.input_ids))]
 
     def explain_official(self, batch: Batch) -> list[dict[str, Any] | None]:
         """Return per row the adapter and projectors of the released code, which has one mode for a whole batch.
@@ -242,9 +251,10 @@ class Assistant:
         return batch.to(self.device)
 
     def _generate(
-        self, batch: Batch, max_tokens: int, stop: Sequence[str], sampling: Mapping[str, Any]
+        self, batch: Batch, max_tokens: int, stop: Sequence[str], switch: Switch, sampling: Mapping[str, Any]
     ) -> Iterator[Any]:
         decode = self.processor.tokenizer.decode
+        check_switch(self.model.config.decoder.rope, switch)
 
         def stops(row: int, ids: list[int]) -> bool:
             text = decode(ids)
@@ -257,14 +267,17 @@ class Assistant:
             chosen = Sampling(**sampling)
         except TypeError:
             raise ConfigError(f"sampling settings must be numbers; got {dict(sampling)}") from None
-        return generate(self.model, batch, sampling=chosen, max_tokens=max_tokens, stop_ids=self.stop_ids, stops=stops)
+        return generate(
+            self.model, batch, sampling=chosen, max_tokens=max_tokens, stop_ids=self.stop_ids, stops=stops,
+            switch=switch,
+        )  # fmt: skip
 
     def _scale(self, route: str) -> float | list[float]:
         """What an adapter's B A x is multiplied by; of a sum, one number per term."""
         scales = [weight * self.model.config.adapters[name].scaling for name, weight in terms(route)]
         return scales[0] if len(scales) == 1 else scales
 
-    def _explain(self, batch: Batch, row: int) -> dict[str, Any]:
+    def _explain(self, batch: Batch, row: int, max_tokens: int, switch: Switch) -> dict[str, Any]:
         tokenizer = self.processor.tokenizer
         length = int(batch.lengths[row])
         ids = batch.input_ids[row, :length].tolist()
@@ -290,7 +303,7 @@ class Assistant:
             "adapter": name,
             "scale": self._scale(name) if name else None,
             "projectors": {item.modality: item.branch for item in media.values()},
-            "rope": "long" if self.model.is_long(length) else "short",
+            **explain_table(self.model.config.decoder.rope, length, max_tokens, switch),
             "tokens": length,
             "spans": spans,
         }
@@ -342,9 +355,7 @@ def set_regime(model: Multimodal, regime: Regime) -> None:
     if regime != "reference" and not isinstance(rope, LongRope):
         raise ConfigError(f"rope={regime!r}: this model has one rotary table alone; leave rope at 'reference'")
     if isinstance(rope, LongRope):
-        decoder = replace(model.config.decoder, rope=replace(rope, regime=regime))
-        model.config = replace(model.config, decoder=decoder)
-        model.decoder.config = decoder
+        model.set_rope(replace(rope, regime=regime))
 
 
 def find_model(name: str | Path) -> Path:

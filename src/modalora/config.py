@@ -79,6 +79,7 @@ class SourceConfig(Settings):
 
     weight: its share of the rows against the others' weights. Several phases of a run: {0: 3, 0.8: 1} is weight 3 from
     the start and 1 from 80 % of the steps on. epochs: how often a source that ends is read; None: as long as the run.
+    window: tokens of its rows, for sources that cut text into windows; None: the run's.
     name: what its rows are called in reports; by default the source.
     """
 
@@ -86,6 +87,7 @@ class SourceConfig(Settings):
     name: str = Field("", pattern=r"^[\w.-]*$")
     weight: float | dict[float, float] = 1.0
     epochs: int | None = Field(None, ge=1)
+    window: int | None = Field(None, ge=8)
     route: str | None = None  # of its rows: "none" or an adapter, such as a language's; None: by their media
     options: dict[str, Any] = Field(default_factory=dict)
 
@@ -124,6 +126,9 @@ class RunConfig(Settings):
     init: str  # a folder to start from, bundled/nano, or a name of models/sizes.py for fresh weights
     output: str
     modalities: dict[str, dict[str, Any]] = Field(default_factory=dict)  # modality to add -> its sizes
+    rope: dict[str, Any] | None = (
+        None  # rotary positions (nn/rope.py) that the start gets, window included; None: its own
+    )
     modality_files: list[str] = Field(default_factory=list)  # Python files that set MODALITY; they are run
     adapters: dict[str, dict[str, Any]] = Field(default_factory=dict)  # adapter to add -> fields of LoraConfig
     take: dict[str, str] = Field(default_factory=dict)  # part pattern -> folder that gives its weights
@@ -132,6 +137,7 @@ class RunConfig(Settings):
     train: list[str]  # parts that train, e.g. "decoder", "image.*", "adapter.vision"; all others are frozen
     preserve: list[str] = Field(default_factory=list)  # parts that must not train, whatever train: matches
     mixture: list[SourceConfig] = Field(min_length=1)
+    weigh: Literal["rows", "tokens"] = "rows"  # what the weights of the mixture's sources are shares of
     media: MediaConfig = Field(default_factory=MediaConfig)
     whiten: list[str] = Field(
         default_factory=list
@@ -197,6 +203,31 @@ class RunConfig(Settings):
         return self
 
 
+class SearchConfig(Settings):
+    """The search for rotary divisors of a longer window (LongRoPE2, arXiv:2502.20082, section 3.2 and appendix B)."""
+
+    space: Literal["longrope2", "longrope"] = "longrope2"  # longrope: every pair from 1 to 1.25 stretches
+    anchor: int | None = Field(None, ge=1)  # the first pair that is searched; None: it is searched for too
+    method: Literal["evolution", "random"] = "evolution"  # random: as many candidates, none made from another
+    population: int = Field(64, ge=4)  # of which the better half are parents
+    iterations: int = Field(40, ge=0)  # each gives half a population of children
+    mutation: float = Field(0.3, gt=0, le=1)  # probability that a pair of a child changes
+    crossover: float = Field(0.0, ge=0, le=1)  # share of the children that have two parents
+    seed: int = 0
+    temperature: Literal["su", "yarn", "none"] = "su"  # of every candidate alike
+    together: int = Field(4, ge=1)  # candidates that are judged in one call
+    racing: bool = True  # drop a candidate once a part of the documents shows that it cannot become a parent
+    race_from: int = Field(4, ge=2)  # documents read before the first look; each look doubles them
+    race_error: float = Field(0.05, gt=0, lt=0.5)  # chance that a look drops a candidate that would become a parent
+    proposals: int = Field(1, ge=1)  # children made for each one that is judged; above 1 a surrogate chooses
+
+    @model_validator(mode="after")
+    def _check_space(self) -> SearchConfig:
+        if self.space == "longrope" and self.anchor is not None:
+            raise ConfigError(f"anchor={self.anchor}: space=longrope searches every pair; leave the anchor out")
+        return self
+
+
 class StageConfig(Settings):
     """One stage of a chain: a recipe, and what differs from it here."""
 
@@ -217,6 +248,69 @@ class ChainConfig(Settings):
     output: str  # stages write output/NAME
     set: dict[str, Any] = Field(default_factory=dict)  # settings of every stage, by dotted key
     stages: list[StageConfig] = Field(min_length=1)
+
+
+class NeedleConfig(Settings):
+    """Documents with facts hidden in them that are asked for at their end (evaluation/documents.py)."""
+
+    style: Literal["digits", "words"] = "digits"  # digits: for any model; words: for one trained on `retrieval` rows
+    documents: int = Field(10, ge=1)  # of each length
+    needles: int = Field(1, ge=1)  # facts of a document that are asked for
+    distractors: int = Field(0, ge=0)  # and that are not
+    depths: list[float] = Field(default=[0.0, 0.25, 0.5, 0.75, 1.0], min_length=1)  # 0: the start of the text
+    seed: int = 0
+
+
+class GuideConfig(NeedleConfig):
+    """What guides a search. score: the answers alone, or every token of the same texts (plain perplexity)."""
+
+    score: Literal["answers", "text"] = "answers"
+
+
+class ScoresConfig(NeedleConfig):
+    """What an extended model is measured by. lengths: tokens of documents; none: half the trained window to the target.
+
+    methods: that are compared, untrained, all with the search's temperature.
+    """
+
+    lengths: list[int] = Field(default_factory=list)
+    methods: list[Literal["none", "linear", "ntk", "scaling_law_ntk", "yarn", "longrope2"]] = Field(
+        default=["none", "linear", "ntk", "scaling_law_ntk", "yarn", "longrope2"]
+    )
+
+
+class ExtendConfig(Settings):
+    """A recipe that extends a model's window: search, training and evaluation (LongRoPE2, arXiv:2502.20082)."""
+
+    kind: Literal["extend"]
+    init: str  # the model: a folder, bundled/nano, or a name of models/sizes.py for fresh weights
+    output: str
+    target: int = Field(ge=16)  # tokens that the model is to read [L']
+    guide: GuideConfig = Field(default_factory=lambda: GuideConfig())
+    search: SearchConfig = Field(default_factory=lambda: SearchConfig())
+    training: dict[str, Any] | None = None  # fields of a run, but for init, output and rope; None: factors alone
+    scores: ScoresConfig = Field(default_factory=lambda: ScoresConfig())
+    rows: int = Field(4, ge=1)  # documents of one forward pass
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights while searching and measuring
+    device: str = "cpu"
+    threads: int = Field(0, ge=0)  # 0: torch's default
+    data: str = "../shared/data"  # the folder of docs/nano.md
+    cache: str = "runs/cache"
+
+    @model_validator(mode="after")
+    def _training_is_a_run(self) -> ExtendConfig:
+        if taken := sorted({"init", "output", "rope"} & set(self.training or {})):
+            raise ConfigError(f"training: {', '.join(taken)} is set by the extension itself; leave it out")
+        self.run(rope={})
+        return self
+
+    def run(self, rope: dict[str, Any]) -> RunConfig | None:
+        """Return the training on the extended model, None where there is none. Raises ConfigError."""
+        if self.training is None:
+            return None
+        shared = {"device": self.device, "threads": self.threads, "data": self.data, "cache": self.cache}
+        own = {"init": self.init, "output": f"{self.output}/train", "rope": rope}
+        return parse(RunConfig, {**shared, **self.training, **own}, "training")
 
 
 class _Strict(Settings, Generic[T]):
@@ -243,9 +337,26 @@ def check_sizes(config: Any) -> None:
             raise ConfigError(f"{field.name}={str(value)[:20]} must be below 2^31")
 
 
+def load_extension(path: Path, overrides: Sequence[str] = ()) -> ExtendConfig:
+    """Read a recipe of kind extend and apply "key.sub=value" overrides (values are YAML)."""
+    fields = _read(path)
+    if fields.get("kind") != "extend":
+        raise ConfigError(f"{path} is no recipe of kind extend; `modalora train` carries out the others")
+    for override in overrides:
+        _set(fields, *_override(override))
+    return parse(ExtendConfig, fields, str(path))
+
+
+def is_extension(path: Path) -> bool:
+    """Tell whether a file is a recipe of kind extend."""
+    return path.is_file() and _read(path).get("kind") == "extend"
+
+
 def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe and apply "key.sub=value" overrides (values are YAML)."""
     fields = _read(path)
+    if fields.get("kind") == "extend":
+        raise ConfigError(f"{path} extends a model's window; `modalora extend` carries it out")
     if "stages" in fields:
         raise ConfigError(f"{path} is a chain of recipes; this takes one of its stages: a recipe with its settings")
     for override in overrides:

@@ -153,7 +153,10 @@ def test_older_and_newer_spellings_of_a_config_are_one() -> None:
         ({"hidden_act": "gelu"}, "hidden_act='gelu'; these networks have hidden_act='silu'"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"quantization_config": {"bits": 4}}, "unknown key 'quantization_config'; if it changes nothing, remove it"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type='linear'; default and longrope are read"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2}},
+            "this is linear; of a Phi model, default and longrope are read",
+        ),
         ({"hidden_size": 3073}, "hidden_size=3073 must be a multiple of num_attention_heads"),
         ({"num_hidden_layers": "many"}, "num_hidden_layers='many'"),
     ],

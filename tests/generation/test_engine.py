@@ -37,19 +37,19 @@ class Counter:
     def new_cache(self, batch: int) -> KVCache:
         return KVCache(0, batch)
 
-    def read(self, batch: Batch, cache: KVCache) -> Tensor:
+    def read(self, batch: Batch, cache: KVCache, reach: Sequence[int] | None = None) -> Tensor:
         rows = [ids[:length].tolist() for ids, length in zip(batch.input_ids, batch.lengths, strict=True)]
         self.reads.append(rows)
         cache.advance(batch.lengths)
         return self._say([row[-1] for row in rows])
 
-    def read_next(self, ids: Tensor, route: Route, cache: KVCache) -> Tensor:
+    def read_next(self, ids: Tensor, route: Route, cache: KVCache, reach: Sequence[int] | None = None) -> Tensor:
         self.steps.append((ids.tolist(), route))
         cache.advance(torch.ones_like(ids))
         return self._say(ids.tolist())
 
-    def is_long(self, length: int) -> bool:
-        return length > self.switch
+    def table_number(self, length: int) -> int:
+        return int(length > self.switch)
 
     def _say(self, last: Sequence[int]) -> Tensor:
         return torch.nn.functional.one_hot(torch.tensor(last) + 1, 100).float()

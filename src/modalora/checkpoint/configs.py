@@ -16,7 +16,7 @@ from modalora.models.speech import SpeechConfig
 from modalora.models.vision import VisionConfig
 from modalora.nn.lora import LoraConfig
 from modalora.nn.mask import BlockSparse
-from modalora.nn.rope import LongRope, Plain
+from modalora.nn.rope import DynamicNtk, LongRope, Plain, Rope, from_hf
 
 Fields = Mapping[str, Any]
 
@@ -101,6 +101,7 @@ def write_config(layout: str, config: ModelConfig, tokens: Fields) -> dict[str, 
     fields = {**_WRITERS[layout](config), **tokens}
     back = read_config(layout, fields, f"the written config of layout {layout!r}")
     held = config if layout == "phi4mm" else replace(config, adapters={})
+    held = replace(held, decoder=replace(held.decoder, rope=_as_written(held.decoder.rope)))
     if (vision := held.vision) and layout == "phi4_multimodal":
         held = replace(held, vision=replace(vision, max_crops=VisionConfig().max_crops))
     if back != held:
@@ -121,54 +122,45 @@ def _flat(fields: Fields, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read_rope(reader: Reader, head_dim_share: float) -> Plain | LongRope:
-    window = reader.get("max_position_embeddings", 4096)
-    scaling = reader.get("rope_parameters") or reader.get("rope_scaling") or {}
-    reader.get("rope_scaling")
-    inner = Reader(scaling, f"{reader.where}: rope parameters")
-    theta = float(inner.get("rope_theta", reader.get("rope_theta", 10_000.0)))
-    rotated = float(inner.get("partial_rotary_factor", reader.get("partial_rotary_factor", head_dim_share)))
-    original = inner.get("original_max_position_embeddings", reader.get("original_max_position_embeddings", window))
-    reader.get("original_max_position_embeddings")
-    kind = inner.get("rope_type", inner.get("type", "default"))
-    inner.get("type")
-    if kind == "default":
-        inner.finish()
-        return Plain(theta=theta, rotated=rotated, window=window)
-    if kind not in ("longrope", "su", "yarn"):  # the last two are older names for it
-        raise ConfigError(f"{inner.where}: rope_type={kind!r}; default and longrope are read")
-    short, long = tuple(map(float, inner.need("short_factor"))), tuple(map(float, inner.need("long_factor")))
-    rope = LongRope(
-        short_factor=short, long_factor=long, theta=theta, rotated=rotated, window=window, original_window=original
-    )
-    mscale = (inner.get("short_mscale"), inner.get("long_mscale"))
-    if (one := inner.get("attention_factor")) is not None:
-        mscale = (one, one)
-    inner.must(factor=(None, window / original))
-    inner.finish()
-    return rope if None in mscale else replace(rope, mscale=mscale)
+_ROPE = (
+    "max_position_embeddings", "original_max_position_embeddings", "rope_parameters", "rope_scaling", "rope_theta",
+    "partial_rotary_factor",
+)  # fmt: skip
 
 
-def _write_rope(rope: Plain | LongRope) -> dict[str, Any]:
-    fields: dict[str, Any] = {
-        "max_position_embeddings": rope.window,
-        "partial_rotary_factor": rope.rotated,
-        "rope_theta": rope.theta,
-        "rope_scaling": None,
-    }
-    if isinstance(rope, LongRope):
-        if rope.regime != "reference":
-            raise ConfigError(f"regime={rope.regime!r} is a setting of this run; published configs have none")
-        scaling: dict[str, Any] = {
-            "type": "longrope",
-            "short_factor": list(rope.short_factor),
-            "long_factor": list(rope.long_factor),
-        }
-        if rope.mscale is not None:
-            short, long = rope.mscale
-            scaling |= {"attention_factor": short} if short == long else {"short_mscale": short, "long_mscale": long}
-        fields |= {"original_max_position_embeddings": rope.original_window, "rope_scaling": scaling}
-    return fields
+def _read_rope(fields: Fields, where: str) -> Plain | LongRope:
+    rope = from_hf(fields, where)
+    if not isinstance(rope, Plain | LongRope):
+        raise ConfigError(
+            f"{where}: rope parameters: this is {rope.kind}; of a Phi model, default and longrope are read"
+        )
+    return rope
+
+
+def _write_rope(rope: Rope, *, two_scales: bool = False) -> dict[str, Any]:
+    """Return the rotary keys as readers of any version take them. two_scales: the layout tells short and long apart."""
+    if isinstance(rope, DynamicNtk):
+        raise ConfigError(
+            "dynamic_ntk has a table for every length, which no published layout holds; choose a length and write the "
+            "model with as_longrope(rope.at(length), head_dim) of modalora.nn.rope, or keep the layout 'modalora'"
+        )
+    if not isinstance(rope, Plain | LongRope):
+        raise ConfigError(
+            f"published layouts hold the ropes plain and longrope, not {rope.kind}; as_longrope(rope, head_dim) of "
+            "modalora.nn.rope has the same table as one divisor per pair: write the model with it"
+        )
+    if two_scales and isinstance(rope, LongRope) and rope.mscale is not None:
+        fields = replace(rope, mscale=None).to_hf("rope_scaling")
+        fields["rope_scaling"] |= dict(zip(("short_mscale", "long_mscale"), rope.mscale, strict=True))
+        return fields
+    return rope.to_hf("rope_scaling")
+
+
+def _as_written(rope: Rope) -> Rope:
+    """Return the rope as files tell it: a temperature by its number."""
+    if isinstance(rope, LongRope) and rope.temperature != "su":
+        return replace(rope, temperature="su", mscale=(rope.attention_factor(), rope.attention_factor(long=True)))
+    return rope
 
 
 _DECODER = (
@@ -181,7 +173,8 @@ def _read_decoder(reader: Reader) -> DecoderConfig:
     reader.must(hidden_act="silu", attention_bias=False, mlp_bias=False, lm_head_bias=False, pretraining_tp=1)
     sizes = {key: reader.get(key) for key in _DECODER if reader.fields.get(key) is not None}
     sizes.setdefault("num_key_value_heads", sizes.get("num_attention_heads"))
-    rope = _read_rope(reader, 1.0)
+    rope = _read_rope(reader.fields, reader.where)
+    reader.asked.update(_ROPE)
     window = reader.get("sliding_window")
     fields = {
         **sizes,
@@ -210,11 +203,8 @@ def _read_small(reader: Reader) -> ModelConfig:
     reader.must(hidden_act="gegelu", mup_use_scaling=True, blocksparse_homo_head_pattern=False, gegelu_pad_to_256=True)
     reader.must(reset_attention_mask_on_eos=False, rope_position_scale=1.0)
     reader.get("blocksparse_triton_kernel_block_size")  # how a kernel is cut, not what it gives
-    rope = _read_rope(
-        Reader({**reader.fields, "rope_theta": reader.get("rope_embedding_base", 1e6)}, reader.where), 1.0
-    )
-    for key in ("max_position_embeddings", "rope_scaling", "rope_parameters", "original_max_position_embeddings"):
-        reader.get(key)
+    rope = _read_rope({**reader.fields, "rope_theta": reader.get("rope_embedding_base", 1e6)}, reader.where)
+    reader.asked.update(_ROPE)
     reader.must(partial_rotary_factor=1.0)
     small = Phi3Small(
         embedding_scale=reader.get("mup_embedding_multiplier", 10.0),
@@ -245,7 +235,7 @@ def _write_small(config: ModelConfig) -> dict[str, Any]:
     sizes, small = config.decoder, config.decoder.phi3_small
     if small is None or config.vision or config.speech:
         raise ConfigError("the layout 'phi3small' holds Phi-3-small decoders alone; choose another layout")
-    rope = _write_rope(sizes.rope)
+    rope = _write_rope(sizes.rope, two_scales=True)
     return {
         "model_type": "phi3small",
         "architectures": ["Phi3SmallForCausalLM"],

@@ -36,6 +36,9 @@ def ask(
     route: Annotated[str, typer.Option(help="auto, none, or an adapter such as vision or speech.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.")] = "auto",
     rope: Annotated[str, typer.Option(help="Rotary table: reference, long or short.")] = "reference",
+    switch: Annotated[
+        str, typer.Option(help="Long rotary table: at the crossing, or planned from prompt and max-tokens.")
+    ] = "crossing",
     pack: Annotated[bool, typer.Option("--pack", help="Spend seconds to decode bf16 twice as fast on a CPU.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="The question is a whole prompt, control tokens and all.")] = False,
     as_json: Annotated[
@@ -56,6 +59,7 @@ def ask(
         max_tokens=max_tokens,
         route=route,
         stop=stop or [],
+        switch=cast(Any, switch),
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from modalora import __version__
-from modalora.cli import adapter, ask, chat, convert, data, demo, doctor, evaluate, inspect, plan, route, train
+from modalora.cli import adapter, ask, chat, convert, data, demo, doctor, evaluate, extend, inspect, plan, route, train
 from modalora.errors import ModaloraError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("chat")(chat.chat)
 app.command("inspect")(inspect.inspect)
 app.command("convert")(convert.convert)
 app.command("train")(train.train)
+app.command("extend")(extend.extend)
 app.command("plan")(plan.plan)
 app.command("eval")(evaluate.evaluate)
 app.command("doctor")(doctor.doctor)

@@ -32,16 +32,49 @@ def plan(
     Example: modalora plan nano-6-vision --row text=200,image=300x200 --machine h100
     """
     from modalora.cli.train import find_recipe
+    from modalora.config import is_extension
     from modalora.errors import InputError
     from modalora.models.sizes import SIZES
 
     recipe = find_recipe(what)
+    if is_extension(recipe):
+        if row or hourly:
+            raise InputError(f"{what} extends a window: --row and --hourly are for planning a training")
+        _extension(recipe, overrides or [], (machine, count, share), as_json)
+        return
     if not recipe.is_file() and (what in SIZES or Path(what).is_dir() or "." not in what):
         if overrides or row or count > 1 or hourly:
             raise InputError(f"{what} is a model: settings, --row, --count and --hourly are for planning a recipe")
         _reading(what, machine, as_json)
         return
     _training(recipe, overrides or [], row or [], (machine, count, share, hourly), as_json)
+
+
+def _extension(path: Path, overrides: list[str], where: tuple[str, int, float], as_json: bool) -> None:
+    from modalora.config import load_extension
+    from modalora.longrope2.plan import plan_extension
+
+    machine, count, share = where
+    machines = [("h100", 1), ("h100", 8)] if (machine, count) == ("this", 1) else [(machine, 1), (machine, count)]
+    found = plan_extension(load_extension(path, overrides), list(dict.fromkeys(machines)), share)
+    if as_json:
+        print(json.dumps(asdict(found)))
+        return
+    print(f"window     {found.window:,} to {found.target:,} tokens; {found.parameters:,} parameters")
+    print(f"pairs      {found.pairs} rotated; {found.critical} is the first without a period in the window, "
+          f"{found.ten_turns} the first with fewer than ten")  # fmt: skip
+    print(f"search     {found.evaluations:,} candidates x {found.documents} documents of {found.target:,} tokens, "
+          f"{found.document_flops:.3g} FLOP each: {found.plain_search_flops:.3g} FLOP")  # fmt: skip
+    print(f"           racing reads {found.racing_share:.0%} of them, an assumption: {found.search_flops:.3g} FLOP")
+    if found.training_tokens:
+        print(f"training   {found.training_tokens:,} tokens, {found.short_share:.0%} in short rows: "
+              f"{found.training_flops:.3g} FLOP, recomputation left out")  # fmt: skip
+    print(f"scores     {found.score_flops:.3g} FLOP")
+    print(f"{'time':<11}{'search':>10}{'training':>12}{'scores':>10}")
+    for own in found.hours:
+        print(f"{own.count} x {own.machine:<7}{_hours(3600 * own.search):>10}{_hours(3600 * own.training):>12}"
+              f"{_hours(3600 * own.scores):>10}")  # fmt: skip
+    print(f"at {found.utilisation:.0%} of the peak rate, an assumption; this machine's own rate is measured")
 
 
 def _training(

@@ -26,10 +26,14 @@ def explain(
         Path | None, typer.Option(help="A file with more prompts of the same batch: a JSON list of messages a line.")
     ] = None,
     rope: Annotated[str, typer.Option(help="Rotary table: reference, long or short.")] = "reference",
+    switch: Annotated[
+        str, typer.Option(help="Long rotary table: at the crossing, or planned from prompt and max-tokens.")
+    ] = "crossing",
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Most tokens of the answer that would follow.")] = 128,
     compat: Annotated[str, typer.Option(help="official: one mode for the whole batch, as the released code.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
 ) -> None:
-    """Show adapter, projectors, rotary regime and token ranges of a prompt, and where the released code differs.
+    """Show adapter, projectors, rotary table and token ranges of a prompt, and where the released code differs.
 
     Example: modalora route explain nano "What is this?" --image scene.png --audio seven.wav
     """
@@ -41,7 +45,7 @@ def explain(
         *(_more(batch) if batch else []),
     ]
     prompts = assistant.processor(conversations, route=route)
-    records = assistant.explain(prompts)
+    records = assistant.explain(prompts, max_tokens=max_tokens, switch=cast(Any, switch))
     for number, (record, official) in enumerate(
         zip(records, assistant.explain_official(prompts), strict=True), start=1
     ):
@@ -79,11 +83,13 @@ def lines(record: dict[str, Any]) -> list[str]:
     adapter = (
         f"{record['adapter']} (scale {record['scale']})" if record["adapter"] else "none: the frozen decoder alone"
     )
+    crosses = record["rope_crosses"]
+    table = f"{record['rope']}: {record['rope_why']}" + (f"; at {crosses} tokens it is read again" if crosses else "")
     shown = [
         f"media      {' + '.join(record['modalities'])}",
         f"adapter    {adapter}",
         f"projectors {', '.join(f'{kind} -> {branch}' for kind, branch in record['projectors'].items()) or '-'}",
-        f"rope       {record['rope']}",
+        f"rope       {table}",
         f"tokens     {record['tokens']}",
     ]
     for span in record["spans"]:

@@ -1,4 +1,4 @@
-"""The source "files": conversations of data files, or windows of their plain text.
+"""The sources "files", conversations of data files or windows of their plain text, and "documents", whole texts.
 
 Each epoch has an order of its own, shuffled by the seed of the run. Token lengths are kept in the cache as they become
 known.
@@ -17,13 +17,15 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from modalora.contracts import Message
+from modalora.data.documents import LongRows, Shelf, ShortRows, open_rows, passages, texts
 from modalora.data.files import Fields, Records, cached, find_files, open_records
 from modalora.data.forms import FORMS, Options, detect, read_record, read_text
 from modalora.data.order import shuffled
 from modalora.data.sources import Context, Key
+from modalora.data.text import token_stream
 from modalora.errors import ConfigError, DataError, InputError, PromptError
 from modalora.processing.processor import Row
-from modalora.processing.tokenizer import END_OF_TEXT
+from modalora.processing.tokenizer import END_OF_TEXT, PLACEHOLDERS
 
 Truncate = Literal["messages"]
 SAMPLED = 64  # records of a file, evenly spread, whose form is looked at
@@ -65,10 +67,11 @@ def open_corpus(
         raise ConfigError(f"form={form!r} must be auto or one of {', '.join(FORMS)}")
     if truncate is not None and truncate not in get_args(Truncate):
         raise ConfigError(f"truncate={truncate!r} must be 'messages', or left out")
+    more = tuple(name for name in context.processor.media if name not in PLACEHOLDERS)
     volumes: list[Volume] = []
     for file in find_files(path):
         root = Path(media_root) if media_root else file if file.is_dir() else file.parent
-        options = Options(root, dict(rename or {}), prompt, tags)
+        options = Options(root, dict(rename or {}), prompt, tags, more)
         volumes.append(_open_volume(file, context.cache, form, split, options))
     texts = [volume for volume in volumes if volume.form == "text"]
     if texts and len(texts) < len(volumes):
@@ -78,6 +81,40 @@ def open_corpus(
     if texts:
         return Passages(context, key, volumes, shuffle)
     return Corpus(context, key, volumes, shuffle, truncate)
+
+
+def open_documents(
+    context: Context,
+    key: Key,
+    rows: str,
+    path: str | Sequence[str] = (),
+    split: str = "train",
+    least: int = 3,
+    most: int = 0,
+) -> ShortRows | LongRows:
+    """Return rows of whole texts, for training on two windows at once (data/documents.py).
+
+    rows: "short", a text of at most the source's window each, or "long", texts end to end, cut into rows of exactly the
+    window. path: files whose records are texts; without it the books of a split, of which short rows take runs of whole
+    paragraphs. least, most: tokens of the texts that are taken. Raises ConfigError, DataError.
+    """
+    tokenizer, window = context.processor.tokenizer, context.window
+    mark = tokenizer.control(END_OF_TEXT)
+    if not path:
+        stream = token_stream(context.folder, split, tokenizer, context.cache)
+        upper = min(window, most) if most else window
+        shelf = passages(stream, tokenizer, mark, upper) if rows == "short" else texts(stream, mark)
+        return open_rows(shelf, rows, window, least, most, mark, key)
+    streams: list[np.ndarray] = []
+    places: list[np.ndarray] = []
+    for number, file in enumerate(find_files(path)):
+        volume = _open_volume(file, context.cache, "text", None, Options(file.parent))
+        ids, sizes = _tokenised(volume, context)
+        stops = sizes.cumsum() - 1  # a text ends with the mark
+        found = np.stack((np.full_like(stops, number), stops - sizes + 1, stops), axis=1)
+        streams.append(ids)
+        places.append(found[sizes > 1])
+    return open_rows(Shelf(streams, np.concatenate(places)), rows, window, least, most, mark, key)
 
 
 def _open_volume(file: Path, cache: Path, form: str, split: str | None, options: Options) -> Volume:

@@ -16,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context, parent_process
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -24,10 +24,10 @@ import torch
 from modalora import modality
 from modalora.config import SourceConfig
 from modalora.contracts import BLANK, IGNORED, Batch
-from modalora.data.corpus import open_corpus
+from modalora.data.corpus import Passages, open_corpus, open_documents
 from modalora.data.packing import fill
 from modalora.data.quarantine import Quarantine
-from modalora.data.sources import SOURCES, Bad, Context, Drawn, Key, Source, bad_row
+from modalora.data.sources import SOURCES, WINDOWED, Bad, Context, Drawn, Key, Source, bad_row
 from modalora.errors import ConfigError, DataError, InputError, TrainingError
 from modalora.processing.processor import Row
 from modalora.processing.tokenizer import END_OF_TEXT
@@ -36,21 +36,40 @@ Name = tuple[int, int]  # place of the source in the mixture, number of the row 
 Made = Row | Bad
 
 POOL = 64  # rows that a packed micro-batch is chosen from, at least
+MEASURED = 64  # rows of a source that tell how long its rows are
 AHEAD = 2  # steps that workers are ahead
 
 
 def make_source(context: Context, config: SourceConfig, key: Key = (0, 0)) -> Source:
     """Return the source that a recipe names. Raises ConfigError for an unknown name or option, DataError."""
+    if config.window:
+        context = replace(context, window=config.window)
     try:
         if config.source == "files":
-            return open_corpus(context, key, **config.options)
+            return _windowed(config, open_corpus(context, key, **config.options))
+        if config.source == "documents":
+            return open_documents(context, key, **config.options)
         maker = SOURCES.get(config.source) or modality.source(config.source)
         if maker is None:
-            known = ", ".join(sorted(("files", *SOURCES)))
+            known = ", ".join(sorted(("documents", "files", *SOURCES)))
             raise ConfigError(f"unknown source {config.source!r}; known are {known}, and MODALITY.SOURCE")
+        if config.window and config.source not in WINDOWED:
+            raise _no_window(config)
         return Drawn(maker(context, **config.options), key)
     except TypeError as error:
         raise ConfigError(f"source {config.source!r} does not take these options: {error}") from None
+
+
+def _windowed(config: SourceConfig, source: Source) -> Source:
+    if config.window and not isinstance(source, Passages):
+        raise _no_window(config)
+    return source
+
+
+def _no_window(config: SourceConfig) -> ConfigError:
+    return ConfigError(
+        f"window={config.window} of source {config.source!r}: its rows are as long as what is in them; leave it out"
+    )
 
 
 def source_names(sources: Sequence[SourceConfig]) -> list[str]:
@@ -102,6 +121,16 @@ def open_reader(context: Context, sources: Sequence[SourceConfig], seed: int, mo
     return Reader(opened, source_names(sources), [source.route for source in sources], most)
 
 
+def _mean_tokens(reader: Reader, place: int) -> float:
+    """Return the mean tokens of the first rows of a source. Raises DataError when none of them is good."""
+    rows = reader.sources[place].rows
+    seen = [reader.look((place, number)) for number in range(min(MEASURED, rows or MEASURED))]
+    sizes = [len(one.ids) if isinstance(one, Row) else one for one in seen if not isinstance(one, Bad)]
+    if not sizes:
+        raise DataError(f"none of the first {len(seen)} rows of {reader.names[place]!r} can be used; see `data check`")
+    return float(np.mean(sizes))
+
+
 @dataclass
 class Position:
     """Where a plan stands, behind a step."""
@@ -135,6 +164,7 @@ class Mixture:
         accumulate: int = 1,
         seed: int = 0,
         steps: int = 1,
+        weigh: Literal["rows", "tokens"] = "rows",
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
@@ -142,6 +172,7 @@ class Mixture:
     ) -> None:
         """rows: of a micro-batch, or tokens: the budget that its rows fill. accumulate: micro-batches of a step, over
         all `world` processes, of which this is number `rank`. steps: of the run, for weights that change on the way.
+        weigh: what the weights of sources are shares of; for tokens the first rows of each source are measured.
         workers: processes that prepare rows ahead; 0: none, rows are made when they are asked for.
         Raises ConfigError, DataError.
         """
@@ -162,6 +193,9 @@ class Mixture:
         for share in {start for one in sources if isinstance(one.weight, dict) for start in one.weight}:
             if not any(one.weight_at(share) for one in sources):
                 raise ConfigError(f"from {share:.0%} of the run on no source has a weight; give one a weight above 0")
+        self._sizes = [1.0] * len(self.configs)  # what a row of each source counts for
+        if weigh == "tokens":
+            self._sizes = [_mean_tokens(self.reader, place) for place in range(len(self.configs))]
         self._position = Position(numbers=[0] * len(self.configs))
         self._taken = deepcopy(self._position)
         self._lengths: dict[Name, int] = {}
@@ -311,7 +345,10 @@ class Mixture:
     def _draw_name(self) -> Name | None:
         at, share = self._position, min(1.0, self._position.step / self.steps)
         weights = np.array(
-            [0.0 if self._has_ended(place) else config.weight_at(share) for place, config in enumerate(self.configs)]
+            [
+                0.0 if self._has_ended(place) else config.weight_at(share) / self._sizes[place]
+                for place, config in enumerate(self.configs)
+            ]
         )
         if not weights.any():
             if all(self._has_ended(place) for place in range(len(weights))):

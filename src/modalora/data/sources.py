@@ -81,6 +81,9 @@ class Source(Protocol):
         ...
 
 
+WINDOWED = ("books", "documents", "retrieval")  # sources that make rows of a window's length, besides texts of files
+
+
 @dataclass(frozen=True)
 class Bad:
     """A row that cannot be used, why, and what would mend it."""

@@ -24,18 +24,19 @@ def books(folder: Path, split: str) -> Iterator[str]:
 
 
 def token_stream(folder: Path, split: str, tokenizer: TextTokenizer, cache: Path) -> np.ndarray:
-    """Return all books of a split as one uint16 row of ids, each book ended by <|endoftext|>; kept in cache."""
+    """Return all books of a split as one row of ids, each book ended by <|endoftext|>; kept in cache."""
     key = hashlib.sha256(tokenizer.definition.encode()).hexdigest()[:12]
     path = cache / f"books-{split}-{key}.npy"
     if not path.exists():
         end = tokenizer.control(END_OF_TEXT)
+        kind = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
         parts: list[np.ndarray] = []
         for text in books(folder, split):
             paragraphs = text.split("\n\n")
             whole = [paragraph + "\n\n" for paragraph in paragraphs[:-1]] + paragraphs[-1:]
             for ids in tokenizer.encode_many(whole):
-                parts.append(np.array(ids, dtype=np.uint16))
-            parts.append(np.array([end], dtype=np.uint16))
+                parts.append(np.array(ids, dtype=kind))
+            parts.append(np.array([end], dtype=kind))
         cache.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(f".{os.getpid()}.draft.npy")
         np.save(draft, np.concatenate(parts))

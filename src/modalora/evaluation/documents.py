@@ -129,7 +129,7 @@ class Digits:
 
 
 class Words:
-    """ " amber: seven;" and "? amber: seven", for a model that was trained on `data.retrieval.facts_row`."""
+    """ ": amber seven" and "? amber seven", for a model that was trained on `data.retrieval.facts_row`."""
 
     between_sentences = False
 
@@ -144,7 +144,7 @@ class Words:
     def facts(self, rng: _Rng, part: Part, count: int, text: Sequence[int]) -> list[Fact]:
         """Return facts of different keys; values come again only where there are fewer of them than facts."""
         words = self.phrases
-        taken = {one for one, other in zip(text, text[1:], strict=False) if other == words.colon}
+        taken = {other for one, other in zip(text, text[1:], strict=False) if one == words.states}
         keys = [key for key in rng.permutation(words.keys).tolist() if key not in taken][:count]
         _check_enough(count, len(keys))
         values = rng.choice(words.values, size=count, replace=count > len(words.values)).tolist()

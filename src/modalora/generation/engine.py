@@ -1,12 +1,12 @@
 """The generation loop: read the prompts once, then one token per row and step, until every row has stopped.
 
-Rows that stop leave the batch. A row that outgrows the original window of a LongRoPE model is read again from its
-start, since its cached keys were turned by the other table.
+Rows that stop leave the batch. Cached keys were turned by the rotary table of their time: a row whose table changes as
+it grows is read again from its start, unless its table was chosen for the planned length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from modalora.contracts import Batch, Route
 from modalora.errors import ConfigError
 from modalora.generation.sampling import Sampling, sample
+from modalora.generation.windows import Switch
 from modalora.nn.cache import KVCache
 
 
@@ -26,16 +27,19 @@ class Reader(Protocol):
         """Return an empty cache for this many rows."""
         ...
 
-    def read(self, batch: Batch, cache: KVCache) -> Tensor:
-        """Read whole prompts into an empty cache; return logits of each row's last token, (batch, vocab)."""
+    def read(self, batch: Batch, cache: KVCache, reach: Sequence[int] | None = None) -> Tensor:
+        """Read whole prompts into an empty cache; return logits of each row's last token, (batch, vocab).
+
+        reach: the length of each row that decides its rotary table; None: the row's own.
+        """
         ...
 
-    def read_next(self, ids: Tensor, route: Route, cache: KVCache) -> Tensor:
+    def read_next(self, ids: Tensor, route: Route, cache: KVCache, reach: Sequence[int] | None = None) -> Tensor:
         """Read one more token per row, ids (batch,); return logits, (batch, vocab)."""
         ...
 
-    def is_long(self, length: int) -> bool:
-        """Whether a row of this length uses the rotary table for long windows."""
+    def table_number(self, length: int) -> int:
+        """Which of the model's rotary tables a row of this length uses."""
         ...
 
 
@@ -58,10 +62,12 @@ def generate(
     max_tokens: int,
     stop_ids: Collection[int],
     stops: Callable[[int, list[int]], bool] = lambda row, ids: False,
+    switch: Switch = "crossing",
 ) -> Iterator[Token]:
     """Yield the tokens of every row, step by step, each row ending with a token that has a finish.
 
     max_tokens: most tokens per row. stops: asked after each token with the row and its new ids; true ends the row.
+    switch: when a row's rotary table changes.
     """
     if max_tokens < 1:
         raise ConfigError(f"max_tokens={max_tokens} must be at least 1")
@@ -69,8 +75,9 @@ def generate(
     new: list[list[int]] = [[] for _ in rows]
     prompts = [batch.input_ids[row, : int(batch.lengths[row])].tolist() for row in rows]
     generators = [torch.Generator().manual_seed(sampling.seed) for _ in rows]
+    reach = [len(prompt) + max_tokens for prompt in prompts] if switch == "planned" else None
     cache = model.new_cache(len(rows))
-    logits = model.read(batch, cache)
+    logits = model.read(batch, cache, reach)
     while True:
         chosen = sample(logits, [prompts[row] + new[row] for row in rows], sampling, [generators[row] for row in rows])
         going: list[int] = []
@@ -89,12 +96,17 @@ def generate(
         if len(going) < len(rows):
             cache.select(going)
             rows = [rows[place] for place in going]
-        lengths = [len(prompts[row]) + len(new[row]) for row in rows]
-        if any(model.is_long(length) and not model.is_long(length - 1) for length in lengths):
+        if reach is not None:
+            logits = model.read_next(chosen[going], batch.route.select(rows), cache, [reach[row] for row in rows])
+        elif any(_outgrows(model, len(prompts[row]) + len(new[row])) for row in rows):
             cache = model.new_cache(len(rows))
             logits = model.read(_extended(batch.select(rows), [prompts[row] + new[row] for row in rows]), cache)
         else:
             logits = model.read_next(chosen[going], batch.route.select(rows), cache)
+
+
+def _outgrows(model: Reader, length: int) -> bool:
+    return model.table_number(length) != model.table_number(length - 1)
 
 
 def _extended(batch: Batch, rows: list[list[int]]) -> Batch:

@@ -23,7 +23,8 @@ from modalora.nn.loss import cross_entropy
 from modalora.nn.mask import BlockSparse, Mask
 from modalora.nn.mlp import swiglu
 from modalora.nn.norm import RMSNorm
-from modalora.nn.rope import LongRope, Plain, rotate, rotation, turned
+from modalora.nn.rope import Plain, Rope
+from modalora.nn.rotate import rotate, rotation, turned
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +54,7 @@ class DecoderConfig:
     num_attention_heads: int
     num_key_value_heads: int
     rms_norm_eps: float = 1e-5
-    rope: Plain | LongRope = field(default_factory=Plain)
+    rope: Rope = field(default_factory=Plain)
     tie_word_embeddings: bool = True
     sliding_window: int | None = None  # keys that a query sees, itself counted; None: all
     phi3_small: Phi3Small | None = None

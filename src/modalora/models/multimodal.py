@@ -23,7 +23,8 @@ from modalora.nn.cache import KVCache
 from modalora.nn.lora import LoraConfig
 from modalora.nn.loss import EVEN
 from modalora.nn.mlp import Projector
-from modalora.nn.rope import is_long
+from modalora.nn.rope import DynamicNtk, Rope, is_long, table_number
+from modalora.nn.rotate import tables
 
 
 class EncoderConfig(Protocol):
@@ -97,6 +98,11 @@ class Multimodal(nn.Module):
         self.projectors[modality] = nn.ModuleDict(
             {branch: Projector(sizes.hidden_size, self.config.decoder.hidden_size) for branch in branches}
         )
+
+    def set_rope(self, rope: Rope) -> None:
+        """Replace the rotary positions, window included; no weight changes. Raises ShapeError for other heads'."""
+        self.config = replace(self.config, decoder=replace(self.config.decoder, rope=rope))
+        self.decoder.config = self.config.decoder
 
     def add_modality(self, name: str, sizes: EncoderConfig) -> None:
         """Add a modality with fresh networks; the decoder keeps every bit. Raises ConfigError when there is one."""
@@ -187,11 +193,24 @@ class Multimodal(nn.Module):
 
         rotations: a rotary table for each row in place of the config's.
         """
-        lengths = batch.lengths.tolist()
-        long = torch.tensor(is_long(self.config.decoder.rope, lengths), device=batch.input_ids.device)
-        step = Step(lengths=batch.lengths, route=batch.route, long=long, cache=cache, rotations=rotations)
+        step = self._step(batch.lengths, batch.route, batch.lengths.tolist(), cache, rotations)
         states: Tensor = self.decoder(self.embed(batch), step)
         return states
+
+    def _step(
+        self,
+        lengths: Tensor,
+        route: Route,
+        reach: Sequence[int],
+        cache: Cache | None = None,
+        rotations: Rotations | None = None,
+    ) -> Step:
+        """Return the step of rows turned by the tables of these lengths, unless they bring their own."""
+        rope = self.config.decoder.rope
+        if rotations is None and isinstance(rope, DynamicNtk):
+            rotations = tables(rope, self.config.decoder.head_dim, reach, lengths.device)
+        long = torch.tensor(is_long(rope, reach), device=lengths.device)
+        return Step(lengths=lengths, route=route, long=long, cache=cache, rotations=rotations)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits, (batch, time, vocab)."""
@@ -201,22 +220,29 @@ class Multimodal(nn.Module):
         """Return an empty cache for this many rows."""
         return KVCache(self.config.decoder.num_hidden_layers, batch, self.decoder.embed_tokens.weight.device)
 
-    def read(self, batch: Batch, cache: Cache) -> Tensor:
-        """Read whole prompts into an empty cache; return logits of each row's last token, (batch, vocab)."""
-        states = self.hidden(batch, cache)
+    def read(self, batch: Batch, cache: Cache, reach: Sequence[int] | None = None) -> Tensor:
+        """Read whole prompts into an empty cache; return logits of each row's last token, (batch, vocab).
+
+        reach: the length of each row that decides its rotary table; None: the row's own.
+        """
+        step = self._step(batch.lengths, batch.route, reach or batch.lengths.tolist(), cache)
+        states: Tensor = self.decoder(self.embed(batch), step)
         rows = torch.arange(len(states), device=states.device)
         return self.decoder.head(states[rows, batch.lengths - 1])
 
-    def read_next(self, ids: Tensor, route: Route, cache: Cache) -> Tensor:
-        """Read one more token per row, ids (batch,); return logits, (batch, vocab)."""
-        lengths = [length + 1 for length in cache.lengths.tolist()]
-        long = torch.tensor(is_long(self.config.decoder.rope, lengths), device=ids.device)
-        step = Step(lengths=torch.ones_like(ids), route=route, long=long, cache=cache)
+    def read_next(self, ids: Tensor, route: Route, cache: Cache, reach: Sequence[int] | None = None) -> Tensor:
+        """Read one more token per row, ids (batch,); return logits, (batch, vocab). reach: as for `read`."""
+        lengths = reach or [length + 1 for length in cache.lengths.tolist()]
+        step = self._step(torch.ones_like(ids), route, lengths, cache)
         return self.decoder.head(self.decoder(self.decoder.embed(ids[:, None]), step)[:, 0])
 
     def is_long(self, length: int) -> bool:
         """Tell whether a row of this length uses the rotary table for long windows."""
         return is_long(self.config.decoder.rope, [length])[0]
+
+    def table_number(self, length: int) -> int:
+        """Return which of the model's rotary tables a row of this length uses."""
+        return table_number(self.config.decoder.rope, length)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the next-token losses of the labelled tokens and the row that each belongs to, both (labelled,).
@@ -261,11 +287,7 @@ class Multimodal(nn.Module):
         if batch.media:
             features, rows, columns = self._features(batch)
             hidden = hidden.index_put((torch.zeros_like(rows), starts[rows] + columns), features.to(hidden.dtype))
-        step = Step(
-            lengths=torch.tensor(spans, device=device),
-            route=Route(tuple(adapters), tuple(spans)),
-            long=torch.tensor(is_long(self.config.decoder.rope, spans), device=device),
-        )
+        step = self._step(torch.tensor(spans, device=device), Route(tuple(adapters), tuple(spans)), spans)
         return self.decoder(hidden, step)[0], starts
 
 

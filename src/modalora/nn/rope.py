@@ -1,47 +1,44 @@
-"""Rotary positions, plain or rescaled for long windows (RoFormer, arXiv:2104.09864; LongRoPE, arXiv:2402.13753).
+"""The rotary tables: plain, or rescaled for windows longer than the one that a model was trained on.
 
-Angles are radians, windows are tokens, x is (batch, time, heads, head_dim).
-A scaling method is a small frozen dataclass; every one gives `frequencies(head_dim, long)` and `attention_factor`.
+A method is a small frozen dataclass with a tag `kind`. Each gives `frequencies(head_dim, long)`, radians per token of
+each rotated pair, fastest first, `attention_factor(long)`, what cos and sin are multiplied by, and `to_hf(form)`. At a
+factor of 1 each is `Plain` to the last bit. Windows are tokens; factors divide frequencies. Paper symbols in brackets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import log, sqrt
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Discriminator, Tag
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from modalora.config import parse
 from modalora.errors import ConfigError, ShapeError
+from modalora.nn.scaling import (
+    Base,
+    DynamicNtk,
+    Form,
+    Linear,
+    Llama3,
+    Ntk,
+    NtkByParts,
+    Plain,
+    ScalingLawNtk,
+    Yarn,
+    check,
+    hf_form,
+    yarn_temperature,
+)
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plain:
-    """Unscaled rotary positions. Paper symbols in brackets."""
-
-    theta: float = 10_000.0  # base of the frequencies [θ]
-    rotated: float = 1.0  # share of each head that turns, (0, 1]
-    window: int = 4096  # tokens that the model may read
-
-    def __post_init__(self) -> None:
-        _check_base(self.theta, self.rotated, self.window)
-
-    def attention_factor(self, *, long: bool = False) -> float:
-        """What cos and sin are multiplied by."""
-        return 1.0
-
-    @property
-    def switch(self) -> int | None:
-        """Length in tokens beyond which the long table applies; None: there is one table."""
-        return None
-
-    def frequencies(self, head_dim: int, *, long: bool = False) -> Tensor:
-        """Return radians per token of each rotated pair, fastest first, (pairs,) float32."""
-        return 1.0 / _periods(self.theta, self.rotated, head_dim)
-
+__all__ = [
+    "METHODS", "DynamicNtk", "Form", "Linear", "Llama3", "LongRope", "Ntk", "NtkByParts", "Plain", "Regime", "Rope",
+    "ScalingLawNtk", "Yarn", "as_longrope", "from_hf", "is_long", "read_rope", "su_temperature", "table_number",
+    "yarn_temperature",
+]  # fmt: skip
 
 # When the long table applies. reference: to rows longer than the original window, as transformers' Phi3 has it; long,
 # short: always or never, as engines do that fix the table when they start.
@@ -49,23 +46,23 @@ Regime = Literal["reference", "long", "short"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LongRope:
+class LongRope(Base):
     """One divisor per rotated pair, in two sets: up to the original window, and beyond it.
 
     Source: arXiv:2402.13753 and 2502.20082; served as in the Phi-4-Mini config ("longrope").
     """
 
-    short_factor: tuple[float, ...]
+    short_factor: tuple[float, ...]  # [λ]
     long_factor: tuple[float, ...]
-    theta: float = 10_000.0
-    rotated: float = 1.0
     window: int = 131_072
-    original_window: int = 4096
+    original_window: int = 4096  # [L]
     mscale: tuple[float, float] | None = None  # attention factors, short and long, where a model has its own
+    temperature: Literal["su", "yarn"] = "su"  # of both tables, where it has none
     regime: Regime = "reference"
+    kind: Literal["longrope"] = field(default="longrope", repr=False)
 
     def __post_init__(self) -> None:
-        _check_base(self.theta, self.rotated, self.window)
+        check(self, original_window=self.original_window)
         if len(self.short_factor) != len(self.long_factor):
             raise ConfigError(
                 f"short_factor has {len(self.short_factor)} entries and long_factor {len(self.long_factor)}; "
@@ -73,15 +70,23 @@ class LongRope:
             )
         if min((*self.short_factor, *self.long_factor), default=0) <= 0:
             raise ConfigError("short_factor and long_factor must be given and positive; 1.0 leaves a pair unscaled")
-        if not 1 < self.original_window <= self.window:
-            raise ConfigError(f"original_window={self.original_window} must lie in (1, window={self.window}]")
+        if self.mscale is not None and min(self.mscale) <= 0:
+            raise ConfigError(f"mscale={self.mscale} must be two positive numbers, for short and long rows")
+        if self.mscale is not None and self.temperature != "su":
+            raise ConfigError("mscale and temperature both set the attention factors; leave one out")
+
+    @property
+    def stretch(self) -> float:
+        """How many times the original window the window is [s]."""
+        return self.window / self.original_window
 
     def attention_factor(self, *, long: bool = False) -> float:
-        """sqrt(1 + ln(s) / ln(original window)), s = window / original window, for the short table as well."""
+        """sqrt(1 + ln s / ln L), or 0.1 ln s + 1, for the short table as well; or the model's own two."""
         if self.mscale is not None:
             return self.mscale[long]
-        stretch = self.window / self.original_window
-        return sqrt(1 + log(stretch) / log(self.original_window))
+        if self.temperature == "yarn":
+            return yarn_temperature(self.stretch)
+        return su_temperature(self.stretch, self.original_window)
 
     @property
     def switch(self) -> int | None:
@@ -93,71 +98,71 @@ class LongRope:
 
         Raises ShapeError when the factor lists do not have one entry per rotated pair.
         """
-        base = _periods(self.theta, self.rotated, head_dim)
+        base = self.periods(head_dim)
         factors = self.long_factor if long else self.short_factor
         if len(factors) != len(base):
             raise ShapeError(
                 f"{len(factors)} rope factors for {len(base)} rotated pairs (head_dim={head_dim}, rotated="
                 f"{self.rotated}); give one factor per pair"
             )
-        return 1.0 / (torch.tensor(factors, dtype=torch.float32) * base)
+        return 1.0 / (torch.tensor(factors, dtype=torch.float32) * base)  # in this order: the published bits
+
+    def to_hf(self, form: Form = "rope_parameters") -> dict[str, Any]:
+        """Return the rotary keys of a transformers config.json.
+
+        Raises ConfigError for what transformers cannot be told: two attention factors, and a regime.
+        """
+        if self.regime != "reference":
+            raise ConfigError(f"regime={self.regime!r} is a setting of this run; published configs have none")
+        short, long = self.attention_factor(), self.attention_factor(long=True)
+        if short != long:
+            raise ConfigError(
+                f"mscale={self.mscale}: transformers multiplies short and long rows by one attention factor; train "
+                "with two equal ones, or stay with the layout 'modalora'"
+            )
+        one = {} if self.mscale is None and self.temperature == "su" else {"attention_factor": short}
+        lists = {"short_factor": list(self.short_factor), "long_factor": list(self.long_factor)}
+        original = {"original_max_position_embeddings": self.original_window}
+        inner = {**lists, **one, **(original if form == "rope_parameters" else {})}
+        return {**hf_form(self, form, "longrope", **inner), **original}
 
 
-Rope = Plain | LongRope
+def _named(value: Any) -> str | None:
+    """Return the class that a mapping or an object is of. Configs had no `kind` when there were two methods."""
+    if not isinstance(value, Mapping):
+        return type(value).__name__
+    kind = value.get("kind", "longrope" if {"short_factor", "long_factor"} & set(value) else "plain")
+    return METHODS[kind].__name__ if isinstance(kind, str) and kind in METHODS else None
 
 
-def rotation(rope: Rope, head_dim: int, positions: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cos and sin, each (batch, time, pairs) float32.
-
-    positions: (batch, time). long: bool that says which use the long table, (batch, 1) or (batch, time).
-    """
-    table, factor = rope.frequencies(head_dim).to(positions.device), torch.tensor(rope.attention_factor())
-    if rope.switch is not None and bool(long.any()):
-        rows = long[..., None]
-        table = torch.where(rows, rope.frequencies(head_dim, long=True).to(positions.device), table)
-        factor = torch.where(rows, rope.attention_factor(long=True), rope.attention_factor())
-    return turned(positions, table, factor)
-
-
-def turned(positions: Tensor, frequencies: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cos and sin, each (batch, time, pairs) float32, times scale.
-
-    positions: (batch, time). frequencies: radians per token, (pairs,) or (batch, 1 or time, pairs). scale: one number,
-    or (batch, 1 or time, 1).
-    """
-    angles = positions[..., None].float() * frequencies
-    return angles.cos() * scale.to(angles), angles.sin() * scale.to(angles)
+METHODS = {
+    "plain": Plain, "linear": Linear, "ntk": Ntk, "dynamic_ntk": DynamicNtk, "scaling_law_ntk": ScalingLawNtk,
+    "ntk_by_parts": NtkByParts, "yarn": Yarn, "llama3": Llama3, "longrope": LongRope,
+}  # fmt: skip
+Rope = Annotated[
+    Annotated[Plain, Tag("Plain")]
+    | Annotated[Linear, Tag("Linear")]
+    | Annotated[Ntk, Tag("Ntk")]
+    | Annotated[DynamicNtk, Tag("DynamicNtk")]
+    | Annotated[ScalingLawNtk, Tag("ScalingLawNtk")]
+    | Annotated[NtkByParts, Tag("NtkByParts")]
+    | Annotated[Yarn, Tag("Yarn")]
+    | Annotated[Llama3, Tag("Llama3")]
+    | Annotated[LongRope, Tag("LongRope")],
+    Discriminator(
+        _named, custom_error_type="rope", custom_error_message=f"a rope needs a kind: one of {', '.join(METHODS)}"
+    ),
+]
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first 2 * pairs channels of each head; channel i pairs with channel i + pairs, the rest passes through.
-
-    x: (batch, time, heads, head_dim); cos, sin: (batch, time, pairs).
-    """
-    turned: Tensor = _Rotate.apply(x, cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype))  # type: ignore[no-untyped-call]
-    return turned
+@dataclass(frozen=True)
+class _Holder:
+    rope: Rope
 
 
-class _Rotate(torch.autograd.Function):
-    """The gradient of a rotation is the rotation back: nothing is kept but the angles."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *given: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turn(given[0], cos, -sin), None, None
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    pairs = cos.shape[-1]
-    first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return torch.cat((*turned, rest) if rest.shape[-1] else turned, dim=-1)
+def read_rope(fields: Mapping[str, Any], where: str) -> Rope:
+    """Return the method that a mapping of settings names by its `kind`. Raises ConfigError naming key and rule."""
+    return parse(_Holder, {"rope": fields}, where).rope
 
 
 def is_long(rope: Rope, lengths: Sequence[int]) -> list[bool]:
@@ -165,18 +170,100 @@ def is_long(rope: Rope, lengths: Sequence[int]) -> list[bool]:
     return [rope.switch is not None and length > rope.switch for length in lengths]
 
 
-def _periods(theta: float, rotated: float, head_dim: int) -> Tensor:
-    """Tokens per radian of each pair: factors are multiplied before the one division, as published, to the last bit."""
-    turning = head_dim * rotated
-    if turning % 2:
-        raise ShapeError(f"head_dim={head_dim} x rotated={rotated} is {turning}; it must be an even whole number")
-    return theta ** (torch.arange(0, int(turning), 2, dtype=torch.float32) / int(turning))
+def su_temperature(stretch: float, original_window: int) -> float:
+    """Return sqrt(1 + ln s / ln L), the attention factor of the Phi models: its square is ln L' / ln L."""
+    return sqrt(1 + log(stretch) / log(original_window)) if stretch > 1 else 1.0
 
 
-def _check_base(theta: float, rotated: float, window: int) -> None:
-    if theta <= 1:
-        raise ConfigError(f"theta={theta} must be above 1; Phi-4-Mini uses 10000")
-    if not 0 < rotated <= 1:
-        raise ConfigError(f"rotated={rotated} must lie in (0, 1]; Phi-4-Mini uses 0.75")
-    if window < 1:
-        raise ConfigError(f"window={window} must be at least 1 token; Phi-4-Mini uses 131072")
+def table_number(rope: Rope, length: int) -> int:
+    """Return which of its tables a method turns a row of this length by; a row whose number changes is read again."""
+    if isinstance(rope, DynamicNtk):
+        return max(0, length - rope.original_window)
+    return int(is_long(rope, [length])[0])
+
+
+def as_longrope(rope: Rope, head_dim: int) -> LongRope:
+    """Return a method with one table in the form of divisors, which every layout of a Phi model holds.
+
+    The frequencies are the same but for one rounding of float32. Raises ConfigError for a table of every length.
+    """
+    if isinstance(rope, LongRope):
+        return rope
+    if isinstance(rope, DynamicNtk):
+        raise ConfigError("dynamic_ntk has a table for every length; choose one first: rope.at(length)")
+    divisors = tuple((Plain(theta=rope.theta, rotated=rope.rotated).frequencies(head_dim)
+                      / rope.frequencies(head_dim)).tolist())  # fmt: skip
+    factor = rope.attention_factor()
+    return LongRope(
+        short_factor=divisors, long_factor=divisors, theta=rope.theta, rotated=rope.rotated, window=rope.window,
+        original_window=rope.window, mscale=None if factor == 1 else (factor, factor),
+    )  # fmt: skip
+
+
+_TYPES: dict[str, Any] = {  # rope_type of transformers
+    "default": Plain, "linear": Linear, "dynamic": DynamicNtk, "yarn": Yarn, "llama3": Llama3, "longrope": LongRope,
+}  # fmt: skip
+_YARN = {"attention_factor": "attention"}  # its keys that are called otherwise here
+
+
+def from_hf(fields: Mapping[str, Any], where: str = "config.json") -> Rope:
+    """Return the method that the rotary keys of a transformers config.json tell, in either form.
+
+    Other keys are not looked at. Raises ConfigError for a type or a key within the rotary object that is unknown, and
+    for values that contradict each other.
+    """
+    forms = [fields[form] for form in ("rope_parameters", "rope_scaling") if fields.get(form)]
+    place = f"{where}: rope parameters"
+    if not all(isinstance(form, Mapping) for form in forms) or len(forms) == 2 and forms[0] != forms[1]:
+        raise ConfigError(f"{place}: rope_parameters and rope_scaling must be objects, and one of them is enough")
+    inner = {key: value for key, value in (forms[0] if forms else {}).items() if value is not None}
+
+    def taken(key: str, default: Any) -> Any:
+        found = {str(value): value for value in (inner.pop(key, None), fields.get(key)) if value is not None}
+        if len(found) > 1:
+            raise ConfigError(f"{place}: {key} is {' and '.join(found)}, within and beside; which of them holds?")
+        return next(iter(found.values()), default)
+
+    window = _whole(fields.get("max_position_embeddings", 4096), "max_position_embeddings", place)
+    base = {"theta": taken("rope_theta", 10_000.0), "rotated": taken("partial_rotary_factor", 1.0), "window": window}
+    original = _whole(taken("original_max_position_embeddings", window), "original_max_position_embeddings", place)
+    kind = inner.pop("rope_type", inner.get("type", "default"))
+    inner.pop("type", None)
+    if kind == "su" or (kind == "yarn" and "short_factor" in inner):
+        kind = "longrope"  # older names, which transformers reads alike
+    if not isinstance(kind, str) or kind not in _TYPES:
+        raise ConfigError(f"{place}: rope_type={kind!r:.60} must be one of {', '.join(_TYPES)}")
+    if kind in ("yarn", "llama3", "longrope"):
+        base["original_window"] = original
+    if kind == "dynamic":
+        base["original_window"] = window
+    if kind == "yarn":
+        inner = {"factor": window / original} | {_YARN.get(key, key): value for key, value in inner.items()}
+    if kind == "longrope":
+        base["mscale"] = _mscale(inner, window, original, place)
+    found: Rope = parse(_TYPES[kind], {**base, **inner}, place)
+    return replace(found, window=int(found.factor * window)) if isinstance(found, DynamicNtk) else found
+
+
+def _whole(value: Any, key: str, place: str) -> int:
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"{place}: {key}={value!r:.40} must be a whole number of tokens, at least 1")
+    return value
+
+
+def _mscale(inner: dict[str, Any], window: int, original: int, place: str) -> tuple[Any, Any] | None:
+    """Take the attention factors out of a longrope object, or a stretch of its own; None: as the windows give."""
+    one, short, long, stretch = (
+        inner.pop(key, None) for key in ("attention_factor", "short_mscale", "long_mscale", "factor")
+    )
+    if one is not None:
+        return one, one
+    if short is not None and long is not None:
+        return short, long
+    if short is not None or long is not None:
+        raise ConfigError(f"{place}: short_mscale and long_mscale belong together; give both, or none")
+    if stretch is None or stretch == window / original:
+        return None
+    if not isinstance(stretch, int | float):
+        raise ConfigError(f"{place}: factor={stretch!r:.40} must be a number, the window as a multiple of the original")
+    return (su_temperature(stretch, original),) * 2

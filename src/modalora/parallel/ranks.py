@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -92,6 +93,11 @@ def has_joined() -> bool:
     return dist.is_initialized()
 
 
+def place() -> tuple[int, int]:
+    """Return the number of this process and how many there are in its process group; without one, 0 of 1."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def leave() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
@@ -101,17 +107,22 @@ def leave() -> None:
 def totals(values: Mapping[str, float]) -> dict[str, float]:
     """Return the sum over the ranks by key; a rank need not have every key.
 
-    Every rank adds up in the same order, so all get the same bits. Figures travel as JSON: no pickle is opened.
+    Every rank adds up in the same order, so all get the same bits.
     """
-    own = torch.frombuffer(bytearray(json.dumps(dict(values)).encode()), dtype=torch.uint8)
+    found: dict[str, float] = defaultdict(float)
+    for told in gathered(dict(values)):
+        for key, value in told.items():
+            found[key] += value
+    return dict(found)
+
+
+def gathered(value: Any) -> list[Any]:
+    """Return what every rank gives, in the order of ranks. Values travel as JSON: no pickle is opened."""
+    own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     world = dist.get_world_size()
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world)]
     dist.all_gather(sizes, torch.tensor([len(own)]))
     longest = max(int(size) for size in sizes)
     texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(world)]
     dist.all_gather(texts, torch.nn.functional.pad(own, (0, longest - len(own))))
-    found: dict[str, float] = defaultdict(float)
-    for text, size in zip(texts, sizes, strict=True):
-        for key, value in json.loads(bytes(text[: int(size)].tolist())).items():
-            found[key] += value
-    return dict(found)
+    return [json.loads(bytes(text[: int(size)].tolist())) for text, size in zip(texts, sizes, strict=True)]

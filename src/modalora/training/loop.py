@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modalora.checkpoint.files import write_json
 from modalora.checkpoint.preserve import differences, preservation
 from modalora.checkpoint.resume import locked
 from modalora.config import RunConfig, dump
 from modalora.contracts import BLANK, Batch, Batches
 from modalora.errors import ShapeError, TrainingError
 from modalora.models.multimodal import Multimodal
+from modalora.nn.rope import is_long
 from modalora.parallel.engine import Engine, Single
 from modalora.training.audit import Audit, check_settings, check_trained, parts_reached, trained_part
 from modalora.training.flops import StepFlops
@@ -77,12 +79,16 @@ def train(
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What the micro-batches of a step came to, over all ranks. by_route: sum and number of its losses."""
+    """What the micro-batches of a step came to, over all ranks.
+
+    by_route: sum and number of its losses. by_table: the same, and the tokens, of the rows that use a rotary table.
+    """
 
     loss: float
     labels: float
     tokens: float
     by_route: dict[str, tuple[float, float]]
+    by_table: dict[str, tuple[float, float, float]]
     reached: set[str]
     bad_rows: tuple[str, ...]
     asked: int
@@ -139,6 +145,8 @@ class _Loop:
         self.track = open_trackers(run, stack) if engine.rank == 0 else []
         if engine.rank == 0:
             (folder / "run.yaml").write_text(dump(run), encoding="utf-8")
+            if tables := rope_tables(model):
+                write_json(folder / "rope.json", tables)
 
     def run_all(self) -> None:
         run, progress = self.run, self.progress
@@ -164,7 +172,12 @@ class _Loop:
                 progress.step += 1
                 if self.ledger:
                     told = [name for batch in micro for name in batch.samples]
-                    self.ledger.write({"step": progress.step, "samples": told} | ({"skipped": True} if fault else {}))
+                    tables = [table for batch in micro for table in row_tables(self.model, batch)]
+                    self.ledger.write(
+                        {"step": progress.step, "samples": told}
+                        | ({"tables": tables} if tables else {})
+                        | ({"skipped": True} if fault else {})
+                    )
                 now = time.perf_counter()
                 progress.note({"seconds": now - since})
                 since = now
@@ -241,6 +254,10 @@ class _Loop:
                 raise ShapeError(f"step {self.progress.step + 1}, one of the rows {rows:.300}: {error}") from None
             found["tokens"] += int(batch.lengths.sum())
             sums, counts = _by_row(batch, losses)
+            for row, table in enumerate(row_tables(self.model, batch)):
+                found[f"table sum {table}"] += sums[row]
+                found[f"table count {table}"] += counts[row]
+                found[f"table tokens {table}"] += int(batch.lengths[row])
             for row, adapter in enumerate(batch.route.adapters):
                 if counts[row]:
                     found[f"sum {adapter or 'text'}"] += sums[row]
@@ -259,6 +276,11 @@ class _Loop:
             labels=labels,
             tokens=found["tokens"],
             by_route=by_route,
+            by_table={
+                name: (found[f"table sum {name}"], found[f"table count {name}"], tokens)
+                for name in _under("table tokens ", found)
+                if (tokens := found[f"table tokens {name}"])
+            },
             reached=set(_under("part ", found)),
             bad_rows=tuple(_under("bad ", found)),
             asked=max((int(number) for number in _under("asked ", found)), default=0),
@@ -323,6 +345,11 @@ class _Loop:
         by_part = {f"grad_norm_{part}": float(own) for part, own in self.norms.items()}
         figures = {"loss": outcome.loss / outcome.labels, "grad_norm": float(norm)}
         figures |= routes if len(routes) > 1 else {}
+        if rope_tables(self.model):
+            figures |= {
+                f"loss_{table}_rows": total / count for table, (total, count, _) in outcome.by_table.items() if count
+            }
+            figures |= {f"tokens_{table}_rows": outcome.by_table.get(table, (0, 0, 0))[2] for table in TABLES}
         figures |= by_part if len(by_part) > 1 else {}
         progress.note({**figures, "tokens": outcome.tokens, "labels": outcome.labels})
 
@@ -370,6 +397,30 @@ class _Loop:
         moved = differences(self.preserved, preservation(whole, self.trained)) if whole else []
         if moved:
             raise TrainingError(f"what is frozen has moved while training: {'; '.join(moved[:4])}; the run is no good")
+
+
+TABLES = ("short", "long")  # rotary tables of a row, where a model has two
+
+
+def row_tables(model: Multimodal, batch: Batch) -> list[str]:
+    """Return which of two rotary tables each row of a batch uses; none where the model has one table alone."""
+    rope = model.config.decoder.rope
+    return [] if rope.switch is None else [TABLES[long] for long in is_long(rope, batch.lengths.tolist())]
+
+
+def rope_tables(model: Multimodal) -> dict[str, Any]:
+    """Return both tables of a model, as JSON: radians per token and attention factors; nothing where it has one."""
+    config = model.config.decoder
+    rope = config.rope
+    if rope.switch is None:
+        return {}
+    return {"switch": rope.switch, "window": rope.window} | {
+        table: {
+            "attention_factor": rope.attention_factor(long=long),
+            "frequencies": rope.frequencies(config.head_dim, long=long).tolist(),
+        }
+        for long, table in ((False, "short"), (True, "long"))
+    }
 
 
 def memory(device: torch.device) -> dict[str, int]:

@@ -314,12 +314,13 @@ def estimate(plan: Plan, run: RunConfig, machine: str, count: int, share: float,
     """
     shared = plan.weights + plan.gradients + plan.optimizer
     memory = plan.step + shared // count
+    one = machine_rate(machine, run.precision, share)
     if machine == "this":
-        one, assumption = measured_rate(run.precision), f"measured here, {run.precision} matrix products"
+        assumption = f"measured here, {run.precision} matrix products"
         capacity, process = _own_memory(), _resident()
     else:
         peak, capacity, _ = _machine(machine)
-        one, process = peak * share, 0
+        process = 0
         assumption = f"{share:.0%} of {count} x {peak / 1e12:.0f} TFLOP/s, an assumption"
     seconds = plan.flops / one  # every one of `count` computes rows of its own
     total = seconds * run.steps
@@ -334,6 +335,11 @@ def estimate(plan: Plan, run: RunConfig, machine: str, count: int, share: float,
         price=hourly * total / 3600,
         assumption=assumption,
     )
+
+
+def machine_rate(machine: str, precision: str, share: float) -> float:
+    """Return the FLOP/s of one machine, "this", which is measured, or a share of the peak of a name of MACHINES."""
+    return measured_rate(precision) if machine == "this" else _machine(machine)[0] * share
 
 
 def measured_rate(precision: str, size: int = 1536) -> float:

@@ -30,6 +30,7 @@ from modalora.models.sizes import SIZES
 from modalora.models.speech import SpeechEncoder
 from modalora.nn.lora import LoraConfig
 from modalora.nn.mlp import Projector
+from modalora.nn.rope import read_rope
 from modalora.parallel.engine import Engine
 from modalora.parallel.launch import engine_for
 from modalora.parallel.ranks import explained, has_joined, leave
@@ -74,7 +75,7 @@ def _carry_out(
 ) -> None:
     if engine.rank:  # one process speaks
         report, say = lambda metrics: None, lambda line: None
-    model, tokenizer, chat = _start(run)
+    model, tokenizer, chat = open_start(run)
     context = _context(run, model.config, tokenizer, chat)
     _widen(model, run.train)
     if "audio.encoder" in run.train:
@@ -96,7 +97,7 @@ def _carry_out(
         batches.close()
     notes = {"trained": run.model_dump(mode="json"), "last": metrics}
     if run.base_bits is not None:  # what was trained belongs to the plain weights
-        restore(model.cpu(), _start(run)[0])
+        restore(model.cpu(), open_start(run)[0])
     if whole := engine.whole():
         plot_metrics(target.parent / "metrics.jsonl", target.parent / "loss.png")
         _write(run, whole, tokenizer, chat, target, notes, say)
@@ -117,8 +118,8 @@ def open_context(run: RunConfig) -> Context:
 
 
 def grown(config: ModelConfig, run: RunConfig) -> ModelConfig:
-    """Return the sizes that a model has once a run added its modalities and adapters."""
-    if not run.modalities and not run.adapters:
+    """Return the sizes that a model has once a run set its rope and added its modalities and adapters."""
+    if not run.modalities and not run.adapters and run.rope is None:
         return config
     with torch.device("meta"):
         model = Multimodal(config)
@@ -135,7 +136,9 @@ def _context(run: RunConfig, config: ModelConfig, tokenizer: TextTokenizer, chat
 
 
 def _grow(model: Multimodal, run: RunConfig) -> None:
-    """Add the modalities and adapters that a run adds."""
+    """Set the rope, and add the modalities and adapters that a run adds."""
+    if run.rope is not None:
+        model.set_rope(read_rope(run.rope, "rope"))
     for file in run.modality_files:
         load_file(file)
     for name, sizes in run.modalities.items():
@@ -156,7 +159,7 @@ def make_mixture(
     rank, world = share
     return Mixture(
         context, run.mixture, rows=run.rows, tokens=run.tokens, accumulate=run.accumulate, seed=run.seed,
-        steps=run.steps, rank=rank, world=world, workers=workers, quarantine=quarantine,
+        steps=run.steps, weigh=run.weigh, rank=rank, world=world, workers=workers, quarantine=quarantine,
     )  # fmt: skip
 
 
@@ -194,7 +197,7 @@ def _write(
     save_model(model, tokenizer, target, int8=run.int8, chat=chat, notes=notes, certificate=certificate)
 
 
-def _start(run: RunConfig) -> tuple[Multimodal, TextTokenizer, ChatFormat]:
+def open_start(run: RunConfig) -> tuple[Multimodal, TextTokenizer, ChatFormat]:
     """Return the weights that a run starts from, the same at each call, their tokenizer and chat format."""
     torch.manual_seed(run.seed)
     if run.init in SIZES:

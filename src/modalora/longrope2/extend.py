@@ -1,0 +1,371 @@
+"""From a model and a target window to a factors file, an extended model, scores, pictures and a report.
+
+Stages follow each other and keep what they made: search -> factors.json, training -> train/model, scores/NAME.json,
+report.html. A stage that is there is not repeated; search and training also go on within. What was made with other
+settings is never overwritten.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modalora.checkpoint.adapters import fingerprint
+from modalora.checkpoint.files import read_json, write_json
+from modalora.checkpoint.resume import locked
+from modalora.checkpoint.store import load_model
+from modalora.config import ExtendConfig, NeedleConfig, RunConfig, SourceConfig, dump, load_extension
+from modalora.errors import ConfigError
+from modalora.evaluation.documents import make_documents, part_of_books
+from modalora.evaluation.needle import Document, Grid, measure_grid, plain_document
+from modalora.longrope2.factors import Factors, Provenance, Stretch, read_factors, write_factors
+from modalora.longrope2.judges import NeedleJudge, Surrogate
+from modalora.longrope2.methods import TITLES, other_methods, unscaled
+from modalora.longrope2.pictures import draw_by_length, draw_factors, draw_needles, draw_search
+from modalora.longrope2.report import as_page
+from modalora.longrope2.search import Outcome, search
+from modalora.longrope2.space import space_of
+from modalora.models.multimodal import Multimodal
+from modalora.nn.rope import Regime, Rope
+from modalora.processing.tokenizer import TextTokenizer
+from modalora.training.loop import Metrics
+from modalora.training.run import open_start, run_recipe
+from modalora.training.states import FREE
+
+Say = Callable[[str], None]
+
+FACTORS, SETTINGS, SUMMARY, REPORT = "factors.json", "extend.yaml", "summary.json", "report.html"
+TRAINED = {"reference": "trained", "long": "trained, always long"}  # titles of the trained model's grids
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# stage -> settings that its results depend on, and where they are; what follows a stage depends on it too
+_STAGES: dict[str, tuple[tuple[str, ...], str]] = {
+    "search": (("init", "target", "guide", "search", "dtype"), "search"),
+    "training": (("training",), "train"),
+    "scores": (("scores",), "scores"),
+}
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What an extension has to work with. base: its rotary positions up to the window that it was trained on."""
+
+    config: ExtendConfig
+    folder: Path
+    model: Multimodal
+    tokenizer: TextTokenizer
+    base: Rope
+    stretch: Stretch
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.model.config.decoder.head_dim
+
+
+def extend(
+    config: ExtendConfig,
+    say: Say = lambda line: None,
+    report: Callable[[Metrics], None] = lambda metrics: None,
+) -> dict[str, Any]:
+    """Carry out a recipe of kind extend and return its summary, which is also OUTPUT/summary.json.
+
+    say: told in words what happens. report: called with the metrics of training. Raises ConfigError for settings that
+    do not fit the model and for an output of other settings, DataError, Interrupted when stopped: the same call goes
+    on from there.
+    """
+    folder = Path(config.output)
+    _check_output(config, folder)
+    with locked(folder):
+        (folder / SETTINGS).write_text(dump(config), encoding="utf-8")
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        work = _open(config, folder)
+        say(_critical(work.stretch))
+        factors, outcome = _search(work, say)
+        trained = _train(work, factors, say, report)
+        grids = _score(work, factors, trained, say)
+        summary = _summary(work, factors, outcome, grids, trained)
+        write_json(folder / SUMMARY, summary)
+        _draw(work, factors, outcome, grids, summary)
+        say(f"wrote {folder / REPORT}")
+    return summary
+
+
+# ---------------------------------------------------------------------------------------------------- settings
+
+
+def _check_output(config: ExtendConfig, folder: Path) -> None:
+    """Refuse a folder in which a stage left results that other settings made. Raises ConfigError."""
+    if not (folder / SETTINGS).exists():
+        return
+    before = load_extension(folder / SETTINGS)
+    stages = [*_STAGES]
+    for place, stage in enumerate(stages):
+        keys, _ = _STAGES[stage]
+        changed = [told for key in keys for told in _changed(key, before, config)]
+        made = [name for later in stages[place:] if (folder / (name := _STAGES[later][1])).exists()]
+        if changed and made:
+            raise ConfigError(
+                f"{folder} holds results of other settings ({', '.join(changed)}); give another output, or remove "
+                f"{', '.join(str(folder / name) for name in made)}"
+            )
+
+
+def _changed(key: str, before: ExtendConfig, now: ExtendConfig) -> list[str]:
+    one, other = (settings.model_dump(mode="json")[key] for settings in (before, now))
+    free = {"training": FREE, "search": {"iterations"}}.get(key, set())  # a search may go on for longer
+    if one == other:
+        return []
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return [key]
+    return [f"{key}.{name}" for name in sorted({*one, *other} - free) if one.get(name) != other.get(name)]
+
+
+def _open(config: ExtendConfig, folder: Path) -> Extension:
+    start = RunConfig(
+        init=config.init, output=config.output, train=["decoder"], steps=1, data=config.data, cache=config.cache,
+        mixture=[SourceConfig(source="books")],  # a run needs one; none is opened
+    )  # fmt: skip
+    model, tokenizer, _ = open_start(start)
+    base = unscaled(model.config.decoder.rope)
+    stretch = Stretch.of(base, model.config.decoder.head_dim, config.target)
+    model.set_rope(base)
+    return Extension(config, folder, _placed(model, config), tokenizer, base, stretch)
+
+
+def _placed(model: Multimodal, config: ExtendConfig) -> Multimodal:
+    """Return a model in the dtype and on the device that it is asked in."""
+    if config.dtype != "auto":
+        model = model.to(_DTYPES[config.dtype])
+    return model.to(config.device).eval()
+
+
+def _critical(stretch: Stretch) -> str:
+    return (
+        f"window {stretch.window:,} to {stretch.target:,} tokens (s = {stretch.ratio:g}); of {stretch.pairs} rotated "
+        f"pairs, {stretch.critical} and later complete no period in the window, {stretch.ten_turns} and later fewer "
+        "than ten"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ search
+
+
+def _documents(work: Extension, needles: NeedleConfig, part: Any, length: int) -> list[Document]:
+    return make_documents(
+        work.tokenizer, part_of_books(Path(work.config.data), part), needles.documents, length=length, part=part,
+        style=needles.style, depths=needles.depths, needles=needles.needles, distractors=needles.distractors,
+        seed=needles.seed,
+    )  # fmt: skip
+
+
+def _guides(work: Extension) -> list[Document]:
+    documents = _documents(work, work.config.guide, "search", work.config.target)
+    if work.config.guide.score == "text":
+        return [plain_document(document.ids, seed=document.seed) for document in documents]
+    return documents
+
+
+def _search(work: Extension, say: Say) -> tuple[Factors, dict[str, Any]]:
+    """Return the factors found, and what the search tells of itself. A finished one is read."""
+    target, told = work.folder / FACTORS, work.folder / "search" / "outcome.json"
+    documents = _guides(work)
+    hashes = tuple(document.sha256 for document in documents)
+    model = fingerprint(work.model)
+    if target.exists() and told.exists():
+        factors, source = read_factors(target)
+        if (source.model, source.documents) != (model, hashes):
+            what = "model" if source.model != model else "documents"
+            raise ConfigError(
+                f"{target} was found with another {what}, under the same settings; give another output, or remove "
+                f"{target} and {told.parent}"
+            )
+        _check_iterations(work.config, source, target)
+        say(f"factors are there: {target}")
+        return factors, read_json(told)
+    config = work.config.search
+    judge = NeedleJudge(work.model, documents, rows=work.config.rows)
+    say(f"searching: {config.population} candidates, {config.iterations} iterations, {len(documents)} documents")
+
+    def show(figures: Mapping[str, Any]) -> None:
+        say(_progress(figures))
+
+    outcome = search(
+        space_of(work.stretch, config), judge, config, folder=work.folder / "search",
+        fingerprints={"model": model, "documents": list(hashes)}, report=show,
+        surrogate=Surrogate(work.model, documents) if config.proposals > 1 else None,
+    )  # fmt: skip
+    others = _losses_of_others(work, judge)
+    found = _outcome(outcome, others, documents)
+    told.parent.mkdir(exist_ok=True)
+    _write_whole(told, found)
+    settings = {"search": config.model_dump(mode="json"), "guide": work.config.guide.model_dump(mode="json")}
+    provenance = Provenance(
+        model=model, documents=hashes, seed=config.seed, settings=settings, loss=outcome.loss,
+        evaluations=outcome.evaluations,
+    )  # fmt: skip
+    write_factors(target, outcome.best, provenance)
+    say(f"wrote {target}: perplexity {found['perplexity']:.4g}, anchor {outcome.best.anchor}")
+    return outcome.best, json.loads(json.dumps(found))
+
+
+def _check_iterations(config: ExtendConfig, source: Provenance, target: Path) -> None:
+    before = source.settings.get("search", {}).get("iterations")
+    if before != config.search.iterations:
+        raise ConfigError(
+            f"{target} is the result of {before} iterations, and search.iterations={config.search.iterations}; remove "
+            "it, and the search goes on from its log"
+        )
+
+
+def _progress(figures: Mapping[str, Any]) -> str:
+    line = f"iteration {figures['iteration']} of {figures['iterations']}, {figures['evaluations']:,} judged"
+    if "perplexity" in figures:
+        line += f", best perplexity {figures['perplexity']:.4g} with anchor {figures['anchor']}"
+    return f"{line}, {figures['remaining_seconds']:,} s left"
+
+
+def _losses_of_others(work: Extension, judge: NeedleJudge) -> dict[str, float]:
+    """Return the mean nats of the methods that are compared, on the documents of the search."""
+    others = _others(work)
+    losses = [judge.losses([own], range(judge.documents)).double().mean() for own in others.values()]
+    return {name: float(loss) for name, loss in zip(others, losses, strict=True)}
+
+
+def _others(work: Extension) -> dict[str, Factors]:
+    config = work.config
+    found = other_methods(work.base, work.head_dim, config.target, config.search.temperature)
+    return {name: factors for name, factors in found.items() if name in config.scores.methods}
+
+
+def _outcome(outcome: Outcome, others: Mapping[str, float], documents: Sequence[Document]) -> dict[str, Any]:
+    return {
+        "perplexity": float(torch.tensor(outcome.loss).double().exp()),
+        "loss": outcome.loss,
+        "anchor": outcome.best.anchor,
+        "first_stretched": outcome.best.first_stretched,
+        "evaluations": outcome.evaluations,
+        "passes": outcome.passes,
+        "share_of_passes": outcome.passes / (outcome.evaluations * len(documents)),
+        "others": dict(others),
+        "history": [dict(figures) for figures in outcome.history],
+        "documents": [
+            {"seed": one.seed, "tokens": len(one.ids), "scored": len(one.answers), "depths": one.depths,
+             "sha256": one.sha256}
+            for one in documents
+        ],
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+
+def _train(work: Extension, factors: Factors, say: Say, report: Callable[[Metrics], None]) -> Path | None:
+    """Train the extended model, if that is asked for, and return its folder."""
+    rope = json.loads(json.dumps(asdict(factors.rope(work.base))))  # as it will be read back
+    run = work.config.run(rope=rope)
+    if run is None:
+        return None
+    return run_recipe(run, report, say)
+
+
+# ------------------------------------------------------------------------------------------------------ scores
+
+
+def _score(work: Extension, factors: Factors, trained: Path | None, say: Say) -> dict[str, Grid]:
+    """Return the needles found by every method untrained, and by the trained model with and without its switch."""
+    config, folder = work.config, work.folder / "scores"
+    folder.mkdir(exist_ok=True)
+    candidates = {**_others(work), **({"longrope2": factors} if "longrope2" in config.scores.methods else {})}
+    missing = [name for name in candidates if not (folder / f"{name}.json").exists()]
+    documents = [one for length in _lengths(work) for one in _documents(work, config.scores, "evaluation", length)]
+    for name in missing:
+        say(f"measuring {TITLES[name]}, untrained: {len(documents)} documents")
+        work.model.set_rope(candidates[name].rope(work.base))
+        (grid,) = measure_grid(work.model, documents, rows=config.rows)
+        work.model.set_rope(work.base)
+        _write_whole(folder / f"{name}.json", grid.as_json())
+    grids = {TITLES[name]: Grid.from_json(read_json(folder / f"{name}.json")) for name in candidates}
+    if trained is None:
+        return grids
+    regimes: tuple[Regime, ...] = ("reference", "long")
+    if not all((folder / f"trained-{regime}.json").exists() for regime in regimes):
+        say(f"measuring the trained model: {len(documents)} documents, twice")
+        model = _placed(load_model(trained).model, config)
+        made = measure_grid(model, documents, regimes=regimes, rows=config.rows)
+        for regime, grid in zip(regimes, made, strict=True):
+            _write_whole(folder / f"trained-{regime}.json", grid.as_json())
+    for regime in regimes:
+        title = f"LongRoPE2, {TRAINED[regime]}"
+        grids[title] = Grid.from_json(read_json(folder / f"trained-{regime}.json"))
+    return grids
+
+
+def _lengths(work: Extension) -> list[int]:
+    """Return the lengths to measure at: those asked for, or from half the window on, each twice the one before."""
+    if asked := work.config.scores.lengths:
+        if max(asked) > work.config.target:
+            raise ConfigError(f"scores.lengths={asked} must not exceed target={work.config.target}")
+        return sorted(set(asked))
+    lengths = [work.config.target]
+    while lengths[-1] >= work.stretch.window:
+        lengths.append(lengths[-1] // 2)
+    return lengths[::-1]
+
+
+# ------------------------------------------------------------------------------------------------------ report
+
+
+def _summary(
+    work: Extension, factors: Factors, outcome: Mapping[str, Any], grids: Mapping[str, Grid], trained: Path | None
+) -> dict[str, Any]:
+    stretch = work.stretch
+    return {
+        "model": work.config.init,
+        "window": stretch.window,
+        "target": stretch.target,
+        "pairs": stretch.pairs,
+        "theoretical_critical_pair": stretch.critical,
+        "ten_period_pair": stretch.ten_turns,
+        "anchor": factors.anchor,
+        "first_stretched_pair": factors.first_stretched,
+        "factors": str(work.folder / FACTORS),
+        "trained": None if trained is None else str(trained),
+        "search": {key: value for key, value in outcome.items() if key not in ("history", "documents")},
+        "scores": {title: grid.as_json()["by_length"] for title, grid in grids.items()},
+    }
+
+
+def _draw(
+    work: Extension,
+    factors: Factors,
+    outcome: Mapping[str, Any],
+    grids: Mapping[str, Grid],
+    summary: Mapping[str, Any],
+) -> None:
+    """Write the pictures and the page that holds them."""
+    curves = {TITLES[name]: own.long for name, own in _others(work).items()} | {TITLES["longrope2"]: factors.long}
+    others = {TITLES[name]: loss for name, loss in outcome["others"].items()}
+    progress = [(figures["evaluations"], figures["loss"]) for figures in outcome["history"]]
+    pictures = {
+        "factors": draw_factors(curves, work.stretch, factors.anchor, factors.first_stretched),
+        "search": draw_search(progress, others),
+        "by_length": draw_by_length(grids, work.stretch.window),
+        "needles": draw_needles(grids, work.stretch.window),
+    }
+    for name, png in pictures.items():
+        (work.folder / f"{name}.png").write_bytes(png)
+    page = as_page(summary, factors, outcome, pictures, dump(work.config))
+    (work.folder / REPORT).write_text(page, encoding="utf-8")
+
+
+def _write_whole(path: Path, fields: Mapping[str, Any]) -> None:
+    draft = path.with_name(f".{path.name}.draft")
+    write_json(draft, fields)
+    draft.replace(path)

@@ -1,0 +1,133 @@
+"""What an extension costs, told before anything is allocated: operations of its stages, and hours on GPUs.
+
+A forward pass over T tokens is 2 operations per number of the decoder and token and the causal half of the attention's,
+as training/flops.py counts them; only scored tokens go through the output projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from modalora.config import ExtendConfig, RunConfig
+from modalora.contracts import IGNORED, Batch, Route
+from modalora.longrope2.factors import Stretch
+from modalora.longrope2.methods import unscaled
+from modalora.models.multimodal import Multimodal
+from modalora.training.flops import StepFlops
+from modalora.training.plan import machine_rate, read_size
+
+# Documents that racing reads, of those that judging every candidate wholly takes: an assumption for a plan; a search
+# tells its own share (summary.json, share_of_passes).
+RACED = 0.5
+_ANSWER = 7  # scored tokens of a needle of seven digits
+
+
+@dataclass(frozen=True, slots=True)
+class Hours:
+    """Time on some machines. Each in hours."""
+
+    machine: str
+    count: int
+    search: float
+    training: float
+    scores: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExtensionPlan:
+    """Cost of an extension. Operations are single ones, a multiply-add two; short_share is of the training's tokens."""
+
+    parameters: int
+    window: int
+    target: int
+    pairs: int
+    critical: int
+    ten_turns: int
+    evaluations: int
+    documents: int
+    document_flops: float
+    plain_search_flops: float  # every candidate on every document
+    racing_share: float
+    search_flops: float
+    training_tokens: int
+    short_share: float
+    training_flops: float
+    score_flops: float
+    utilisation: float
+    hours: tuple[Hours, ...]
+
+
+def plan_extension(config: ExtendConfig, machines: Sequence[tuple[str, int]], share: float) -> ExtensionPlan:
+    """Return what a recipe of kind extend costs on each (machine, count).
+
+    share: of a GPU's peak rate that is reached. Raises ConfigError, CheckpointError.
+    """
+    size, _ = read_size(config.init)
+    base = unscaled(size.decoder.rope)
+    stretch = Stretch.of(base, size.decoder.head_dim, config.target)
+    with torch.device("meta"):
+        model = Multimodal(size)
+    forward = StepFlops(model, (), decodes=True)
+    answers = config.guide.needles * (_ANSWER if config.guide.style == "digits" else 1)
+    scored = config.target if config.guide.score == "text" else answers
+    document = forward.of([_rows(config.target, 1, scored)])
+    search = config.search
+    evaluations = search.population + search.iterations * (search.population // 2)
+    plain = evaluations * config.guide.documents * document
+    racing = RACED if search.racing else 1.0
+    run = config.run(rope={})
+    trained, short = (0.0, 0.0) if run is None else _training(model, run, stretch.window)
+    lengths = config.scores.lengths or [config.target]
+    subjects = len(config.scores.methods) + 2 * (run is not None)
+    scores = subjects * config.scores.documents * sum(forward.of([_rows(length, 1, answers)]) for length in lengths)
+    hours = []
+    for machine, count in machines:
+        rate = machine_rate(machine, "bf16", share) * count * 3600
+        hours.append(Hours(machine, count, racing * plain / rate, trained / rate, scores / rate))
+    return ExtensionPlan(
+        parameters=sum(own.numel() for own in model.parameters()),
+        window=stretch.window,
+        target=stretch.target,
+        pairs=stretch.pairs,
+        critical=stretch.critical,
+        ten_turns=stretch.ten_turns,
+        evaluations=evaluations,
+        documents=config.guide.documents,
+        document_flops=document,
+        plain_search_flops=plain,
+        racing_share=racing,
+        search_flops=racing * plain,
+        training_tokens=0 if run is None else run.steps * run.step_tokens,
+        short_share=short,
+        training_flops=trained,
+        score_flops=scores,
+        utilisation=share,
+        hours=tuple(hours),
+    )
+
+
+def _rows(length: int, rows: int, scored: int) -> Batch:
+    """Return blank rows of which the last tokens are scored."""
+    labels = torch.full((rows, length), IGNORED)
+    labels[:, -min(scored, length - 1) :] = 0
+    ids = torch.zeros((rows, length), dtype=torch.long)
+    return Batch(ids, torch.full((rows,), length), Route((None,) * rows), labels=labels)
+
+
+def _training(model: Multimodal, run: RunConfig, window: int) -> tuple[float, float]:
+    """Return the operations of a run, and the share of its tokens in rows of at most `window`.
+
+    A row counts as long as its source's window: documents that are shorter take less attention.
+    """
+    step = StepFlops(model, run.train, decodes=True)
+    sizes = [source.window or run.window for source in run.mixture]
+    weights = [source.weight_at(0) for source in run.mixture]
+    if run.weigh == "rows":
+        weights = [weight * size for weight, size in zip(weights, sizes, strict=True)]
+    shares = [weight / sum(weights) for weight in weights]
+    per_token = sum(share * step.of([_rows(size, 1, size)]) / size for share, size in zip(shares, sizes, strict=True))
+    short = sum(share for share, size in zip(shares, sizes, strict=True) if size <= window)
+    return per_token * run.steps * run.step_tokens, short

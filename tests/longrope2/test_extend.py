@@ -1,0 +1,261 @@
+"""`modalora extend` from a recipe to its report, on a model so small that all of it takes seconds."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as arrow
+import pyarrow.parquet as parquet
+import pytest
+import torch
+import yaml
+
+from modalora.assistant import Assistant, make_processor
+from modalora.checkpoint.store import load_model
+from modalora.cli.train import RECIPES
+from modalora.config import ExtendConfig, load_extension, load_run
+from modalora.errors import ConfigError
+from modalora.longrope2.extend import extend
+from modalora.longrope2.factors import read_factors
+from modalora.models.multimodal import Multimodal
+from modalora.models.sizes import tiny
+from modalora.nn.rope import LongRope
+from modalora.processing.tokenizer import TextTokenizer
+
+Run = Callable[..., tuple[int, str, str]]
+WORDS = "the old man went home with a small dog and never came back to see what was left of it".split()
+TEXTS = [
+    "\n\n".join(
+        " ".join(WORDS[(book + place * line) % len(WORDS)] for place in range(1, 12)).capitalize() + "."
+        for line in range(1, 90)
+    )
+    for book in range(4)
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder and books."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "books").mkdir()
+    for split in ("train", "validation"):
+        names = [str(number) for number in range(len(TEXTS))]
+        table = arrow.table({"name": names, "title": names, "text": TEXTS})
+        parquet.write_table(table, folder / "books" / f"{split}.parquet")
+    torch.manual_seed(0)
+    Assistant(Multimodal(tiny()).eval(), make_processor(tiny(), TextTokenizer.train(TEXTS, 320))).save(folder / "base")
+    return folder
+
+
+def recipe(place: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    sources = [
+        {"source": "documents", "name": "short", "weight": 0.44, "window": 256, "options": {"rows": "short"}},
+        {"source": "documents", "name": "long", "weight": 0.56, "window": 512, "options": {"rows": "long"}},
+    ]
+    training = {
+        "train": ["decoder"], "mixture": sources, "weigh": "tokens", "tokens": 512, "steps": 3, "precision": "fp32",
+        "optim": {"lr": 1e-3, "warmup_steps": 0}, "save_every": 1, "log_every": 1,
+    }  # fmt: skip
+    return {
+        "kind": "extend", "init": str(place / "base"), "output": str(output), "target": 512,
+        "guide": {"documents": 3}, "search": {"population": 4, "iterations": 1}, "training": training,
+        "scores": {"documents": 2, "depths": [0.0, 1.0], "methods": ["none", "yarn", "longrope2"],
+                   "lengths": [384, 512]},
+        "data": str(place), "cache": str(place / "cache"), **changes,
+    }  # fmt: skip
+
+
+def settings(place: Path, output: Path, **changes: Any) -> ExtendConfig:
+    return ExtendConfig.model_validate(recipe(place, output, **changes))
+
+
+@pytest.fixture(scope="module")
+def extended(place: Path) -> Path:
+    extend(settings(place, place / "out"))
+    return place / "out"
+
+
+def test_it_leaves_factors_a_model_scores_pictures_and_a_report(extended: Path) -> None:
+    factors, source = read_factors(extended / "factors.json")
+    assert (factors.window, factors.target, len(factors.long)) == (256, 512, 6)
+    assert source.evaluations > 0
+    model = load_model(extended / "train" / "model").model
+    rope = model.config.decoder.rope
+    assert isinstance(rope, LongRope)
+    assert (rope.long_factor, rope.window, rope.original_window) == (factors.long, 512, 256)
+    assert rope.attention_factor() == 1.0  # short rows are those of the model before
+    for name in ("factors", "search", "by_length", "needles"):
+        assert (extended / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((extended / "summary.json").read_text())
+    assert summary["theoretical_critical_pair"] == 3  # ceil(6 ln(256 / 2 pi) / ln 10000)
+    assert [*summary["scores"]] == [
+        "no rescaling", "YaRN", "LongRoPE2", "LongRoPE2, trained", "LongRoPE2, trained, always long",
+    ]  # fmt: skip
+    for cells in summary["scores"].values():
+        assert [(cell["length"], cell["count"]) for cell in cells] == [(384, 2), (512, 2)]
+
+
+def test_the_report_needs_no_other_file_and_shows_every_factor(extended: Path) -> None:
+    page = (extended / "report.html").read_text()
+    assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page)
+    assert page.count("data:image/png;base64,") == 4
+    factors, _ = read_factors(extended / "factors.json")
+    for value in factors.long:
+        assert f"<td>{value:.6g}</td>" in page
+    assert "default-src 'none'" in page
+
+
+def test_a_finished_extension_is_not_repeated(place: Path, extended: Path) -> None:
+    kept = {path: path.stat().st_mtime_ns for path in extended.rglob("*") if path.is_file() and "scores" in path.parts}
+    kept |= {path: path.stat().st_mtime_ns for path in (extended / "factors.json", extended / "search/search.jsonl")}
+    told: list[str] = []
+    extend(settings(place, extended), told.append)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert not any("measuring" in line or "searching" in line for line in told)
+
+
+class Killed(BaseException):
+    """Stands for a process that ends."""
+
+
+@pytest.mark.parametrize(
+    "moment", ["iteration", "judged", "wrote", "step 2", "measuring YaRN", "measuring the trained"]
+)
+def test_killed_anywhere_and_run_again_it_comes_to_the_same(
+    place: Path, extended: Path, tmp_path: Path, moment: str
+) -> None:
+    """What a killed process leaves is what its files are at that moment."""
+
+    def die(line: str) -> None:
+        if moment in line:
+            raise Killed
+
+    out = tmp_path / "out"
+    with pytest.raises(Killed):
+        extend(settings(place, out), die, lambda metrics: die(f"step {metrics['step']}"))
+    extend(settings(place, out))
+    for name in (
+        "factors.json",
+        "scores/trained-reference.json",
+        "scores/longrope2.json",
+        "train/model/model.safetensors",
+    ):
+        assert (out / name).read_bytes() == (extended / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"search": {"population": 6, "iterations": 1}}, r"other settings \(search.population\)"),
+        ({"target": 1024}, r"other settings \(target\)"),
+        ({"scores": {"documents": 3}}, r"other settings \(scores.depths, scores.documents, .*remove [^,]*scores$"),
+    ],
+)
+def test_results_of_other_settings_are_never_overwritten(
+    place: Path, extended: Path, changes: dict[str, Any], told: str
+) -> None:
+    before = (extended / "factors.json").read_bytes()
+    with pytest.raises(ConfigError, match=told):
+        extend(settings(place, extended, **changes))
+    assert (extended / "factors.json").read_bytes() == before
+
+
+def test_another_model_under_the_same_name_is_noticed(place: Path, extended: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    processor = make_processor(tiny(), TextTokenizer.train(TEXTS, 320))
+    base = tmp_path / "base"
+    Assistant(Multimodal(tiny()).eval(), processor).save(base)
+    out = tmp_path / "out"
+    shutil.copytree(extended, out)
+    fields = yaml.safe_load((out / "extend.yaml").read_text())
+    (out / "extend.yaml").write_text(yaml.safe_dump({**fields, "init": str(base)}))
+    with pytest.raises(ConfigError, match="was found with another model"):
+        extend(settings(place, out, init=str(base)))
+
+
+def test_without_training_it_ends_with_factors(place: Path, tmp_path: Path) -> None:
+    found = extend(settings(place, tmp_path / "out", training=None, scores={"documents": 1, "methods": ["longrope2"]}))
+    assert found["trained"] is None
+    assert not (tmp_path / "out" / "train").exists()
+    # half the window, the window, the target
+    assert [cell["length"] for cell in found["scores"]["LongRoPE2"]] == [128, 256, 512]
+
+
+def test_the_command_reports_what_it_found(place: Path, extended: Path, tmp_path: Path, run: Run) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(place, extended)))
+    code, out, err = run("extend", str(path))
+    assert code == 0, err
+    assert "critical pair: 3 in theory" in out
+    assert "factors are there" in err
+    code, out, _ = run("extend", str(path), "--json")
+    assert json.loads(out)["target"] == 512
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"target": 200}, "target=200 must be longer than the trained window of 256"),
+        ({"training": {"steps": 1}}, "training: .*train is missing"),
+        ({"training": {"output": "x"}}, "training: output is set by the extension itself"),
+        ({"scores": {"lengths": [4096]}}, r"scores.lengths=\[4096\] must not exceed target=512"),
+        ({"guide": {"depth": [0]}}, "unknown key 'guide.depth'; did you mean 'depths'"),
+    ],
+)
+def test_wrong_settings_are_told_with_exit_code_2(
+    place: Path, tmp_path: Path, run: Run, changes: dict[str, Any], told: str
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(place, tmp_path / "out", **changes)))
+    code, _, err = run("extend", str(path))
+    assert code == 2
+    assert re.search(told, err), err
+
+
+def test_recipes_of_one_kind_are_not_those_of_the_other(run: Run) -> None:
+    code, _, err = run("extend", "nano-1-base")
+    assert (code, "is no recipe of kind extend" in err) == (2, True)
+    code, _, err = run("train", "extend-study")
+    assert (code, "`modalora extend` carries it out" in err) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["extend-study", "extend-phi4-mini"])
+def test_a_bundled_recipe_is_planned(name: str, run: Run) -> None:
+    code, out, err = run("plan", name, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["evaluations"] == 64 + 40 * 32
+    assert found["short_share"] == pytest.approx(0.44)
+    assert [(own["machine"], own["count"]) for own in found["hours"]] == [("h100", 1), ("h100", 8)]
+    one, eight = (own["search"] for own in found["hours"])
+    assert one == pytest.approx(8 * eight)
+
+
+def test_the_plan_of_phi4_mini_is_what_its_sizes_say(run: Run) -> None:
+    found = json.loads(run("plan", "extend-phi4-mini", "--json")[1])
+    assert (found["critical"], found["ten_turns"], found["parameters"]) == (34, 22, 3_836_021_760)
+    # matrices of 32 layers, 2 per number and token; causal half of 4 x width per pair of tokens; 7 answers
+    inner = 32 * (3072 * (24 + 16) * 128 + 3072 * 3072 + 3 * 3072 * 8192)
+    tokens = 131_072
+    flops = 2 * inner * tokens + 2 * 32 * 3072 * tokens**2 + 2 * 7 * 3072 * 200_064
+    assert found["document_flops"] == pytest.approx(flops)
+    assert found["plain_search_flops"] == pytest.approx(flops * 10 * 1344)
+
+
+def test_the_published_schedule_is_the_recipe() -> None:
+    mixed = load_run(RECIPES / "extend-mixed.yaml")
+    inner = load_extension(RECIPES / "extend-phi4-mini.yaml").run(rope=mixed.rope)
+    for own in (mixed, inner):
+        assert (own.optim.name, own.optim.betas, own.optim.weight_decay, own.optim.clip_norm) == (
+            "adamw", (0.9, 0.95), 0, 1,
+        )  # fmt: skip
+        assert (own.optim.lr, own.optim.warmup_steps, own.optim.schedule, own.optim.final_lr_ratio) == (
+            2e-5, 40, "cosine", 0,
+        )  # fmt: skip
+        assert own.steps * own.step_tokens == pytest.approx(9.44e9, rel=1e-3)
+        assert own.accumulate == 32
