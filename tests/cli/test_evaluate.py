@@ -109,6 +109,7 @@ def test_without_a_text_ruler_says_what_it_leaves_out(run: Run, monkeypatch: pyt
         (("ruler", "--lengths", "many"), "--lengths 'many' must be numbers"),
         (("ruler", "--only", "qa"), "task 'qa' must be one of single-repeated"),
         (("ruler", "--form", "prose"), "form='prose' must be one of plain, chat"),
+        (("ruler", "--seed", "-1"), "seed=-1 must be at least 0"),
         (("ruler", "--samples", "0"), "--samples 0 must be at least 1"),
         (("ruler", "--depths", "0.5"), "--depths is a setting of needle, which is not among the tasks"),
         (("needle", "--example"), "--example is a setting of ruler, which is not among the tasks"),
