@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stories import story
+from stories import TEXTS
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 
 from modalora.assistant import set_regime
@@ -20,10 +21,10 @@ from modalora.evaluation.documents import (
     Digits,
     Words,
     grid_documents,
+    load_texts,
     make_documents,
     part_of_books,
     passage,
-    read_texts,
     sentences,
     within,
 )
@@ -45,31 +46,8 @@ from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import tiny
 from modalora.processing.tokenizer import END_OF_TEXT, TextTokenizer
 
-TEXTS = [story(seed, 3000) for seed in (0, 1, 2)]
 TOLD = re.compile(r" The secret number of the ([a-z]+-[a-z]+) is (\d{7})\.")
 ASKED = re.compile(r"What is the secret number of the ([a-z]+-[a-z]+)\? The secret number of the \1 is (\d{7})")
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> TextTokenizer:
-    """A thousand ids, so that it has whole words."""
-    return TextTokenizer.train([*TEXTS, "1234567890 " * 50], 1000)
-
-
-@pytest.fixture(scope="module")
-def letters() -> TextTokenizer:
-    """So few ids that the tiny model has a word for each."""
-    return TextTokenizer.train(TEXTS[:1], 320)
-
-
-@pytest.fixture(scope="module")
-def model() -> Multimodal:
-    torch.manual_seed(0)
-    made = Multimodal(tiny()).eval()
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))  # so large that positions and rope tables matter
-    return made
 
 
 def places(ids: tuple[int, ...], piece: list[int]) -> list[int]:
@@ -110,6 +88,27 @@ def test_a_document_of_digits_tells_each_thing_once_asks_at_the_end_and_scores_t
             assert text.count(name) == 3  # told, asked, answered
             assert len(places(document.ids, within(tokenizer, f" The secret number of the {name} is {number}."))) == 1
         assert text.index(asked[0][0]) < text.index("What is")
+
+
+def test_digits_are_scored_by_whatever_tokens_a_tokenizer_has_for_them() -> None:
+    """SentencePiece joins digits with each other and with the space in front of them."""
+    joined = Tokenizer(models.BPE())
+    joined.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    joined.decoder = decoders.Metaspace(prepend_scheme="first")
+    numbers = [f" The secret number of it is {number}." for number in range(1_000_000, 9_999_999, 9_973)]
+    letters = [*"abcdefghijklmnopqrstuvwxyz", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ", *"0123456789.,?-\n"]
+    joined.train_from_iterator(
+        [*TEXTS, *numbers], trainers.BpeTrainer(vocab_size=900, initial_alphabet=letters, show_progress=False)
+    )
+    tokenizer = TextTokenizer(joined.to_str())
+    sizes = set()
+    for document in make_documents(tokenizer, TEXTS, 12, length=400, part="search", needles=2):
+        asked = ASKED.findall(tokenizer.decode(document.ids))
+        for (_, number), probe in zip(asked, document.probes, strict=True):
+            assert tokenizer.decode([document.ids[at] for at in probe]) == number
+            sizes.add(len(probe))
+    assert max(sizes) < 7
+    assert len(sizes) > 1
 
 
 def test_a_document_of_words_tells_a_fact_once_and_names_its_key_nowhere_else(tokenizer: TextTokenizer) -> None:
@@ -193,7 +192,7 @@ def test_the_books_of_the_search_are_not_those_that_judge(data_folder: Path) -> 
     assert not set(search) & set(judge)
     lines = [{line for text in part for line in text.splitlines() if len(line) > 40} for part in (search, judge)]
     assert not lines[0] & lines[1]
-    assert read_texts(data_folder) == judge
+    assert load_texts(data_folder) == judge
 
 
 def test_what_cannot_be_made_is_refused(tokenizer: TextTokenizer, letters: TextTokenizer) -> None:
@@ -214,7 +213,7 @@ def test_what_cannot_be_made_is_refused(tokenizer: TextTokenizer, letters: TextT
     with pytest.raises(ConfigError, match="facts are made of words of one token"):
         make_documents(letters, TEXTS, 1, length=500, part="search", style="words")
     with pytest.raises(DataError, match="cannot be read as text"):
-        read_texts(Path("no-such-file"))
+        load_texts(Path("no-such-file"))
 
 
 def test_names_numbers_and_words_come_once_each() -> None:
