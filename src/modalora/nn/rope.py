@@ -36,8 +36,8 @@ from modalora.nn.scaling import (
 
 __all__ = [
     "METHODS", "DynamicNtk", "Form", "Linear", "Llama3", "LongRope", "Ntk", "NtkByParts", "Plain", "Regime", "Rope",
-    "ScalingLawNtk", "Yarn", "as_longrope", "from_hf", "is_long", "read_rope", "su_temperature", "table_number",
-    "yarn_temperature",
+    "ScalingLawNtk", "Yarn", "as_longrope", "divisors", "from_hf", "is_long", "read_rope", "su_temperature",
+    "table_number", "yarn_temperature",
 ]  # fmt: skip
 
 # When the long table applies. reference: to rows longer than the original window, as transformers' Phi3 has it; long,
@@ -182,20 +182,24 @@ def table_number(rope: Rope, length: int) -> int:
     return int(is_long(rope, [length])[0])
 
 
-def as_longrope(rope: Rope, head_dim: int) -> LongRope:
-    """Return a method with one table in the form of divisors, which every layout of a Phi model holds.
+def divisors(rope: Rope, head_dim: int, *, long: bool = False) -> Tensor:
+    """Return what each pair's unscaled frequency is divided by, (pairs,) float32 [λ]."""
+    return Plain(theta=rope.theta, rotated=rope.rotated).frequencies(head_dim) / rope.frequencies(head_dim, long=long)
 
-    The frequencies are the same but for one rounding of float32. Raises ConfigError for a table of every length.
+
+def as_longrope(rope: Rope, head_dim: int) -> LongRope:
+    """Return a method with one table as one divisor per pair, the form that every layout of a Phi model holds.
+
+    The frequencies are the same but for three roundings of float32. Raises ConfigError for a table of every length.
     """
     if isinstance(rope, LongRope):
         return rope
     if isinstance(rope, DynamicNtk):
         raise ConfigError("dynamic_ntk has a table for every length; choose one first: rope.at(length)")
-    divisors = tuple((Plain(theta=rope.theta, rotated=rope.rotated).frequencies(head_dim)
-                      / rope.frequencies(head_dim)).tolist())  # fmt: skip
+    both = tuple(divisors(rope, head_dim).tolist())
     factor = rope.attention_factor()
     return LongRope(
-        short_factor=divisors, long_factor=divisors, theta=rope.theta, rotated=rope.rotated, window=rope.window,
+        short_factor=both, long_factor=both, theta=rope.theta, rotated=rope.rotated, window=rope.window,
         original_window=rope.window, mscale=None if factor == 1 else (factor, factor),
     )  # fmt: skip
 
@@ -219,10 +223,10 @@ def from_hf(fields: Mapping[str, Any], where: str = "config.json") -> Rope:
     inner = {key: value for key, value in (forms[0] if forms else {}).items() if value is not None}
 
     def taken(key: str, default: Any) -> Any:
-        found = {str(value): value for value in (inner.pop(key, None), fields.get(key)) if value is not None}
-        if len(found) > 1:
-            raise ConfigError(f"{place}: {key} is {' and '.join(found)}, within and beside; which of them holds?")
-        return next(iter(found.values()), default)
+        found = [value for value in (inner.pop(key, None), fields.get(key)) if value is not None]
+        if found[1:] and found[0] != found[1]:
+            raise ConfigError(f"{place}: {key} is {found[0]} within and {found[1]} beside; leave the wrong one out")
+        return found[0] if found else default
 
     window = _whole(fields.get("max_position_embeddings", 4096), "max_position_embeddings", place)
     base = {"theta": taken("rope_theta", 10_000.0), "rotated": taken("partial_rotary_factor", 1.0), "window": window}
