@@ -32,11 +32,12 @@ from modalora.nn.rope import (
     from_hf,
     is_long,
     read_rope,
+    rotation,
     su_temperature,
     table_number,
+    tables,
     yarn_temperature,
 )
-from modalora.nn.rotate import rotation, tables
 
 PHI3 = {"theta": 1e4, "window": 131_072, "original_window": 2048}  # Phi3-mini, head_dim 96
 LLAMA3 = {"theta": 5e5, "window": 131_072, "original_window": 8192}  # LLaMA3-8B, head_dim 128
