@@ -139,6 +139,7 @@ def _read_rope(fields: Fields, where: str) -> Plain | LongRope:
 
 def _write_rope(rope: Rope, *, two_scales: bool = False) -> dict[str, Any]:
     """Return the rotary keys as readers of any version take them. two_scales: the layout tells short and long apart."""
+    rope = _as_written(rope)
     if isinstance(rope, DynamicNtk):
         raise ConfigError(
             "dynamic_ntk has a table for every length, which no published layout holds; choose a length and write the "
