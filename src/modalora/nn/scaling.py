@@ -173,11 +173,20 @@ class ScalingLawNtk(_Unscaled):
         check(self, original_window=self.original_window)
         if self.original_window < 7:
             raise ConfigError(f"original_window={self.original_window} must be above 2 pi: at least 7 tokens")
+        if self._exponent * log(self.theta) > log(3e38):  # float32
+            raise ConfigError(
+                f"window={self.window} and original_window={self.original_window} raise the base {self.theta} to the "
+                f"power {self._exponent:.3g}, which no float32 holds; the law is for windows of hundreds of tokens"
+            )
+
+    @property
+    def _exponent(self) -> float:
+        return log(self.window / (2 * pi)) / log(self.original_window / (2 * pi))
 
     @property
     def base(self) -> float:
         """The larger base, b^(ln(L' / 2 pi) / ln(L / 2 pi))."""
-        return self.theta ** (log(self.window / (2 * pi)) / log(self.original_window / (2 * pi)))
+        return self.theta**self._exponent
 
     def frequencies(self, head_dim: int, *, long: bool = False) -> Tensor:
         """Return radians per token of each rotated pair, fastest first, (pairs,) float32."""
@@ -216,8 +225,9 @@ class _ByParts(_OneTable):
         """Return radians per token of each rotated pair, fastest first, (pairs,) float32."""
         plain = 1.0 / self.periods(head_dim)
         low, high = self.ramp(head_dim)
-        pairs = torch.arange(len(plain), dtype=torch.float64)
-        return _blend(plain, (pairs - low) / (high - low if high != low else 0.001), self.factor)
+        pairs = torch.arange(len(plain), dtype=torch.float32)
+        divided = (pairs - low) / (high - low if high != low else 0.001)
+        return _blend(plain, 1 - divided.clamp(0, 1), self.factor)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -251,6 +261,8 @@ class Yarn(_ByParts):
         check(self, factor=self.factor, original_window=self.original_window, betas=(self.beta_slow, self.beta_fast))
         if (self.mscale is None) != (self.mscale_all_dim is None):
             raise ConfigError("mscale and mscale_all_dim change nothing one without the other; give both, or none")
+        if self.attention is not None and not 0 < self.attention < inf:
+            raise ConfigError(f"attention={self.attention} must be above 0; 1 leaves cos and sin as they are")
         if self.attention is not None and self.mscale is not None:
             raise ConfigError("attention and mscale both set the attention factor; leave one out")
 
@@ -285,9 +297,9 @@ class Llama3(_Unscaled):
     def frequencies(self, head_dim: int, *, long: bool = False) -> Tensor:
         """Return radians per token of each rotated pair, fastest first, (pairs,) float32."""
         plain = 1.0 / self.periods(head_dim)
-        held = self.original_window * plain.double() / (2 * pi)
+        held = self.original_window / (2 * pi / plain)
         kept = (held - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        return _blend(plain, 1 - kept, self.factor)
+        return _blend(plain, kept.clamp(0, 1), self.factor)
 
     def to_hf(self, form: Form = "rope_parameters") -> dict[str, Any]:
         """Return the rotary keys of a transformers config.json."""
@@ -302,10 +314,13 @@ def yarn_temperature(stretch: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * log(stretch) + 1.0 if stretch > 1 else 1.0
 
 
-def _blend(plain: Tensor, share: Tensor, factor: float) -> Tensor:
-    """Return frequencies of which a share, (pairs,) cut to [0, 1], is divided by the factor."""
-    share = share.clamp(0, 1)
-    return plain * (share / factor + (1 - share)).float()
+def _blend(plain: Tensor, kept: Tensor, factor: float) -> Tensor:
+    """Return frequencies of which a share, (pairs,), is kept and the rest divided by the factor.
+
+    The shares are rounded to float32 as in published code: where little is kept, the bits of 1 - kept matter.
+    """
+    divided = 1 - kept
+    return plain * (divided.double() / factor + kept.double()).float()
 
 
 def check(
@@ -316,14 +331,14 @@ def check(
     betas: tuple[float, float] | None = None,
 ) -> None:
     """Refuse numbers outside their bounds. betas: two numbers of periods, ascending. Raises ConfigError."""
-    if rope.theta <= 1:
-        raise ConfigError(f"theta={rope.theta} must be above 1; Phi-4-Mini uses 10000")
+    if not 1 < rope.theta < inf:
+        raise ConfigError(f"theta={rope.theta} must be above 1 and finite; Phi-4-Mini uses 10000")
     if not 0 < rope.rotated <= 1:
         raise ConfigError(f"rotated={rope.rotated} must lie in (0, 1]; Phi-4-Mini uses 0.75")
     if rope.window < 1:
         raise ConfigError(f"window={rope.window} must be at least 1 token; Phi-4-Mini uses 131072")
-    if not 1 <= factor < inf:
-        raise ConfigError(f"factor={factor} must be at least 1; a window four times as long needs 4")
+    if not 1 <= factor <= 1e6:
+        raise ConfigError(f"factor={factor} must lie in [1, 1e6]; a window four times as long needs 4")
     if original_window is not None and not 1 < original_window <= rope.window:
         raise ConfigError(f"original_window={original_window} must lie in (1, window={rope.window}]")
     if betas is not None and not 0 < betas[0] < betas[1]:
