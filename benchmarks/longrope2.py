@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from math import log, sqrt
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -331,6 +333,14 @@ def cells(runs: Sequence[dict[str, Any]], mode: str, own: bool, found: float, bi
 
 def begin() -> None:
     torch.set_num_threads(1)
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+
+
+def leave_with_parent() -> None:
+    """End this process when the main one was killed and cannot tell it to."""
+    if (parent := parent_process()) is not None:
+        parent.join()
+        signal.raise_signal(signal.SIGKILL)
 
 
 def carry_out(options: argparse.Namespace, tasks: Sequence[tuple[Path, Callable[..., None], tuple[Any, ...]]]) -> None:
