@@ -4,7 +4,8 @@ The plain search reads one candidate and one document at a time, each document w
 all tokens. Each other line changes one thing, the last all of them: answers alone through the output projection;
 several candidates and documents in one pass; racing; eight needles in a document instead of one, with as many needles
 in all; a surrogate that chooses one of four proposals, in a quarter of the iterations; the same choice made by
-documents of half the length; a bfloat16 copy of the model. Every search then is judged by the same needle documents of other books.
+documents of half the length; a bfloat16 copy of the model. What each search found is then judged by the same needle
+documents of other books.
 
 A pass of the plain search tells the same as one that only scores answers, to 1e-6 nats. With --sample N its search is
 made with those, N plain passes are timed, and its times are theirs times the passes that it made.
