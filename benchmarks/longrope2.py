@@ -370,19 +370,19 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread")
     parser.add_argument("--ungated", action="store_true", help="extend a base that does not find all facts, too")
     options = parser.parse_args()
-    output, scores = options.output, scores_folder
+    output = options.output
     carry_out(options, [(base_folder(options, one) / "model", train_base, (one,)) for one in options.premises])
-    carry_out(options, [(scores(options, one) / "base.json", check_base, (one,)) for one in options.premises])
+    carry_out(options, [(scores_folder(options, one) / "base.json", check_base, (one,)) for one in options.premises])
     wanted = [name for name in SEARCHED if any(ARMS[method][0] == name for method in options.methods)]
     for seed in options.seeds:  # whole seeds first, so that what is there early can be compared
         own = 0 if options.one_search else seed
         searches = [(premise, name, own) for premise in options.premises for name in wanted]
         carry_out(
             options,
-            [(output / "searches" / one[0] / f"{one[1]}-{seed}" / "factors.json", find, one) for one in searches],
+            [(output / "searches" / one[0] / f"{one[1]}-{own}" / "factors.json", find, one) for one in searches],
         )
         arms = [(premise, method, seed) for premise in options.premises for method in options.methods]
-        carry_out(options, [(scores / one[0] / f"{one[1]}-{seed}.json", extend, one) for one in arms])
+        carry_out(options, [(scores_folder(options, one[0]) / f"{one[1]}-{seed}.json", extend, one) for one in arms])
     for premise in options.premises:
         table(options, premise)
 
