@@ -87,9 +87,10 @@ def extend(
             torch.set_num_threads(config.threads)
         work = _open(config, folder)
         say(_critical(work.stretch))
-        factors, outcome = _search(work, say)
+        guides, asked = _guides(work), _questions(work)  # all before hours are spent
+        factors, outcome = _search(work, guides, say)
         trained = _train(work, factors, say, report)
-        grids = _score(work, factors, trained, say)
+        grids = _score(work, asked, factors, trained, say)
         summary = _summary(work, factors, outcome, grids, trained)
         write_json(folder / SUMMARY, summary)
         _draw(work, factors, outcome, grids, summary)
@@ -172,10 +173,14 @@ def _guides(work: Extension) -> list[Document]:
     return documents
 
 
-def _search(work: Extension, say: Say) -> tuple[Factors, dict[str, Any]]:
+def _questions(work: Extension) -> list[Document]:
+    """Return what scores are measured on: documents of every length."""
+    return [one for length in _lengths(work) for one in _documents(work, work.config.scores, "evaluation", length)]
+
+
+def _search(work: Extension, documents: Sequence[Document], say: Say) -> tuple[Factors, dict[str, Any]]:
     """Return the factors found, and what the search tells of itself. A finished one is read."""
     target, told = work.folder / FACTORS, work.folder / "search" / "outcome.json"
-    documents = _guides(work)
     hashes = tuple(document.sha256 for document in documents)
     model = fingerprint(work.model)
     if target.exists() and told.exists():
@@ -278,13 +283,14 @@ def _train(work: Extension, factors: Factors, say: Say, report: Callable[[Metric
 # ------------------------------------------------------------------------------------------------------ scores
 
 
-def _score(work: Extension, factors: Factors, trained: Path | None, say: Say) -> dict[str, Grid]:
+def _score(
+    work: Extension, documents: Sequence[Document], factors: Factors, trained: Path | None, say: Say
+) -> dict[str, Grid]:
     """Return the needles found by every method untrained, and by the trained model with and without its switch."""
     config, folder = work.config, work.folder / "scores"
     folder.mkdir(exist_ok=True)
     candidates = {**_others(work), **({"longrope2": factors} if "longrope2" in config.scores.methods else {})}
     missing = [name for name in candidates if not (folder / f"{name}.json").exists()]
-    documents = [one for length in _lengths(work) for one in _documents(work, config.scores, "evaluation", length)]
     for name in missing:
         say(f"measuring {TITLES[name]}, untrained: {len(documents)} documents")
         work.model.set_rope(candidates[name].rope(work.base))
