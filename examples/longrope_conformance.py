@@ -25,8 +25,7 @@ from modalora.contracts import Batch, Route
 from modalora.models.decoder import DecoderConfig
 from modalora.models.multimodal import ModelConfig, Multimodal
 from modalora.models.sizes import phi4_mini
-from modalora.nn.rope import LongRope
-from modalora.nn.rotate import rotation
+from modalora.nn.rope import LongRope, rotation
 
 VECTORS = Path(__file__).with_name("longrope_conformance.json")
 ROPE = LongRope(

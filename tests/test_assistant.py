@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import modalora
-from modalora.assistant import Assistant, find_model, make_processor, question_messages
+from modalora.assistant import Assistant, find_model, make_processor, question_messages, set_regime
 from modalora.checkpoint.adapters import CONFIG, WEIGHTS, load_adapter, save_adapter
 from modalora.checkpoint.files import read_json, write_json
 from modalora.contracts import Batch, Route
@@ -388,6 +388,22 @@ def test_an_explanation_says_what_every_token_is(assistant: Assistant) -> None:
     assert (told["spans"][1]["start"], told["spans"][1]["stop"]) == (sound.start, sound.start + sound.tokens)
     assert (told["spans"][3]["start"], told["spans"][3]["stop"]) == (picture.start, picture.start + picture.tokens)
     assert (text["modalities"], text["adapter"], text["scale"], text["rope"]) == (["text"], None, None, "long")
+
+
+def test_a_planned_answer_has_one_table_in_ask_and_stream(assistant: Assistant) -> None:
+    question = "z" * 240
+    crossing = assistant.ask(question, max_tokens=30)
+    prompt = crossing.usage["prompt_tokens"]
+    assert prompt < 256 < prompt + 29
+    assert (crossing.route["rope"], crossing.route["rope_crosses"]) == ("short", 257)
+    planned = assistant.ask(question, max_tokens=30, switch="planned")
+    assert (planned.route["rope"], planned.route["rope_crosses"]) == ("long", None)
+    assert "".join(assistant.stream(question, max_tokens=30, switch="planned")) == planned.text
+    set_regime(assistant.model, "long")
+    assert assistant.ask(question, max_tokens=30).tokens == planned.tokens
+    assert planned.tokens != crossing.tokens
+    with pytest.raises(ConfigError, match="rope='long' gives every row this table; leave switch at 'crossing'"):
+        assistant.ask(question, switch="planned")
 
 
 # ----------------------------------------------------------------------------------------------------- saving, loading

@@ -13,6 +13,10 @@ import soundfile
 from PIL import Image
 
 from modalora.assistant import BUNDLED, find_model
+from modalora.checkpoint.store import save_model
+from modalora.models.multimodal import Multimodal
+from modalora.models.sizes import tiny
+from modalora.processing.tokenizer import TextTokenizer
 
 DEMO = BUNDLED / "demo"
 SCENE, DIGITS = str(DEMO / "scene.png"), str(DEMO / "digits.wav")
@@ -56,6 +60,27 @@ def test_route_explain_names_the_adapter(
     code, out, _ = run("route", "explain", "nano", "Hi", *media)
     assert code == 0
     assert f"adapter    {adapter}" in out
+
+
+def test_route_explain_tells_the_rotary_table_and_where_it_changes(
+    run: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    words = TextTokenizer.train(["seven blue boxes touch the wall. " * 9], 320)
+    save_model(Multimodal(tiny()), words, tmp_path / "long")  # original window 256
+    ask = ("route", "explain", str(tmp_path / "long"), "z" * 240, "--max-tokens", "40")
+    code, out, _ = run(*ask)
+    assert code == 0
+    rows = {line.split(maxsplit=1)[0]: line.split(maxsplit=1)[1] for line in out.splitlines()[:6]}
+    tokens = int(rows["tokens"])
+    told = f"short: {tokens} tokens fit the original window of 256; at 257 tokens it is read again"
+    assert rows["rope"] == told
+    _, out, _ = run(*ask, "--switch", "planned")
+    assert f"rope       long: {tokens} + 40 tokens of prompt and answer exceed the original window of 256\n" in out
+    answers = {
+        switch: json.loads(run("ask", *ask[2:], "--switch", switch, "--json")[1]) for switch in ("crossing", "planned")
+    }
+    assert answers["crossing"]["route"]["rope_crosses"] == 257
+    assert answers["planned"]["route"]["rope"] == "long"
 
 
 def test_inspect_counts_what_the_folder_holds(run: Callable[..., tuple[int, str, str]]) -> None:
@@ -132,6 +157,8 @@ BAD_MEDIA: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "too many tokens": (lambda at: ["--max-tokens", "2000"], "1024"),
     "no tokens": (lambda at: ["--max-tokens", "0"], "max_tokens=0"),
     "top-p": (lambda at: ["--top-p", "1.5"], "top_p=1.5"),
+    "switch": (lambda at: ["--switch", "later"], "switch='later' must be one of crossing, planned"),
+    "plan": (lambda at: ["--switch", "planned"], "this model has one rotary table"),
 }
 
 

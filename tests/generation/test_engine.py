@@ -16,9 +16,11 @@ from modalora.contracts import Batch, Message, Route
 from modalora.errors import ConfigError
 from modalora.generation.engine import Token, generate
 from modalora.generation.sampling import Sampling
+from modalora.generation.windows import Switch
 from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import tiny
 from modalora.nn.cache import KVCache
+from modalora.nn.rope import DynamicNtk
 from modalora.processing.processor import Processor
 from modalora.processing.tokenizer import TextTokenizer
 
@@ -33,6 +35,7 @@ class Counter:
         self.switch = switch
         self.reads: list[list[list[int]]] = []
         self.steps: list[tuple[list[int], Route]] = []
+        self.reaches: list[list[int]] = []
 
     def new_cache(self, batch: int) -> KVCache:
         return KVCache(0, batch)
@@ -40,11 +43,13 @@ class Counter:
     def read(self, batch: Batch, cache: KVCache, reach: Sequence[int] | None = None) -> Tensor:
         rows = [ids[:length].tolist() for ids, length in zip(batch.input_ids, batch.lengths, strict=True)]
         self.reads.append(rows)
+        self.reaches += [list(reach)] if reach else []
         cache.advance(batch.lengths)
         return self._say([row[-1] for row in rows])
 
     def read_next(self, ids: Tensor, route: Route, cache: KVCache, reach: Sequence[int] | None = None) -> Tensor:
         self.steps.append((ids.tolist(), route))
+        self.reaches += [list(reach)] if reach else []
         cache.advance(torch.ones_like(ids))
         return self._say(ids.tolist())
 
@@ -258,3 +263,94 @@ def test_a_row_may_cross_after_another_has_left(model: Multimodal, processor: Pr
     stop = next(index for index in told[0] if index not in told[1] and index not in told[2])
     together = greedy(model, processor(rows), 16, stop_ids=[stop])
     assert together == [told[0][: told[0].index(stop) + 1], told[1], told[2]]
+
+
+# ------------------------------------------------------------------------------------------------- tables of long rows
+
+
+def test_a_planned_row_is_read_once_by_the_table_of_its_planned_length() -> None:
+    model = Counter(switch=4)
+    batch = rows_of([1, 2, 3], [50])
+    tokens = list(generate(model, batch, sampling=GREEDY, max_tokens=4, stop_ids=(), switch="planned"))
+    assert said(tokens, 2) == [[4, 5, 6, 7], [51, 52, 53, 54]]
+    assert len(model.reads) == 1
+    assert model.reaches == [[7, 5]] * 4
+
+
+def test_rows_that_leave_take_their_plan_along() -> None:
+    model = Counter()
+    tokens = list(
+        generate(model, rows_of([1], [20, 20]), sampling=GREEDY, max_tokens=3, stop_ids={2}, switch="planned")
+    )
+    assert said(tokens, 2) == [[2], [21, 22, 23]]
+    assert model.reaches == [[4, 5], [5], [5]]
+
+
+def test_a_crossing_that_is_not_read_again_says_something_else(
+    model: Multimodal, processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tests above can fail: with keys of both tables in one cache the answer differs."""
+    rows = [of_length(processor, 30, "audio"), of_length(processor, 251, "image"), of_length(processor, 180)]
+    told = [uncached(model, processor([row]), 40) for row in rows]
+    assert greedy(model, processor(rows), 40) == told
+    monkeypatch.setattr(Multimodal, "table_number", lambda self, length: 0)
+    stale = greedy(model, processor(rows), 40)
+    assert stale[1] != told[1]
+    assert (stale[0], stale[2]) == (told[0], told[2])  # these do not cross
+
+
+@torch.no_grad()
+def uncached_planned(model: Multimodal, batch: Batch, count: int) -> list[int]:
+    """As `uncached`, every reading by the table of prompt and count."""
+    new: list[int] = []
+    planned = int(batch.lengths[0]) + count
+    for _ in range(count):
+        ids = torch.cat((batch.input_ids, torch.tensor([new], dtype=torch.long)), dim=1)
+        longer = replace(batch, input_ids=ids, lengths=torch.tensor([ids.shape[1]]))
+        new.append(int(model.read(longer, model.new_cache(1), [planned])[0].argmax()))
+    return new
+
+
+def test_planned_rows_of_a_batch_say_what_reading_anew_by_their_own_table_says(
+    model: Multimodal, processor: Processor
+) -> None:
+    rows = [of_length(processor, 30, "audio"), of_length(processor, 245, "image"), of_length(processor, 300)]
+    batch = processor(rows)
+    planned = list(generate(model, batch, sampling=GREEDY, max_tokens=20, stop_ids=(), switch="planned"))
+    told = [uncached_planned(model, processor([row]), 20) for row in rows]
+    assert said(planned, 3) == told
+    crossing = greedy(model, batch, 20)
+    assert told[0] == crossing[0]  # short by either
+    assert told[1] != crossing[1]  # long from the start, not from token 257 on
+    assert told[2] == crossing[2]  # long by either
+
+
+@pytest.fixture(scope="module")
+def dynamic(model: Multimodal) -> Multimodal:
+    """The same weights with a table for every length beyond 40 tokens."""
+    rope = DynamicNtk(factor=3.0, rotated=0.75, window=2048, original_window=40)
+    sizes = replace(model.config, decoder=replace(model.config.decoder, rope=rope))
+    made = Multimodal(sizes).eval()
+    made.load_state_dict(model.state_dict())
+    return made
+
+
+@pytest.mark.parametrize("switch", ["crossing", "planned"])
+def test_dynamic_tables_with_a_cache_say_what_reading_anew_says(
+    dynamic: Multimodal, processor: Processor, switch: Switch
+) -> None:
+    rows = [of_length(processor, 25), of_length(processor, 36, "audio"), of_length(processor, 60)]
+    anew = uncached if switch == "crossing" else uncached_planned
+    told = [anew(dynamic, processor([row]), 12) for row in rows]
+    tokens = list(generate(dynamic, processor(rows), sampling=GREEDY, max_tokens=12, stop_ids=(), switch=switch))
+    assert said(tokens, 3) == told
+
+
+def test_a_stale_dynamic_table_says_something_else(
+    dynamic: Multimodal, processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = processor([of_length(processor, 36)])
+    told = uncached(dynamic, batch, 40)
+    assert greedy(dynamic, batch, 40) == [told]
+    monkeypatch.setattr(Multimodal, "table_number", lambda self, length: 0)
+    assert greedy(dynamic, batch, 40) != [told]

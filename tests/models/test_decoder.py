@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from modalora.contracts import Batch, Route, Step
+from modalora.contracts import IGNORED, Batch, Route, Step
 from modalora.errors import ConfigError, ShapeError
 from modalora.models.decoder import Decoder, DecoderConfig
 from modalora.models.multimodal import ModelConfig, Multimodal
 from modalora.models.sizes import phi4_mini, tiny
 from modalora.nn.cache import KVCache
+from modalora.nn.rope import DynamicNtk
 
 # float32 over two layers of width 64: worst seen 1e-6; a bf16 slip (1e-2) must fail
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
@@ -199,6 +200,30 @@ def test_tokens_reach_the_tables_through_the_batch(make_model: Callable[..., Mul
         for row in range(2):
             alone = model(batch.select([row]))
             torch.testing.assert_close(together[row, : alone.shape[1]], alone[0], **TOLERANCE)
+
+
+def test_every_row_has_the_dynamic_table_of_its_own_length(make_model: Callable[..., Multimodal]) -> None:
+    rope = DynamicNtk(factor=2.0, rotated=0.75, window=512, original_window=24)
+    model = make_model(ModelConfig(decoder=replace(tiny().decoder, rope=rope)))
+    ids = torch.randint(0, 320, (3, 40))
+    lengths = [40, 20, 33]
+    labels = ids.masked_fill(torch.arange(40) >= torch.tensor(lengths)[:, None], IGNORED)
+    batch = Batch(input_ids=ids, lengths=torch.tensor(lengths), route=Route((None,) * 3), labels=labels)
+    with torch.no_grad():
+        together = model(batch)
+        losses, rows = model.loss(batch)
+        for row, length in enumerate(lengths):
+            fixed = Multimodal(ModelConfig(decoder=replace(tiny().decoder, rope=rope.at(length)))).eval()
+            fixed.load_state_dict(model.state_dict())
+            alone = fixed(batch.select([row]))[0]
+            torch.testing.assert_close(together[row, :length], alone, **TOLERANCE)
+            told = torch.nn.functional.cross_entropy(alone[:-1], ids[row, 1:length], reduction="none")
+            torch.testing.assert_close(losses[rows == row], told, **TOLERANCE)
+        other = Multimodal(ModelConfig(decoder=replace(tiny().decoder, rope=rope.at(33)))).eval()
+        other.load_state_dict(model.state_dict())
+        assert float((other(batch)[0] - together[0]).abs().max()) > 1e-3  # the length tells
+    with pytest.raises(ConfigError, match="a table for every length: give each row its own"):
+        model.decoder(torch.randn(1, 3, 64), step([3]))
 
 
 def test_text_keeps_every_bit_when_adapters_are_loaded(make_model: Callable[..., Multimodal]) -> None:

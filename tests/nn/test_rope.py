@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from modalora.errors import ConfigError, ShapeError
 from modalora.models.sizes import phi4_mini
-from modalora.nn.rope import LongRope, Plain, is_long
-from modalora.nn.rotate import rotate, rotation
+from modalora.nn.rope import LongRope, Plain, is_long, rotate, rotation
 
 PHI = phi4_mini().decoder.rope
 

@@ -122,7 +122,7 @@ def _flat(fields: Fields, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-_ROPE = (
+ROPE_KEYS = (
     "max_position_embeddings", "original_max_position_embeddings", "rope_parameters", "rope_scaling", "rope_theta",
     "partial_rotary_factor",
 )  # fmt: skip
@@ -174,7 +174,7 @@ def _read_decoder(reader: Reader) -> DecoderConfig:
     sizes = {key: reader.get(key) for key in _DECODER if reader.fields.get(key) is not None}
     sizes.setdefault("num_key_value_heads", sizes.get("num_attention_heads"))
     rope = _read_rope(reader.fields, reader.where)
-    reader.asked.update(_ROPE)
+    reader.asked.update(ROPE_KEYS)
     window = reader.get("sliding_window")
     fields = {
         **sizes,
@@ -204,7 +204,7 @@ def _read_small(reader: Reader) -> ModelConfig:
     reader.must(reset_attention_mask_on_eos=False, rope_position_scale=1.0)
     reader.get("blocksparse_triton_kernel_block_size")  # how a kernel is cut, not what it gives
     rope = _read_rope({**reader.fields, "rope_theta": reader.get("rope_embedding_base", 1e6)}, reader.where)
-    reader.asked.update(_ROPE)
+    reader.asked.update(ROPE_KEYS)
     reader.must(partial_rotary_factor=1.0)
     small = Phi3Small(
         embedding_scale=reader.get("mup_embedding_multiplier", 10.0),

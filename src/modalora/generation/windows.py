@@ -16,7 +16,7 @@ from modalora.nn.rope import DynamicNtk, LongRope, Rope, is_long, table_number
 Switch = Literal["crossing", "planned"]
 
 
-def check_switch(rope: Rope, switch: Switch) -> None:
+def check_switch(rope: Rope, switch: str) -> None:
     """Refuse an unknown switch, and a plan for a table that never changes. Raises ConfigError."""
     if switch not in get_args(Switch):
         raise ConfigError(f"switch={switch!r} must be one of {', '.join(get_args(Switch))}")
@@ -24,7 +24,7 @@ def check_switch(rope: Rope, switch: Switch) -> None:
         raise ConfigError(f"switch='planned' has nothing to choose from: {why}; leave switch at 'crossing'")
 
 
-def explain_table(rope: Rope, length: int, max_tokens: int, switch: Switch) -> dict[str, Any]:
+def explain_table(rope: Rope, length: int, max_tokens: int, switch: str) -> dict[str, Any]:
     """Return `rope`, the table that a prompt is read with, `rope_why`, and `rope_crosses`.
 
     length: tokens of the prompt. rope_crosses: the length in tokens at which the answer changes the table and the row

@@ -23,8 +23,7 @@ from modalora.nn.loss import cross_entropy
 from modalora.nn.mask import BlockSparse, Mask
 from modalora.nn.mlp import swiglu
 from modalora.nn.norm import RMSNorm
-from modalora.nn.rope import Plain, Rope
-from modalora.nn.rotate import rotate, rotation, turned
+from modalora.nn.rope import Plain, Rope, rotate, rotation, turned
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

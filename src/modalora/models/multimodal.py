@@ -23,8 +23,7 @@ from modalora.nn.cache import KVCache
 from modalora.nn.lora import LoraConfig
 from modalora.nn.loss import EVEN
 from modalora.nn.mlp import Projector
-from modalora.nn.rope import DynamicNtk, Rope, is_long, table_number
-from modalora.nn.rotate import tables
+from modalora.nn.rope import DynamicNtk, Rope, is_long, table_number, tables
 
 
 class EncoderConfig(Protocol):

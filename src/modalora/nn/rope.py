@@ -3,6 +3,7 @@
 A method is a small frozen dataclass with a tag `kind`. Each gives `frequencies(head_dim, long)`, radians per token of
 each rotated pair, fastest first, `attention_factor(long)`, what cos and sin are multiplied by, and `to_hf(form)`. At a
 factor of 1 each is `Plain` to the last bit. Windows are tokens; factors divide frequencies. Paper symbols in brackets.
+x is (batch, time, heads, head_dim); angles are radians, in float32 whatever the model's dtype.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Discriminator, Tag
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from modalora.config import parse
+from modalora.contracts import Rotations
 from modalora.errors import ConfigError, ShapeError
 from modalora.nn.scaling import (
     Base,
@@ -36,8 +39,8 @@ from modalora.nn.scaling import (
 
 __all__ = [
     "METHODS", "DynamicNtk", "Form", "Linear", "Llama3", "LongRope", "Ntk", "NtkByParts", "Plain", "Regime", "Rope",
-    "ScalingLawNtk", "Yarn", "as_longrope", "from_hf", "is_long", "read_rope", "su_temperature", "table_number",
-    "yarn_temperature",
+    "ScalingLawNtk", "Yarn", "as_longrope", "divisors", "from_hf", "is_long", "read_rope", "rotate", "rotation",
+    "su_temperature", "table_number", "tables", "turned", "yarn_temperature",
 ]  # fmt: skip
 
 # When the long table applies. reference: to rows longer than the original window, as transformers' Phi3 has it; long,
@@ -182,22 +185,101 @@ def table_number(rope: Rope, length: int) -> int:
     return int(is_long(rope, [length])[0])
 
 
-def as_longrope(rope: Rope, head_dim: int) -> LongRope:
-    """Return a method with one table in the form of divisors, which every layout of a Phi model holds.
+def divisors(rope: Rope, head_dim: int, *, long: bool = False) -> Tensor:
+    """Return what each pair's unscaled frequency is divided by, (pairs,) float32 [λ]."""
+    return Plain(theta=rope.theta, rotated=rope.rotated).frequencies(head_dim) / rope.frequencies(head_dim, long=long)
 
-    The frequencies are the same but for one rounding of float32. Raises ConfigError for a table of every length.
+
+def as_longrope(rope: Rope, head_dim: int) -> LongRope:
+    """Return a method with one table as one divisor per pair, the form that every layout of a Phi model holds.
+
+    The frequencies are the same but for three roundings of float32. Raises ConfigError for a table of every length.
     """
     if isinstance(rope, LongRope):
         return rope
     if isinstance(rope, DynamicNtk):
         raise ConfigError("dynamic_ntk has a table for every length; choose one first: rope.at(length)")
-    divisors = tuple((Plain(theta=rope.theta, rotated=rope.rotated).frequencies(head_dim)
-                      / rope.frequencies(head_dim)).tolist())  # fmt: skip
+    both = tuple(divisors(rope, head_dim).tolist())
     factor = rope.attention_factor()
     return LongRope(
-        short_factor=divisors, long_factor=divisors, theta=rope.theta, rotated=rope.rotated, window=rope.window,
+        short_factor=both, long_factor=both, theta=rope.theta, rotated=rope.rotated, window=rope.window,
         original_window=rope.window, mscale=None if factor == 1 else (factor, factor),
     )  # fmt: skip
+
+
+def tables(rope: Rope, head_dim: int, lengths: Sequence[int], device: torch.device | str = "cpu") -> Rotations:
+    """Return the table of each row, from the length that decides it."""
+    numbers = [table_number(rope, length) for length in lengths]
+    each = {
+        number: _table(rope, head_dim, length) for number, length in dict(zip(numbers, lengths, strict=True)).items()
+    }
+    return Rotations(
+        frequencies=torch.stack([each[number][0] for number in numbers]).to(device),
+        scale=torch.tensor([each[number][1] for number in numbers], device=device),
+    )
+
+
+def _table(rope: Rope, head_dim: int, length: int) -> tuple[Tensor, float]:
+    if isinstance(rope, DynamicNtk):
+        rope = rope.at(length)
+    long = is_long(rope, [length])[0]
+    return rope.frequencies(head_dim, long=long), rope.attention_factor(long=long)
+
+
+def rotation(rope: Rope, head_dim: int, positions: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cos and sin, each (batch, time, pairs) float32.
+
+    positions: (batch, time). long: bool that says which use the long table, (batch, 1) or (batch, time).
+    """
+    if isinstance(rope, DynamicNtk):
+        raise ConfigError("dynamic_ntk has a table for every length: give each row its own (Step.rotations)")
+    table, factor = rope.frequencies(head_dim).to(positions.device), torch.tensor(rope.attention_factor())
+    if rope.switch is not None and bool(long.any()):
+        rows = long[..., None]
+        table = torch.where(rows, rope.frequencies(head_dim, long=True).to(positions.device), table)
+        factor = torch.where(rows, rope.attention_factor(long=True), rope.attention_factor())
+    return turned(positions, table, factor)
+
+
+def turned(positions: Tensor, frequencies: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cos and sin, each (batch, time, pairs) float32, times scale.
+
+    positions: (batch, time). frequencies: radians per token, (pairs,) or (batch, 1 or time, pairs). scale: one number,
+    or (batch, 1 or time, 1).
+    """
+    angles = positions[..., None].float() * frequencies
+    return angles.cos() * scale.to(angles), angles.sin() * scale.to(angles)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the first 2 * pairs channels of each head; channel i pairs with channel i + pairs, the rest passes through.
+
+    x: (batch, time, heads, head_dim); cos, sin: (batch, time, pairs).
+    """
+    turned: Tensor = _Rotate.apply(x, cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype))  # type: ignore[no-untyped-call]
+    return turned
+
+
+class _Rotate(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back: nothing is kept but the angles."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *given: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(given[0], cos, -sin), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    pairs = cos.shape[-1]
+    first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat((*turned, rest) if rest.shape[-1] else turned, dim=-1)
 
 
 _TYPES: dict[str, Any] = {  # rope_type of transformers
@@ -219,10 +301,10 @@ def from_hf(fields: Mapping[str, Any], where: str = "config.json") -> Rope:
     inner = {key: value for key, value in (forms[0] if forms else {}).items() if value is not None}
 
     def taken(key: str, default: Any) -> Any:
-        found = {str(value): value for value in (inner.pop(key, None), fields.get(key)) if value is not None}
-        if len(found) > 1:
-            raise ConfigError(f"{place}: {key} is {' and '.join(found)}, within and beside; which of them holds?")
-        return next(iter(found.values()), default)
+        found = [value for value in (inner.pop(key, None), fields.get(key)) if value is not None]
+        if found[1:] and found[0] != found[1]:
+            raise ConfigError(f"{place}: {key} is {found[0]} within and {found[1]} beside; leave the wrong one out")
+        return found[0] if found else default
 
     window = _whole(fields.get("max_position_embeddings", 4096), "max_position_embeddings", place)
     base = {"theta": taken("rope_theta", 10_000.0), "rotated": taken("partial_rotary_factor", 1.0), "window": window}

@@ -216,8 +216,9 @@ class _ByParts(_OneTable):
         """Return radians per token of each rotated pair, fastest first, (pairs,) float32."""
         plain = 1.0 / self.periods(head_dim)
         low, high = self.ramp(head_dim)
-        pairs = torch.arange(len(plain), dtype=torch.float64)
-        return _blend(plain, (pairs - low) / (high - low if high != low else 0.001), self.factor)
+        pairs = torch.arange(len(plain), dtype=torch.float32)
+        divided = (pairs - low) / (high - low if high != low else 0.001)
+        return _blend(plain, 1 - divided.clamp(0, 1), self.factor)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -285,9 +286,9 @@ class Llama3(_Unscaled):
     def frequencies(self, head_dim: int, *, long: bool = False) -> Tensor:
         """Return radians per token of each rotated pair, fastest first, (pairs,) float32."""
         plain = 1.0 / self.periods(head_dim)
-        held = self.original_window * plain.double() / (2 * pi)
+        held = self.original_window / (2 * pi / plain)
         kept = (held - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        return _blend(plain, 1 - kept, self.factor)
+        return _blend(plain, kept.clamp(0, 1), self.factor)
 
     def to_hf(self, form: Form = "rope_parameters") -> dict[str, Any]:
         """Return the rotary keys of a transformers config.json."""
@@ -302,10 +303,13 @@ def yarn_temperature(stretch: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * log(stretch) + 1.0 if stretch > 1 else 1.0
 
 
-def _blend(plain: Tensor, share: Tensor, factor: float) -> Tensor:
-    """Return frequencies of which a share, (pairs,) cut to [0, 1], is divided by the factor."""
-    share = share.clamp(0, 1)
-    return plain * (share / factor + (1 - share)).float()
+def _blend(plain: Tensor, kept: Tensor, factor: float) -> Tensor:
+    """Return frequencies of which a share, (pairs,), is kept and the rest divided by the factor.
+
+    The shares are rounded to float32 as in published code: where little is kept, the bits of 1 - kept matter.
+    """
+    divided = 1 - kept
+    return plain * (divided.double() / factor + kept.double()).float()
 
 
 def check(
