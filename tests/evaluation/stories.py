@@ -23,3 +23,6 @@ def story(seed: int, words: int) -> str:
         one = rng.choice(WORDS, size=int(rng.integers(4, 10))).tolist()
         pieces += [one[0].capitalize(), *one[1:-1], one[-1] + (".\n\n" if rng.random() < 0.1 else ".")]
     return " ".join(pieces).replace("\n\n ", "\n\n")
+
+
+TEXTS = [story(seed, 3000) for seed in (0, 1, 2)]

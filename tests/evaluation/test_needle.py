@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stories import story
+from stories import TEXTS
 from torch.nn import functional
 
 from modalora.assistant import set_regime
@@ -23,7 +23,7 @@ from modalora.evaluation.documents import (
     make_documents,
     part_of_books,
     passage,
-    read_texts,
+    load_texts,
     sentences,
     within,
 )
@@ -45,31 +45,8 @@ from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import tiny
 from modalora.processing.tokenizer import END_OF_TEXT, TextTokenizer
 
-TEXTS = [story(seed, 3000) for seed in (0, 1, 2)]
 TOLD = re.compile(r" The secret number of the ([a-z]+-[a-z]+) is (\d{7})\.")
 ASKED = re.compile(r"What is the secret number of the ([a-z]+-[a-z]+)\? The secret number of the \1 is (\d{7})")
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> TextTokenizer:
-    """A thousand ids, so that it has whole words."""
-    return TextTokenizer.train([*TEXTS, "1234567890 " * 50], 1000)
-
-
-@pytest.fixture(scope="module")
-def letters() -> TextTokenizer:
-    """So few ids that the tiny model has a word for each."""
-    return TextTokenizer.train(TEXTS[:1], 320)
-
-
-@pytest.fixture(scope="module")
-def model() -> Multimodal:
-    torch.manual_seed(0)
-    made = Multimodal(tiny()).eval()
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))  # so large that positions and rope tables matter
-    return made
 
 
 def places(ids: tuple[int, ...], piece: list[int]) -> list[int]:
@@ -193,7 +170,7 @@ def test_the_books_of_the_search_are_not_those_that_judge(data_folder: Path) -> 
     assert not set(search) & set(judge)
     lines = [{line for text in part for line in text.splitlines() if len(line) > 40} for part in (search, judge)]
     assert not lines[0] & lines[1]
-    assert read_texts(data_folder) == judge
+    assert load_texts(data_folder) == judge
 
 
 def test_what_cannot_be_made_is_refused(tokenizer: TextTokenizer, letters: TextTokenizer) -> None:
@@ -214,7 +191,7 @@ def test_what_cannot_be_made_is_refused(tokenizer: TextTokenizer, letters: TextT
     with pytest.raises(ConfigError, match="facts are made of words of one token"):
         make_documents(letters, TEXTS, 1, length=500, part="search", style="words")
     with pytest.raises(DataError, match="cannot be read as text"):
-        read_texts(Path("no-such-file"))
+        load_texts(Path("no-such-file"))
 
 
 def test_names_numbers_and_words_come_once_each() -> None:

@@ -53,7 +53,7 @@ def evaluate(
     Example: modalora eval nano needle --text book.txt --lengths 256,1024
     """
     from modalora.errors import ConfigError
-    from modalora.evaluation.documents import check_lengths, grid_documents, read_texts
+    from modalora.evaluation.documents import check_lengths, grid_documents, load_texts
     from modalora.evaluation.needle import measure_grid
     from modalora.evaluation.perplexity import bits_by_length
     from modalora.evaluation.ruler import TASKS, Report, run_tasks
@@ -68,7 +68,7 @@ def evaluate(
     window, tokenizer = assistant.processor.window, assistant.processor.tokenizer
     chosen = _numbers(lengths, int, "--lengths") or [window // 4, window // 2, window]
     check_lengths(chosen, window)
-    texts = [one for path in text or [] for one in read_texts(path)]
+    texts = [one for path in text or [] for one in load_texts(path)]
     if not texts and {"needle", "perplexity"} & set(tasks):
         raise ConfigError("needle and perplexity read running text; give --text, a file or a folder of books")
     found: dict[str, Any] = {"model": model, "seed": seed, "lengths": chosen}
@@ -84,9 +84,7 @@ def evaluate(
         shown += _needle_lines(grids)
     if "ruler" in tasks:
         names = only or [name for name, task in TASKS.items() if texts or not task.needs_text]
-        cells = run_tasks(
-            assistant, names, chosen, samples=samples, texts=texts, form=cast(Any, form), example=example, seed=seed
-        )
+        cells = run_tasks(assistant, names, chosen, samples=samples, texts=texts, form=form, example=example, seed=seed)
         report = Report(tuple(cells))
         found["ruler"] = {"form": form, "example": example} | report.as_json(threshold)
         shown += _ruler_lines(report, threshold)

@@ -47,7 +47,7 @@ def part_of_books(folder: Path, part: Literal["search", "evaluation"]) -> list[s
     return list(books(folder, "validation"))[["search", "evaluation"].index(part) :: 2]
 
 
-def read_texts(path: Path) -> list[str]:
+def load_texts(path: Path) -> list[str]:
     """Return the text of a file, or of the books that judge: those of a folder's part "evaluation".
 
     Raises DataError for what is neither UTF-8 text nor such a folder.

@@ -37,8 +37,8 @@ from modalora.processing.tokenizer import ASSISTANT, END_OF_TEXT
 THRESHOLD = 0.856  # score that a length must reach to be effective: Llama-2-7B's at 4,096 tokens, as RULER has it
 HOPS = 4  # times that a number is handed on
 COMMON = 10  # words that come more often than the others
+FORMS = ("plain", "chat")
 
-Form = Literal["plain", "chat"]
 _Rng = np.random.Generator
 
 
@@ -257,7 +257,7 @@ class Sample:
 
 
 def make_samples(
-    processor: Processor, task: str, length: int, count: int, *, texts: Sequence[str] = (), form: Form = "plain",
+    processor: Processor, task: str, length: int, count: int, *, texts: Sequence[str] = (), form: str = "plain",
     example: bool = False, seed: int = 0,
 ) -> list[Sample]:  # fmt: skip
     """Return prompts that fill `length` tokens together with their answers.
@@ -268,11 +268,13 @@ def make_samples(
     """
     if task not in TASKS:
         raise ConfigError(f"task {task!r} must be one of {', '.join(TASKS)}")
+    if form not in FORMS:
+        raise ConfigError(f"form={form!r} must be one of {', '.join(FORMS)}")
     return [_sample(processor, task, length, texts, form, example, seed, number) for number in range(count)]
 
 
 def _sample(
-    processor: Processor, task: str, length: int, texts: Sequence[str], form: Form, example: bool, seed: int,
+    processor: Processor, task: str, length: int, texts: Sequence[str], form: str, example: bool, seed: int,
     number: int,
 ) -> Sample:  # fmt: skip
     key = (crc32(task.encode()), seed, number)
@@ -323,18 +325,16 @@ def _largest(tokens: Callable[[int], int], least: int, most: int, length: int, t
     return low
 
 
-def _measure(processor: Processor, form: Form, prompt: str, prefix: str) -> int:
+def _measure(processor: Processor, form: str, prompt: str, prefix: str) -> int:
     if form == "plain":
         return len(_prompt_ids(processor, form, prompt, prefix))
     return processor.measure(_messages(prompt)) + len(processor.tokenizer.encode(prefix.lstrip(), after=ASSISTANT))
 
 
-def _prompt_ids(processor: Processor, form: Form, prompt: str, prefix: str) -> list[int]:
+def _prompt_ids(processor: Processor, form: str, prompt: str, prefix: str) -> list[int]:
     tokenizer = processor.tokenizer
     if form == "plain":
         return [tokenizer.control(END_OF_TEXT), *tokenizer.encode(prompt + prefix, after=END_OF_TEXT)]
-    if form != "chat":
-        raise ConfigError(f"form={form!r} must be 'plain' or 'chat'")
     # a message of its own begins without a space
     return [*processor.row(_messages(prompt)).ids, *tokenizer.encode(prefix.lstrip(), after=ASSISTANT)]
 
@@ -414,7 +414,7 @@ class Report:
 
 def run_tasks(
     assistant: Assistant, tasks: Sequence[str], lengths: Sequence[int], *, samples: int = 20,
-    texts: Sequence[str] = (), form: Form = "plain", example: bool = False, seed: int = 0, rows: int = 8,
+    texts: Sequence[str] = (), form: str = "plain", example: bool = False, seed: int = 0, rows: int = 8,
 ) -> Iterator[TaskCell]:  # fmt: skip
     """Yield the scores of a model task by task for each length, decoding greedily; settings as in `make_samples`.
 

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from modalora.evaluation import ruler
+from modalora.evaluation.needle import Grid
+from modalora.evaluation.ruler import Report
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> str:
+    path = tmp_path / "book.txt"
+    path.write_text("The miller went home. His dog was tired, and so was he. “Rain,” he said.\n\n" * 400)
+    return str(path)
+
+
+def test_a_table_shows_every_figure_with_its_interval(run: Run, book: str) -> None:
+    code, out, err = run(
+        "eval", "nano", "needle", "ruler", "perplexity", "--text", book, "--lengths", "150,200", "--samples", "2",
+        "--depths", "0,1", "--only", "single-repeated",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert "needle: exact answers in %, of 7.0 tokens" in lines[0]
+    assert [line.split()[:3] for line in lines[2:4]] == [["reference", "150", "4"], ["reference", "200", "4"]]
+    assert [line.split()[:3] for line in lines[6:8]] == [
+        ["single-repeated", "150", "2"],
+        ["single-repeated", "200", "2"],
+    ]
+    assert lines[10].startswith("effective length at 85.6: ")
+    assert [line.split()[:2] for line in lines[13:]] == [["150", "150"], ["200", "150"]]
+    assert all("[" in line and "]" in line for line in (*lines[2:4], *lines[6:8], *lines[13:]))
+
+
+def test_json_holds_what_the_table_shows_and_reads_back(run: Run, book: str) -> None:
+    code, out, _ = run(
+        "eval", "nano", "needle", "ruler", "perplexity", "--text", book, "--lengths", "200", "--samples", "2",
+        "--depths", "0.5", "--only", "single-repeated", "--threshold", "0", "--seed", "3", "--json",
+    )  # fmt: skip
+    found = json.loads(out)
+    assert code == 0
+    assert (found["model"], found["seed"], found["lengths"]) == ("nano", 3, [200])
+    (grid,) = (Grid.from_json(one) for one in found["needle"]["grids"])
+    assert [(cell.length, cell.depth, cell.count) for cell in grid.cells] == [(200, 0.5, 2)]
+    report = Report.from_json(found["ruler"])
+    assert [(cell.task, cell.count) for cell in report.cells] == [("single-repeated", 2)]
+    assert found["ruler"]["effective_length"] == 200
+    assert found["perplexity"][0]["low"] <= found["perplexity"][0]["bits"] <= found["perplexity"][0]["high"]
+
+
+def test_without_a_text_ruler_says_what_it_leaves_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ruler, "answer_samples", lambda assistant, samples: [" ".join(samples[0].answers)])
+    code, out, _ = run("eval", "nano", "ruler", "--lengths", "900", "--samples", "1")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[2:7]] == [
+        "single-repeated", "single-needles", "variables", "common-words", "frequent-words",
+    ]  # fmt: skip
+    assert "effective length at 85.6: 900" in out
+    assert out.endswith("tasks in book text were left out: they need --text\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("haystack",), "task 'haystack' must be one of needle, ruler, perplexity"),
+        (("needle",), "needle and perplexity read running text; give --text"),
+        (("ruler", "--lengths", "512,2000"), "length 2000 must lie in 2 to 1024, this model's window"),
+        (("ruler", "--lengths", "many"), "--lengths 'many' must be numbers"),
+        (("ruler", "--only", "qa"), "task 'qa' must be one of single-repeated"),
+        (("ruler", "--form", "prose"), "form='prose' must be one of plain, chat"),
+        (("ruler", "--samples", "0"), "--samples 0 must be at least 1"),
+        (("perplexity", "--text", "no-such.txt"), "no-such.txt cannot be read as text"),
+    ],
+)
+def test_wrong_settings_are_one_clear_line(run: Run, given: tuple[str, ...], says: str) -> None:
+    code, out, err = run("eval", "nano", *given)
+    assert (code, out) == (2, "")
+    assert err.startswith("modalora: ")
+    assert says in err
+    assert err.count("\n") == 1
