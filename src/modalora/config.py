@@ -293,6 +293,7 @@ class ExtendConfig(Settings):
     rows: int = Field(4, ge=1)  # documents of one forward pass
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights while searching and measuring
     device: str = "cpu"
+    patience_seconds: int = Field(600, ge=1)  # how long a process waits for another
     threads: int = Field(0, ge=0)  # 0: torch's default
     data: str = "../shared/data"  # the folder of docs/nano.md
     cache: str = "runs/cache"
@@ -303,6 +304,20 @@ class ExtendConfig(Settings):
             raise ConfigError(f"training: {', '.join(taken)} is set by the extension itself; leave it out")
         self.run(rope={})
         return self
+
+    def score_lengths(self, window: int) -> list[int]:
+        """Return the lengths to measure at: those asked for, or from half the trained window on, doubled.
+
+        Raises ConfigError for a length beyond the target.
+        """
+        if asked := self.scores.lengths:
+            if max(asked) > self.target:
+                raise ConfigError(f"scores.lengths={asked} must not exceed target={self.target}")
+            return sorted(set(asked))
+        lengths = [self.target]
+        while lengths[-1] >= window:
+            lengths.append(lengths[-1] // 2)
+        return lengths[::-1]
 
     def run(self, rope: dict[str, Any]) -> RunConfig | None:
         """Return the training on the extended model, None where there is none. Raises ConfigError."""

@@ -173,6 +173,18 @@ def test_another_model_under_the_same_name_is_noticed(place: Path, extended: Pat
         extend(settings(place, out, init=str(base)))
 
 
+def in_one_of_two(place: Path, out: Path) -> dict[str, Any]:
+    return extend(settings(place, out, training=None, scores={"documents": 1, "lengths": [512], "methods": ["yarn"]}))
+
+
+def test_two_processes_find_what_one_finds(
+    place: Path, extended: Path, tmp_path: Path, ranks: Callable[..., list[Any]]
+) -> None:
+    first, second = ranks(2, in_one_of_two, place, tmp_path / "out")
+    assert (first["anchor"], second) == (json.loads((extended / "summary.json").read_text())["anchor"], {})
+    assert read_factors(tmp_path / "out" / "factors.json")[0] == read_factors(extended / "factors.json")[0]
+
+
 def test_without_training_it_ends_with_factors(place: Path, tmp_path: Path) -> None:
     scores = {"documents": 1, "methods": ["longrope2"], "lengths": [512]}
     found = extend(settings(place, tmp_path / "out", training=None, scores=scores))
@@ -180,9 +192,14 @@ def test_without_training_it_ends_with_factors(place: Path, tmp_path: Path) -> N
     assert not (tmp_path / "out" / "train").exists()
 
 
-def test_documents_that_cannot_be_made_are_told_before_anything_is_searched(place: Path, tmp_path: Path) -> None:
+def test_documents_and_data_that_are_not_there_are_told_before_anything_is_searched(
+    place: Path, tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match="128 tokens are too few"):
         extend(settings(place, tmp_path / "out", scores={"documents": 1}))  # from half the window on
+    lost = recipe(place, tmp_path)["training"] | {"mixture": [{"source": "files", "options": {"path": "no.jsonl"}}]}
+    with pytest.raises(DataError, match=r"no\.jsonl"):
+        extend(settings(place, tmp_path / "out", training=lost))
     assert not (tmp_path / "out" / "search").exists()
 
 
