@@ -1,7 +1,7 @@
 """Does the search run at Phi-4-Mini's width, and what does a candidate cost beside the plan's count?
 
-Run: python benchmarks/extend_wide.py [--data ../shared/data] [--window 256] [--target 512] [--documents 2]. Two layers of
-Phi-4-Mini's full width (3,072, 24 heads over 8, 3/4 rotated) with random weights and a small vocabulary go through
+Run: python benchmarks/extend_wide.py [--data ../shared/data] [--window 256] [--target 512] [--documents 2]. Two layers
+of its full width (3,072, 24 heads over 8, 3/4 rotated) with random weights and a small vocabulary go through
 `extend`: search, factors file, scores, report. Prints CPU seconds of a document against its counted FLOP, and against
 the matrix products of this machine.
 """
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--target", type=int, default=512)
     parser.add_argument("--documents", type=int, default=2)
-    parser.add_argument("--population", type=int, default=8)
+    parser.add_argument("--population", type=int, default=16)
     parser.add_argument("--iterations", type=int, default=1)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     asked = parser.parse_args()

@@ -7,6 +7,7 @@ import pytest
 
 from modalora.assistant import make_processor
 from modalora.config import SourceConfig
+from modalora.data.check import check_data
 from modalora.data.documents import LongRows, ShortRows, open_rows, passages, texts
 from modalora.data.mixture import Mixture, make_source
 from modalora.data.sources import Context
@@ -116,6 +117,17 @@ def test_documents_of_files_are_whole_texts_and_lengths_choose_among_them(contex
     assert (one.left_out, one.rows * 96 + one.dropped) == (1, sizes[1])
     with pytest.raises(DataError, match="no document has the asked length"):
         short(context, path=path)
+
+
+def test_the_check_of_data_counts_what_is_in_no_row(context: Context) -> None:
+    shorter = min(len(context.processor.tokenizer.encode(book)) + 2 for book in BOOKS)
+    options = {"rows": "long", "path": str(context.folder / "texts.parquet"), "least": shorter + 1}
+    source = SourceConfig(source="documents", window=96, options=options)
+    (found,) = check_data(context, [source])
+    opened = long(context, 96, path=options["path"], least=shorter + 1)
+    assert (found.dropped, found.left_out) == (opened.dropped, 1)
+    assert found.dropped > 0
+    assert sum(found.tokens) == opened.rows * 96
 
 
 def test_what_cannot_be_asked_of_documents_is_refused(context: Context, processor: Processor) -> None:
