@@ -353,7 +353,7 @@ def set_regime(model: Multimodal, regime: Regime) -> None:
     if regime not in get_args(Regime):
         raise ConfigError(f"rope={regime!r} must be one of {', '.join(get_args(Regime))}")
     if regime != "reference" and not isinstance(rope, LongRope):
-        raise ConfigError(f"rope={regime!r}: this model has one rotary table alone; leave rope at 'reference'")
+        raise ConfigError(f"rope={regime!r}: this model has no long and short table; leave rope at 'reference'")
     if isinstance(rope, LongRope):
         model.set_rope(replace(rope, regime=regime))
 

@@ -257,6 +257,31 @@ def test_a_longrope_with_scales_of_its_own_is_kept() -> None:
         )
 
 
+def test_attention_factors_that_the_reader_of_a_layout_would_not_see_are_refused() -> None:
+    rope = phi4_mini().decoder.rope
+    assert isinstance(rope, LongRope)
+
+    def written(layout: str, base: ModelConfig, **own: Any) -> dict[str, Any]:
+        config = replace(base, decoder=replace(base.decoder, rope=replace(rope, **own)))
+        return configs.write_config(layout, config, TOKENS)
+
+    with pytest.raises(ConfigError, match="'phi4mm' has the attention factor 1.19024 .* this model has 1 and 1; use"):
+        written("phi4mm", phi4_multimodal(), mscale=(1.0, 1.0))
+    with pytest.raises(ConfigError, match=r"mscale=\(1.0, 1.2\): transformers multiplies"):
+        written("phi3", phi4_mini(), mscale=(1.0, 1.2))
+    assert written("phi3", phi4_mini(), mscale=(1.0, 1.0))["rope_scaling"]["attention_factor"] == 1.0
+
+
+def test_phi3_small_tells_short_and_long_rows_apart() -> None:
+    rope = LongRope(
+        short_factor=(1.0,) * 8, long_factor=(2.0,) * 8, theta=1e6, window=512, original_window=64, mscale=(1.0, 1.2)
+    )
+    config = replace(SMALL, decoder=replace(SMALL.decoder, rope=rope))
+    fields = json.loads(json.dumps(configs.write_config("phi3small", config, TOKENS)))
+    assert (fields["rope_scaling"]["short_mscale"], fields["rope_scaling"]["long_mscale"]) == (1.0, 1.2)
+    assert configs.read_config("phi3small", fields, "config.json") == config
+
+
 def test_placeholders_are_those_of_the_tokenizer(words: TextTokenizer, tmp_path: Path) -> None:
     save_model(moved(sizes(tiny())), words, tmp_path / "m", layout="phi4_multimodal")
     fields = read_json(tmp_path / "m" / "config.json")

@@ -104,4 +104,4 @@ def test_a_raw_prompt_is_taken_as_it_is(run: Run) -> None:
     code, _, err = run("ask", "nano", "<|user|><|audio_1|><|end|><|assistant|>", "--raw")
     assert (code, "has 1 <|audio_N|> tags and 0 audio(s) were given" in err) == (2, True)
     code, _, err = run("ask", "nano", "Hi", "--rope", "long")
-    assert (code, "this model has one rotary table alone" in err) == (2, True)
+    assert (code, "this model has no long and short table" in err) == (2, True)

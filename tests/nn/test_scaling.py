@@ -245,6 +245,10 @@ def test_configs_from_before_there_were_kinds_are_read() -> None:
     assert read_rope(old, "old") == LongRope(short_factor=(1.0,), long_factor=(2.0,))
 
 
+def test_a_kind_is_no_part_of_the_text_that_fingerprints_are_made_of() -> None:
+    assert repr(Plain()) == "Plain(theta=10000.0, rotated=1.0, window=4096)"  # adapters of older versions must match
+
+
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
@@ -342,9 +346,13 @@ def test_a_method_with_one_table_is_also_one_divisor_per_pair(rope: Rope) -> Non
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda: Linear(factor=0.5), "factor=0.5 must be at least 1"),
+        (lambda: Linear(factor=0.5), r"factor=0.5 must lie in \[1, 1e6\]"),
         (lambda: Ntk(factor=float("nan")), "factor=nan"),
         (lambda: Linear(factor=float("inf")), "factor=inf"),
+        (lambda: Plain(theta=float("nan")), "theta=nan must be above 1"),
+        (lambda: ScalingLawNtk(window=10**6, original_window=7), "to the power 1.*, which no float32 holds"),
+        (lambda: LongRope(short_factor=(1.0,), long_factor=(float("nan"),)), "must be given and positive"),
+        (lambda: Yarn(factor=2.0, original_window=32, attention=0.0), "attention=0.0 must be above 0"),
         (lambda: ScalingLawNtk(window=64, original_window=6), "above 2 pi"),
         (lambda: Yarn(factor=2.0, window=64, original_window=128), r"original_window=128 must lie in \(1, window=64"),
         (lambda: Yarn(factor=2.0, window=64, original_window=32, beta_fast=1.0, beta_slow=2.0), "2.0 and 1.0 periods"),

@@ -16,7 +16,7 @@ from modalora.models.speech import SpeechConfig
 from modalora.models.vision import VisionConfig
 from modalora.nn.lora import LoraConfig
 from modalora.nn.mask import BlockSparse
-from modalora.nn.rope import DynamicNtk, LongRope, Plain, Rope, from_hf
+from modalora.nn.rope import DynamicNtk, LongRope, Plain, Rope, from_hf, su_temperature
 
 Fields = Mapping[str, Any]
 
@@ -139,6 +139,7 @@ def _read_rope(fields: Fields, where: str) -> Plain | LongRope:
 
 def _write_rope(rope: Rope, *, two_scales: bool = False) -> dict[str, Any]:
     """Return the rotary keys as readers of any version take them. two_scales: the layout tells short and long apart."""
+    rope = _as_written(rope)
     if isinstance(rope, DynamicNtk):
         raise ConfigError(
             "dynamic_ntk has a table for every length, which no published layout holds; choose a length and write the "
@@ -154,6 +155,18 @@ def _write_rope(rope: Rope, *, two_scales: bool = False) -> dict[str, Any]:
         fields["rope_scaling"] |= dict(zip(("short_mscale", "long_mscale"), rope.mscale, strict=True))
         return fields
     return rope.to_hf("rope_scaling")
+
+
+def _need_factor_of_windows(rope: Rope) -> None:
+    """Refuse attention factors that the released code of Phi-4-Multimodal would ignore: it looks at the windows."""
+    if isinstance(rope, LongRope):
+        told = su_temperature(rope.stretch, rope.original_window)
+        own = (rope.attention_factor(), rope.attention_factor(long=True))
+        if own != (told, told):
+            raise ConfigError(
+                f"the code that reads the layout 'phi4mm' has the attention factor {told:.6g} from the windows, and "
+                f"this model has {own[0]:.6g} and {own[1]:.6g}; use the layout 'phi4_multimodal' or 'modalora'"
+            )
 
 
 def _as_written(rope: Rope) -> Rope:
@@ -338,6 +351,7 @@ def _read_official(reader: Reader) -> ModelConfig:
 
 def _write_official(config: ModelConfig) -> dict[str, Any]:
     vision, speech = _both(config, "phi4mm")
+    _need_factor_of_windows(config.decoder.rope)
     if set(config.adapters) != {"vision", "speech"}:
         raise ConfigError(
             f"the layout 'phi4mm' holds the adapters vision and speech; this model has {', '.join(config.adapters)}"

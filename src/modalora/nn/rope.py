@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import log, sqrt
+from math import inf, log, sqrt
 from typing import Annotated, Any, Literal
 
 import torch
@@ -71,9 +71,9 @@ class LongRope(Base):
                 f"short_factor has {len(self.short_factor)} entries and long_factor {len(self.long_factor)}; "
                 "both need one per rotated pair (Phi-4-Mini: 48)"
             )
-        if min((*self.short_factor, *self.long_factor), default=0) <= 0:
+        if not self.short_factor or not all(0 < one < inf for one in (*self.short_factor, *self.long_factor)):
             raise ConfigError("short_factor and long_factor must be given and positive; 1.0 leaves a pair unscaled")
-        if self.mscale is not None and min(self.mscale) <= 0:
+        if self.mscale is not None and not all(0 < one < inf for one in self.mscale):
             raise ConfigError(f"mscale={self.mscale} must be two positive numbers, for short and long rows")
         if self.mscale is not None and self.temperature != "su":
             raise ConfigError("mscale and temperature both set the attention factors; leave one out")

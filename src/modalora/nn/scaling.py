@@ -173,11 +173,20 @@ class ScalingLawNtk(_Unscaled):
         check(self, original_window=self.original_window)
         if self.original_window < 7:
             raise ConfigError(f"original_window={self.original_window} must be above 2 pi: at least 7 tokens")
+        if self._exponent * log(self.theta) > log(3e38):  # float32
+            raise ConfigError(
+                f"window={self.window} and original_window={self.original_window} raise the base {self.theta} to the "
+                f"power {self._exponent:.3g}, which no float32 holds; the law is for windows of hundreds of tokens"
+            )
+
+    @property
+    def _exponent(self) -> float:
+        return log(self.window / (2 * pi)) / log(self.original_window / (2 * pi))
 
     @property
     def base(self) -> float:
         """The larger base, b^(ln(L' / 2 pi) / ln(L / 2 pi))."""
-        return self.theta ** (log(self.window / (2 * pi)) / log(self.original_window / (2 * pi)))
+        return self.theta**self._exponent
 
     def frequencies(self, head_dim: int, *, long: bool = False) -> Tensor:
         """Return radians per token of each rotated pair, fastest first, (pairs,) float32."""
@@ -252,6 +261,8 @@ class Yarn(_ByParts):
         check(self, factor=self.factor, original_window=self.original_window, betas=(self.beta_slow, self.beta_fast))
         if (self.mscale is None) != (self.mscale_all_dim is None):
             raise ConfigError("mscale and mscale_all_dim change nothing one without the other; give both, or none")
+        if self.attention is not None and not 0 < self.attention < inf:
+            raise ConfigError(f"attention={self.attention} must be above 0; 1 leaves cos and sin as they are")
         if self.attention is not None and self.mscale is not None:
             raise ConfigError("attention and mscale both set the attention factor; leave one out")
 
@@ -320,14 +331,14 @@ def check(
     betas: tuple[float, float] | None = None,
 ) -> None:
     """Refuse numbers outside their bounds. betas: two numbers of periods, ascending. Raises ConfigError."""
-    if rope.theta <= 1:
-        raise ConfigError(f"theta={rope.theta} must be above 1; Phi-4-Mini uses 10000")
+    if not 1 < rope.theta < inf:
+        raise ConfigError(f"theta={rope.theta} must be above 1 and finite; Phi-4-Mini uses 10000")
     if not 0 < rope.rotated <= 1:
         raise ConfigError(f"rotated={rope.rotated} must lie in (0, 1]; Phi-4-Mini uses 0.75")
     if rope.window < 1:
         raise ConfigError(f"window={rope.window} must be at least 1 token; Phi-4-Mini uses 131072")
-    if not 1 <= factor < inf:
-        raise ConfigError(f"factor={factor} must be at least 1; a window four times as long needs 4")
+    if not 1 <= factor <= 1e6:
+        raise ConfigError(f"factor={factor} must lie in [1, 1e6]; a window four times as long needs 4")
     if original_window is not None and not 1 < original_window <= rope.window:
         raise ConfigError(f"original_window={original_window} must lie in (1, window={rope.window}]")
     if betas is not None and not 0 < betas[0] < betas[1]:
