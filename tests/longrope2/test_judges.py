@@ -121,7 +121,7 @@ def test_the_surrogate_ranks_candidates_nearly_as_a_whole_pass_does() -> None:
     model, own = small_model(), candidates(24)
     exact = NeedleJudge(model, TEXTS).losses(own, range(5)).mean(1)
     near = Surrogate(model, TEXTS).losses(own, range(5)).mean(1)
-    assert rank_correlation(exact.tolist(), near.tolist()) > 0.5  # random weights; seen 0.8
+    assert rank_correlation(exact.tolist(), near.tolist()) > 0.9  # random weights; seen 0.98
 
 
 def test_tables_are_those_of_the_config_to_the_bit() -> None:
