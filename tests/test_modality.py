@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,7 +24,8 @@ from modalora.checkpoint.files import read_json, write_json
 from modalora.config import SourceConfig
 from modalora.contracts import Rule
 from modalora.data.mixture import Context, Mixture, make_source
-from modalora.errors import CheckpointError, ConfigError, ModaloraError, PromptError, RouteError
+from modalora.data.preview import spans
+from modalora.errors import CheckpointError, ConfigError, InputError, ModaloraError, PromptError, RouteError
 from modalora.modality import Modality
 from modalora.models.multimodal import ModelConfig, Multimodal, part_of
 from modalora.models.router import ROUTES
@@ -638,3 +640,27 @@ def test_gradients_reach_its_own_parts_and_no_other_adapter(tmp_path: Path) -> N
         part_of(name) for name, one in assistant.model.named_parameters() if one.grad is not None and one.grad.any()
     }
     assert used == {"decoder", "smell.encoder", "smell.projector.plain", "adapter.nose"}
+
+
+def test_a_data_file_holds_a_modality_of_ones_own_as_a_content_part(tmp_path: Path) -> None:
+    assistant = smelling()
+
+    def record(part: Any) -> str:
+        asked = {"role": "user", "content": [part, {"type": "text", "text": "What <image>?"}]}
+        return json.dumps({"messages": [asked, {"role": "assistant", "content": "fox"}]})
+
+    parts = [{"type": "smell", "smell": "abba"}, {"type": "smell"}, {"type": "smell", "smell": {"path": "../b.txt"}},
+             {"type": "taste", "taste": "a"}]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(record, parts)))
+    context = Context(folder=tmp_path, cache=tmp_path / "cache", processor=assistant.processor, window=64)
+    options = {"path": str(tmp_path / "rows.jsonl"), "shuffle": False, "tags": False}
+    source = make_source(context, SourceConfig(source="files", options=options))
+    row = source.row(0)
+    assert [(kind, tokens) for kind, _, _, tokens in row.media] == [("smell", 4)]
+    assert torch.equal(row.media[0][1]["notes"], sniff("abba", Sizes())[0]["notes"])
+    whole = assistant.processor.row(json.loads(record(parts[0]))["messages"], answer=False)
+    assert row.ids == whole.ids
+    for number, told in ((1, "write the payload in the part"), (2, "lies outside"), (3, "write a part with a type of")):
+        with pytest.raises(InputError, match=told):
+            source.row(number)
+    assert [span.kind for span in spans(row, assistant.processor) if span.is_medium] == ["smell"]

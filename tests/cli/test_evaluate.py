@@ -5,12 +5,30 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from modalora.assistant import Assistant, make_processor
 from modalora.evaluation import ruler
 from modalora.evaluation.needle import Grid
 from modalora.evaluation.ruler import Report
+from modalora.models.multimodal import Multimodal
+from modalora.models.sizes import tiny
+from modalora.processing.tokenizer import TextTokenizer
 
 Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> str:
+    """A model with two rotary tables, which switches at 256 tokens."""
+    torch.manual_seed(0)
+    model = Multimodal(tiny()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    letters = TextTokenizer.train(["The miller went home; his dog was tired."], 320)
+    Assistant(model, make_processor(tiny(), letters)).save(tmp_path / "tiny")
+    return str(tmp_path / "tiny")
 
 
 @pytest.fixture
@@ -28,7 +46,7 @@ def test_a_table_shows_every_figure_with_its_interval(run: Run, book: str) -> No
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert "needle: exact answers in %, of 7.0 tokens" in lines[0]
-    assert [line.split()[:3] for line in lines[2:4]] == [["reference", "150", "4"], ["reference", "200", "4"]]
+    assert [line.split()[:2] for line in lines[2:4]] == [["150", "4"], ["200", "4"]]
     assert [line.split()[:3] for line in lines[6:8]] == [
         ["single-repeated", "150", "2"],
         ["single-repeated", "200", "2"],
@@ -46,12 +64,29 @@ def test_json_holds_what_the_table_shows_and_reads_back(run: Run, book: str) -> 
     found = json.loads(out)
     assert code == 0
     assert (found["model"], found["seed"], found["lengths"]) == ("nano", 3, [200])
-    (grid,) = (Grid.from_json(one) for one in found["needle"]["grids"])
+    (result,) = found["results"]
+    grid = Grid.from_json(result["needle"])
+    assert result["rope"] == grid.regime == "reference"
     assert [(cell.length, cell.depth, cell.count) for cell in grid.cells] == [(200, 0.5, 2)]
-    report = Report.from_json(found["ruler"])
+    report = Report.from_json(result["ruler"])
     assert [(cell.task, cell.count) for cell in report.cells] == [("single-repeated", 2)]
-    assert found["ruler"]["effective_length"] == 200
-    assert found["perplexity"][0]["low"] <= found["perplexity"][0]["bits"] <= found["perplexity"][0]["high"]
+    assert result["ruler"]["effective_length"] == 200
+    assert result["perplexity"][0]["low"] <= result["perplexity"][0]["bits"] <= result["perplexity"][0]["high"]
+
+
+def test_rotary_tables_are_compared_where_a_model_has_two(run: Run, small: str, book: str) -> None:
+    settings = ("--text", book, "--lengths", "300", "--samples", "2")
+    code, out, _ = run(
+        "eval", small, "perplexity", *settings, "--rope", "short", "--rope", "long", "--rope",
+        "reference", "--json",
+    )  # fmt: skip
+    assert code == 0
+    results = json.loads(out)["results"]
+    assert [one["rope"] for one in results] == ["short", "long", "reference"]
+    short, long, reference = (one["perplexity"][0]["bits"] for one in results)
+    assert short != long == reference  # 300 tokens are beyond its original window
+    _, table, _ = run("eval", small, "perplexity", *settings, "--rope", "short", "--rope", "long")
+    assert [line for line in table.splitlines() if ":" in line][::2] == ["rotary table: short", "rotary table: long"]
 
 
 def test_without_a_text_ruler_says_what_it_leaves_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +109,11 @@ def test_without_a_text_ruler_says_what_it_leaves_out(run: Run, monkeypatch: pyt
         (("ruler", "--lengths", "many"), "--lengths 'many' must be numbers"),
         (("ruler", "--only", "qa"), "task 'qa' must be one of single-repeated"),
         (("ruler", "--form", "prose"), "form='prose' must be one of plain, chat"),
+        (("ruler", "--seed", "-1"), "seed=-1 must be at least 0"),
         (("ruler", "--samples", "0"), "--samples 0 must be at least 1"),
+        (("ruler", "--depths", "0.5"), "--depths is a setting of needle, which is not among the tasks"),
+        (("needle", "--example"), "--example is a setting of ruler, which is not among the tasks"),
+        (("ruler", "--rope", "long"), "rope='long': this model has one rotary table alone"),
         (("perplexity", "--text", "no-such.txt"), "no-such.txt cannot be read as text"),
     ],
 )

@@ -20,10 +20,10 @@ from modalora.evaluation.documents import (
     Digits,
     Words,
     grid_documents,
+    load_texts,
     make_documents,
     part_of_books,
     passage,
-    load_texts,
     sentences,
     within,
 )
@@ -94,13 +94,13 @@ def test_a_document_of_words_tells_a_fact_once_and_names_its_key_nowhere_else(to
     for document in make_documents(
         tokenizer, TEXTS, 6, length=300, part="search", style="words", needles=3, distractors=4
     ):
-        colons = [at for at, index in enumerate(document.ids) if index == phrases.colon]
-        assert len({document.ids[at - 1] for at in colons}) == 3 + 4
+        told = [document.ids[at + 1] for at, index in enumerate(document.ids) if index == phrases.states]
+        assert len(set(told)) == len(told) == 3 + 4
         for (at,) in document.probes:
-            asks, key, _, value = document.ids[at - 3 : at + 1]
+            asks, key, value = document.ids[at - 2 : at + 1]
             assert asks == phrases.asks
-            assert [place for place in colons if document.ids[place - 1] == key][1:] == [at - 1]
-            assert len(places(document.ids[: at - 3], phrases.fact(key, value))) == 1
+            assert told.count(key) == 1
+            assert len(places(document.ids[: at - 2], phrases.fact(key, value))) == 1
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.1, 0.5, 0.83, 1.0])
@@ -128,8 +128,8 @@ def test_a_needle_of_words_lies_at_its_depth_to_the_token(tokenizer: TextTokeniz
     phrases = Phrases(tokenizer)
     for document in make_documents(tokenizer, TEXTS, 4, length=200, part="evaluation", style="words", depths=[depth]):
         (at,) = document.answers
-        _, key, _, value = document.ids[at - 3 : at + 1]
-        room = 200 - 4 - 4
+        _, key, value = document.ids[at - 2 : at + 1]
+        room = 200 - 3 - 3
         assert places(document.ids, phrases.fact(key, value)) == [round(depth * room)]
 
 
@@ -379,9 +379,9 @@ def test_regimes_are_measured_side_by_side_and_the_model_keeps_its_own(
 def test_the_window_studys_words_are_read_by_it(tokenizer: TextTokenizer) -> None:
     """The facts are, to the id, those that `data.retrieval.facts_row` trains on."""
     phrases, writer = Phrases(tokenizer), Words(tokenizer)
-    for fact in writer.facts(np.random.default_rng(0), "search", 9, [phrases.keys[0], phrases.colon]):
-        key, colon, value, end = fact.ids
+    for fact in writer.facts(np.random.default_rng(0), "search", 9, [phrases.states, phrases.keys[0]]):
+        states, key, value = fact.ids
         assert fact.ids == phrases.fact(key, value)
         assert fact.question == [*phrases.question(key), value]
-        assert (colon, end, fact.scored) == (phrases.colon, phrases.end, 1)
-        assert key != phrases.keys[0]  # the text says it before a colon
+        assert (states, fact.scored) == (phrases.states, 1)
+        assert key != phrases.keys[0]  # the text has it behind the sign of a fact

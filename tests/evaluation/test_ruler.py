@@ -170,7 +170,7 @@ def test_tasks_share_nothing_with_the_documents_of_a_search(processor: Processor
     named = set(re.findall(r"[a-z]+-[a-z]+|\d{7}", searched))
     assert len(named) > 200  # of 20 documents with 6 facts each
     for task in TASKS:
-        for sample in make_samples(processor, task, 1200, 3, texts=TEXTS[1:], example=True):
+        for sample in make_samples(processor, task, 1400, 3, texts=TEXTS[1:], example=True):
             text = text_of(processor, sample)
             assert not named & set(re.findall(r"[a-z]+-[a-z]+|\d{7}", text))
             sentences = {one for one in re.split(r"[.?]\s*", text) if len(one) > 25}

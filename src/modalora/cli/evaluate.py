@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from modalora.evaluation.ruler import Report
 
 
+# Options that belong to one task; given without it they would have no effect.
+_OWN = {"needle": ("depths", "style", "needles", "distractors"), "ruler": ("only", "form", "example", "threshold")}
+
+
 def evaluate(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="A model folder, or a bundled model such as nano.")],
     tasks: Annotated[list[str], typer.Argument(help="needle, ruler or perplexity; one or several.")],
     lengths: Annotated[
@@ -35,7 +40,7 @@ def evaluate(
     distractors: Annotated[int, typer.Option(help="Further facts of a document that nobody asks for.")] = 0,
     rope: Annotated[
         list[str] | None,
-        typer.Option("--rope", help="Rotary table for needle: reference, long or short; again for more."),
+        typer.Option("--rope", help="Rotary table: reference, long or short; again to compare them."),
     ] = None,
     only: Annotated[list[str] | None, typer.Option("--only", help="A task of ruler; again for more.")] = None,
     form: Annotated[str, typer.Option(help="Prompts of ruler: plain, or chat for tuned models.")] = "plain",
@@ -52,18 +57,14 @@ def evaluate(
 
     Example: modalora eval nano needle --text book.txt --lengths 256,1024
     """
+    from modalora.assistant import set_regime
     from modalora.errors import ConfigError
     from modalora.evaluation.documents import check_lengths, grid_documents, load_texts
     from modalora.evaluation.needle import measure_grid
     from modalora.evaluation.perplexity import bits_by_length
     from modalora.evaluation.ruler import TASKS, Report, run_tasks
 
-    known = ("needle", "ruler", "perplexity")
-    for task in tasks:
-        if task not in known:
-            raise ConfigError(f"task {task!r} must be one of {', '.join(known)}")
-    if samples < 1:
-        raise ConfigError(f"--samples {samples} must be at least 1")
+    _check(context, tasks, samples)
     assistant = open_model(model, dtype=dtype, device=device)
     window, tokenizer = assistant.processor.window, assistant.processor.tokenizer
     chosen = _numbers(lengths, int, "--lengths") or [window // 4, window // 2, window]
@@ -71,30 +72,56 @@ def evaluate(
     texts = [one for path in text or [] for one in load_texts(path)]
     if not texts and {"needle", "perplexity"} & set(tasks):
         raise ConfigError("needle and perplexity read running text; give --text, a file or a folder of books")
-    found: dict[str, Any] = {"model": model, "seed": seed, "lengths": chosen}
-    shown: list[str] = []
+    documents = []
     if "needle" in tasks:
         documents = grid_documents(
             tokenizer, texts, chosen, samples, part="evaluation", style=style, needles=needles,
             depths=_numbers(depths, float, "--depths"), distractors=distractors, seed=seed,
         )  # fmt: skip
-        grids = measure_grid(assistant.model, documents, regimes=cast(Any, rope or ["reference"]))
-        setting = {"style": style, "needles": needles, "distractors": distractors}
-        found["needle"] = setting | {"grids": [grid.as_json() for grid in grids]}
-        shown += _needle_lines(grids)
-    if "ruler" in tasks:
-        names = only or [name for name, task in TASKS.items() if texts or not task.needs_text]
-        cells = run_tasks(assistant, names, chosen, samples=samples, texts=texts, form=form, example=example, seed=seed)
-        report = Report(tuple(cells))
-        found["ruler"] = {"form": form, "example": example} | report.as_json(threshold)
-        shown += _ruler_lines(report, threshold)
-        if not texts and not only:
-            shown.append("tasks in book text were left out: they need --text")
-    if "perplexity" in tasks:
-        bits = bits_by_length(assistant.model, tokenizer, texts, chosen, passages=samples, seed=seed)
-        found["perplexity"] = [one.as_json() for one in bits]
-        shown += _bits_lines(bits)
-    print(json.dumps(found, ensure_ascii=False) if as_json else "\n".join(shown))
+    names = only or [name for name, task in TASKS.items() if texts or not task.needs_text]
+    found: dict[str, Any] = {"model": model, "seed": seed, "lengths": chosen, "results": []}
+    for regime in rope or ["reference"]:
+        set_regime(assistant.model, cast(Any, regime))
+        result: dict[str, Any] = {"rope": regime}
+        found["results"].append(result)
+        shown = [f"rotary table: {regime}"] if rope else []
+        if "needle" in tasks:
+            (grid,) = measure_grid(assistant.model, documents, regimes=[cast(Any, regime)])
+            result["needle"] = {"style": style, "needles": needles, "distractors": distractors} | grid.as_json()
+            shown += _needle_lines(grid)
+        if "ruler" in tasks:
+            cells = run_tasks(
+                assistant, names, chosen, samples=samples, texts=texts, form=form, example=example, seed=seed
+            )
+            report = Report(tuple(cells))
+            result["ruler"] = {"form": form, "example": example} | report.as_json(threshold)
+            shown += _ruler_lines(report, threshold)
+            if not texts and not only:
+                shown.append("tasks in book text were left out: they need --text")
+        if "perplexity" in tasks:
+            bits = bits_by_length(assistant.model, tokenizer, texts, chosen, passages=samples, seed=seed)
+            result["perplexity"] = [one.as_json() for one in bits]
+            shown += _bits_lines(bits)
+        if not as_json:
+            print("\n".join(shown))
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+
+
+def _check(context: typer.Context, tasks: list[str], samples: int) -> None:
+    from modalora.errors import ConfigError
+
+    known = ("needle", "ruler", "perplexity")
+    for task in tasks:
+        if task not in known:
+            raise ConfigError(f"task {task!r} must be one of {', '.join(known)}")
+    for task, options in _OWN.items():
+        for option in options:
+            source = context.get_parameter_source(option)
+            if task not in tasks and source is not None and source.name == "COMMANDLINE":
+                raise ConfigError(f"--{option} is a setting of {task}, which is not among the tasks; leave it out")
+    if samples < 1:
+        raise ConfigError(f"--samples {samples} must be at least 1")
 
 
 def _numbers(text: str, kind: type[int] | type[float], option: str) -> list[Any]:
@@ -111,15 +138,14 @@ def _share(cell: Cell) -> str:
     return f"{100 * cell.accuracy:5.1f} [{100 * low:5.1f} {100 * high:5.1f}]"
 
 
-def _needle_lines(grids: list[Grid]) -> list[str]:
-    depths = sorted({cell.depth for cell in grids[0].cells if cell.depth is not None})
-    lines = [f"needle: exact answers in %, of {grids[0].tokens:.1f} tokens on average [95 % interval]"]
-    lines.append("rope      length  questions  all depths           " + "".join(f"at {one:<18g}" for one in depths))
-    for grid in grids:
-        for total in grid.by_length:
-            row = "  ".join(_share(cell) for cell in grid.cells if cell.length == total.length)
-            lines.append(f"{grid.regime:<9} {total.length:>6}  {total.count:>9}  {_share(total)}  {row}")
-    return lines
+def _needle_lines(grid: Grid) -> list[str]:
+    depths = sorted({cell.depth for cell in grid.cells if cell.depth is not None})
+    lines = [f"needle: exact answers in %, of {grid.tokens:.1f} tokens on average [95 % interval]"]
+    lines.append("length  questions  all depths           " + "".join(f"at {one:<18g}" for one in depths))
+    for total in grid.by_length:
+        row = "  ".join(_share(cell) for cell in grid.cells if cell.length == total.length)
+        lines.append(f"{total.length:>6}  {total.count:>9}  {_share(total)}  {row}")
+    return [line.rstrip() for line in lines]
 
 
 def _ruler_lines(report: Report, threshold: float) -> list[str]:

@@ -25,7 +25,7 @@ from modalora.data.sources import Context, Key
 from modalora.data.text import token_stream
 from modalora.errors import ConfigError, DataError, InputError, PromptError
 from modalora.processing.processor import Row
-from modalora.processing.tokenizer import END_OF_TEXT
+from modalora.processing.tokenizer import END_OF_TEXT, PLACEHOLDERS
 
 Truncate = Literal["messages"]
 SAMPLED = 64  # records of a file, evenly spread, whose form is looked at
@@ -67,10 +67,11 @@ def open_corpus(
         raise ConfigError(f"form={form!r} must be auto or one of {', '.join(FORMS)}")
     if truncate is not None and truncate not in get_args(Truncate):
         raise ConfigError(f"truncate={truncate!r} must be 'messages', or left out")
+    more = tuple(name for name in context.processor.media if name not in PLACEHOLDERS)
     volumes: list[Volume] = []
     for file in find_files(path):
         root = Path(media_root) if media_root else file if file.is_dir() else file.parent
-        options = Options(root, dict(rename or {}), prompt, tags)
+        options = Options(root, dict(rename or {}), prompt, tags, more)
         volumes.append(_open_volume(file, context.cache, form, split, options))
     texts = [volume for volume in volumes if volume.form == "text"]
     if texts and len(texts) < len(volumes):

@@ -52,13 +52,15 @@ class Options:
     """How the records of a source are read.
 
     rename: name in the file -> name that the form knows. root: folder that media paths may not leave. prompt: what is
-    asked of media that have a caption alone. tags: whether <image> and <audio> in texts stand for media.
+    asked of media that have a caption alone. tags: whether <image> and <audio> in texts stand for media. more: further
+    modalities of the model, of which content parts hold the payload itself.
     """
 
     root: Path
     rename: Mapping[str, str] = field(default_factory=dict)
     prompt: str = ""
     tags: bool = True
+    more: tuple[str, ...] = ()
 
 
 def detect(records: Iterable[Fields], options: Options) -> tuple[str, str]:
@@ -161,7 +163,7 @@ def _messages(fields: Fields, options: Options) -> Messages:
             raise DataError(f"{what} has tool_calls, which are not read; write the call as the assistant's text")
         content = turn.get("content")
         if isinstance(content, list):
-            content = [_part(part, f"{what}, part {place}") for place, part in enumerate(content, start=1)]
+            content = [_part(part, f"{what}, part {place}", options) for place, part in enumerate(content, start=1)]
         else:
             content = _string(content, f"the content of {what}")
         extra = {key: turn[key] for key in ("loss", "tools") if turn.get(key) is not None}
@@ -169,8 +171,8 @@ def _messages(fields: Fields, options: Options) -> Messages:
     return made
 
 
-def _part(part: Any, what: str) -> dict[str, Any]:
-    kinds = ("text", *PLACEHOLDERS, "image_url", "input_audio")
+def _part(part: Any, what: str, options: Options) -> dict[str, Any]:
+    kinds = ("text", *PLACEHOLDERS, "image_url", "input_audio", *options.more)
     if not isinstance(part, Mapping) or part.get("type") not in kinds:
         raise DataError(f"{what} is {part!r:.60}; write a part with a type of {', '.join(kinds)}")
     kind = part["type"]
@@ -182,7 +184,20 @@ def _part(part: Any, what: str) -> dict[str, Any]:
     if kind == "input_audio":
         data = payload.get("data") if isinstance(payload, Mapping) else payload
         return {"type": "audio", "audio": _bare_base64(data, what)}
+    if kind in options.more:
+        if payload is None:
+            raise DataError(
+                f"{what} has no {kind!r}; write the payload in the part: {{'type': '{kind}', '{kind}': ...}}"
+            )
+        return {"type": kind, kind: _path(payload, kind, options) if isinstance(payload, Mapping) else payload}
     return {"type": kind, kind: payload}  # without payload: the next of the record's media
+
+
+def _path(payload: Mapping[str, Any], kind: str, options: Options) -> Any:
+    """Return the file that {"path": NAME} names; what a string of a further modality says is for it to know."""
+    if set(payload) != {"path"}:
+        return payload
+    return resolve(payload["path"], kind, options)
 
 
 def _sharegpt(fields: Fields, options: Options) -> Messages:
@@ -353,6 +368,9 @@ def _filled(content: Any, waiting: Mapping[str, list[Any]], used: dict[str, int]
                     kind: _next(kind, waiting, used, options) if payload is None else resolve(payload, kind, options),
                 }
             )
+            continue
+        if part["type"] != "text":
+            made.append(part)
             continue
         pieces = _TAG.split(part["text"]) if options.tags else [part["text"]]
         for piece in pieces:

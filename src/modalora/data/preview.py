@@ -22,7 +22,6 @@ from modalora.errors import InputError
 from modalora.processing.audio import open_audio
 from modalora.processing.image import open_image
 from modalora.processing.processor import Processor, Row
-from modalora.processing.tokenizer import PLACEHOLDERS
 
 WIDEST = 320  # pixels of a picture in the page
 LONGEST_SECONDS = 30
@@ -36,6 +35,11 @@ class Span:
     text: str
     tokens: int
     trained: bool
+
+    @property
+    def is_medium(self) -> bool:
+        """Whether it is a picture, a sound or another medium."""
+        return self.kind not in ("text", "control")
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def preview(context: Context, sources: Sequence[SourceConfig], rows: int, seed: 
 
 def _payloads(messages: Sequence[Message]) -> list[tuple[str, Any]]:
     parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
-    return [(part["type"], part[part["type"]]) for part in parts if part["type"] in PLACEHOLDERS]
+    return [(part["type"], part[part["type"]]) for part in parts if part["type"] != "text"]
 
 
 def spans(row: Row, processor: Processor) -> list[Span]:
@@ -110,8 +114,8 @@ def as_terminal(shown: Shown) -> Text:
         text.append(f"{shown.bad.reason}\n", style="red")
         text.append(f"{shown.bad.mend}\n")
     for span in shown.spans:
-        words = f"[{span.kind}: {span.tokens} tokens]" if span.kind in PLACEHOLDERS else span.text
-        style = "cyan" if span.kind in PLACEHOLDERS else "dim" if span.kind == "control" else ""
+        words = f"[{span.kind}: {span.tokens} tokens]" if span.is_medium else span.text
+        style = "cyan" if span.is_medium else "dim" if span.kind == "control" else ""
         text.append(words, style="bold green" if span.trained else style or None)
     return text.append("\n")
 
@@ -148,7 +152,7 @@ def _article(shown: Shown, processor: Processor) -> str:
     if shown.bad is not None:
         parts.append(f'<span class="bad">{html.escape(shown.bad.reason)}</span>\n{html.escape(shown.bad.mend)}')
     for span in shown.spans:
-        if span.kind in PLACEHOLDERS:
+        if span.is_medium:
             held = next(media, None)
             body = _medium(*held, processor) if held is not None else ""
             parts.append(f'<span class="medium">{span.kind}, {span.tokens} tokens{body}</span>')

@@ -1,8 +1,8 @@
 """Rows in which what follows can only be known from what was read before, at a chosen distance.
 
-Two sorts, both in running text of the books: facts, " amber: seven;", asked for later, "? amber: seven;", and passages
-that come again. How far back they lie is drawn from a named distribution, so that "long distances are rarely trained",
-LongRoPE2's premise (arXiv:2502.20082, section 3.1), can be varied. Distances are tokens from answer to answer.
+Two sorts: facts in running text of the books, ": amber seven", asked for later, "? amber seven", and passages that come
+again and again. How far back the last mention lies is drawn from a named distribution, so that "long distances are
+rarely trained", LongRoPE2's premise (arXiv:2502.20082, section 3.1), can be varied.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ DISTANCES: dict[str, Callable[[Rng, int, int], int]] = {
 class Phrases:
     """The words and signs that facts are made of, as ids of one tokenizer.
 
-    keys, values: words of one token each, no word in both. A fact is four tokens, a question with its answer five.
+    keys, values: words of one token each, no word in both. A fact is three tokens, and so is a question with its
+    answer: the sign tells which, the word behind the key is what has to be found.
     """
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
@@ -44,15 +45,15 @@ class Phrases:
                 f"facts are made of words of one token; this vocabulary has {len(words)} of them, and 64 are needed"
             )
         self.keys, self.values = words[::2], words[1::2]
-        ((self.colon,), (self.end,), (self.asks,)) = (tokenizer.encode(sign) for sign in ":;?")
+        ((self.states,), (self.asks,)) = (tokenizer.encode(sign) for sign in ":?")
 
     def fact(self, key: int, value: int) -> list[int]:
-        """Return the ids of a fact, such as " amber: seven;"."""
-        return [key, self.colon, value, self.end]
+        """Return the ids of a fact, such as ": amber seven"."""
+        return [self.states, key, value]
 
     def question(self, key: int) -> list[int]:
-        """Return the ids of a question up to its answer: "? amber:"."""
-        return [self.asks, key, self.colon]
+        """Return the ids of a question up to its answer: "? amber"."""
+        return [self.asks, key]
 
 
 def facts_row(text: np.ndarray, phrases: Phrases, rng: Rng, distances: str, most: int) -> tuple[list[int], list[int]]:
@@ -61,44 +62,37 @@ def facts_row(text: np.ndarray, phrases: Phrases, rng: Rng, distances: str, most
     text: ids to put facts into, which cover what is there. most: facts of a row at most. Facts that nobody asks for
     are put where room is left, up to a third of the row, so that a key has to be looked for.
     """
-    ids, length = text.copy(), len(text)
-    free = np.ones(length + 1, dtype=bool)
+    ids, length, size = text.copy(), len(text), 3
+    free = np.ones(length, dtype=bool)
     keys = rng.permutation(phrases.keys)[: 2 * most].tolist()
     values = rng.choice(phrases.values, size=len(keys)).tolist()
     answers: list[int] = []
 
     def put(at: int, piece: list[int]) -> None:
-        ids[at : at + len(piece)] = piece
-        free[at : at + len(piece)] = False
-
-    def fits(at: int, size: int) -> bool:
-        return at >= 0 and at + size <= length and bool(free[at : at + size].all())
+        ids[at : at + size] = piece
+        free[at : at + size] = False
 
     for _ in range(int(rng.integers(1, most + 1))):
-        key, value = keys[-1], values[-1]
-        fact, question = phrases.fact(key, value), [*phrases.question(key), value]
-        near = len(question) + 1
-        distance = DISTANCES[distances](rng, near, length - len(fact))
-        at = int(rng.integers(distance, length - 2)) if distance < length - 2 else distance
-        start, asked = at - distance - 2, at - len(question) + 1  # of the fact, of the question
-        if fits(start, len(fact)) and fits(asked, len(question)):
-            put(start, fact)
-            put(asked, question)
-            answers.append(at)
-            keys.pop(), values.pop()
+        distance = DISTANCES[distances](rng, size, length - size)
+        start = int(rng.integers(0, length - size - distance + 1))
+        asked = start + distance
+        if free[start : start + size].all() and free[asked : asked + size].all():
+            key, value = keys.pop(), values.pop()
+            put(start, phrases.fact(key, value))
+            put(asked, [*phrases.question(key), value])
+            answers.append(asked + size - 1)
     for key, value in zip(keys[: int(rng.integers(0, most + 1))], values, strict=False):
-        at = int(rng.integers(0, length - 4))
-        if fits(at, 4) and (~free).mean() < 0.66:
+        at = int(rng.integers(0, length - size + 1))
+        if free[at : at + size].all() and (~free).mean() < 0.66:
             put(at, phrases.fact(key, value))
     return ids.tolist(), sorted(answers)
 
 
 def copy_row(text: np.ndarray, rng: Rng, distances: str) -> list[int]:
-    """Return the ids of `text` in which passages come again, each once, at distances drawn anew."""
-    ids, length = text.copy(), len(text)
-    for _ in range(int(rng.integers(1, 4))):
-        size = int(rng.integers(6, max(7, length // 5)))
-        distance = DISTANCES[distances](rng, size, length - size)
-        start = int(rng.integers(0, length - size - distance + 1))
-        ids[start + distance : start + distance + size] = ids[start : start + size]
-    return list(map(int, ids))
+    """Return ids as many as `text`: a passage of it, half the time with its words shuffled, again and again.
+
+    Each word stands as far behind its last mention as the passage is long.
+    """
+    period = DISTANCES[distances](rng, 3, len(text) - 3)
+    passage = rng.permutation(text[:period]) if rng.random() < 0.5 else text[:period]
+    return np.resize(passage, len(text)).tolist()

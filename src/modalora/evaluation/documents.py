@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from math import ceil
 from pathlib import Path
 from typing import Literal, Protocol
@@ -26,16 +27,11 @@ from modalora.evaluation.names import Part, draw_names, draw_numbers
 from modalora.evaluation.needle import Document, fingerprint
 from modalora.processing.tokenizer import END_OF_TEXT, TextTokenizer
 
-_STREAMS: dict[Part, int] = {
-    "search": 101,
-    "evaluation": 102,
-    "tasks": 103,
-    "examples": 104,
-}  # no generator serves two parts
-# What ends a sentence, closing quotes and line ends with it; an empty line ends one too.
+# What the generators of a part begin with, so that no two parts draw the same.
+_STREAMS: dict[Part, int] = {"search": 101, "evaluation": 102, "tasks": 103, "examples": 104}
 _MOST = 100_000  # documents of one seed
+# What ends a sentence, closing quotes and line ends with it; an empty line ends one too.
 _END = re.compile(r"[.!?][\"'”’)]*(?=\s)\n*|\n{2,}")
-
 _Rng = np.random.Generator
 
 
@@ -103,10 +99,8 @@ class Digits:
     def opening(self, facts: int) -> list[int]:
         """Return the token that starts a text, where there is one, and the instruction."""
         start = [self.tokenizer.control(END_OF_TEXT)] if self.tokenizer.has_control(END_OF_TEXT) else []
-        numbers = "A secret number is" if facts == 1 else f"{facts} secret numbers are"
-        return start + self.tokenizer.encode(
-            f"{numbers} hidden in this text. Remember them: it ends with questions.\n\n"
-        )
+        what = "A secret number is" if facts == 1 else f"{facts} secret numbers are"
+        return start + self.tokenizer.encode(f"{what} hidden in this text, and asked for at its end. Remember.\n\n")
 
     def facts(self, rng: _Rng, part: Part, count: int, text: Sequence[int]) -> list[Fact]:
         """Return facts of different names and numbers."""
@@ -119,17 +113,14 @@ class Digits:
     def _fact(self, name: str, number: str) -> Fact:
         tell = f" The secret number of the {name} is "
         asked = f"\n\nWhat is the secret number of the {name}?{tell}"
-        question, before = within(self.tokenizer, asked + number), within(self.tokenizer, asked)
-        same = next((at for at, (one, other) in enumerate(zip(question, before, strict=False)) if one != other), None)
-        return Fact(
-            within(self.tokenizer, f"{tell}{number}."),
-            question,
-            len(question) - (min(len(before), len(question)) if same is None else same),
-        )
+        question, prompt = within(self.tokenizer, asked + number), within(self.tokenizer, asked)
+        # the last space may join the number's first token: the answer starts where the two differ
+        same = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(question, prompt, strict=False))))
+        return Fact(within(self.tokenizer, f"{tell}{number}."), question, len(question) - same)
 
 
 class Words:
-    """ " amber: seven;" and "? amber: seven", for a model that was trained on `data.retrieval.facts_row`."""
+    """ ": amber seven" and "? amber seven", for a model that was trained on `data.retrieval.facts_row`."""
 
     between_sentences = False
 
@@ -144,7 +135,7 @@ class Words:
     def facts(self, rng: _Rng, part: Part, count: int, text: Sequence[int]) -> list[Fact]:
         """Return facts of different keys; values come again only where there are fewer of them than facts."""
         words = self.phrases
-        taken = {one for one, other in zip(text, text[1:], strict=False) if other == words.colon}
+        taken = {other for one, other in zip(text, text[1:], strict=False) if one == words.states}
         keys = [key for key in rng.permutation(words.keys).tolist() if key not in taken][:count]
         _check_enough(count, len(keys))
         values = rng.choice(words.values, size=count, replace=count > len(words.values)).tolist()
@@ -191,6 +182,7 @@ def make_documents(
         ("count", count, 1, _MOST),
         ("needles", needles, 1, 99),
         ("distractors", distractors, 0, 9999),
+        ("seed", seed, 0, 2**32),
     ):
         if not least <= given <= most:
             raise ConfigError(f"{name}={given} must lie in {least} to {most}")

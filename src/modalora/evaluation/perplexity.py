@@ -92,6 +92,8 @@ def bits_by_length(
     """
     if not lengths or passages < 2:
         raise ConfigError(f"lengths={list(lengths)}, passages={passages}: give a length, and 2 passages or more")
+    if seed < 0:
+        raise ConfigError(f"seed={seed} must be at least 0")
     shortest, longest = min(lengths), max(lengths)
     scored = shortest // 2 if scored is None else scored
     if not 1 <= scored < shortest:

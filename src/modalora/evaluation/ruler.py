@@ -270,6 +270,8 @@ def make_samples(
         raise ConfigError(f"task {task!r} must be one of {', '.join(TASKS)}")
     if form not in FORMS:
         raise ConfigError(f"form={form!r} must be one of {', '.join(FORMS)}")
+    if seed < 0:
+        raise ConfigError(f"seed={seed} must be at least 0")
     return [_sample(processor, task, length, texts, form, example, seed, number) for number in range(count)]
 
 
