@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--target", type=int, default=512)
     parser.add_argument("--documents", type=int, default=2)
     parser.add_argument("--population", type=int, default=16)
+    parser.add_argument("--anchor", type=int, help="search behind this pair alone: a population of 4 is then enough")
     parser.add_argument("--iterations", type=int, default=1)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     asked = parser.parse_args()
@@ -51,7 +52,7 @@ def main() -> None:
             {
                 "kind": "extend", "init": str(folder / "base"), "output": str(folder / "out"), "target": asked.target,
                 "guide": {"documents": asked.documents}, "dtype": asked.dtype, "rows": 2,
-                "search": {"population": asked.population, "iterations": asked.iterations},
+                "search": {"population": asked.population, "iterations": asked.iterations, "anchor": asked.anchor},
                 "scores": {"documents": 1, "depths": [0.5], "lengths": [asked.target], "methods": ["longrope2"]},
                 "data": str(asked.data), "cache": str(folder / "cache"), "threads": 1,
             }

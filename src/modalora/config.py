@@ -173,6 +173,13 @@ class RunConfig(Settings):
     cache: str = "runs/cache"
     optim: OptimConfig = Field(default_factory=OptimConfig)
 
+    @field_validator("rope")
+    @classmethod
+    def _as_yaml_holds_it(cls, rope: dict[str, Any] | None) -> dict[str, Any] | None:
+        return (
+            None if rope is None else {key: list(own) if isinstance(own, tuple) else own for key, own in rope.items()}
+        )
+
     @property
     def step_tokens(self) -> int:
         """Tokens of a step, over all processes: the budget, or whole text windows."""

@@ -137,7 +137,9 @@ def test_what_cannot_be_asked_of_documents_is_refused(context: Context, processo
     with pytest.raises(ConfigError, match="most=65 tokens of a short row exceed its window=64"):
         short(context, most=65)
     with pytest.raises(DataError, match="and one row 1000000"):
-        long(context, 1_000_000)
+        open_rows(texts(stream, mark), "long", 1_000_000, 3, 0, mark, (0,))
+    with pytest.raises(ConfigError, match="window=4096 of source 'documents': the model reads at most 2048 tokens"):
+        long(context, 4096)
     with pytest.raises(ConfigError, match="window=32 of source 'digits'"):
         make_source(context, SourceConfig(source="digits", window=32))
 

@@ -160,6 +160,17 @@ def test_results_of_other_settings_are_never_overwritten(
     assert (extended / "factors.json").read_bytes() == before
 
 
+def test_scores_of_other_factors_are_noticed(place: Path, extended: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(extended, out)
+    (out / "extend.yaml").unlink()  # what follows is no longer seen by the settings
+    fields = json.loads((out / "scores" / "longrope2.json").read_text())
+    fields["made_with"]["factors"][-1] += 0.01
+    (out / "scores" / "longrope2.json").write_text(json.dumps(fields))
+    with pytest.raises(ConfigError, match=r"longrope2\.json was measured with other factors"):
+        extend(settings(place, out, training=None))
+
+
 def test_another_model_under_the_same_name_is_noticed(place: Path, extended: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
     processor = make_processor(tiny(), TextTokenizer.train(TEXTS, 320))

@@ -173,6 +173,7 @@ def _changed(key: str, before: ExtendConfig, now: ExtendConfig) -> list[str]:
 def _open(config: ExtendConfig, folder: Path, device: torch.device) -> Extension:
     start = RunConfig(
         init=config.init, output=config.output, train=["decoder"], steps=1, data=config.data, cache=config.cache,
+        seed=(config.training or {}).get("seed", 0),  # fresh weights are those that training starts from
         mixture=[SourceConfig(source="books")],  # a run needs one; none is opened
     )  # fmt: skip
     model, tokenizer, _ = open_start(start)
@@ -322,7 +323,7 @@ def _outcome(outcome: Outcome, others: Mapping[str, float], documents: Sequence[
 
 def _training(work: Extension, factors: Factors) -> RunConfig | None:
     """Return the training on the extended model, if there is one."""
-    return work.config.run(rope=json.loads(json.dumps(asdict(factors.rope(work.base)))))  # as it will be read back
+    return work.config.run(rope=asdict(factors.rope(work.base)))
 
 
 def _check_training(work: Extension) -> None:
@@ -350,27 +351,38 @@ def _score(
     config, folder = work.config, work.folder / "scores"
     folder.mkdir(exist_ok=True)
     candidates = {**_others(work), **({"longrope2": factors} if "longrope2" in config.scores.methods else {})}
-    missing = [name for name in candidates if not (folder / f"{name}.json").exists()]
-    for name in missing:
-        say(f"measuring {TITLES[name]}, untrained: {len(documents)} documents")
-        work.model.set_rope(candidates[name].rope(work.base))
-        (grid,) = measure_grid(work.model, documents, rows=config.rows)
-        work.model.set_rope(work.base)
-        _write_whole(folder / f"{name}.json", grid.as_json())
-    grids = {TITLES[name]: Grid.from_json(read_json(folder / f"{name}.json")) for name in candidates}
+    hashes = [one.sha256 for one in documents]
+    grids: dict[str, Grid] = {}
+    for name, own in candidates.items():
+        path, made_with = folder / f"{name}.json", {"factors": list(own.long), "documents": hashes}
+        if not path.exists():
+            say(f"measuring {TITLES[name]}, untrained: {len(documents)} documents")
+            work.model.set_rope(own.rope(work.base))
+            (grid,) = measure_grid(work.model, documents, rows=config.rows)
+            work.model.set_rope(work.base)
+            _write_whole(path, {**grid.as_json(), "made_with": made_with})
+        grids[TITLES[name]] = _read_grid(path, made_with)
     if trained is None:
         return grids
     regimes: tuple[Regime, ...] = ("reference", "long")
-    if not all((folder / f"trained-{regime}.json").exists() for regime in regimes):
+    paths = [folder / f"trained-{regime}.json" for regime in regimes]
+    made_with = {"factors": list(factors.long), "documents": hashes}
+    if not all(path.exists() for path in paths):
         say(f"measuring the trained model: {len(documents)} documents, twice")
         model = _placed(load_model(trained).model, config, work.device)
-        made = measure_grid(model, documents, regimes=regimes, rows=config.rows)
-        for regime, grid in zip(regimes, made, strict=True):
-            _write_whole(folder / f"trained-{regime}.json", grid.as_json())
-    for regime in regimes:
-        title = f"LongRoPE2, {TRAINED[regime]}"
-        grids[title] = Grid.from_json(read_json(folder / f"trained-{regime}.json"))
+        for path, grid in zip(paths, measure_grid(model, documents, regimes=regimes, rows=config.rows), strict=True):
+            _write_whole(path, {**grid.as_json(), "made_with": made_with})
+    for path, regime in zip(paths, regimes, strict=True):
+        grids[f"LongRoPE2, {TRAINED[regime]}"] = _read_grid(path, made_with)
     return grids
+
+
+def _read_grid(path: Path, made_with: Mapping[str, Any]) -> Grid:
+    """Return a grid that was written before. Raises ConfigError when it is of other factors or documents."""
+    fields = read_json(path)
+    if fields.get("made_with") != made_with:
+        raise ConfigError(f"{path} was measured with other factors or documents; remove it, and it is measured anew")
+    return Grid.from_json(fields)
 
 
 # ------------------------------------------------------------------------------------------------------ report
