@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from modalora.config import ExtendConfig, load_extension, load_run
 from modalora.errors import ConfigError, DataError
 from modalora.longrope2.extend import extend
 from modalora.longrope2.factors import read_factors
+from modalora.longrope2.judges import NeedleJudge
 from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import tiny
 from modalora.nn.rope import LongRope
@@ -223,6 +225,25 @@ def test_the_command_reports_what_it_found(place: Path, extended: Path, tmp_path
     assert "factors are there" in err
     code, out, _ = run("extend", str(path), "--json")
     assert json.loads(out)["target"] == 512
+
+
+def test_ctrl_c_in_the_search_exits_with_130_and_keeps_what_was_judged(
+    place: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, whole = [0], NeedleJudge.losses
+
+    def broken_off(*arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 2:
+            signal.raise_signal(signal.SIGINT)
+        return whole(*arguments)
+
+    monkeypatch.setattr(NeedleJudge, "losses", broken_off)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(place, tmp_path / "out", training=None)))
+    code, _, err = run("extend", str(path))
+    assert (code, "the same search goes on from there" in err) == (130, True)
+    assert len((tmp_path / "out" / "search" / "search.jsonl").read_text().splitlines()) == 2  # what it is, one answer
 
 
 @pytest.mark.parametrize(
