@@ -126,9 +126,7 @@ class RunConfig(Settings):
     init: str  # a folder to start from, bundled/nano, or a name of models/sizes.py for fresh weights
     output: str
     modalities: dict[str, dict[str, Any]] = Field(default_factory=dict)  # modality to add -> its sizes
-    rope: dict[str, Any] | None = (
-        None  # rotary positions (nn/rope.py) that the start gets, window included; None: its own
-    )
+    rope: dict[str, Any] | None = None  # rotary positions (nn/rope.py) and window that the start gets; None: its own
     modality_files: list[str] = Field(default_factory=list)  # Python files that set MODALITY; they are run
     adapters: dict[str, dict[str, Any]] = Field(default_factory=dict)  # adapter to add -> fields of LoraConfig
     take: dict[str, str] = Field(default_factory=dict)  # part pattern -> folder that gives its weights
@@ -176,9 +174,7 @@ class RunConfig(Settings):
     @field_validator("rope")
     @classmethod
     def _as_yaml_holds_it(cls, rope: dict[str, Any] | None) -> dict[str, Any] | None:
-        return (
-            None if rope is None else {key: list(own) if isinstance(own, tuple) else own for key, own in rope.items()}
-        )
+        return rope and {key: list(own) if isinstance(own, tuple) else own for key, own in rope.items()}
 
     @property
     def step_tokens(self) -> int:
