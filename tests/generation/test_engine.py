@@ -291,10 +291,10 @@ def test_a_crossing_that_is_not_read_again_says_something_else(
 ) -> None:
     """The tests above can fail: with keys of both tables in one cache the answer differs."""
     rows = [of_length(processor, 30, "audio"), of_length(processor, 251, "image"), of_length(processor, 180)]
-    told = [uncached(model, processor([row]), 40) for row in rows]
-    assert greedy(model, processor(rows), 40) == told
+    told = greedy(model, processor(rows), 24)
+    assert told[1] == uncached(model, processor([rows[1]]), 24)
     monkeypatch.setattr(Multimodal, "table_number", lambda self, length: 0)
-    stale = greedy(model, processor(rows), 40)
+    stale = greedy(model, processor(rows), 24)
     assert stale[1] != told[1]
     assert (stale[0], stale[2]) == (told[0], told[2])  # these do not cross
 
@@ -316,10 +316,10 @@ def test_planned_rows_of_a_batch_say_what_reading_anew_by_their_own_table_says(
 ) -> None:
     rows = [of_length(processor, 30, "audio"), of_length(processor, 245, "image"), of_length(processor, 300)]
     batch = processor(rows)
-    planned = list(generate(model, batch, sampling=GREEDY, max_tokens=20, stop_ids=(), switch="planned"))
-    told = [uncached_planned(model, processor([row]), 20) for row in rows]
+    planned = list(generate(model, batch, sampling=GREEDY, max_tokens=14, stop_ids=(), switch="planned"))
+    told = [uncached_planned(model, processor([row]), 14) for row in rows]
     assert said(planned, 3) == told
-    crossing = greedy(model, batch, 20)
+    crossing = greedy(model, batch, 14)
     assert told[0] == crossing[0]  # short by either
     assert told[1] != crossing[1]  # long from the start, not from token 257 on
     assert told[2] == crossing[2]  # long by either
@@ -350,7 +350,7 @@ def test_a_stale_dynamic_table_says_something_else(
     dynamic: Multimodal, processor: Processor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = processor([of_length(processor, 36)])
-    told = uncached(dynamic, batch, 40)
-    assert greedy(dynamic, batch, 40) == [told]
+    told = uncached(dynamic, batch, 24)
+    assert greedy(dynamic, batch, 24) == [told]
     monkeypatch.setattr(Multimodal, "table_number", lambda self, length: 0)
-    assert greedy(dynamic, batch, 40) != [told]
+    assert greedy(dynamic, batch, 24) != [told]
