@@ -119,13 +119,13 @@ class _Log:
     """The calls of a search in order, and what was said to each: replayed as far as they go, then written."""
 
     def __init__(self, lines: Sequence[Mapping[str, Any]], journal: Journal | None) -> None:
-        self.waiting, self.journal, self.step = list(lines), journal, 0
+        self.lines, self.journal, self.step = lines, journal, 0
 
     def replay(self, call: _Call) -> list[list[float]] | None:
         """Return what was said to the next call, or None where the log ends. Raises ConfigError for another call."""
-        if self.step == len(self.waiting):
+        if self.step >= len(self.lines):
             return None
-        line = self.waiting[self.step]
+        line = self.lines[self.step]
         self.step += 1
         if any(line.get(key) != value for key, value in call.told().items()):
             raise ConfigError(
@@ -136,7 +136,6 @@ class _Log:
 
     def write(self, call: _Call, losses: list[list[float]]) -> None:
         self.step += 1
-        self.waiting.append({})  # so that the two counts agree
         if self.journal:
             self.journal.write({"step": self.step, **call.told(), "losses": losses})
 
