@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from stories import TEXTS
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 
 from modalora.assistant import set_regime
@@ -87,6 +88,27 @@ def test_a_document_of_digits_tells_each_thing_once_asks_at_the_end_and_scores_t
             assert text.count(name) == 3  # told, asked, answered
             assert len(places(document.ids, within(tokenizer, f" The secret number of the {name} is {number}."))) == 1
         assert text.index(asked[0][0]) < text.index("What is")
+
+
+def test_digits_are_scored_by_whatever_tokens_a_tokenizer_has_for_them() -> None:
+    """SentencePiece joins digits with each other and with the space in front of them."""
+    joined = Tokenizer(models.BPE())
+    joined.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    joined.decoder = decoders.Metaspace(prepend_scheme="first")
+    numbers = [f" The secret number of it is {number}." for number in range(1_000_000, 9_999_999, 9_973)]
+    letters = [*"abcdefghijklmnopqrstuvwxyz", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ", *"0123456789.,?-\n"]
+    joined.train_from_iterator(
+        [*TEXTS, *numbers], trainers.BpeTrainer(vocab_size=900, initial_alphabet=letters, show_progress=False)
+    )
+    tokenizer = TextTokenizer(joined.to_str())
+    sizes = set()
+    for document in make_documents(tokenizer, TEXTS, 12, length=400, part="search", needles=2):
+        asked = ASKED.findall(tokenizer.decode(document.ids))
+        for (_, number), probe in zip(asked, document.probes, strict=True):
+            assert tokenizer.decode([document.ids[at] for at in probe]) == number
+            sizes.add(len(probe))
+    assert max(sizes) < 7
+    assert len(sizes) > 1
 
 
 def test_a_document_of_words_tells_a_fact_once_and_names_its_key_nowhere_else(tokenizer: TextTokenizer) -> None:

@@ -21,7 +21,6 @@ from typing import Literal, Protocol
 import numpy as np
 
 from modalora.data.retrieval import Phrases
-from modalora.data.text import books
 from modalora.errors import ConfigError, DataError
 from modalora.evaluation.names import Part, draw_names, draw_numbers
 from modalora.evaluation.needle import Document, fingerprint
@@ -40,6 +39,8 @@ def part_of_books(folder: Path, part: Literal["search", "evaluation"]) -> list[s
 
     Raises DataError when there is no such file.
     """
+    from modalora.data.text import books  # needs pyarrow, which a text file does not
+
     return list(books(folder, "validation"))[["search", "evaluation"].index(part) :: 2]
 
 
