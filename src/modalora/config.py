@@ -126,9 +126,7 @@ class RunConfig(Settings):
     init: str  # a folder to start from, bundled/nano, or a name of models/sizes.py for fresh weights
     output: str
     modalities: dict[str, dict[str, Any]] = Field(default_factory=dict)  # modality to add -> its sizes
-    rope: dict[str, Any] | None = (
-        None  # rotary positions (nn/rope.py) that the start gets, window included; None: its own
-    )
+    rope: dict[str, Any] | None = None  # rotary positions (nn/rope.py) and window that the start gets; None: its own
     modality_files: list[str] = Field(default_factory=list)  # Python files that set MODALITY; they are run
     adapters: dict[str, dict[str, Any]] = Field(default_factory=dict)  # adapter to add -> fields of LoraConfig
     take: dict[str, str] = Field(default_factory=dict)  # part pattern -> folder that gives its weights
@@ -172,6 +170,11 @@ class RunConfig(Settings):
     data: str = "../shared/data"  # the folder of docs/nano.md
     cache: str = "runs/cache"
     optim: OptimConfig = Field(default_factory=OptimConfig)
+
+    @field_validator("rope")
+    @classmethod
+    def _as_yaml_holds_it(cls, rope: dict[str, Any] | None) -> dict[str, Any] | None:
+        return rope and {key: list(own) if isinstance(own, tuple) else own for key, own in rope.items()}
 
     @property
     def step_tokens(self) -> int:
@@ -293,6 +296,7 @@ class ExtendConfig(Settings):
     rows: int = Field(4, ge=1)  # documents of one forward pass
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights while searching and measuring
     device: str = "cpu"
+    patience_seconds: int = Field(600, ge=1)  # how long a process waits for another
     threads: int = Field(0, ge=0)  # 0: torch's default
     data: str = "../shared/data"  # the folder of docs/nano.md
     cache: str = "runs/cache"
@@ -303,6 +307,20 @@ class ExtendConfig(Settings):
             raise ConfigError(f"training: {', '.join(taken)} is set by the extension itself; leave it out")
         self.run(rope={})
         return self
+
+    def score_lengths(self, window: int) -> list[int]:
+        """Return the lengths to measure at: those asked for, or from half the trained window on, doubled.
+
+        Raises ConfigError for a length beyond the target.
+        """
+        if asked := self.scores.lengths:
+            if max(asked) > self.target:
+                raise ConfigError(f"scores.lengths={asked} must not exceed target={self.target}")
+            return sorted(set(asked))
+        lengths = [self.target]
+        while lengths[-1] >= window:
+            lengths.append(lengths[-1] // 2)
+        return lengths[::-1]
 
     def run(self, rope: dict[str, Any]) -> RunConfig | None:
         """Return the training on the extended model, None where there is none. Raises ConfigError."""

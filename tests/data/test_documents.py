@@ -7,6 +7,7 @@ import pytest
 
 from modalora.assistant import make_processor
 from modalora.config import SourceConfig
+from modalora.data.check import check_data
 from modalora.data.documents import LongRows, ShortRows, open_rows, passages, texts
 from modalora.data.mixture import Mixture, make_source
 from modalora.data.sources import Context
@@ -118,6 +119,17 @@ def test_documents_of_files_are_whole_texts_and_lengths_choose_among_them(contex
         short(context, path=path)
 
 
+def test_the_check_of_data_counts_what_is_in_no_row(context: Context) -> None:
+    shorter = min(len(context.processor.tokenizer.encode(book)) + 2 for book in BOOKS)
+    options = {"rows": "long", "path": str(context.folder / "texts.parquet"), "least": shorter + 1}
+    source = SourceConfig(source="documents", window=96, options=options)
+    (found,) = check_data(context, [source])
+    opened = long(context, 96, path=options["path"], least=shorter + 1)
+    assert (found.dropped, found.left_out) == (opened.dropped, 1)
+    assert found.dropped > 0
+    assert sum(found.tokens) == opened.rows * 96
+
+
 def test_what_cannot_be_asked_of_documents_is_refused(context: Context, processor: Processor) -> None:
     stream, mark = stream_of(processor)
     with pytest.raises(ConfigError, match="must be short or long"):
@@ -125,7 +137,9 @@ def test_what_cannot_be_asked_of_documents_is_refused(context: Context, processo
     with pytest.raises(ConfigError, match="most=65 tokens of a short row exceed its window=64"):
         short(context, most=65)
     with pytest.raises(DataError, match="and one row 1000000"):
-        long(context, 1_000_000)
+        open_rows(texts(stream, mark), "long", 1_000_000, 3, 0, mark, (0,))
+    with pytest.raises(ConfigError, match="window=4096 of source 'documents': the model reads at most 2048 tokens"):
+        long(context, 4096)
     with pytest.raises(ConfigError, match="window=32 of source 'digits'"):
         make_source(context, SourceConfig(source="digits", window=32))
 

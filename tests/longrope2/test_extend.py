@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from modalora.assistant import Assistant, make_processor
 from modalora.checkpoint.store import load_model
 from modalora.cli.train import RECIPES
 from modalora.config import ExtendConfig, load_extension, load_run
-from modalora.errors import ConfigError
+from modalora.errors import ConfigError, DataError
 from modalora.longrope2.extend import extend
 from modalora.longrope2.factors import read_factors
+from modalora.longrope2.judges import NeedleJudge
 from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import tiny
 from modalora.nn.rope import LongRope
@@ -123,28 +125,23 @@ class Killed(BaseException):
     """Stands for a process that ends."""
 
 
-@pytest.mark.parametrize(
-    "moment", ["iteration", "judged", "wrote", "step 2", "measuring YaRN", "measuring the trained"]
-)
-def test_killed_anywhere_and_run_again_it_comes_to_the_same(
-    place: Path, extended: Path, tmp_path: Path, moment: str
-) -> None:
+def test_killed_in_every_stage_and_run_again_it_comes_to_the_same(place: Path, extended: Path, tmp_path: Path) -> None:
     """What a killed process leaves is what its files are at that moment."""
-
-    def die(line: str) -> None:
-        if moment in line:
-            raise Killed
-
     out = tmp_path / "out"
-    with pytest.raises(Killed):
+
+    def carry_out(moment: str) -> None:
+        def die(line: str) -> None:
+            if moment in line:
+                raise Killed
+
         extend(settings(place, out), die, lambda metrics: die(f"step {metrics['step']}"))
-    extend(settings(place, out))
-    for name in (
-        "factors.json",
-        "scores/trained-reference.json",
-        "scores/longrope2.json",
-        "train/model/model.safetensors",
-    ):
+
+    for moment in ("iteration 0", "iteration 1", "factors.json", "step 2", "measuring YaRN", "measuring the trained"):
+        with pytest.raises(Killed):
+            carry_out(moment)
+    carry_out("never")
+    files = ("factors.json", "scores/trained-reference.json", "scores/longrope2.json", "train/model/model.safetensors")
+    for name in files:
         assert (out / name).read_bytes() == (extended / name).read_bytes(), name
 
 
@@ -165,6 +162,17 @@ def test_results_of_other_settings_are_never_overwritten(
     assert (extended / "factors.json").read_bytes() == before
 
 
+def test_scores_of_other_factors_are_noticed(place: Path, extended: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(extended, out)
+    (out / "extend.yaml").unlink()  # what follows is no longer seen by the settings
+    fields = json.loads((out / "scores" / "longrope2.json").read_text())
+    fields["made_with"]["factors"][-1] += 0.01
+    (out / "scores" / "longrope2.json").write_text(json.dumps(fields))
+    with pytest.raises(ConfigError, match=r"longrope2\.json was measured with other factors"):
+        extend(settings(place, out, training=None))
+
+
 def test_another_model_under_the_same_name_is_noticed(place: Path, extended: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
     processor = make_processor(tiny(), TextTokenizer.train(TEXTS, 320))
@@ -178,12 +186,34 @@ def test_another_model_under_the_same_name_is_noticed(place: Path, extended: Pat
         extend(settings(place, out, init=str(base)))
 
 
+def in_one_of_two(place: Path, out: Path) -> dict[str, Any]:
+    return extend(settings(place, out, training=None, scores={"documents": 1, "lengths": [512], "methods": ["yarn"]}))
+
+
+def test_two_processes_find_what_one_finds(
+    place: Path, extended: Path, tmp_path: Path, ranks: Callable[..., list[Any]]
+) -> None:
+    first, second = ranks(2, in_one_of_two, place, tmp_path / "out")
+    assert (first["anchor"], second) == (json.loads((extended / "summary.json").read_text())["anchor"], {})
+    assert read_factors(tmp_path / "out" / "factors.json")[0] == read_factors(extended / "factors.json")[0]
+
+
 def test_without_training_it_ends_with_factors(place: Path, tmp_path: Path) -> None:
-    found = extend(settings(place, tmp_path / "out", training=None, scores={"documents": 1, "methods": ["longrope2"]}))
+    scores = {"documents": 1, "methods": ["longrope2"], "lengths": [512]}
+    found = extend(settings(place, tmp_path / "out", training=None, scores=scores))
     assert found["trained"] is None
     assert not (tmp_path / "out" / "train").exists()
-    # half the window, the window, the target
-    assert [cell["length"] for cell in found["scores"]["LongRoPE2"]] == [128, 256, 512]
+
+
+def test_documents_and_data_that_are_not_there_are_told_before_anything_is_searched(
+    place: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="128 tokens are too few"):
+        extend(settings(place, tmp_path / "out", scores={"documents": 1}))  # from half the window on
+    lost = recipe(place, tmp_path)["training"] | {"mixture": [{"source": "files", "options": {"path": "no.jsonl"}}]}
+    with pytest.raises(DataError, match=r"no\.jsonl"):
+        extend(settings(place, tmp_path / "out", training=lost))
+    assert not (tmp_path / "out" / "search").exists()
 
 
 def test_the_command_reports_what_it_found(place: Path, extended: Path, tmp_path: Path, run: Run) -> None:
@@ -195,6 +225,25 @@ def test_the_command_reports_what_it_found(place: Path, extended: Path, tmp_path
     assert "factors are there" in err
     code, out, _ = run("extend", str(path), "--json")
     assert json.loads(out)["target"] == 512
+
+
+def test_ctrl_c_in_the_search_exits_with_130_and_keeps_what_was_judged(
+    place: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, whole = [0], NeedleJudge.losses
+
+    def broken_off(*arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 2:
+            signal.raise_signal(signal.SIGINT)
+        return whole(*arguments)
+
+    monkeypatch.setattr(NeedleJudge, "losses", broken_off)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(place, tmp_path / "out", training=None)))
+    code, _, err = run("extend", str(path))
+    assert (code, "the same search goes on from there" in err) == (130, True)
+    assert len((tmp_path / "out" / "search" / "search.jsonl").read_text().splitlines()) == 2  # what it is, one answer
 
 
 @pytest.mark.parametrize(
@@ -224,9 +273,9 @@ def test_recipes_of_one_kind_are_not_those_of_the_other(run: Run) -> None:
     assert (code, "`modalora extend` carries it out" in err) == (2, True)
 
 
-@pytest.mark.parametrize("name", ["extend-study", "extend-phi4-mini"])
-def test_a_bundled_recipe_is_planned(name: str, run: Run) -> None:
-    code, out, err = run("plan", name, "--json")
+@pytest.mark.parametrize("command", [("extend-study", "init=window-study"), ("extend-phi4-mini",)])
+def test_a_bundled_recipe_is_planned(command: tuple[str, ...], run: Run) -> None:
+    code, out, err = run("plan", *command, "--json")
     assert code == 0, err
     found = json.loads(out)
     assert found["evaluations"] == 64 + 40 * 32
@@ -234,6 +283,11 @@ def test_a_bundled_recipe_is_planned(name: str, run: Run) -> None:
     assert [(own["machine"], own["count"]) for own in found["hours"]] == [("h100", 1), ("h100", 8)]
     one, eight = (own["search"] for own in found["hours"])
     assert one == pytest.approx(8 * eight)
+
+
+def test_a_plan_without_its_model_names_the_sizes_that_can_stand_in(run: Run) -> None:
+    code, _, err = run("plan", "extend-study", "output=nowhere")
+    assert (code, "init=window-study" in err) == (2, True)
 
 
 def test_the_plan_of_phi4_mini_is_what_its_sizes_say(run: Run) -> None:

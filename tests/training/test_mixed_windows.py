@@ -165,7 +165,7 @@ def test_the_processor_of_a_run_reads_the_window_of_its_rope(mixed: Callable[...
 @pytest.mark.parametrize(
     ("rope", "error", "told"),
     [
-        ({"windw": 128}, ConfigError, "rope: unknown key 'windw'"),
+        ({"windw": 128}, ConfigError, "recipe: unknown key 'rope.windw'; did you mean 'window'"),
         ({"short_factor": [1.0] * 5, "long_factor": [1.0] * 5, "rotated": 0.75}, ShapeError, "5 rope factors for 6"),
     ],
 )

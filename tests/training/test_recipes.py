@@ -14,16 +14,20 @@ from PIL import Image
 
 from modalora.checkpoint.store import load_model
 from modalora.cli.train import RECIPES
-from modalora.config import RunConfig, load_run, load_stages
+from modalora.config import RunConfig, is_extension, load_extension, load_run, load_stages
 from modalora.data.sources import SOURCES
 from modalora.models.multimodal import Multimodal, part_of
 from modalora.models.sizes import SIZES, nano
 from modalora.training.run import run_recipe
 
-NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+PATHS = sorted(RECIPES.glob("*.yaml"))
+EXTENSIONS = [path for path in PATHS if is_extension(path)]
 RUNS = {
-    f"{name}/{title}": run for name in NAMES for title, run in load_stages(RECIPES / f"{name}.yaml", RECIPES).items()
-}
+    f"{path.stem}/{title}": run
+    for path in PATHS
+    if path not in EXTENSIONS
+    for title, run in load_stages(path, RECIPES).items()
+} | {path.stem: run for path in EXTENSIONS if (run := load_extension(path).run(rope={}))}
 
 # arXiv:2503.01743, section 3: what each stage trains; all else is frozen. Rates and steps where they are published.
 PUBLISHED = {
@@ -42,7 +46,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", RUNS)
 def test_a_recipe_names_sources_and_parts_that_exist(name: str) -> None:
     run = RUNS[name]
-    assert {source.source for source in run.mixture} <= {"files", *SOURCES}
+    assert {source.source for source in run.mixture} <= {"documents", "files", *SOURCES}
     with torch.device("meta"):
         parts = {part_of(parameter) for parameter, _ in Multimodal(nano()).named_parameters()}
     for pattern in (*run.train, *run.take, *run.optim.lr_scale, *run.copy_parts, *run.copy_parts.values()):
@@ -126,6 +130,30 @@ def changed_parts(start: str, folder: Path) -> set[str]:
     one, other = load_model(find_model(start.removeprefix("bundled/"))).model, load_model(folder).model
     after = other.state_dict()
     return {part_of(name) for name, tensor in one.state_dict().items() if not torch.equal(tensor, after[name])}
+
+
+def test_the_recipe_of_mixed_windows_runs_at_a_tiny_size(tmp_path: Path) -> None:
+    for name, words in (("short", 20), ("long", 400)):
+        texts = [f"{name} " + " ".join(f"word{(text * step) % 97}" for step in range(words)) for text in range(40)]
+        (tmp_path / name).mkdir()
+        parquet.write_table(arrow.table({"text": texts}), tmp_path / name / "texts.parquet")
+    (tmp_path / "books").mkdir()
+    book = " ".join(f"word{number}" for number in range(97))
+    parquet.write_table(arrow.table({"text": [book * 4]}), tmp_path / "books" / "train.parquet")  # for the tokenizer
+    small = [
+        "init=tiny", "steps=3", "tokens=768", "accumulate=2", "threads=1", "log_every=1", f"data={tmp_path}",
+        f"output={tmp_path / 'out'}", f"cache={tmp_path / 'cache'}", "rope.window=768", "rope.original_window=256",
+        "rope.short_factor=[1, 1, 1, 1, 1, 1]", "rope.long_factor=[1, 1.5, 2, 3, 3, 4]", "mixture.0.window=256",
+        f"mixture.0.options.path={tmp_path}/short/*.parquet", "mixture.1.window=768",
+        f"mixture.1.options.path={tmp_path}/long/*.parquet", "mixture.1.options.least=300", "optim.warmup_steps=0",
+    ]  # fmt: skip
+    folder = run_recipe(load_run(RECIPES / "extend-mixed.yaml", small))
+    told = [json.loads(line) for line in (folder.parent / "metrics.jsonl").read_text().splitlines()]
+    kinds = [sum(line[f"tokens_{kind}_rows"] for line in told) for kind in ("short", "long")]
+    assert min(kinds) > 0
+    assert kinds[1] % 768 == 0
+    assert [line["lr"] for line in told] == pytest.approx([2e-5, 1.5e-5, 0.5e-5])  # (1 + cos(pi n / 3)) / 2
+    assert load_model(folder).model.config.decoder.rope.window == 768
 
 
 def test_the_base_recipe_runs_from_books_to_a_model_folder(tmp_path: Path) -> None:

@@ -108,6 +108,9 @@ def _print(found: list[dict[str, Any]]) -> None:
                 f"{one['source']}: the text of {one['control_tokens']:,} rows spells out control tokens, read as "
                 "mere text; if a chat template rendered the records, give the words alone"
             )
+        if one["dropped_tokens"] or one["texts_left_out"]:
+            print(f"{one['source']}: {one['dropped_tokens']:,} tokens of an epoch fill no whole row; "
+                  f"{one['texts_left_out']:,} texts have another length than least .. most")  # fmt: skip
         if one["unread_fields"]:
             listed = ", ".join(f"{name} ({count:,})" for name, count in one["unread_fields"].items())
             print(f"{one['source']}: fields that are not read: {listed}")

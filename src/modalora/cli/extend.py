@@ -14,6 +14,8 @@ def extend(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings to change, e.g. target=1024 search.iterations=10.")
     ] = None,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs of this machine to search and train on.")] = 0,
+    processes: Annotated[int, typer.Option(min=1, help="Processes on the CPU.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Search rotary factors for a longer window, train with them if the recipe says so, and report (LongRoPE2).
@@ -27,18 +29,32 @@ def extend(
     from modalora.config import load_extension
     from modalora.errors import InputError
 
-    config = load_extension(find_recipe(recipe), overrides or [])
+    if gpus and processes > 1:
+        raise InputError("--gpus N starts N processes by itself; leave --processes out")
+    changes = [*(overrides or []), *(["device=cuda"] if gpus else [])]
+    config = load_extension(find_recipe(recipe), changes)
     try:
         from modalora.longrope2.extend import extend as carry_out
+        from modalora.parallel.launch import launch
+        from modalora.parallel.ranks import is_first, is_one_of_many, tell_stopped
         from modalora.training.signals import Interrupted
     except ModuleNotFoundError as missing:
         raise InputError(f"extending needs {missing.name}; pip install 'modalora[train]'") from None
 
+    if max(gpus, processes) > 1 and not is_one_of_many():
+        code = launch(["extend", recipe, *changes, *(["--json"] if as_json else [])], max(gpus, processes))
+        if code:
+            raise typer.Exit(code)
+        return
     try:
         found = carry_out(config, _say, _report)
     except Interrupted as stopped:
-        print(f"modalora: {stopped}", file=sys.stderr)
+        tell_stopped()
+        if is_first():
+            print(f"modalora: {stopped}", file=sys.stderr)
         raise typer.Exit(stopped.exit_code) from None
+    if not is_first():
+        return
     print(json.dumps(found, ensure_ascii=False) if as_json else _told(found))
 
 

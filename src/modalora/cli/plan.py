@@ -74,7 +74,8 @@ def _extension(path: Path, overrides: list[str], where: tuple[str, int, float], 
     for own in found.hours:
         print(f"{own.count} x {own.machine:<7}{_hours(3600 * own.search):>10}{_hours(3600 * own.training):>12}"
               f"{_hours(3600 * own.scores):>10}")  # fmt: skip
-    print(f"at {found.utilisation:.0%} of the peak rate, an assumption; this machine's own rate is measured")
+    measured = " (this machine's rate is measured)" if "this" in (own.machine for own in found.hours) else ""
+    print(f"at {found.utilisation:.0%} of the peak rate, an assumption{measured}")
 
 
 def _training(

@@ -15,6 +15,7 @@ import numpy as np
 from modalora.config import SourceConfig
 from modalora.contracts import IGNORED
 from modalora.data.corpus import Corpus, Passages
+from modalora.data.documents import LongRows, ShortRows
 from modalora.data.forms import control_tokens
 from modalora.data.mixture import make_source, source_names
 from modalora.data.sources import Bad, Context, Source, bad_row
@@ -38,6 +39,8 @@ class Found:
     truncated: int = 0  # rows that lost turns
     control: int = 0  # rows whose text spells out a control token
     unread: Counter[str] = field(default_factory=Counter)  # fields of records that no form reads -> records
+    dropped: int = 0  # tokens of an epoch that fill no whole row
+    left_out: int = 0  # texts of other lengths than are asked for
     bad: list[Bad] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
@@ -55,6 +58,8 @@ class Found:
             "truncated": self.truncated,
             "control_tokens": self.control,
             "unread_fields": dict(self.unread),
+            "dropped_tokens": self.dropped,
+            "texts_left_out": self.left_out,
             "bad": [asdict(bad) for bad in self.bad],
         }
 
@@ -80,6 +85,8 @@ def check_data(
                 f"{volume.records.path}: {len(volume.records)} records, read as {volume.form} because {volume.because}"
                 for volume in source.shelf.volumes
             ]
+        if isinstance(source, ShortRows | LongRows):
+            one.dropped, one.left_out = source.dropped, source.left_out
         for number in sorted(range(one.rows), key=source.place):
             _look(one, source, number, labelled)
         found.append(one)

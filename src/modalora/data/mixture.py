@@ -43,6 +43,11 @@ AHEAD = 2  # steps that workers are ahead
 def make_source(context: Context, config: SourceConfig, key: Key = (0, 0)) -> Source:
     """Return the source that a recipe names. Raises ConfigError for an unknown name or option, DataError."""
     if config.window:
+        if config.window > context.processor.window:
+            raise ConfigError(
+                f"window={config.window} of source {config.name or config.source!r}: the model reads at most "
+                f"{context.processor.window} tokens; lower it, or give the run a rope with a longer window"
+            )
         context = replace(context, window=config.window)
     try:
         if config.source == "files":

@@ -81,7 +81,7 @@ class Source(Protocol):
         ...
 
 
-WINDOWED = ("books", "documents", "retrieval")  # sources that make rows of a window's length, besides texts of files
+WINDOWED = ("books", "retrieval")  # sources whose rows are as long as the window
 
 
 @dataclass(frozen=True)

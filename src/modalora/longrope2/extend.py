@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,11 @@ from modalora.longrope2.search import Outcome, search
 from modalora.longrope2.space import space_of
 from modalora.models.multimodal import Multimodal
 from modalora.nn.rope import Regime, Rope
+from modalora.parallel import ranks
 from modalora.processing.tokenizer import TextTokenizer
+from modalora.training.audit import check_settings
 from modalora.training.loop import Metrics
-from modalora.training.run import open_start, run_recipe
+from modalora.training.run import make_mixture, open_context, open_start, run_recipe
 from modalora.training.states import FREE
 
 Say = Callable[[str], None]
@@ -57,6 +60,7 @@ class Extension:
 
     config: ExtendConfig
     folder: Path
+    device: torch.device  # of this process
     model: Multimodal
     tokenizer: TextTokenizer
     base: Rope
@@ -77,24 +81,63 @@ def extend(
 
     say: told in words what happens. report: called with the metrics of training. Raises ConfigError for settings that
     do not fit the model and for an output of other settings, DataError, Interrupted when stopped: the same call goes
-    on from there.
+    on from there. Of several processes that a launcher started, all search and train; the first one does the rest, and
+    the others return an empty summary.
     """
+    joined_before, device = ranks.has_joined(), torch.device(config.device)
+    if ranks.is_one_of_many():
+        device = ranks.join(config.device, config.patience_seconds)
+    if not _is_first():
+        say, report = lambda line: None, lambda metrics: None
+    try:
+        with ranks.explained():
+            return _carry_out(config, device, say, report)
+    finally:
+        if not joined_before:
+            ranks.leave()
+
+
+def _carry_out(
+    config: ExtendConfig, device: torch.device, say: Say, report: Callable[[Metrics], None]
+) -> dict[str, Any]:
     folder = Path(config.output)
     _check_output(config, folder)
-    with locked(folder):
-        (folder / SETTINGS).write_text(dump(config), encoding="utf-8")
+    _wait()  # until all have read what the first one now writes
+    with ExitStack() as stack:
+        if _is_first():
+            stack.enter_context(locked(folder))
+            draft = folder / f".{SETTINGS}.draft"
+            draft.write_text(dump(config), encoding="utf-8")
+            draft.replace(folder / SETTINGS)
         if config.threads:
             torch.set_num_threads(config.threads)
-        work = _open(config, folder)
+        work = _open(config, folder, device)
         say(_critical(work.stretch))
-        factors, outcome = _search(work, say)
+        guides, asked = _guides(work), _questions(work)  # and the training data: all before hours are spent
+        _check_training(work)
+        factors, outcome = _search(work, guides, say)
         trained = _train(work, factors, say, report)
-        grids = _score(work, factors, trained, say)
+        if not _is_first():
+            return {}
+        grids = _score(work, asked, factors, trained, say)
         summary = _summary(work, factors, outcome, grids, trained)
         write_json(folder / SUMMARY, summary)
         _draw(work, factors, outcome, grids, summary)
         say(f"wrote {folder / REPORT}")
     return summary
+
+
+def _is_first() -> bool:
+    return ranks.place()[0] == 0
+
+
+def _shared(value: Any) -> list[Any]:
+    """Return what every process gives."""
+    return ranks.gathered(value) if ranks.has_joined() else [value]
+
+
+def _wait() -> None:
+    _shared(None)
 
 
 # ---------------------------------------------------------------------------------------------------- settings
@@ -127,23 +170,24 @@ def _changed(key: str, before: ExtendConfig, now: ExtendConfig) -> list[str]:
     return [f"{key}.{name}" for name in sorted({*one, *other} - free) if one.get(name) != other.get(name)]
 
 
-def _open(config: ExtendConfig, folder: Path) -> Extension:
+def _open(config: ExtendConfig, folder: Path, device: torch.device) -> Extension:
     start = RunConfig(
         init=config.init, output=config.output, train=["decoder"], steps=1, data=config.data, cache=config.cache,
+        seed=(config.training or {}).get("seed", 0),  # fresh weights are those that training starts from
         mixture=[SourceConfig(source="books")],  # a run needs one; none is opened
     )  # fmt: skip
     model, tokenizer, _ = open_start(start)
     base = unscaled(model.config.decoder.rope)
     stretch = Stretch.of(base, model.config.decoder.head_dim, config.target)
     model.set_rope(base)
-    return Extension(config, folder, _placed(model, config), tokenizer, base, stretch)
+    return Extension(config, folder, device, _placed(model, config, device), tokenizer, base, stretch)
 
 
-def _placed(model: Multimodal, config: ExtendConfig) -> Multimodal:
+def _placed(model: Multimodal, config: ExtendConfig, device: torch.device) -> Multimodal:
     """Return a model in the dtype and on the device that it is asked in."""
     if config.dtype != "auto":
         model = model.to(_DTYPES[config.dtype])
-    return model.to(config.device).eval()
+    return model.to(device).eval()
 
 
 def _critical(stretch: Stretch) -> str:
@@ -172,13 +216,18 @@ def _guides(work: Extension) -> list[Document]:
     return documents
 
 
-def _search(work: Extension, say: Say) -> tuple[Factors, dict[str, Any]]:
+def _questions(work: Extension) -> list[Document]:
+    """Return what scores are measured on: documents of every length."""
+    lengths = work.config.score_lengths(work.stretch.window)
+    return [one for length in lengths for one in _documents(work, work.config.scores, "evaluation", length)]
+
+
+def _search(work: Extension, documents: Sequence[Document], say: Say) -> tuple[Factors, dict[str, Any]]:
     """Return the factors found, and what the search tells of itself. A finished one is read."""
     target, told = work.folder / FACTORS, work.folder / "search" / "outcome.json"
-    documents = _guides(work)
     hashes = tuple(document.sha256 for document in documents)
     model = fingerprint(work.model)
-    if target.exists() and told.exists():
+    if all(_shared(target.exists() and told.exists())):
         factors, source = read_factors(target)
         if (source.model, source.documents) != (model, hashes):
             what = "model" if source.model != model else "documents"
@@ -202,8 +251,9 @@ def _search(work: Extension, say: Say) -> tuple[Factors, dict[str, Any]]:
         surrogate=Surrogate(work.model, documents) if config.proposals > 1 else None,
     )  # fmt: skip
     others = _losses_of_others(work, judge)
-    found = _outcome(outcome, others, documents)
-    told.parent.mkdir(exist_ok=True)
+    found = json.loads(json.dumps(_outcome(outcome, others, documents)))  # as it will be read back
+    if not _is_first():
+        return outcome.best, found
     _write_whole(told, found)
     settings = {"search": config.model_dump(mode="json"), "guide": work.config.guide.model_dump(mode="json")}
     provenance = Provenance(
@@ -212,7 +262,7 @@ def _search(work: Extension, say: Say) -> tuple[Factors, dict[str, Any]]:
     )  # fmt: skip
     write_factors(target, outcome.best, provenance)
     say(f"wrote {target}: perplexity {found['perplexity']:.4g}, anchor {outcome.best.anchor}")
-    return outcome.best, json.loads(json.dumps(found))
+    return outcome.best, found
 
 
 def _check_iterations(config: ExtendConfig, source: Provenance, target: Path) -> None:
@@ -232,10 +282,15 @@ def _progress(figures: Mapping[str, Any]) -> str:
 
 
 def _losses_of_others(work: Extension, judge: NeedleJudge) -> dict[str, float]:
-    """Return the mean nats of the methods that are compared, on the documents of the search."""
+    """Return the mean nats of the methods that are compared, on the documents of the search; processes take turns."""
+    rank, world = ranks.place()
     others = _others(work)
-    losses = [judge.losses([own], range(judge.documents)).double().mean() for own in others.values()]
-    return {name: float(loss) for name, loss in zip(others, losses, strict=True)}
+    own = {
+        name: float(judge.losses([others[name]], range(judge.documents)).double().mean())
+        for name in [*others][rank::world]
+    }
+    told = {name: loss for part in _shared(own) for name, loss in part.items()}
+    return {name: told[name] for name in others}
 
 
 def _others(work: Extension) -> dict[str, Factors]:
@@ -266,57 +321,68 @@ def _outcome(outcome: Outcome, others: Mapping[str, float], documents: Sequence[
 # ---------------------------------------------------------------------------------------------------- training
 
 
+def _training(work: Extension, factors: Factors) -> RunConfig | None:
+    """Return the training on the extended model, if there is one."""
+    return work.config.run(rope=asdict(factors.rope(work.base)))
+
+
+def _check_training(work: Extension) -> None:
+    """Open the data of the training, with factors that any search may find. Raises ConfigError, DataError."""
+    stand_in = other_methods(work.base, work.head_dim, work.config.target)["linear"]
+    run = _training(work, stand_in)
+    if run is not None and not (Path(run.output) / "model").exists():
+        check_settings(run)
+        make_mixture(run, open_context(run), ranks.place()).close()
+
+
 def _train(work: Extension, factors: Factors, say: Say, report: Callable[[Metrics], None]) -> Path | None:
     """Train the extended model, if that is asked for, and return its folder."""
-    rope = json.loads(json.dumps(asdict(factors.rope(work.base))))  # as it will be read back
-    run = work.config.run(rope=rope)
-    if run is None:
-        return None
-    return run_recipe(run, report, say)
+    run = _training(work, factors)
+    return None if run is None else run_recipe(run, report, say)
 
 
 # ------------------------------------------------------------------------------------------------------ scores
 
 
-def _score(work: Extension, factors: Factors, trained: Path | None, say: Say) -> dict[str, Grid]:
+def _score(
+    work: Extension, documents: Sequence[Document], factors: Factors, trained: Path | None, say: Say
+) -> dict[str, Grid]:
     """Return the needles found by every method untrained, and by the trained model with and without its switch."""
     config, folder = work.config, work.folder / "scores"
     folder.mkdir(exist_ok=True)
     candidates = {**_others(work), **({"longrope2": factors} if "longrope2" in config.scores.methods else {})}
-    missing = [name for name in candidates if not (folder / f"{name}.json").exists()]
-    documents = [one for length in _lengths(work) for one in _documents(work, config.scores, "evaluation", length)]
-    for name in missing:
-        say(f"measuring {TITLES[name]}, untrained: {len(documents)} documents")
-        work.model.set_rope(candidates[name].rope(work.base))
-        (grid,) = measure_grid(work.model, documents, rows=config.rows)
-        work.model.set_rope(work.base)
-        _write_whole(folder / f"{name}.json", grid.as_json())
-    grids = {TITLES[name]: Grid.from_json(read_json(folder / f"{name}.json")) for name in candidates}
+    hashes = [one.sha256 for one in documents]
+    grids: dict[str, Grid] = {}
+    for name, own in candidates.items():
+        path, made_with = folder / f"{name}.json", {"factors": list(own.long), "documents": hashes}
+        if not path.exists():
+            say(f"measuring {TITLES[name]}, untrained: {len(documents)} documents")
+            work.model.set_rope(own.rope(work.base))
+            (grid,) = measure_grid(work.model, documents, rows=config.rows)
+            work.model.set_rope(work.base)
+            _write_whole(path, {**grid.as_json(), "made_with": made_with})
+        grids[TITLES[name]] = _read_grid(path, made_with)
     if trained is None:
         return grids
     regimes: tuple[Regime, ...] = ("reference", "long")
-    if not all((folder / f"trained-{regime}.json").exists() for regime in regimes):
+    paths = [folder / f"trained-{regime}.json" for regime in regimes]
+    made_with = {"factors": list(factors.long), "documents": hashes}
+    if not all(path.exists() for path in paths):
         say(f"measuring the trained model: {len(documents)} documents, twice")
-        model = _placed(load_model(trained).model, config)
-        made = measure_grid(model, documents, regimes=regimes, rows=config.rows)
-        for regime, grid in zip(regimes, made, strict=True):
-            _write_whole(folder / f"trained-{regime}.json", grid.as_json())
-    for regime in regimes:
-        title = f"LongRoPE2, {TRAINED[regime]}"
-        grids[title] = Grid.from_json(read_json(folder / f"trained-{regime}.json"))
+        model = _placed(load_model(trained).model, config, work.device)
+        for path, grid in zip(paths, measure_grid(model, documents, regimes=regimes, rows=config.rows), strict=True):
+            _write_whole(path, {**grid.as_json(), "made_with": made_with})
+    for path, regime in zip(paths, regimes, strict=True):
+        grids[f"LongRoPE2, {TRAINED[regime]}"] = _read_grid(path, made_with)
     return grids
 
 
-def _lengths(work: Extension) -> list[int]:
-    """Return the lengths to measure at: those asked for, or from half the window on, each twice the one before."""
-    if asked := work.config.scores.lengths:
-        if max(asked) > work.config.target:
-            raise ConfigError(f"scores.lengths={asked} must not exceed target={work.config.target}")
-        return sorted(set(asked))
-    lengths = [work.config.target]
-    while lengths[-1] >= work.stretch.window:
-        lengths.append(lengths[-1] // 2)
-    return lengths[::-1]
+def _read_grid(path: Path, made_with: Mapping[str, Any]) -> Grid:
+    """Return a grid that was written before. Raises ConfigError when it is of other factors or documents."""
+    fields = read_json(path)
+    if fields.get("made_with") != made_with:
+        raise ConfigError(f"{path} was measured with other factors or documents; remove it, and it is measured anew")
+    return Grid.from_json(fields)
 
 
 # ------------------------------------------------------------------------------------------------------ report

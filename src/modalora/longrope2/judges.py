@@ -16,7 +16,7 @@ from modalora.errors import ConfigError
 from modalora.evaluation.needle import Document, answer_losses
 from modalora.longrope2.factors import Factors
 from modalora.models.multimodal import Multimodal
-from modalora.nn.rotate import rotate, turned
+from modalora.nn.rope import rotate, turned
 
 
 def rotations(model: Multimodal, candidates: Sequence[Factors]) -> Rotations:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from modalora.errors import ConfigError
 from modalora.longrope2.factors import Factors, Stretch, Temperature
-from modalora.nn.rope import Linear, LongRope, Ntk, Plain, Rope, ScalingLawNtk, Yarn
+from modalora.nn.rope import Linear, LongRope, Ntk, Plain, Rope, ScalingLawNtk, Yarn, divisors
 
 TITLES = {
     "none": "no rescaling",
@@ -47,10 +47,9 @@ def other_methods(base: Rope, head_dim: int, target: int, temperature: Temperatu
         "scaling_law_ntk": ScalingLawNtk(theta=theta, rotated=rotated, window=target, original_window=window),
         "yarn": Yarn(theta=theta, rotated=rotated, window=target, factor=ratio, original_window=window),
     }
-    own = plain.frequencies(head_dim)
     found = {}
     for name, rope in ropes.items():
-        long = (own / rope.frequencies(head_dim, long=True)).cummax(0).values  # float32 rounds equal ones apart
+        long = divisors(rope, head_dim, long=True).cummax(0).values  # float32 rounds equal ones apart
         found[name] = Factors(
             anchor=0, window=window, target=target, long=tuple(long.tolist()), temperature=temperature
         )

@@ -11,6 +11,7 @@ from math import exp, log2
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from modalora.evaluation.needle import Grid
 from modalora.longrope2.factors import Stretch
@@ -38,7 +39,9 @@ def draw_factors(curves: Mapping[str, Sequence[float]], stretch: Stretch, anchor
         axes.axvline(pair, color=str(0.25 + 0.12 * shade), linestyle=line, linewidth=1, label=label)
     axes.axhline(stretch.ratio, color="0.6", linewidth=0.8)
     axes.text(0, stretch.ratio, f" s = {stretch.ratio:g}", va="bottom", color="0.4")
-    axes.set(xlabel="rotated pair, fastest first", ylabel="divisor of the frequency", yscale="log")
+    axes.set(xlabel="rotated pair, fastest first", ylabel="divisor of the frequency")
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.set_title(f"{stretch.window:,} to {stretch.target:,} tokens")
     axes.legend(fontsize="small")
     return _png(figure)
@@ -52,10 +55,12 @@ def draw_search(progress: Sequence[tuple[int, float]], others: Mapping[str, floa
         [count for count, _ in progress], [exp(loss) for _, loss in progress], where="post", linewidth=_width(_OURS)
     )
     for place, (title, loss) in enumerate(others.items()):
-        axes.axhline(exp(loss), color=f"C{place}", linestyle="--", linewidth=1)
+        axes.axhline(exp(loss), color=f"C{place + 1}", linestyle="--", linewidth=1)
         axes.annotate(title, (1, exp(loss)), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-                      fontsize="small", color=f"C{place}")  # fmt: skip
-    axes.set(xlabel="candidates judged", ylabel="needle perplexity of the best", yscale="log")
+                      fontsize="small", color=f"C{place + 1}")  # fmt: skip
+    axes.set(xlabel="candidates judged", ylabel="needle perplexity of the best")
+    if max(every := [*others.values(), *(loss for _, loss in progress)]) - min(every) > 2:
+        axes.set_yscale("log")
     axes.grid(alpha=0.3)
     return _png(figure)
 
@@ -65,7 +70,9 @@ def draw_needles(grids: Mapping[str, Grid], window: int) -> bytes:
     columns = min(3, len(grids))
     rows = -(-len(grids) // columns)
     figure = Figure(figsize=(1 + 4.2 * columns, 0.8 + 3.4 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = [*figure.subplots(rows, columns, squeeze=False).flat]
+    for axes in panels[len(grids) :]:
+        axes.set_visible(False)
     for axes, (title, grid) in zip(panels, grids.items(), strict=False):
         lengths = sorted({cell.length for cell in grid.cells})
         depths = sorted({cell.depth for cell in grid.cells if cell.depth is not None})
@@ -81,8 +88,6 @@ def draw_needles(grids: Mapping[str, Grid], window: int) -> bytes:
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45)
         axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         axes.set(title=title, xlabel="tokens", ylabel="depth of the needle")
-    for axes in list(panels):
-        axes.set_visible(False)
     figure.colorbar(image, ax=figure.axes, label="share answered exactly", shrink=0.6)
     return _png(figure)
 

@@ -80,7 +80,7 @@ def plan_extension(config: ExtendConfig, machines: Sequence[tuple[str, int]], sh
     racing = RACED if search.racing else 1.0
     run = config.run(rope={})
     trained, short = (0.0, 0.0) if run is None else _training(model, run, stretch.window)
-    lengths = config.scores.lengths or [config.target]
+    lengths = config.score_lengths(stretch.window)
     subjects = len(config.scores.methods) + 2 * (run is not None)
     scores = subjects * config.scores.documents * sum(forward.of([_rows(length, 1, answers)]) for length in lengths)
     hours = []

@@ -345,7 +345,7 @@ class _Loop:
         by_part = {f"grad_norm_{part}": float(own) for part, own in self.norms.items()}
         figures = {"loss": outcome.loss / outcome.labels, "grad_norm": float(norm)}
         figures |= routes if len(routes) > 1 else {}
-        if rope_tables(self.model):
+        if self.model.config.decoder.rope.switch is not None:
             figures |= {
                 f"loss_{table}_rows": total / count for table, (total, count, _) in outcome.by_table.items() if count
             }

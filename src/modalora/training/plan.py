@@ -376,10 +376,7 @@ def plan_run(run: RunConfig, shapes: Sequence[str] = (), size: str | None = None
     be opened, texts that fill the micro-batch. size: what stands in for run.init, such as phi4-multimodal. Raises
     ConfigError, CheckpointError.
     """
-    try:
-        config, dtype = read_size(size or run.init)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; or name a size to plan with, init={' or init='.join(SIZES)}") from None
+    config, dtype = read_size(size or run.init)
     config = grown(config, run)
     if shapes:
         return plan_step(config, run, _filled(config, run, shapes), dtype), "rows of " + " and ".join(shapes)
@@ -404,10 +401,16 @@ def _filled(config: ModelConfig, run: RunConfig, shapes: Sequence[str]) -> list[
 
 
 def read_size(init: str) -> tuple[ModelConfig, torch.dtype]:
-    """Return the sizes of a named size or of a model folder, and the dtype of its matrices, without its weights."""
+    """Return the sizes of a named size or of a model folder, and the dtype of its matrices, without its weights.
+
+    Raises CheckpointError where there is neither.
+    """
     if init in SIZES:
         return SIZES[init](), torch.bfloat16 if init.startswith("phi4") else torch.float32  # as published
-    folder = find_model(init)
+    try:
+        folder = find_model(init)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; or name a size to plan with, init={' or init='.join(SIZES)}") from None
     found = describe(folder)
     adapters = {name: LoraConfig(**fields) for name, fields in found["adapters"].items()}
     kind = torch.bfloat16 if "BF16" in found["dtypes"] else torch.float32

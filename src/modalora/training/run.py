@@ -138,7 +138,7 @@ def _context(run: RunConfig, config: ModelConfig, tokenizer: TextTokenizer, chat
 def _grow(model: Multimodal, run: RunConfig) -> None:
     """Set the rope, and add the modalities and adapters that a run adds."""
     if run.rope is not None:
-        model.set_rope(read_rope(run.rope, "rope"))
+        model.set_rope(read_rope(run.rope, "recipe"))
     for file in run.modality_files:
         load_file(file)
     for name, sizes in run.modalities.items():
