@@ -148,10 +148,26 @@ def window_study() -> ModelConfig:
     )
 
 
+def genome() -> ModelConfig:
+    """A decoder of codons (science/codons.py), of 0.8 million parameters, that reads 8,192 of them: 24,576 letters."""
+    return ModelConfig(
+        decoder=DecoderConfig(
+            vocab_size=66,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            rope=Plain(window=8192),
+        )
+    )
+
+
 SIZES = {
     "phi4-mini": phi4_mini,
     "phi4-multimodal": phi4_multimodal,
     "nano": nano,
     "tiny": tiny,
     "window-study": window_study,
+    "genome": genome,
 }
