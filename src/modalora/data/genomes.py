@@ -327,22 +327,31 @@ class RepeatRows:
     """Windows of genomes in which a stretch comes again further on, as it is or as the other strand has it.
 
     The stretch is as it stands in the genome, or half the time with its codons in any order, so that there is
-    nothing to know by heart.
+    nothing to know by heart. Half of the rows hold two copies; in the others they follow one another to the end.
     """
 
     def __init__(self, genomes: Sequence[Genome], window: int, *, inverted: float = 0.7, least: int = 16) -> None:
         """inverted: share of the repeats that are. least: codons of a stretch."""
         self.windows, self.inverted, self.least = WindowRows(genomes, window), inverted, least
+        if window < 2 * least:
+            raise DataError(f"a window of {window} codons has no room for two copies of {least}; make it longer")
 
     def __call__(self, rng: Rng) -> list[int]:
-        """Return the ids of one window: what is before, first copy, what is between, second copy."""
+        """Return the ids of one window."""
         ids = self.windows(rng)
         size = int(np.exp(rng.uniform(np.log(self.least), np.log(len(ids) // 2))))
-        between = int(rng.integers(0, len(ids) - 2 * size + 1))
-        before = int(rng.integers(0, len(ids) - 2 * size - between + 1))
-        first = ids[before : before + size]
+        copy = list(ids[:size])
         if rng.random() < 0.5:
-            first = rng.permutation(first).tolist()
-        second = repeat(first, "inverted" if rng.random() < self.inverted else "direct")
-        at = before + size + between
-        return [*ids[:before], *first, *ids[before + size : at], *second, *ids[at + size :]]
+            copy = rng.permutation(copy).tolist()
+        at = int(rng.integers(0, len(ids) - 2 * size + 1))
+        ids[at : at + size] = copy
+        only_two = rng.random() < 0.5
+        while (room := len(ids) - at - 2 * size) >= 0:
+            between = rng.integers(0, room + 1) if only_two else np.exp(rng.uniform(0, np.log(room + 1))) - 1
+            at += size + int(between)
+            if rng.random() < self.inverted:
+                copy = reverse_complement_ids(copy)
+            ids[at : at + size] = copy
+            if only_two:
+                break
+        return ids
