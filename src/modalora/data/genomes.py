@@ -70,7 +70,7 @@ class Gene:
 
 @dataclass(frozen=True, slots=True)
 class Genome:
-    """What one file holds. skipped: coding sequences that cannot be used, such as those that reach into other records."""
+    """What one file holds. skipped: coding sequences that cannot be used, as some reach into other records."""
 
     file: str
     sha256: str

@@ -110,9 +110,7 @@ def fit(documents: Sequence[Document]) -> Tables:
 
     def best(kind: str, field: str) -> float:
         def total(weight: float) -> float:
-            return sum(
-                float(np.nansum(getattr(Tables(*counts, **{field: weight}), kind)(one))) for counts, one in left
-            )
+            return sum(float(np.nansum(getattr(Tables(*counts, **{field: weight}), kind)(one))) for counts, one in left)
 
         return min(WEIGHTS, key=total)
 
@@ -227,7 +225,7 @@ def repeat_probes(letters: str, size: int, between: int) -> list[Probe]:
     if between > len(middle):
         raise DataError(f"there are {len(middle)} codons between the copies, fewer than between={between}")
     probes = []
-    for inner in range(0, found.length // (3 * size)):  # from the innermost stretch outwards
+    for inner in range(found.length // (3 * size)):  # from the innermost stretch outwards
         first = letters[stop - 3 * size * (inner + 1) : stop - 3 * size * inner]
         second = letters[found.second + 3 * size * inner :][: 3 * size]
         probes.append(Probe(tuple(encode(first)), tuple(middle[:between]), tuple(encode(second))))
