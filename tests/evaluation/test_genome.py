@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from modalora.contracts import IGNORED
-from modalora.data.genomes import Gene, Genome
+from modalora.assistant import make_processor
+from modalora.contracts import IGNORED, Batch, Route
+from modalora.data.genomes import Gene, Genome, read_genome
 from modalora.errors import ConfigError, DataError
 from modalora.evaluation import genome as scores
 from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import genome
 from modalora.processing.processor import Row
+from modalora.processing.tokenizer import TextTokenizer
 from modalora.science import codons
 from modalora.science.codons import END
 
@@ -37,12 +41,9 @@ def test_a_score_is_the_log_of_what_the_model_says_next(model: Multimodal) -> No
     ids = [END, *random_ids(9), codons.UNKNOWN, *random_ids(5, 1), END]
     bits = scores.model_bits(model, ids, 64)
     for place in (1, 4, 12):
-        prefix = torch.tensor([ids[:place]])
-        hidden = model.decoder.embed(prefix)
-        from modalora.contracts import Route, Step
-
-        step = Step(torch.tensor([place]), Route((None,)), torch.tensor([False]))
-        logs = model.decoder.head(model.decoder(hidden, step)[0, -1])[:64].double().log_softmax(-1)
+        prefix = Batch(torch.tensor([ids[:place]]), torch.tensor([place]), Route((None,)))
+        with torch.inference_mode():
+            logs = model(prefix)[0, -1, :64].double().log_softmax(-1)
         # float32 sums of 128 numbers in another order
         assert bits[place] == pytest.approx(-float(logs[ids[place]]) / np.log(2), abs=1e-4)
     assert np.isnan(bits[[0, 10, -1]]).all()  # the start, NNN, the end
@@ -60,9 +61,6 @@ def test_windows_that_overlap_score_every_codon_once_with_half_a_window_before_i
 
 
 def test_padding_is_never_in_the_loss(model: Multimodal) -> None:
-    from modalora.assistant import make_processor
-    from modalora.processing.tokenizer import TextTokenizer
-
     processor = make_processor(genome(), TextTokenizer(codons.definition()))
     short, long = ([END, *random_ids(count), codons.UNKNOWN, END] for count in (7, 30))
     alone = processor.collate([Row(ids=short, labels=codons.targets(short))])
@@ -147,10 +145,8 @@ def test_the_longest_inverted_repeat_is_found_to_the_letter() -> None:
 
 
 @pytest.mark.data
-def test_the_chloroplast_holds_the_published_repeat(data_folder) -> None:  # type: ignore[no-untyped-def]
+def test_the_chloroplast_holds_the_published_repeat(data_folder: Path) -> None:
     pytest.importorskip("Bio", reason="GenBank is read with Biopython")
-    from modalora.data.genomes import read_genome
-
     (letters,) = read_genome(data_folder / "genomes" / "NC_000932.gb").sequences
     assert scores.inverted_repeat(letters) == scores.InvertedRepeat(84_170, 128_214, 26_264)
     probes = scores.repeat_probes(letters, size=64, between=32)

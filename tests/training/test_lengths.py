@@ -28,7 +28,7 @@ from modalora.training.lengths import (
 from modalora.training.plan import plan_step, shaped_batch
 
 SMALL = DecoderConfig(
-    vocab_size=66, hidden_size=256, intermediate_size=640, num_hidden_layers=3, num_attention_heads=8,
+    vocab_size=66, hidden_size=256, intermediate_size=640, num_hidden_layers=2, num_attention_heads=8,
     num_key_value_heads=4, rope=Plain(window=8192),
 )  # fmt: skip
 
@@ -40,17 +40,17 @@ def test_the_formula_says_what_a_step_counts_at_several_lengths(recompute: bool)
     fields = {"init": "x", "output": "x", "train": ["decoder"], "mixture": [{"source": "codons"}], "steps": 2}
     run = parse(RunConfig, fields | {"recompute": recompute, "accumulate": 2}, "test")
     layout, counted = Layout(recompute=recompute), []
-    for tokens in (256, 1024):
+    for tokens in (1024, 1536):
         batch = shaped_batch(ModelConfig(decoder=SMALL), [f"text={tokens}"], 1)
         plan = plan_step(ModelConfig(decoder=SMALL), run, [batch, batch])
         need = decoder_need(SMALL, tokens, layout)
         assert need.states == pytest.approx(plan.weights + plan.gradients + plan.optimizer, rel=1e-4)
-        # attention in tiles on a CPU holds a few of them besides, which no kernel of a GPU does: up to a tenth here
-        assert need.kept + need.working == pytest.approx(plan.step, rel=0.12)
+        # seen: 4 % above; attention in tiles on a CPU holds a few of them besides, which no kernel of a GPU does
+        assert need.kept + need.working == pytest.approx(plan.step, rel=0.08)
         # tiles reach over the diagonal, and a pass back computes the weights again
         assert 2 * need.flops == pytest.approx(plan.flops, rel=0.15)
         counted.append(plan.step)
-    assert counted[1] / counted[0] == pytest.approx(4, rel=0.12)
+    assert counted[1] / counted[0] == pytest.approx(1.5, rel=0.05)
 
 
 def test_numbers_are_those_of_the_networks() -> None:
@@ -137,7 +137,7 @@ def test_an_attention_with_biases_takes_the_published_peaks(
 
 
 def test_naive_attention_counts_three_score_tables_on_real_tensors() -> None:
-    rows, length, heads, head_dim = 16, 64, 4, 8
+    rows, length, heads, head_dim = 4, 256, 2, 8
     call = BiasedAttention("one", rows, length, heads, head_dim)
     q, k, v = (torch.randn(rows, heads, length, head_dim, requires_grad=True) for _ in range(3))
     bias = torch.randn(1, heads, length, length, requires_grad=True)
@@ -150,7 +150,7 @@ def test_naive_attention_counts_three_score_tables_on_real_tensors() -> None:
         now += event.nbytes()
         peak = max(peak, now)
     inputs = 3 * call.one(4)
-    # L / D = 8, so P dominates; what the bias takes is left out of 3 P + 10 T
+    # L / D = 32, so P dominates: plain softmax makes 3 T fewer than a network that scales and transposes
     assert peak + inputs == pytest.approx(call.peak("naive", 4), rel=0.10)
 
 

@@ -73,7 +73,7 @@ assumed: {layout.sequence} of {layout.count} devices share a row, {rows} row{"s"
   exact attention keeps queries, keys, values and output, no table of weights; naive: three tables at once;
   attention exchanged as in Ulysses; more devices than the {heads} heads share a row as Ulysses x ring;
   no allocator's gaps, no library's buffers: leave a tenth free, as "longest" does;
-  time: {where.share:.0%} of {peak / 1e12:.0f} TFLOP/s, {where.link:g} GB/s sent by each device; both may run at once."""
+  time: {where.share:.0%} of {peak / 1e12:.0f} TFLOP/s, {where.link:g} GB/s sent by each device, perhaps at once."""
     return text.splitlines()
 
 

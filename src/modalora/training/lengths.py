@@ -150,7 +150,7 @@ def decoder_need(size: DecoderConfig, tokens: int, layout: Layout) -> Need:
         kept, at_work = stream * (2 if layout.offload else layers), saved - stream + 3 * naive
     else:
         kept, at_work = (saved + naive) * layers, 2 * naive
-    working = at_work + extra_per_token(size, layout) * own + 2 * stream  # and the ends: final states, their gradient
+    working = at_work + extra_per_token(size, layout) * own + stream  # and what the last norm reads
     return Need(
         tokens=tokens,
         states=round(states),
