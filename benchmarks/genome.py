@@ -2,7 +2,9 @@
 
     modalora data genomes                                                   # 20 MB, once
     python benchmarks/genome.py codons --data ../shared/data --seeds 3      # trains and scores; hours of one core
-    python benchmarks/genome.py repeats --data ../shared/data               # after recipes genome-2-repeats, 3-long
+    python benchmarks/genome.py repeats --data ../shared/data               # after genome-2-repeats
+    python benchmarks/genome.py repeats --model runs/genome/3-window/model --size 256 --between 16 256 512
+    python benchmarks/genome.py repeats --model runs/genome/4-whole/model --size 1024 --between 5926 --probes 2
 
 `codons`: for each held-out genome and seed the recipe genome-1-codons without that genome, and once more with the
 codons of all training genes shuffled. A run that was broken off goes on, a finished one is only scored. Baselines
@@ -67,8 +69,8 @@ def main() -> None:
     parser.add_argument("--folds", nargs="+", choices=FOLDS, default=["NC_005816.gb"], help="codons: held-out genomes")
     parser.add_argument("--set", nargs="*", default=[], help="codons: settings of the recipe, e.g. steps=100")
     parser.add_argument("--model", type=Path, help="repeats: a model folder")
-    parser.add_argument("--size", type=int, default=64, help="repeats: codons of a stretch")
-    parser.add_argument("--between", type=int, nargs="+", default=[16, 128, 256], help="repeats: codons between copies")
+    parser.add_argument("--size", type=int, default=48, help="repeats: codons of a stretch")
+    parser.add_argument("--between", type=int, nargs="+", default=[8, 32], help="repeats: codons between copies")
     parser.add_argument("--probes", type=int, default=136, help="repeats: stretches at most")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)

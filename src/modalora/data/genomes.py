@@ -148,7 +148,8 @@ def _coding(record: SeqRecord) -> list[Gene | None]:
 def _open_frame(record: SeqRecord) -> Gene | None:
     letters = longest_frame(str(record.seq).upper())
     words = re.search(r"\b([A-Z][a-z]+|[A-Z]\.) ?([a-z]{3,})", record.description)
-    return Gene(record.id, f"{words[1]} {words[2]}" if words else record.id, letters) if letters else None
+    name = str(record.id)
+    return Gene(name, f"{words[1]} {words[2]}" if words else name, letters) if letters else None
 
 
 def longest_frame(letters: str) -> str:
@@ -316,11 +317,13 @@ def repeat(ids: Sequence[int], kind: str) -> list[int]:
 
     "mirrored" is the order turned round without the complement, which no genome does: a control.
     """
-    kinds = {"direct": list, "inverted": reverse_complement_ids, "mirrored": lambda one: list(one)[::-1]}
-    if kind not in kinds:
-        raise DataError(f"a repeat of kind {kind!r} is none of {', '.join(kinds)}")
-    made: list[int] = kinds[kind](ids)
-    return made
+    if kind == "inverted":
+        return reverse_complement_ids(ids)
+    if kind == "mirrored":
+        return list(ids)[::-1]
+    if kind == "direct":
+        return list(ids)
+    raise DataError(f"a repeat of kind {kind!r} is none of direct, inverted, mirrored")
 
 
 class RepeatRows:

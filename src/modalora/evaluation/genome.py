@@ -7,7 +7,7 @@ NNN are read and never scored. A document is ids of science/codons.py.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 
 import numpy as np
@@ -106,15 +106,15 @@ def fit(documents: Sequence[Document]) -> Tables:
     """
     if len(documents) < 2:
         raise DataError(f"tables are fitted by leaving one genome out of several; there are {len(documents)}")
-    left = [(_count([other for other in documents if other is not one]), one) for one in documents]
+    left = [(Tables(*_count([other for other in documents if other is not one])), one) for one in documents]
 
-    def best(kind: str, field: str) -> float:
-        def total(weight: float) -> float:
-            return sum(float(np.nansum(getattr(Tables(*counts, **{field: weight}), kind)(one))) for counts, one in left)
+    def bigram(weight: float) -> float:
+        return sum(float(np.nansum(replace(own, weight=weight).bigram_bits(one))) for own, one in left)
 
-        return min(WEIGHTS, key=total)
+    def adaptive(weight: float) -> float:
+        return sum(float(np.nansum(replace(own, own=weight).adaptive_bits(one))) for own, one in left)
 
-    return Tables(*_count(documents), best("bigram_bits", "weight"), best("adaptive_bits", "own"))
+    return Tables(*_count(documents), weight=min(WEIGHTS, key=bigram), own=min(WEIGHTS, key=adaptive))
 
 
 def _count(documents: Iterable[Document]) -> tuple[np.ndarray, np.ndarray]:

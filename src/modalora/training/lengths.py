@@ -307,7 +307,7 @@ def evoformer_need(
     """
     calls = size.attentions(residues, sequences)
     kept = size.blocks * unit * residues * (sequences * size.alignment + residues * size.pairs) / ranks
-    peaks = {kind: max(one.peak(kind, unit, ranks) for one in calls) for kind in ("naive", "exact")}  # type: ignore[arg-type]
+    peaks = {kind: max(one.peak(kind, unit, ranks) for one in calls) for kind in ("naive", "exact")}
     flops = size.blocks * sum(one.flops() for one in calls) / ranks
     exponentials = size.blocks * sum(one.exponentials() for one in calls) / ranks
     return EvoformerNeed(
