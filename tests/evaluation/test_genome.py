@@ -166,3 +166,12 @@ def test_a_probe_that_cannot_see_the_first_copy_does_not_depend_on_it(model: Mul
     whole = scores.copy_bits(model, probe, "inverted", "whole", other)
     assert np.abs(whole - scores.copy_bits(model, probe, "inverted", "replaced", other)).max() > 1e-4
     assert whole.shape == (20,)
+
+
+def test_a_scrambled_copy_holds_the_same_codons(model: Multimodal) -> None:
+    first = [7] * 6  # in any order the same
+    probe = scores.Probe(tuple(first), (1, 2, 3), tuple(codons.reverse_complement_ids(first)))
+    one, other = (scores.copy_bits(model, probe, kind, "whole", probe) for kind in ("inverted", "scrambled"))
+    np.testing.assert_array_equal(one, other)
+    with pytest.raises(ConfigError, match="sight='half' must be one of whole, short, replaced"):
+        scores.copy_bits(model, probe, "inverted", "half", probe)

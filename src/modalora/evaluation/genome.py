@@ -182,16 +182,15 @@ def inverted_repeat(letters: str, least: int = 200) -> InvertedRepeat:
     """Return the longest exact inverted repeat of a sequence that has one of `least` letters. Raises DataError."""
     letters = clean(letters)
     other, size = reverse_complement(letters), len(letters)
+    own, turned = (np.frombuffer(one.encode(), np.uint8) for one in (letters, other))
     best = InvertedRepeat(0, 0, 0)
     for at in range(0, size - least, least // 2):  # one of these lies wholly in any repeat that is long enough
         word = letters[at : at + least // 2]
         found = other.find(word)
         while found >= 0:
-            start, there, stop = at, found, at + len(word)
-            while start and there and letters[start - 1] == other[there - 1]:
-                start, there = start - 1, there - 1
-            while stop < size and there + stop - start < size and letters[stop] == other[there + stop - start]:
-                stop += 1
+            back = _agreeing(own[:at][::-1], turned[:found][::-1])
+            stop = at + _agreeing(own[at:], turned[found:])
+            start, there = at - back, found - back
             second = size - there - (stop - start)
             length = min(stop - start, second - start)  # a stretch that folds on itself is no two copies
             if start < second and length > best.length:
@@ -200,6 +199,13 @@ def inverted_repeat(letters: str, least: int = 200) -> InvertedRepeat:
     if best.length < least:
         raise DataError(f"this sequence of {size:,} letters has no inverted repeat of {least}; give another")
     return best
+
+
+def _agreeing(one: np.ndarray, other: np.ndarray) -> int:
+    """Return how many letters two stretches agree in from their start."""
+    most = min(len(one), len(other))
+    differs = one[:most] != other[:most]
+    return int(differs.argmax()) if differs.any() else most
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,17 +238,21 @@ def repeat_probes(letters: str, size: int, between: int) -> list[Probe]:
     return probes
 
 
-KINDS = ("inverted", "direct", "mirrored")
+KINDS = ("inverted", "scrambled", "direct", "mirrored")
 
 
 def copy_bits(model: Multimodal, probe: Probe, kind: str, sight: str, other: Probe) -> np.ndarray:
     """Return the bits of a second copy, (codons,), nan for NNN.
 
     kind: "inverted" is the genome's own second copy; "direct" repeats the first as it is; "mirrored" in the order
-    turned round, which no training row does. sight: "whole" shows the first copy; "short" leaves it out of the window;
+    turned round, which no training row does; "scrambled" is the second copy with its codons in any order. The last two
+    hold the codons of "direct" and of "inverted": what they gain is usage, and what is beyond it is order. sight: "whole" shows the first copy; "short" leaves it out of the window;
     "replaced" has the first copy of another probe in its place, so that the window is as long and tells nothing.
     """
-    second = probe.second if kind == "inverted" else tuple(repeat(probe.first, kind))
+    if kind == "scrambled":
+        second = tuple(np.random.default_rng(0).permutation(probe.second).tolist())
+    else:
+        second = probe.second if kind == "inverted" else tuple(repeat(probe.first, kind))
     before = {"whole": probe.first, "short": (), "replaced": other.first}
     if sight not in before:
         raise ConfigError(f"sight={sight!r} must be one of {', '.join(before)}")
