@@ -246,8 +246,9 @@ def copy_bits(model: Multimodal, probe: Probe, kind: str, sight: str, other: Pro
 
     kind: "inverted" is the genome's own second copy; "direct" repeats the first as it is; "mirrored" in the order
     turned round, which no training row does; "scrambled" is the second copy with its codons in any order. The last two
-    hold the codons of "direct" and of "inverted": what they gain is usage, and what is beyond it is order. sight: "whole" shows the first copy; "short" leaves it out of the window;
-    "replaced" has the first copy of another probe in its place, so that the window is as long and tells nothing.
+    hold the codons of "direct" and of "inverted": what they gain is usage, and what is beyond it is order.
+    sight: "whole" shows the first copy; "short" leaves it out of the window; "replaced" has the first copy of another
+    probe in its place, so that the window is as long and tells nothing of it.
     """
     if kind == "scrambled":
         second = tuple(np.random.default_rng(0).permutation(probe.second).tolist())
