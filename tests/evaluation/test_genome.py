@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -175,3 +176,33 @@ def test_a_scrambled_copy_holds_the_same_codons(model: Multimodal) -> None:
     np.testing.assert_array_equal(one, other)
     with pytest.raises(ConfigError, match="sight='half' must be one of whole, short, replaced"):
         scores.copy_bits(model, probe, "inverted", "half", probe)
+
+
+def test_a_model_that_learns_order_beats_the_unigram_and_loses_it_where_codons_are_shuffled() -> None:
+    step = np.random.default_rng(4).permutation(64)  # a language in which each codon mostly decides the next
+
+    def gene(count: int, seed: int) -> list[int]:
+        draw, ids = np.random.default_rng(seed), [int(seed) % 64]
+        while len(ids) < count:
+            ids.append(int(draw.integers(64)) if draw.random() < 0.1 else int(step[ids[-1]]))
+        return ids
+
+    torch.manual_seed(0)
+    small = replace(genome().decoder, hidden_size=64, intermediate_size=96, num_hidden_layers=1)
+    learner = Multimodal(replace(genome(), decoder=small)).train()
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=0.01)
+    for number in range(60):
+        ids = torch.tensor([[END, *gene(63, 16 * number + row)] for row in range(16)])
+        values, _ = learner.loss(Batch(ids, torch.full((16,), 64), Route((None,) * 16), labels=ids))
+        optimizer.zero_grad()
+        values.mean().backward()
+        optimizer.step()
+    learner.eval()
+    held = genome_of(gene(400, 5000), gene(400, 6000))
+    plain, mixed = scores.document_of(held), scores.document_of(held, np.random.default_rng(0))
+    tables = scores.fit([scores.document_of(genome_of(gene(2000, 7000 + place))) for place in range(3)])
+    own, control = (np.nanmean(scores.model_bits(learner, one, 64)) for one in (plain, mixed))
+    unigram, same = (np.nanmean(tables.unigram_bits(one)) for one in (plain, mixed))
+    assert same == pytest.approx(unigram)
+    assert own < unigram - 1
+    assert control > unigram
