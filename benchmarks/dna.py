@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "dna"))
 import modalora
 import modalora_dna as dna
 from modalora.modality import register
+from modalora.science.codons import NUMBER
 
 BEFORE, BLOCK = 64, 48
 Genes = Sequence[Sequence[str]]
@@ -55,17 +56,17 @@ def counts(genes: Genes) -> tuple[np.ndarray, np.ndarray]:
     unigram, bigram = np.ones(64), np.zeros((64, 64))
     for gene in genes:
         for one, following in zip(gene, gene[1:], strict=False):
-            unigram[dna.NUMBER[following]] += 1
-            bigram[dna.NUMBER[one], dna.NUMBER[following]] += 1
+            unigram[NUMBER[following]] += 1
+            bigram[NUMBER[one], NUMBER[following]] += 1
     return unigram / unigram.sum(), bigram
 
 
 def table_logs(genes: Genes, unigram: np.ndarray, bigram: np.ndarray | None = None, alpha: float = 0) -> list:
     def log(one: str, following: str) -> float:
-        share = unigram[dna.NUMBER[following]]
+        share = unigram[NUMBER[following]]
         if bigram is not None:
-            row = bigram[dna.NUMBER[one]]
-            share = (row[dna.NUMBER[following]] + alpha * share) / (row.sum() + alpha)
+            row = bigram[NUMBER[one]]
+            share = (row[NUMBER[following]] + alpha * share) / (row.sum() + alpha)
         return float(np.log2(share))
 
     return [np.array([log(one, two) for one, two in zip(gene, gene[1:], strict=False)]) for gene in genes]

@@ -16,6 +16,7 @@ from modalora import modality
 from modalora.assistant import question_messages
 from modalora.config import load_run
 from modalora.errors import DataError, MediaError
+from modalora.science.codons import NUMBER
 from modalora.training.run import run_recipe
 
 pytest.importorskip("Bio", reason="the example reads genes with Biopython: pip install 'modalora[science]'")
@@ -52,7 +53,7 @@ def test_codons_are_read_in_frame_and_what_is_no_codon_is_unknown(dna: Any, tmp_
     sizes = dna.Sizes()
     item, tokens = dna.features("ATGgccuaaNNAcc", sizes)
     assert tokens == 4
-    assert item["codons"].tolist() == [dna.NUMBER["ATG"], dna.NUMBER["GCC"], dna.NUMBER["TAA"], dna.UNKNOWN]
+    assert item["codons"].tolist() == [NUMBER["ATG"], NUMBER["GCC"], NUMBER["TAA"], dna.UNKNOWN]
     (tmp_path / "gene.fasta").write_text(FASTA)
     assert torch.equal(
         dna.features(tmp_path / "gene.fasta", sizes)[0]["codons"], dna.features("ATGGCCAAATAA", sizes)[0]["codons"]
@@ -92,22 +93,6 @@ def test_answers_of_the_tasks_are_biopythons(dna: Any) -> None:
         asked, answered = dna.task(dna.REVERSE, gene, rng)
         sequence = Seq(asked["content"][0]["dna"])
         assert answered["content"].replace(" ", "") == str(sequence.reverse_complement())
-
-
-def test_the_longest_frame_is_found(dna: Any) -> None:
-    assert dna.longest_frame("CCATGAAATAGATGCCCCCCTGACC") == "ATGCCCCCCTGA"
-    assert dna.longest_frame("CCC") == ""
-
-
-def test_made_up_organisms_keep_proteins_and_differ_in_their_codons(dna: Any) -> None:
-    rng = np.random.default_rng(3)
-    shares = []
-    for _ in range(30):
-        codons = dna.made_up(["MKKLLVAG*" * 5], rng, 60)
-        assert len(codons) == 60
-        assert set(codons) <= set(dna.CODONS)
-        shares.append(np.mean([codon[2] in "GC" for codon in codons]))
-    assert np.std(shares) > 0.1  # from organisms rich in A and T to such rich in G and C
 
 
 def test_the_scored_probabilities_of_the_64_codons_sum_to_one(dna: Any, assistant: modalora.Assistant) -> None:

@@ -1,7 +1,7 @@
 """DNA for modalora: coding sequences, one codon to one token, and tasks on real genes (docs/modality.md).
 
-A codon is three letters of ACGT, numbered 0 to 63 in that order; 64 stands for one with another letter. Genes come from
-GenBank and FASTA files through Biopython. The plasmid NC_005816 is read by the benchmark alone, never by a source.
+Codons are numbered as in modalora/science/codons.py; genes come from GenBank and FASTA files, read as in
+modalora/data/genomes.py. The plasmid NC_005816 is read by the benchmark alone, never by a source.
 """
 
 from __future__ import annotations
@@ -10,33 +10,24 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from Bio import SeqIO
-from Bio.Data import CodonTable
-from Bio.Seq import Seq
-from Bio.SeqRecord import SeqRecord
 from torch import Tensor, nn
 from torch.nn import functional
 
 from modalora.assistant import Assistant
 from modalora.config import check_sizes
 from modalora.contracts import IGNORED
+from modalora.data.genomes import AMINO, LEAST, Gene, longest_frame, made_up, read_genome, records
 from modalora.errors import DataError, MediaError
 from modalora.modality import Modality
 from modalora.nn.lora import LoraConfig
+from modalora.science.codons import CODONS, UNKNOWN, encode, reverse_complement
 
 Rng = np.random.Generator
-CODONS = tuple("".join(letters) for letters in product("ACGT", repeat=3))
-NUMBER = {codon: number for number, codon in enumerate(CODONS)}
-UNKNOWN = 64
-TABLE = CodonTable.unambiguous_dna_by_id[11]  # of bacteria and plastids; differs from the standard one in starts alone
-AMINO = {codon: TABLE.forward_table.get(codon, "*") for codon in CODONS}
-SYNONYMS = {amino: [c for c in CODONS if AMINO[c] == amino] for amino in set(AMINO.values())}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,19 +52,13 @@ class Sizes:
         return features("ATG", self)
 
 
-def numbers(letters: str) -> list[int]:
-    """Return the codons of a sequence in frame; one or two letters behind the last whole codon are left out."""
-    letters = letters.upper().replace("U", "T")
-    return [NUMBER.get(letters[at : at + 3], UNKNOWN) for at in range(0, len(letters) - 2, 3)]
-
-
 def features(payload: str | Path, sizes: Sizes) -> tuple[dict[str, Tensor], int]:
     """Return the codons of a sequence, (tokens,), one token each.
 
     payload: letters, or a FASTA or GenBank file with one record. Raises MediaError.
     """
     letters = payload if isinstance(payload, str) and re.fullmatch(r"[ACGTUNacgtun]{3,}", payload) else _read(payload)
-    codons = numbers(letters)
+    codons = encode(letters, partial="drop")
     if not 1 <= len(codons) <= sizes.most:
         raise MediaError(f"the DNA has {len(codons)} whole codons; give 1 to {sizes.most}, or a part of it")
     return {"codons": torch.tensor(codons)}, len(codons)
@@ -82,19 +67,13 @@ def features(payload: str | Path, sizes: Sizes) -> tuple[dict[str, Tensor], int]
 def _read(path: str | Path) -> str:
     kind = "genbank" if Path(path).suffix in (".gb", ".gbk", ".genbank") else "fasta"
     try:
-        (record,) = records(path, kind)
-    except (OSError, ValueError, TypeError) as error:
+        (record,) = records(Path(path))
+    except (DataError, ValueError) as error:
         raise MediaError(
             f"{str(path)!r:.80} is neither DNA letters nor a {kind} file of one record: {error}; give ACGT in frame, "
             "or such a file"
         ) from None
     return str(record.seq)
-
-
-def records(path: str | Path, kind: str) -> list[SeqRecord]:
-    """Return the records of a file that Biopython reads."""
-    with Path(path).open(encoding="utf-8") as file:
-        return list(SeqIO.parse(file, kind))
 
 
 class Encoder(nn.Module):
@@ -122,36 +101,13 @@ class Encoder(nn.Module):
 
 PLASTID, PLASMID = "NC_000932.gb", "NC_005816.gb"
 HELD_OUT = ("rbcL", "petA", "atpB", "rps4", "ndhC", "psbD")  # of the plastid: seen by no source, for choosing settings
-LEAST = 30  # codons
-
-
-@dataclass(frozen=True)
-class Gene:
-    """A coding sequence from its start to its stop codon."""
-
-    name: str
-    organism: str
-    letters: str
 
 
 def coding_genes(path: Path) -> list[Gene]:
-    """Return the coding sequences of a GenBank record, those that stand there twice once. Raises DataError."""
+    """Return the coding sequences of a GenBank file, those that stand there twice once. Raises DataError."""
     if not path.exists():
         raise DataError(f"{path} is missing; `data` must name a folder with genomes/{path.name}")
-    (record,) = records(path, "genbank")
-    found: dict[str, Gene] = {}
-    for feature in record.features:
-        letters = str(feature.extract(record.seq)) if feature.type == "CDS" else ""
-        if len(letters) >= 3 * LEAST and len(letters) % 3 == 0 and set(letters) <= set("ACGT"):
-            name = feature.qualifiers.get("gene", feature.qualifiers.get("locus_tag"))[0]
-            found.setdefault(letters, Gene(name, record.annotations["organism"], letters))
-    return list(found.values())
-
-
-def longest_frame(letters: str) -> str:
-    """Return the longest stretch from ATG to a stop codon, in any of the three frames of this strand."""
-    found = re.findall(r"(?=(ATG(?:...)*?(?:TAA|TAG|TGA)))", letters)
-    return max(found, key=len, default="")
+    return list(read_genome(path).genes)
 
 
 @cache
@@ -160,7 +116,7 @@ def training_genes(folder: Path) -> tuple[Gene, ...]:
     genes = [gene for gene in coding_genes(folder / "genomes" / PLASTID) if gene.name not in HELD_OUT]
     seen: set[str] = set()
     for file, name in (("drosophila.fasta", "Adh"), ("egfr_nucl.fa", "EGFR")):
-        for record in records(folder / "genomes" / file, "fasta"):
+        for record in records(folder / "genomes" / file):
             species = " ".join(re.findall(r"(Drosophila|D\.|Bos|Homo|Rattus|Sus) ?([a-z]+)", record.description)[0])
             species = species.replace("D. ", "Drosophila ")
             letters = longest_frame(str(record.seq))
@@ -168,44 +124,6 @@ def training_genes(folder: Path) -> tuple[Gene, ...]:
                 seen.add(f"{name} {species}")
                 genes.append(Gene(name, species, letters))
     return tuple(genes)
-
-
-# --------------------------------------------------------------------------------------------------- made-up organisms
-
-# Shares of amino acids in the proteins of UniProtKB/Swiss-Prot (release notes 2023_05), in percent.
-SWISS_PROT = dict(zip("ALGVESIKRDTPNQFYMHCW", (
-    8.25, 9.65, 7.07, 6.86, 6.71, 6.65, 5.91, 5.80, 5.53, 5.46, 5.36, 4.74, 4.06, 3.93, 3.86, 2.92, 2.41, 2.27, 1.38,
-    1.10,
-), strict=True))  # fmt: skip
-
-
-def usage(rng: Rng) -> dict[str, tuple[list[str], np.ndarray]]:
-    """Return the codons of each amino acid and their shares in one made-up organism.
-
-    The organism prefers G and C at the third place, or A and T, as real ones do; other preferences are small.
-    """
-    strong = rng.uniform(0.15, 0.85)
-    made = {}
-    for amino, codons in SYNONYMS.items():
-        weights = np.array([strong if codon[2] in "GC" else 1 - strong for codon in codons])
-        made[amino] = (codons, rng.dirichlet(1 + 8 * weights / weights.mean()) * weights)
-    return {amino: (codons, shares / shares.sum()) for amino, (codons, shares) in made.items()}
-
-
-def made_up(proteins: Sequence[str], rng: Rng, length: int) -> list[str]:
-    """Return codons of a made-up organism: real proteins, changed here and there, or random ones, in its own codons."""
-    own = usage(rng)
-    letters, shares = list(SWISS_PROT), np.array(list(SWISS_PROT.values()))
-    shares = rng.dirichlet(120 * shares / shares.sum())
-    change = rng.choice([0.1, 0.4, 1.0])
-    protein = ""
-    while len(protein) < length:
-        one = str(rng.choice(proteins))
-        keep = rng.random(len(one)) >= change
-        random = rng.choice(letters, size=len(one), p=shares)
-        protein += "M" + "".join(np.where(keep, list(one), random)[1:-1]) + "*"
-    at = int(rng.integers(0, len(protein) - length + 1))
-    return [str(rng.choice(own[amino][0], p=own[amino][1])) for amino in protein[at : at + length]]
 
 
 # --------------------------------------------------------------------------------------------------------------- tasks
@@ -240,7 +158,7 @@ def task(kind: str, gene: Gene, rng: Rng) -> list[dict[str, Any]]:
     letters = "".join(part)
     answers = {
         TRANSLATE: " ".join(AMINO[codon] for codon in part),
-        REVERSE: words(triplets(str(Seq(letters).reverse_complement()))),
+        REVERSE: words(triplets(reverse_complement(letters))),
         ORGANISM: gene.organism,
         GENE: gene.name,
     }

@@ -69,6 +69,20 @@ def preview(
     print(f"wrote {page}, {len(shown)} rows")
 
 
+@data.command("genomes")
+def genomes(
+    cache: Annotated[Path, typer.Option(help="The cache folder of a recipe.")] = Path("runs/cache"),
+) -> None:
+    """Fetch the genome files of Biopython's source archive, 20 MB through pip, checked by their hashes.
+
+    Example: modalora data genomes --cache runs/cache
+    """
+    from modalora.data.genomes import fetch_genomes
+
+    for path in fetch_genomes(cache):
+        print(path)
+
+
 def _open(recipe: str, overrides: list[str] | None) -> tuple[RunConfig, Context]:
     from modalora.config import load_run
     from modalora.errors import InputError

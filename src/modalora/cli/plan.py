@@ -15,22 +15,39 @@ if TYPE_CHECKING:
 
 
 def plan(
-    what: Annotated[str, typer.Argument(help="A recipe (YAML file or bundled name), or a model (folder or size).")],
+    what: Annotated[
+        str, typer.Argument(help="A recipe (YAML file or bundled name), a model (folder or size), or evoformer.")
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings of the recipe to change.")] = None,
     row: Annotated[
         list[str] | None,
         typer.Option(help="Shape of a row, e.g. text=200,image=1344x896,audio=10; several are taken in turn."),
     ] = None,
-    machine: Annotated[str, typer.Option(help="this, or a GPU by name: a100, h100, h200, l40s, rtx4090.")] = "this",
+    machine: Annotated[
+        str, typer.Option(help="this, or a GPU by name: a100, a100-40gb, h100, h200, l40s, rtx4090.")
+    ] = "this",
     count: Annotated[int, typer.Option(min=1, help="GPUs that share the weights and the rows (FSDP).")] = 1,
     share: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the peak rate that a step reaches.")] = 0.4,
     hourly: Annotated[float, typer.Option(min=0, help="Price of one GPU for an hour.")] = 0,
+    lengths: Annotated[
+        str, typer.Option(help="A table of a training step by sequence length: 2048,4096, or doubled, 2k:1M.")
+    ] = "",
+    sequence: Annotated[int, typer.Option(min=0, help="GPUs that share one row of --lengths; 0: all.")] = 0,
+    offload: Annotated[bool, typer.Option(help="Keep the inputs of layers on the CPU, in --lengths.")] = False,
+    link: Annotated[float, typer.Option(min=0.001, help="GB/s that a GPU sends to others, in --lengths.")] = 25,
+    alignment: Annotated[int, typer.Option(min=1, help="Sequences of an evoformer's alignment.")] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Tell what trains, the memory by part, and the time, without allocating a weight.
 
     Example: modalora plan nano-6-vision --row text=200,image=300x200 --machine h100
+    Example: modalora plan genome-25b --lengths 2k:1M --machine a100 --count 128
     """
+    if lengths:
+        if overrides or row or hourly:
+            raise typer.BadParameter("--lengths is for planning a size; settings, --row and --hourly are for a recipe")
+        _by_length(what, lengths, (machine, count, share, link), (sequence, offload, alignment), as_json)
+        return
     from modalora.cli.train import find_recipe
     from modalora.config import is_extension
     from modalora.errors import InputError
@@ -78,6 +95,27 @@ def _extension(path: Path, overrides: list[str], where: tuple[str, int, float], 
     print(f"at {found.utilisation:.0%} of the peak rate, an assumption{measured}")
 
 
+def _by_length(
+    what: str,
+    lengths: str,
+    where: tuple[str, int, float, float],
+    options: tuple[int, bool, int],
+    as_json: bool,
+) -> None:
+    from modalora.cli.lengths import Devices, decoder_table, evoformer_table
+    from modalora.errors import InputError
+
+    if where[0] == "this":
+        raise InputError("--lengths plans for GPUs by name; give --machine a100, or another")
+    sequence, offload, alignment = options
+    if what != "evoformer":
+        decoder_table(what, lengths, Devices(*where), sequence, offload, as_json)
+    elif sequence or offload:
+        raise InputError("--sequence and --offload are for a decoder; --count shares an evoformer's rows")
+    else:
+        evoformer_table(lengths, alignment, Devices(*where), as_json)
+
+
 def _training(
     path: Path, overrides: list[str], shapes: list[str], where: tuple[str, int, float, float], as_json: bool
 ) -> None:
@@ -107,22 +145,22 @@ def _stage(
         return
     print(f"{'part':<26} {'numbers':>15} {'trains':>15} {'weights':>10} {'gradients':>10} {'optimizer':>10}")
     for part in found.parts:
-        sizes = "".join(f" {_bytes(size):>10}" for size in (part.weights, part.gradients, part.optimizer))
+        sizes = "".join(f" {sized(size):>10}" for size in (part.weights, part.gradients, part.optimizer))
         print(f"{part.name:<26} {part.numbers:>15,} {part.trained:>15,}{sizes}")
     print(f"{found.trained:,} of {found.numbers:,} numbers train ({found.trained / found.numbers:.1%})")
     media = f"{found.tokens:,} tokens, {found.media_tokens:,} of them media; {found.labels:,} labels"
     print(f"a step     {found.rows} rows ({source}), {media}")
-    split = f"weights {_bytes(found.weights)}, gradients {_bytes(found.gradients)}, optimizer {_bytes(found.optimizer)}"
+    split = f"weights {sized(found.weights)}, gradients {sized(found.gradients)}, optimizer {sized(found.optimizer)}"
     among = f" of each of {count}" if count > 1 else ""
-    print(f"memory     {_bytes(cost.memory)}{among}: {split}, the step itself {_bytes(found.step)}")
+    print(f"memory     {sized(cost.memory)}{among}: {split}, the step itself {sized(found.step)}")
     if cost.process:
-        print(f"           and {_bytes(cost.process)} for the process")
+        print(f"           and {sized(cost.process)} for the process")
     print(f"work       {found.flops / 1e12:.3g} TFLOP a step; {cost.rate / 1e12:.3g} TFLOP/s: {cost.assumption}")
     price = f", price {cost.price:,.2f}" if hourly else ""
     speed = f"{cost.step_seconds:.3g} s a step, {found.tokens / cost.step_seconds:,.0f} tokens/s"
     print(f"time       {speed}, {_hours(cost.run_seconds)} for {run.steps:,} steps{price}")
     if cost.fits is False:
-        print(f"it does not fit: {machine} has {_bytes(cost.capacity)}")
+        print(f"it does not fit: {machine} has {sized(cost.capacity)}")
 
 
 def _reading(model: str, machine: str, as_json: bool) -> None:
@@ -133,17 +171,18 @@ def _reading(model: str, machine: str, as_json: bool) -> None:
         print(json.dumps(asdict(found)))
         return
     for name, size in found.weights.items():
-        print(f"{name:<26} {_bytes(size):>10}")
-    print(f"{'all weights':<26} {_bytes(sum(found.weights.values())):>10}")
+        print(f"{name:<26} {sized(size):>10}")
+    print(f"{'all weights':<26} {sized(sum(found.weights.values())):>10}")
     print(f"cache: {found.cache_per_token:,} bytes a token")
     print(f"{'tokens':>9} {'cache':>10} {'in all':>10} {'read in':>10} {'then tokens/s, at most':>23}")
     for line in found.lines:
-        print(f"{line.tokens:>9,} {_bytes(line.cache):>10} {_bytes(line.memory):>10} {_seconds(line.read_seconds):>10} "
+        print(f"{line.tokens:>9,} {sized(line.cache):>10} {sized(line.memory):>10} {_seconds(line.read_seconds):>10} "
               f"{line.decode_rate:>23.3g}")  # fmt: skip
     print(found.assumption)
 
 
-def _bytes(size: float) -> str:
+def sized(size: float) -> str:
+    """Return a size as people read it."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from modalora.contracts import Message
+from modalora.data.genomes import TRAINING, GeneRows, Genome, RepeatRows, WindowRows, read_genomes
 from modalora.data.instruct import instruct
 from modalora.data.nlvr import nlvr_scenes
 from modalora.data.questions import QUESTION_KINDS
@@ -36,6 +37,7 @@ from modalora.data.text import recurring_window, token_stream, windows
 from modalora.data.voices import digit_voices, sentence_voices
 from modalora.errors import ConfigError, DataError, InputError
 from modalora.processing.processor import Processor, Row
+from modalora.science.codons import definition, targets
 
 Key = tuple[int, int]  # seed of the run, place of the source in the mixture
 Draw = Callable[[np.random.Generator], Row]
@@ -161,6 +163,49 @@ def _retrieval(
         return Row(ids=ids, labels=list(ids))
 
     return draw
+
+
+def _genomes(context: Context, files: Sequence[str] | None, without: Sequence[str]) -> list[Genome]:
+    if context.processor.tokenizer.definition != definition():
+        raise ConfigError("genomes are read by a model of codons: init=genome, or one that was trained from it")
+    names = list(TRAINING if files is None else files)
+    if unknown := sorted(set(without) - set(names)):
+        raise ConfigError(f"without: {', '.join(unknown)} is none of the files {', '.join(names)}")
+    return read_genomes(context.folder, context.cache, [name for name in names if name not in without])
+
+
+def _codon_rows(make: Callable[[np.random.Generator], list[int]]) -> Draw:
+    def draw(rng: np.random.Generator) -> Row:
+        ids = make(rng)
+        return Row(ids=ids, labels=targets(ids))
+
+    return draw
+
+
+def _codons(
+    context: Context,
+    files: Sequence[str] | None = None,
+    without: Sequence[str] = (),
+    made: float = 0.0,
+    shuffled: bool = False,
+) -> Draw:
+    genomes = _genomes(context, files, without)
+    return _codon_rows(GeneRows(genomes, context.window, made=made, shuffled=shuffled))
+
+
+def _genome_windows(context: Context, files: Sequence[str] | None = None, without: Sequence[str] = ()) -> Draw:
+    return _codon_rows(WindowRows(_genomes(context, files, without), context.window))
+
+
+def _genome_repeats(
+    context: Context,
+    files: Sequence[str] | None = None,
+    without: Sequence[str] = (),
+    inverted: float = 0.7,
+    least: int = 16,
+) -> Draw:
+    genomes = _genomes(context, files, without)
+    return _codon_rows(RepeatRows(genomes, context.window, inverted=inverted, least=least))
 
 
 def _cells(context: Context, nlvr: float = 0.2, free: float = 0.32, towers: float = 0.4) -> Draw:
@@ -297,8 +342,11 @@ def _conversations(context: Context, converse: Callable[[np.random.Generator], C
 SOURCES: dict[str, Callable[..., Draw]] = {
     "books": _books,
     "cells": _cells,
+    "codons": _codons,
     "digits": _digits,
     "frames": _frames,
+    "genome_repeats": _genome_repeats,
+    "genome_windows": _genome_windows,
     "instruct": _instruct,
     "nlvr": _nlvr,
     "pictures": _pictures,

@@ -148,10 +148,54 @@ def window_study() -> ModelConfig:
     )
 
 
+def genome() -> ModelConfig:
+    """A decoder of codons (science/codons.py), of 0.8 million parameters, that reads 8,192 of them: 24,576 letters."""
+    return ModelConfig(
+        decoder=DecoderConfig(
+            vocab_size=66,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            rope=Plain(window=8192),
+        )
+    )
+
+
+def _gpt(layers: int) -> ModelConfig:
+    # 12 x width^2 numbers a layer, as GPT has them, in three matrices of the MLP instead of two
+    return ModelConfig(
+        decoder=DecoderConfig(
+            vocab_size=66,
+            hidden_size=5760,
+            intermediate_size=15_360,
+            num_hidden_layers=layers,
+            num_attention_heads=64,
+            num_key_value_heads=64,
+            rope=Plain(window=2**20),
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def genome_25b() -> ModelConfig:
+    """The 25B model of the long-sequence tables of arXiv:2310.04610: 64 layers of width 5760, to be planned with."""
+    return _gpt(64)
+
+
+def genome_33b() -> ModelConfig:
+    """The 33B model of the same tables: 80 layers of width 5760, to be planned with."""
+    return _gpt(80)
+
+
 SIZES = {
     "phi4-mini": phi4_mini,
     "phi4-multimodal": phi4_multimodal,
     "nano": nano,
     "tiny": tiny,
     "window-study": window_study,
+    "genome": genome,
+    "genome-25b": genome_25b,
+    "genome-33b": genome_33b,
 }

@@ -284,10 +284,22 @@ def _parts(
 # Dense bf16 peak (FLOP/s), memory (bytes) and its rate (bytes/s), as the makers' data sheets give them.
 MACHINES = {
     "a100": (312e12, 80e9, 2.04e12),
+    "a100-40gb": (312e12, 40e9, 1.555e12),
     "h100": (989e12, 80e9, 3.35e12),
     "h200": (989e12, 141e9, 4.8e12),
     "l40s": (362e12, 48e9, 0.864e12),
     "rtx4090": (165e12, 24e9, 1.008e12),
+}
+
+
+# Exponentials a second: 16 a clock of each multiprocessor, at the highest clock of the data sheets.
+EXPONENTIALS = {
+    "a100": 2.44e12,
+    "a100-40gb": 2.44e12,
+    "h100": 3.86e12,
+    "h200": 3.86e12,
+    "l40s": 5.73e12,
+    "rtx4090": 5.16e12,
 }
 
 
@@ -319,7 +331,7 @@ def estimate(plan: Plan, run: RunConfig, machine: str, count: int, share: float,
         assumption = f"measured here, {run.precision} matrix products"
         capacity, process = _own_memory(), _resident()
     else:
-        peak, capacity, _ = _machine(machine)
+        peak, capacity, _ = machine_of(machine)
         process = 0
         assumption = f"{share:.0%} of {count} x {peak / 1e12:.0f} TFLOP/s, an assumption"
     seconds = plan.flops / one  # every one of `count` computes rows of its own
@@ -339,7 +351,7 @@ def estimate(plan: Plan, run: RunConfig, machine: str, count: int, share: float,
 
 def machine_rate(machine: str, precision: str, share: float) -> float:
     """Return the FLOP/s of one machine, "this", which is measured, or a share of the peak of a name of MACHINES."""
-    return measured_rate(precision) if machine == "this" else _machine(machine)[0] * share
+    return measured_rate(precision) if machine == "this" else machine_of(machine)[0] * share
 
 
 def measured_rate(precision: str, size: int = 1536) -> float:
@@ -353,7 +365,8 @@ def measured_rate(precision: str, size: int = 1536) -> float:
     return 2 * size**3 / best
 
 
-def _machine(name: str) -> tuple[float, float, float]:
+def machine_of(name: str) -> tuple[float, float, float]:
+    """Return peak rate, memory and its rate of a machine of MACHINES. Raises ConfigError for another name."""
     if name not in MACHINES:
         raise ConfigError(f"machine {name!r} is unknown; use this, {', '.join(MACHINES)}")
     return MACHINES[name]
@@ -455,7 +468,7 @@ def plan_reading(model: str, machine: str = "this") -> Reading:
         rate, bandwidth = measured_rate("bf16" if size == 2 else "fp32"), measured_bandwidth()
         assumption = "rates measured here: "
     else:
-        rate, _, bandwidth = _machine(machine)
+        rate, _, bandwidth = machine_of(machine)
         assumption = f"peak rates of a {machine}: "
     assumption += (
         f"{rate / 1e12:.3g} TFLOP/s, {bandwidth / 1e9:.3g} GB/s; reading takes at least, decoding reaches at most"

@@ -38,6 +38,7 @@ from modalora.processing.chat import FORMATS, ChatFormat
 from modalora.processing.processor import Processor
 from modalora.processing.tokenizer import TextTokenizer
 from modalora.quantize import quantize, restore
+from modalora.science import codons
 from modalora.training.loop import Metrics, train
 from modalora.training.report import plot_metrics
 from modalora.training.states import FREE
@@ -110,7 +111,7 @@ def open_context(run: RunConfig) -> Context:
     """
     if run.init in SIZES:
         config, chat = SIZES[run.init](), FORMATS["phi4"]
-        tokenizer = _fresh_tokenizer(Path(run.data), Path(run.cache), config.decoder.vocab_size)
+        tokenizer = _fresh_tokenizer(run, config.decoder.vocab_size)
     else:
         card, tokenizer, chat = read_texts(find_model(run.init))
         config = card.config
@@ -202,7 +203,7 @@ def open_start(run: RunConfig) -> tuple[Multimodal, TextTokenizer, ChatFormat]:
     torch.manual_seed(run.seed)
     if run.init in SIZES:
         model, chat = Multimodal(SIZES[run.init]()), FORMATS["phi4"]
-        tokenizer = _fresh_tokenizer(Path(run.data), Path(run.cache), model.config.decoder.vocab_size)
+        tokenizer = _fresh_tokenizer(run, model.config.decoder.vocab_size)
     else:
         loaded = load_model(find_model(run.init))
         model, tokenizer, chat = loaded.model, loaded.tokenizer, loaded.chat
@@ -212,10 +213,13 @@ def open_start(run: RunConfig) -> tuple[Multimodal, TextTokenizer, ChatFormat]:
     return model, tokenizer, chat
 
 
-def _fresh_tokenizer(data: Path, cache: Path, vocab_size: int) -> TextTokenizer:
+def _fresh_tokenizer(run: RunConfig, vocab_size: int) -> TextTokenizer:
+    if vocab_size == codons.VOCAB_SIZE:  # BPE needs more for its letters alone
+        return TextTokenizer(codons.definition())
+    cache = Path(run.cache)
     path = cache / f"bpe-{vocab_size}.json"
     if not path.exists():
-        tokenizer = TextTokenizer.train(tokenizer_corpus(data), vocab_size)
+        tokenizer = TextTokenizer.train(tokenizer_corpus(Path(run.data)), vocab_size)
         cache.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(f".{os.getpid()}.draft")
         draft.write_text(tokenizer.definition, encoding="utf-8")

@@ -1,0 +1,360 @@
+"""Genomes: files of genes and whole sequences, and the rows that a codon model is trained on.
+
+Files are FASTA, GenBank or EMBL, read with Biopython. Those of `FILES` are known by their bytes: some lie in the data
+folder under genomes/, the rest are test data of Biopython's source archive, which `modalora data genomes` fetches into
+the cache. Training and held-out files have no organism in common.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from modalora.errors import DataError, WorkError
+from modalora.science.codons import CODONS, END, NUMBER, encode, reverse_complement, reverse_complement_ids
+
+if TYPE_CHECKING:
+    from Bio.SeqRecord import SeqRecord
+
+Rng = np.random.Generator
+
+TRAINING = {  # file -> sha256
+    "NC_000932.gb": "a8b5d8239001f56a5b8b3ff047b10338b839329cf594aad36bfa4755a0dfb480",  # Arabidopsis, chloroplast
+    "arab1.gb": "02f9e5659a90d1e77f87a8b83956b1f8b1fdbd640a3adc3839bb13d94e627196",  # Arabidopsis, chromosome 1
+    "extra_keywords.gb": "da60c0c49dfa9e3dfd81758036d332ef2ac4e8b1e0bd3f58e1af9610da353c07",  # Drosophila
+    "drosophila.fasta": "7ca851970adf3cb35a0c3738c60553f3a092a02061e0e344b7b0200611f21127",  # Adh of several flies
+    "egfr_nucl.fa": "40de3eefa413a9ac90e84516fb7aeb1023007f8f399f9e92e25e45c14c836ea0",  # EGFR of a fly and of mammals
+    "SC10H5.embl": "2678a5a997c344c4370f5af0ce9f75b33adc9f578c5f1a6a3eae74e5203aadc8",  # Streptomyces
+    "TRBG361.embl": "ba8a00320b1048fdd3622e806ca61a0949054772076c69df892192128bbcf036",  # white clover
+    "NC_001422.gbk": "e90976a8f739af9603925e86447e468ec37b9f09b0d20a181eb3cb42d5864eb3",  # phage phiX174
+    "EU851978.gbk": "02de4db2d95efe11a72f8a73616f004f5542c740b332a804564af00eb3985034",  # influenza A, 2007
+    "HM138502.gbk": "754ee5190d646725a26bdef9de8515b4612ff5e4b71d6ebcab5c7a02b400fe4f",  # influenza A, 2009
+    "noref.gb": "20adafb225e96f2e92ec2162cb614d175851595af4050c49cb0a75899607b1cc",  # one human gene
+}
+HELD_OUT = {
+    "NC_005816.gb": "f11a45c8abf0ae0b9340f3513595d50277ea2ae0f74acaef2666b2f42485f65a",  # Yersinia pestis, a plasmid
+}
+FILES = TRAINING | HELD_OUT
+LEAST = 30  # codons of a gene that is read
+
+ARCHIVE = "biopython==1.88"
+ARCHIVE_SHA256 = "9aaa31c0bda4d059f7b2ee00bfdb5cbb73ade3057aa4b737a7cc0187091d071a"
+FETCHED = tuple(name for name in TRAINING if name not in ("NC_000932.gb", "drosophila.fasta", "egfr_nucl.fa"))
+
+
+@dataclass(frozen=True, slots=True)
+class Gene:
+    """A coding sequence from its start to its stop codon, ACGT only."""
+
+    name: str
+    organism: str
+    letters: str
+
+    @property
+    def ids(self) -> list[int]:
+        """Its codons (science/codons.py)."""
+        return encode(self.letters, partial="refuse")
+
+
+@dataclass(frozen=True, slots=True)
+class Genome:
+    """What one file holds. skipped: coding sequences that cannot be used, as some reach into other records."""
+
+    file: str
+    sha256: str
+    genes: tuple[Gene, ...]
+    sequences: tuple[str, ...]
+    skipped: int
+
+    @property
+    def organism(self) -> str:
+        """The organism of the first gene."""
+        return self.genes[0].organism if self.genes else self.file
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def records(path: Path) -> list[SeqRecord]:
+    """Return the records of a FASTA, GenBank or EMBL file, told by its ending. Raises DataError."""
+    try:
+        from Bio import BiopythonWarning, SeqIO
+    except ModuleNotFoundError:
+        raise DataError(f"reading {path.name} needs Biopython; pip install 'modalora[science]'") from None
+    kinds = dict.fromkeys((".gb", ".gbk", ".gbff", ".genbank"), "genbank") | {".embl": "embl"}
+    kind = kinds.get(path.suffix, "fasta")
+    try:
+        with warnings.catch_warnings(), path.open(encoding="utf-8") as file:
+            warnings.simplefilter("ignore", BiopythonWarning)  # of coordinates in other records, which are skipped
+            found = list(SeqIO.parse(file, kind))
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; give a FASTA, GenBank or EMBL file") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path} is no {kind} file: {error}; name it by its format (.gb, .embl, .fasta)") from None
+    if not found:
+        raise DataError(f"{path} holds no {kind} record; name it by its format (.gb, .embl, .fasta)")
+    return found
+
+
+@cache
+def read_genome(path: Path) -> Genome:
+    """Return the genes and sequences of a file: a gene that stands there twice, or nearly so, once.
+
+    In GenBank and EMBL files the genes are the coding sequences; of a FASTA record, the longest open frame of this
+    strand. Raises DataError, also when a file of `FILES` has other bytes than it had.
+    """
+    found = records(path)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    if sha256 != FILES.get(path.name, sha256):
+        raise DataError(f"{path} has the sha256 {sha256}, not {FILES[path.name]}; fetch it again, or rename your own")
+    genes: list[Gene] = []
+    skipped = 0
+    for record in found:
+        coding = _coding(record) if record.annotations else [_open_frame(record)]
+        usable = [gene for gene in coding if gene is not None and len(gene.letters) >= 3 * LEAST]
+        skipped += len(coding) - len(usable)
+        genes += usable
+    return Genome(path.name, sha256, tuple(_distinct(genes)), tuple(str(one.seq).upper() for one in found), skipped)
+
+
+def _coding(record: SeqRecord) -> list[Gene | None]:
+    organism = str(record.annotations.get("organism", record.id))
+    genes: list[Gene | None] = []
+    for feature in record.features:
+        if feature.type != "CDS":
+            continue
+        try:
+            letters = str(feature.extract(record.seq)).upper()
+        except ValueError:  # it reaches into a record that is not here
+            letters = ""
+        first = feature.qualifiers.get("gene", feature.qualifiers.get("locus_tag", [f"CDS {len(genes) + 1}"]))[0]
+        whole = letters and len(letters) % 3 == 0 and set(letters) <= set("ACGT")
+        genes.append(Gene(first, organism, letters) if whole else None)
+    return genes
+
+
+def _open_frame(record: SeqRecord) -> Gene | None:
+    letters = longest_frame(str(record.seq).upper())
+    words = re.search(r"\b([A-Z][a-z]+|[A-Z]\.) ?([a-z]{3,})", record.description)
+    name = str(record.id)
+    return Gene(name, f"{words[1]} {words[2]}" if words else name, letters) if letters else None
+
+
+def longest_frame(letters: str) -> str:
+    """Return the longest stretch from ATG to a stop codon, in any of the three frames of this strand."""
+    found = re.findall(r"(?=(ATG(?:...)*?(?:TAA|TAG|TGA)))", letters)
+    return max(found, key=len, default="")
+
+
+def _distinct(genes: Sequence[Gene], most: float = 0.9) -> list[Gene]:
+    """Leave out genes that are as long as one before them and agree with it in more than `most` of their letters."""
+    kept: list[Gene] = []
+    for gene in genes:
+        alike = [one for one in kept if len(one.letters) == len(gene.letters)]
+        own = np.frombuffer(gene.letters.encode(), np.uint8)
+        if not any((own == np.frombuffer(one.letters.encode(), np.uint8)).mean() > most for one in alike):
+            kept.append(gene)
+    return kept
+
+
+def read_genomes(folder: Path, cache: Path, files: Sequence[str] = tuple(TRAINING)) -> list[Genome]:
+    """Return genomes by file name, from folder/genomes or cache/genomes, or by path. Raises DataError."""
+    return [read_genome(_find(folder, cache, name)) for name in files]
+
+
+def _find(folder: Path, cache: Path, name: str) -> Path:
+    places = [folder / "genomes" / name, cache / "genomes" / name, Path(name)]
+    found = [place for place in places if place.is_file()]
+    if not found:
+        hint = "run `modalora data genomes`" if name in FETCHED else "`data` must name a folder with genomes/"
+        raise DataError(f"{name} is neither in {places[0].parent} nor in {places[1].parent}; {hint}")
+    return found[0]
+
+
+def fetch_genomes(cache: Path) -> list[Path]:
+    """Put the files of Biopython's source archive into cache/genomes and return them: 20 MB through pip, once.
+
+    Raises WorkError when pip fails or the bytes are not the known ones.
+    """
+    target = cache / "genomes"
+    wanted = [target / name for name in FETCHED]
+    if all(path.is_file() for path in wanted):
+        return wanted
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "-d", folder, ARCHIVE]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        archives = list(Path(folder).glob("*.tar.gz"))
+        if done.returncode or not archives:
+            raise WorkError(f"pip could not fetch {ARCHIVE}: {done.stderr[-500:].strip()}; try again with a network")
+        (archive,) = archives
+        if hashlib.sha256(archive.read_bytes()).hexdigest() != ARCHIVE_SHA256:
+            raise WorkError(f"{archive.name} has not the sha256 {ARCHIVE_SHA256}; it is not used")
+        target.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(archive) as held:
+            for member in held:
+                name = Path(member.name).name
+                if name in FETCHED and member.isfile() and (file := held.extractfile(member)) is not None:
+                    content = file.read()
+                    if hashlib.sha256(content).hexdigest() == FILES[name]:  # some names come twice
+                        (target / name).write_bytes(content)
+    if absent := [path.name for path in wanted if not path.is_file()]:
+        raise WorkError(f"{ARCHIVE} holds no {', '.join(absent)} of the known bytes")
+    return wanted
+
+
+# --------------------------------------------------------------------------------------------------- made-up organisms
+
+_FORWARD = "KNKNTTTTRSRSIIMIQHQHPPPPRRRRLLLLEDEDAAAAGGGGVVVV*Y*YSSSS*CWCLFLF"  # of the codons in order; NCBI table 11
+AMINO = dict(zip(CODONS, _FORWARD, strict=True))
+SYNONYMS = {amino: [codon for codon in CODONS if AMINO[codon] == amino] for amino in sorted(set(_FORWARD))}
+
+# Shares of amino acids in the proteins of UniProtKB/Swiss-Prot (release notes 2023_05), in percent.
+SWISS_PROT = dict(zip("ALGVESIKRDTPNQFYMHCW", (
+    8.25, 9.65, 7.07, 6.86, 6.71, 6.65, 5.91, 5.80, 5.53, 5.46, 5.36, 4.74, 4.06, 3.93, 3.86, 2.92, 2.41, 2.27, 1.38,
+    1.10,
+), strict=True))  # fmt: skip
+
+
+def usage(rng: Rng) -> dict[str, tuple[list[str], np.ndarray]]:
+    """Return the codons of each amino acid and their shares in one made-up organism.
+
+    The organism prefers G and C at the third place, or A and T, as real ones do; other preferences are small.
+    """
+    strong = rng.uniform(0.15, 0.85)
+    made = {}
+    for amino, codons in SYNONYMS.items():
+        weights = np.array([strong if codon[2] in "GC" else 1 - strong for codon in codons])
+        made[amino] = (codons, rng.dirichlet(1 + 8 * weights / weights.mean()) * weights)
+    return {amino: (codons, shares / shares.sum()) for amino, (codons, shares) in made.items()}
+
+
+def made_up(proteins: Sequence[str], rng: Rng, length: int) -> list[str]:
+    """Return codons of a made-up organism: real proteins, changed here and there, or random ones, in its own codons."""
+    own = usage(rng)
+    letters, shares = list(SWISS_PROT), np.array(list(SWISS_PROT.values()))
+    shares = rng.dirichlet(120 * shares / shares.sum())
+    change = rng.choice([0.1, 0.4, 1.0])
+    protein = ""
+    while len(protein) < length:
+        one = str(rng.choice(proteins))
+        keep = rng.random(len(one)) >= change
+        random = rng.choice(letters, size=len(one), p=shares)
+        protein += "M" + "".join(np.where(keep, list(one), random)[1:-1]) + "*"
+    at = int(rng.integers(0, len(protein) - length + 1))
+    return [str(rng.choice(own[amino][0], p=own[amino][1])) for amino in protein[at : at + length]]
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+class GeneRows:
+    """Windows of the coding sequences of one genome, in any order, an END before, between and behind them."""
+
+    def __init__(self, genomes: Sequence[Genome], window: int, *, made: float = 0.0, shuffled: bool = False) -> None:
+        """made: share of rows of made-up organisms. shuffled: put the codons of each gene into any order, a control."""
+        self.genes = [[gene.ids for gene in genome.genes] for genome in genomes if genome.genes]
+        if not self.genes:
+            raise DataError("these files hold no coding sequence; give GenBank or EMBL files, or FASTA of genes")
+        self.window, self.made, self.shuffled = window, made, shuffled
+        sizes = np.array([sum(map(len, own)) for own in self.genes], dtype=float) ** 0.5  # small genomes are seen, too
+        self.shares = sizes / sizes.sum()
+        letters = [gene.letters for genome in genomes for gene in genome.genes]
+        self.proteins = ["".join(AMINO[one[at : at + 3]] for at in range(0, len(one), 3)) for one in letters]
+
+    def __call__(self, rng: Rng) -> list[int]:
+        """Return the ids of one window."""
+        if rng.random() < self.made:
+            ids = [END, *(NUMBER[codon] for codon in made_up(self.proteins, rng, self.window - 1))]
+            return self._mixed(ids, rng)
+        own = self.genes[int(rng.choice(len(self.genes), p=self.shares))]
+        ids = [END]
+        while len(ids) < 2 * self.window:
+            for place in rng.permutation(len(own)):
+                gene = own[place]
+                ids += [*(rng.permutation(gene).tolist() if self.shuffled else gene), END]
+                if len(ids) >= 2 * self.window:
+                    break
+        start = int(rng.integers(0, len(ids) - self.window)) if rng.random() < 0.5 else 0
+        return ids[start : start + self.window]
+
+    def _mixed(self, ids: list[int], rng: Rng) -> list[int]:
+        return [END, *rng.permutation(ids[1:]).tolist()] if self.shuffled else ids
+
+
+class WindowRows:
+    """Windows of whole sequences, on either strand, in any frame."""
+
+    def __init__(self, genomes: Sequence[Genome], window: int) -> None:
+        self.sequences = [one for genome in genomes for one in genome.sequences if len(one) >= 3 * window + 2]
+        if not self.sequences:
+            raise DataError(f"none of these sequences has the {3 * window + 2} letters of a window; make it shorter")
+        self.window = window
+        sizes = np.array([len(one) for one in self.sequences], dtype=float)
+        self.shares = sizes / sizes.sum()
+
+    def __call__(self, rng: Rng) -> list[int]:
+        """Return the ids of one window."""
+        letters = self.sequences[int(rng.choice(len(self.sequences), p=self.shares))]
+        start = int(rng.integers(0, len(letters) - 3 * self.window + 1))
+        piece = letters[start : start + 3 * self.window]
+        return encode(reverse_complement(piece) if rng.random() < 0.5 else piece)
+
+
+def repeat(ids: Sequence[int], kind: str) -> list[int]:
+    """Return a second copy of codon ids: "direct" as they are, "inverted" as the other strand has them.
+
+    "mirrored" is the order turned round without the complement, which no genome does: a control.
+    """
+    if kind == "inverted":
+        return reverse_complement_ids(ids)
+    if kind == "mirrored":
+        return list(ids)[::-1]
+    if kind == "direct":
+        return list(ids)
+    raise DataError(f"a repeat of kind {kind!r} is none of direct, inverted, mirrored")
+
+
+class RepeatRows:
+    """Windows of genomes in which a stretch comes again further on, as it is or as the other strand has it.
+
+    The stretch is as it stands in the genome, or half the time with its codons in any order, so that there is
+    nothing to know by heart. Half of the rows hold two copies; in the others they follow one another to the end.
+    """
+
+    def __init__(self, genomes: Sequence[Genome], window: int, *, inverted: float = 0.7, least: int = 16) -> None:
+        """inverted: share of the repeats that are. least: codons of a stretch."""
+        self.windows, self.inverted, self.least = WindowRows(genomes, window), inverted, least
+        if window < 2 * least:
+            raise DataError(f"a window of {window} codons has no room for two copies of {least}; make it longer")
+
+    def __call__(self, rng: Rng) -> list[int]:
+        """Return the ids of one window."""
+        ids = self.windows(rng)
+        size = int(np.exp(rng.uniform(np.log(self.least), np.log(len(ids) // 2))))
+        copy = list(ids[:size])
+        if rng.random() < 0.5:
+            copy = rng.permutation(copy).tolist()
+        at = int(rng.integers(0, len(ids) - 2 * size + 1))
+        ids[at : at + size] = copy
+        only_two = rng.random() < 0.5
+        while (room := len(ids) - at - 2 * size) >= 0:
+            between = rng.integers(0, room + 1) if only_two else np.exp(rng.uniform(0, np.log(room + 1))) - 1
+            at += size + int(between)
+            if rng.random() < self.inverted:
+                copy = reverse_complement_ids(copy)
+            ids[at : at + size] = copy
+            if only_two:
+                break
+        return ids

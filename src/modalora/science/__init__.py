@@ -1,0 +1,1 @@
+"""Models of biology: genomes, alignments, structures. Stands on nn/ alone."""
