@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from math import ceil, inf, isfinite, log, pi, sqrt
+from math import ceil, inf, isfinite, log, pi
 from pathlib import Path
 from typing import Any, Literal
 
 from modalora.checkpoint.files import read_json, write_json
 from modalora.config import parse
 from modalora.errors import CheckpointError, ConfigError
-from modalora.nn.rope import LongRope, Rope
+from modalora.nn.rope import LongRope, Rope, su_temperature, yarn_temperature
 
 FORMAT = 1
 Temperature = Literal["su", "yarn", "none"]
@@ -27,9 +27,9 @@ def temperature_scale(policy: Temperature, stretch: float, window: int) -> float
     su: sqrt(1 + ln s / ln L), of every LongRoPE config; yarn: 0.1 ln s + 1 (arXiv:2309.00071, section 3.4); none: 1.
     All are 1 for a stretch of 1 or less.
     """
-    if policy == "none" or stretch <= 1:
+    if policy == "none":
         return 1.0
-    return sqrt(1 + log(stretch) / log(window)) if policy == "su" else 0.1 * log(stretch) + 1
+    return su_temperature(stretch, window) if policy == "su" else yarn_temperature(stretch)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
