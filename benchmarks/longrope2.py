@@ -22,18 +22,20 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from math import log, sqrt
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from statistics import mean, stdev
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 
-from modalora.checkpoint.store import load_model
+from modalora.checkpoint.store import load_model, save_model
 from modalora.config import RunConfig, SearchConfig, load_run, parse
+from modalora.contracts import Batch, Route
 from modalora.evaluation.documents import make_documents, part_of_books
 from modalora.evaluation.needle import Document, answer_losses, fingerprint, measure_grid
 from modalora.longrope2.factors import Provenance, Stretch, read_factors, temperature_scale, write_factors
@@ -136,8 +138,7 @@ def extend(options: argparse.Namespace, premise: str, method: str, seed: int) ->
     rope = rope_of(options, premise, method, seed)
     target = scores_folder(options, premise) / f"{method}-{seed}.json"
     model, tokenizer = load(base_folder(options, premise) / "model")
-    model.config = replace(model.config, decoder=replace(model.config.decoder, rope=rope))
-    model.decoder.config = model.config.decoder
+    model.set_rope(rope)
     regimes: list[Regime] = ["reference", "long"] if rope.regime == "reference" else ["long"]
     before = score(model, tokenizer, options, [TARGET], regimes)
     run = training(options, premise, method, seed, rope)
@@ -254,6 +255,29 @@ def write(path: Path, fields: Any) -> None:
     draft = path.with_suffix(".draft")
     draft.write_text(json.dumps(fields, indent=1), encoding="utf-8")
     draft.replace(path)
+
+
+def exported(options: argparse.Namespace, premise: str) -> None:
+    """Print how far transformers' logits are from ours, for the base with found factors written as Phi-3."""
+    from transformers import Phi3ForCausalLM
+
+    loaded = load_model(base_folder(options, premise) / "model")
+    factors, _ = read_factors(options.output / "searches" / premise / "longrope2-0" / "factors.json")
+    # transformers has one attention factor for both tables
+    rope = LongRope(
+        short_factor=factors.short, long_factor=factors.long, theta=THETA, window=TARGET, original_window=WINDOW
+    )
+    loaded.model.set_rope(rope)
+    model = loaded.model.eval()
+    with TemporaryDirectory() as folder:
+        save_model(model, loaded.tokenizer, Path(folder) / "phi3", layout="phi3", chat=loaded.chat)
+        theirs = Phi3ForCausalLM.from_pretrained(Path(folder) / "phi3", attn_implementation="eager").eval()
+    for size in (WINDOW, WINDOW + 1, TARGET):
+        ids = torch.tensor(running(loaded.tokenizer, options, TARGET)[0].ids)[None, :size]
+        with torch.inference_mode():
+            ours = model(Batch(ids, torch.tensor([size]), Route((None,))))
+            apart = (theirs(ids).logits - ours).abs().max()
+        print(f"transformers' Phi3 with the factors of {premise!r}, {size} tokens: logits {apart:.1e} apart at most")
 
 
 # ----------------------------------------------------------------------------------------------------- tables
@@ -385,6 +409,8 @@ def main() -> None:
         carry_out(options, [(scores_folder(options, one[0]) / f"{one[1]}-{seed}.json", extend, one) for one in arms])
     for premise in options.premises:
         table(options, premise)
+        if (output / "searches" / premise / "longrope2-0" / "factors.json").exists():
+            exported(options, premise)
 
 
 if __name__ == "__main__":
