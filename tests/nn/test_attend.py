@@ -182,7 +182,7 @@ def test_tiles_keep_nothing_but_queries_keys_and_values() -> None:
 
     q, k, v = (torch.randn(1, 600, heads, 8, requires_grad=True) for heads in (4, 2, 2))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        attend(q, k, v, mask=Mask(causal=True), backend="tiled")
+        attend(q, k, v, mask=Mask(causal=True), backend="blockwise")
     assert sorted(tensor.numel() for tensor in kept) == [600 * 2 * 8, 600 * 2 * 8, 600 * 4 * 8]
 
 
