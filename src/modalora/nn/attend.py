@@ -123,7 +123,7 @@ def choose(call: Call) -> str:
         return "eager" if few else "blockwise"
     if BACKENDS["sdpa"].lacks(call) is None and (call.key_bias is None or not call.is_trained):
         return "sdpa"
-    if q[..., 0].numel() * k.shape[1] <= blockwise.TILE * blockwise.KEYS:
+    if q.element_size() * q[..., 0].numel() * k.shape[1] <= blockwise.BYTES:
         return "eager"
     return "blockwise"
 

@@ -20,8 +20,8 @@ from modalora.nn.call import Call, Found
 from modalora.nn.mask import Mask
 
 TILE = 768  # queries of the heads that share a key head: the logits of a tile stay in the cache of a core
-KEYS = 1024  # of them; more key heads and rows go together where there are fewer
-LOGITS = 2**24  # of one key head, at most; the only thing that grows with keys
+BYTES = 3 * 2**19  # of logits in a tile; more key heads and rows go together where there are fewer
+LOGITS = 2**24  # of one key head in a tile, at most
 
 
 def run(call: Call) -> Found:
@@ -82,7 +82,8 @@ class _Blockwise(torch.autograd.Function):
                 given = part.of_queries(to_out, tile)
                 sums[1, :, tile.keys] += torch.bmm(weights.transpose(1, 2), given)
                 change = torch.bmm(given, values[:, tile.keys].transpose(1, 2))
-                change = torch.ops.aten._softmax_backward_data(change, weights, -1, weights.dtype)
+                # in place: a row is summed before it is written
+                torch.ops.aten._softmax_backward_data.out(change, weights, -1, weights.dtype, grad_input=change)
                 if to_lse is not None:
                     change += weights * part.of_queries(to_lse[..., None], tile).to(weights.dtype)
                 sums[0, :, tile.keys] += torch.bmm(change.transpose(1, 2), own)
@@ -142,12 +143,12 @@ class _Part:
 
 
 def _parts(q: Tensor, k: Tensor, pair_bias: Tensor | None, mask: Mask) -> Iterator[_Part]:
-    """Give the work in parts whose tiles have about TILE x KEYS logits: the small ones of several heads and rows."""
+    """Give the work in parts whose tiles have about BYTES of logits: the small ones of several heads and rows."""
     (rows, time, heads, _), (_, keys, groups, _) = q.shape, k.shape
     pairs = 1 if pair_bias is None else len(pair_bias)
     share, group = rows // pairs, heads // groups
     length = max(1, min(TILE // group, LOGITS // (group * max(1, keys))))
-    together = max(1, TILE * KEYS // (group * min(length, time) * max(1, keys)))
+    together = max(1, BYTES // (q.element_size() * group * min(length, time) * max(1, keys)))
     # rows that see different keys are not computed together
     at_once = max(1, together // groups) if mask.offsets is None and mask.lengths is None else 1
     for start in range(0, rows, share):
@@ -201,6 +202,6 @@ def may_be_dead(call: Call) -> bool:
 
 def is_clean(weights: Tensor) -> bool:
     """Tell whether no query's softmax is NaN, as it is where it sees nothing; where asking would cost time, no."""
-    if weights.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
+    if weights.device.type != "cpu" or type(weights) is not Tensor or torch.compiler.is_compiling():
+        return False  # a fake tensor, of a plan or a compiler, has no numbers to ask for
     return not bool(weights[..., 0].isnan().any())
