@@ -216,7 +216,7 @@ def memory() -> None:
 
 
 def growth() -> None:
-    """Print what lives beyond q, k, v, the biases and their gradients: in all, and of it what is no output or gradient."""
+    """Print what lives beyond q, k, v, the biases and their gradients: in all, and what is no output or gradient."""
     print("| N, H, D | length | beyond inputs and biases, MB | growth | beyond outputs too, MB |")
     print("|---|---|---|---|---|")
     last = 0.0

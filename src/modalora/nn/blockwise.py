@@ -21,7 +21,8 @@ from modalora.nn.mask import Mask
 
 TILE = 768  # queries of the heads that share a key head: the logits of a tile stay in the cache of a core
 BYTES = 3 * 2**19  # of logits in a tile; more key heads and rows go together where there are fewer
-LOGITS = 2**24  # of one key head in a tile, at most
+MOST = 4 * BYTES  # of logits of one key head in a tile; many keys leave fewer queries, and no fewer than
+FEWEST = 16
 
 
 def run(call: Call) -> Found:
@@ -56,6 +57,7 @@ class _Blockwise(torch.autograd.Function):
                 if lse is not None:
                     top = part.by_head(logits.to(lse.dtype), tile).logsumexp(-1)
                     lse[part.rows, tile.queries, part.heads] = top.transpose(1, 2)
+                del logits, weights  # before the next tile's
         ctx.save_for_backward(q, k, v, key_bias, pair_bias)
         ctx.call = mask, scale
         return out, lse
@@ -95,6 +97,7 @@ class _Blockwise(torch.autograd.Function):
                     found = part.by_head(change, tile)
                     found = found[0] if len(found) == 1 else found.sum(0, dtype=exact)
                     to_pair[part.pair, part.heads, tile.queries, tile.keys] += found
+                del weights, change, found
             for all_of, found in ((to_k, sums[0]), (to_v, sums[1])):
                 all_of[part.rows, :, part.groups] = found.unflatten(0, (part.count, -1)).transpose(1, 2)
         biases = (None if to is None else to.to(like.dtype) for to, like in ((to_key, key_bias), (to_pair, pair_bias)))
@@ -147,8 +150,9 @@ def _parts(q: Tensor, k: Tensor, pair_bias: Tensor | None, mask: Mask) -> Iterat
     (rows, time, heads, _), (_, keys, groups, _) = q.shape, k.shape
     pairs = 1 if pair_bias is None else len(pair_bias)
     share, group = rows // pairs, heads // groups
-    length = max(1, min(TILE // group, LOGITS // (group * max(1, keys))))
-    together = max(1, BYTES // (q.element_size() * group * min(length, time) * max(1, keys)))
+    line = q.element_size() * group * max(1, keys)  # bytes of a query's logits
+    length = max(1, min(TILE // group, max(FEWEST, MOST // line)))
+    together = max(1, BYTES // (line * min(length, time)))
     # rows that see different keys are not computed together
     at_once = max(1, together // groups) if mask.offsets is None and mask.lengths is None else 1
     for start in range(0, rows, share):
