@@ -30,7 +30,7 @@ FUSED = pytest.param(
 )
 OWN = ("eager", "blockwise", FUSED)  # which have all of it
 CASES = 200
-FUSED_CASES = int(os.environ.get("MODALORA_FUSED_CASES", "10"))
+FUSED_CASES = int(os.environ.get("MODALORA_FUSED_CASES", "8"))
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def test_blockwise_has_the_outputs_and_gradients_of_float64() -> None:
 @pytest.mark.skipif(not TRITON, reason="needs triton: pip install 'modalora[fused]'")
 def test_fused_has_the_outputs_and_gradients_of_float64() -> None:
     for seed in range(FUSED_CASES):
-        case = inputs(seed, longest=70 if FUSED_CASES >= CASES else 34)
+        case = inputs(seed, longest=70 if FUSED_CASES >= CASES else 20)
         told, found = case.results("eager", torch.float64), case.results("fused")
         assert told.keys() == found.keys()
         worst = {name: distance(found[name], told[name]) for name in told}
@@ -311,7 +311,7 @@ def test_two_runs_have_the_same_bits(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["blockwise", FUSED])
 def test_a_gradient_of_the_gradient_is_refused(backend: str) -> None:
     q = torch.randn(1, 4, 2, 8, device=DEVICE if backend == "fused" else "cpu", requires_grad=True)
-    (once,) = torch.autograd.grad(attend(q, q, q, mask=Mask(), backend=backend).sum(), q, create_graph=True)
+    (once,) = torch.autograd.grad(attend(q, q, q, mask=Mask(), backend=backend).square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         once.sum().backward()
 
