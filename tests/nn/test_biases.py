@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from modalora.errors import ConfigError, ShapeError
+from modalora.nn import blockwise
 from modalora.nn.attend import BACKENDS, attend, merge
 from modalora.nn.mask import BlockSparse, Mask
 from modalora.training.plan import Meter
@@ -342,7 +343,18 @@ def test_autocast_decides_the_dtype_of_the_products(backend: str) -> None:
     assert q.grad.dtype == torch.float32
 
 
-def test_blockwise_holds_no_scores_and_twice_the_length_is_twice_the_memory() -> None:
+def test_the_size_of_tiles_is_seen_in_rounding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = inputs(seed=5, longest=70)
+    told = case.results("blockwise", torch.float64)
+    for name, value in (("BYTES", 2**9), ("MOST", 2**11), ("FEWEST", 3), ("TILE", 14)):
+        monkeypatch.setattr(blockwise, name, value)
+    found = case.results("blockwise", torch.float64)
+    assert max(distance(found[name], told[name]) for name in told) < 1e-13
+
+
+def test_blockwise_holds_no_scores_and_twice_the_length_is_twice_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blockwise, "BYTES", 2**13)  # at its 1.5 MB, lengths as small as these would be one tile
+    monkeypatch.setattr(blockwise, "MOST", 2**15)
     peaks = []
     for length in (128, 256, 512):
         case = plain(rows=4, length=length, heads=2, head_dim=8)
