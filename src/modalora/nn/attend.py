@@ -39,7 +39,8 @@ def attend(
     scale: float | None = None,
     return_lse: Literal[False] = False,
     backend: str | None = None,
-) -> Tensor: ...
+) -> Tensor:
+    """Return the output alone."""
 
 
 @overload
@@ -54,7 +55,8 @@ def attend(
     scale: float | None = None,
     return_lse: Literal[True],
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]: ...
+) -> tuple[Tensor, Tensor]:
+    """Return the output and the log-sum-exp."""
 
 
 def attend(
