@@ -1,25 +1,62 @@
 """The one attention function, over interchangeable backends.
 
 q is (batch, time, heads, head_dim); k and v are (batch, keys, kv_heads, head_dim) with heads a multiple of kv_heads:
-query head h reads key head h // (heads / kv_heads). `pair_bias`, (1 or batch, heads, time, keys), is added to the
-logits. A query that sees no key gets zeros.
+query head h reads key head h // (heads / kv_heads). Or all three have one more axis, rows, behind batch: rows of an
+alignment or of a pair representation (Evoformer), which share a pair bias.
+
+Two biases are added to the logits. `pair_bias`, (1 or batch, heads, time, keys), has no axis of rows and is never
+expanded over them. `key_bias` is (1 or batch, keys), or (1 or batch, 1 or rows, keys). A query that sees no key, be it
+for the mask or for biases of -inf, gets zeros, and gradients of zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import importlib.util
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from modalora.errors import ConfigError, ShapeError
+from modalora.nn import blockwise
+from modalora.nn.call import Call, Found
 from modalora.nn.mask import Mask
 
-Run = Callable[[Tensor, Tensor, Tensor, Mask, Tensor | None, float], Tensor]
+
+@overload
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    key_bias: Tensor | None = None,
+    pair_bias: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Return the output alone."""
+
+
+@overload
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    key_bias: Tensor | None = None,
+    pair_bias: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the output and the log-sum-exp."""
 
 
 def attend(
@@ -28,220 +65,282 @@ def attend(
     v: Tensor,
     *,
     mask: Mask,
+    key_bias: Tensor | None = None,
     pair_bias: Tensor | None = None,
     scale: float | None = None,
+    return_lse: bool = False,
     backend: str | None = None,
-) -> Tensor:
-    """Return softmax(q k' * scale + pair_bias) v, (batch, time, heads, head_dim).
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return softmax(q k' * scale + key_bias + pair_bias) v, of q's shape.
 
-    scale: None means head_dim ** -0.5. backend: a name of BACKENDS; None takes the fastest that can do the call.
-    Raises ShapeError when heads do not divide, ConfigError when the named backend is unknown.
+    mask: its tensors have an entry for each row: (batch,), or (batch, rows). scale: None means head_dim ** -0.5.
+    return_lse: also return the log of each query's sum of exponentials, q's shape without head_dim, float32 or float64;
+    -inf where it sees no key. It is what `merge` takes. backend: a name of BACKENDS; None takes the fastest that can.
+    Differentiable, once, in q, k, v, both biases, and through what is returned.
+    Raises ShapeError when shapes do not fit, ConfigError when the named backend is unknown or cannot do the call.
     """
-    heads, kv_heads = q.shape[2], k.shape[2]
-    if heads % kv_heads:
-        raise ShapeError(f"{heads} query heads are not a multiple of {kv_heads} key heads")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if mask.spans is not None:
-        return _end_to_end(q, k, v, mask, scale, backend)
-    name = choose(q, k) if backend is None else backend
-    if name not in BACKENDS:
-        raise ConfigError(f"attention backend {name!r} is unknown; known are {', '.join(BACKENDS)}")
-    run = BACKENDS[name].run
-    if mask.padded is not None:
-        if q.dtype == torch.float32 and q.device.type == "cpu":
-            return _row_by_row(run, q, k, v, mask, pair_bias, scale)
-        # no real query of a causal row sees its padding: then there is nothing to mask
-        mask = replace(mask, padded=None, lengths=None if mask.causal else mask.padded)
-    return run(q, k, v, mask, pair_bias, scale)
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    _check(q, k, v, key_bias, pair_bias)
+    if key_bias is not None:
+        key_bias = key_bias.expand(*q.shape[:-3], k.shape[-3]).reshape(-1, k.shape[-3])
+    if q.dim() == 5:
+        offsets, lengths, padded = (x if x is None else x.flatten() for x in (mask.offsets, mask.lengths, mask.padded))
+        mask = replace(mask, offsets=offsets, lengths=lengths, padded=padded)
+    call = Call(
+        q=q.flatten(0, -4),
+        k=k.flatten(0, -4),
+        v=v.flatten(0, -4),
+        mask=mask,
+        key_bias=key_bias,
+        pair_bias=pair_bias,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        wants_lse=return_lse,
+    )
+    out, lse = _attend(call, backend)
+    return out.view(q.shape) if lse is None else (out.view(q.shape), lse.view(q.shape[:-1]))
 
 
-def _end_to_end(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, backend: str | None) -> Tensor:
-    """Compute each row of a sequence of rows alone: what a block-diagonal mask would tell, without its pairs."""
-    assert mask.spans is not None
-    alone = replace(mask, spans=None)
-    rows = zip(*(x.split(mask.spans, dim=1) for x in (q, k, v)), strict=True)
-    found = [attend(*row, mask=alone, scale=scale, backend=backend) for row in rows]
-    return torch.cat(found, dim=1)
+def merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return attention over two sets of keys, out of what `attend(..., return_lse=True)` gave for each.
 
-
-def _row_by_row(
-    run: Run, q: Tensor, k: Tensor, v: Tensor, mask: Mask, pair_bias: Tensor | None, scale: float
-) -> Tensor:
-    """Compute each row of a padded batch at its own length.
-
-    On a CPU every other operation of a network gives a row the same float32 bits in a batch as alone; sums over padded
-    keys do not.
+    Online softmax, arXiv:1805.02867: log-sum-exps weigh the outputs. Differentiable.
     """
-    assert mask.padded is not None
-    rows = []
-    for row, length in enumerate(mask.padded.tolist()):
-        bias = None if pair_bias is None else pair_bias[row % len(pair_bias), None, :, :length, :length]
-        own_q, own_k, own_v = (x[row : row + 1, :length] for x in (q, k, v))
-        out = run(own_q, own_k, own_v, replace(mask, padded=None), bias, scale)
-        rows.append(functional.pad(out, (0, 0, 0, 0, 0, q.shape[1] - length)))
-    return torch.cat(rows)
+    top = torch.maximum(one[1], other[1]).detach()
+    dead = top == -torch.inf  # a query that sees no key in either; no gradient of it may be NaN
+    shares = [(lse - top.masked_fill(dead, 0.0)).exp() for lse in (one[1], other[1])]
+    total = (shares[0] + shares[1]).masked_fill(dead, 1.0)
+    out = (shares[0] / total)[..., None] * one[0] + (shares[1] / total)[..., None] * other[0]
+    return out.to(one[0].dtype), (top + total.log())
 
 
-def choose(q: Tensor, k: Tensor) -> str:
+def choose(call: Call) -> str:
     """Return the backend for a call that names none.
 
     On a CPU the fused kernel is slow in bf16. Forward, 2,048 tokens of 24 heads of 128 take it 357 ms, and 105 in
     tiles of plain matrix products; with the gradient 909 and 434. What is one tile at most is taken by `eager`: with
     the gradient, 20 crops of 144 patches and 5 heads of 32 take it 10 ms, and 17 in tiles.
     """
-    if q.dtype != torch.bfloat16 or q.device.type != "cpu":
+    q, size = call.q, call.q[..., 0].numel() * call.k.shape[1] * call.q.element_size()  # bytes of logits
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        few = q.shape[1] * call.group <= blockwise.TILE if call.is_trained else q.shape[1] <= FEW
+        return "eager" if few else "blockwise"
+    # with a trained bias that many rows share, PyTorch's kernels keep all logits
+    shares = call.pair_bias is not None and call.pair_bias.requires_grad and call.share > 1 and size > blockwise.BYTES
+    if BACKENDS["sdpa"].lacks(call) is None and not (shares and call.is_trained):
         return "sdpa"
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        return "eager" if q.shape[1] * (q.shape[2] // k.shape[2]) <= TILE else "tiled"
-    return "eager" if q.shape[1] <= FEW else "tiled"
+    if q.device.type == "cuda" and BACKENDS["fused"].lacks(call) is None:
+        return "fused"
+    return "eager" if size <= blockwise.BYTES else "blockwise"
 
 
 FEW = 16  # queries, of a decoding step; tiles would be smaller than what it takes to start them
-TILE = 768  # queries of the heads that share a key head: the logits of a tile stay in the cache of a core
-KEYS = 1024  # of them; more key heads go together where there are fewer
 
 
-def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask, pair_bias: Tensor | None, scale: float) -> Tensor:
-    (batch, time, heads, _), kv_heads = q.shape, k.shape[2]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    # the query heads of one key head are rows of one product: keys and values are not repeated
-    logits = (q * scale).reshape(batch, kv_heads, -1, q.shape[-1]) @ k.transpose(-1, -2)
-    logits = logits.view(batch, heads, time, -1)
+def _check(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, pair_bias: Tensor | None) -> None:
+    """Refuse shapes and dtypes that do not belong together."""
+    if q.dim() not in (4, 5) or k.shape != v.shape or q.shape[:-3] != k.shape[:-3] or q.shape[-1] != k.shape[-1]:
+        raise ShapeError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit: q is (batch, time, heads, "
+            "head_dim), k and v are (batch, keys, kv_heads, head_dim); or all have an axis of rows behind batch"
+        )
+    (*lead, time, heads, _), (keys, kv_heads) = q.shape, k.shape[-3:-1]
+    if heads % kv_heads:
+        raise ShapeError(f"{heads} query heads are not a multiple of {kv_heads} key heads")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ShapeError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; make them one dtype")
+    if key_bias is not None:
+        leads = [{1, size} for size in lead]
+        if (
+            key_bias.dim() != len(lead) + 1
+            or key_bias.shape[-1] != keys
+            or any(size not in allowed for size, allowed in zip(key_bias.shape, leads, strict=False))
+        ):
+            raise ShapeError(
+                f"key_bias {tuple(key_bias.shape)} does not fit {keys} keys: it is "
+                + ("(1 or batch, keys)" if len(lead) == 1 else "(1 or batch, 1 or rows, keys)")
+            )
     if pair_bias is not None:
-        logits = logits + pair_bias
-    seen = mask.dense(time, k.shape[2], q.device, heads)
+        if pair_bias.dim() != 4 or pair_bias.shape[0] not in (1, lead[0]) or pair_bias.shape[1:] != (heads, time, keys):
+            raise ShapeError(
+                f"pair_bias {tuple(pair_bias.shape)} does not fit: it is (1 or batch, heads, time, keys), here "
+                f"(1 or {lead[0]}, {heads}, {time}, {keys}), with no axis of rows: the rows of a batch entry share it"
+            )
+        if pair_bias.shape[0] > 1 and pair_bias.stride(0) == 0:
+            raise ShapeError("pair_bias is expanded over batch; give it once, (1, heads, time, keys)")
+
+
+def _attend(call: Call, backend: str | None) -> Found:
+    mask = call.mask
+    if mask.spans is not None:
+        return _end_to_end(call, backend)
+    name = choose(call) if backend is None else backend
+    if name not in BACKENDS:
+        raise ConfigError(f"attention backend {name!r} is unknown; known are {', '.join(BACKENDS)}")
+    if (reason := BACKENDS[name].lacks(call)) is not None:
+        able = [other for other in BACKENDS if BACKENDS[other].lacks(call) is None]
+        raise ConfigError(f"attention backend {name!r} cannot do {reason}; these can: {', '.join(able) or 'none'}")
+    if mask.padded is not None:
+        if call.q.dtype == torch.float32 and call.q.device.type == "cpu":
+            return _row_by_row(BACKENDS[name].run, call)
+        # no real query of a causal row sees its padding: then there is nothing to mask
+        call = replace(call, mask=replace(mask, padded=None, lengths=None if mask.causal else mask.padded))
+    return BACKENDS[name].run(call)
+
+
+def _end_to_end(call: Call, backend: str | None) -> Found:
+    """Compute each row of a sequence of rows alone: what a block-diagonal mask would tell, without its pairs."""
+    assert call.mask.spans is not None
+    found, start = [], 0
+    for length in call.mask.spans:
+        found.append(_attend(_piece(call, slice(None), slice(start, start + length)), backend))
+        start += length
+    return _joined(found, dim=1)
+
+
+def _row_by_row(run: Callable[[Call], Found], call: Call) -> Found:
+    """Compute each row of a padded batch at its own length.
+
+    On a CPU every other operation of a network gives a row the same float32 bits in a batch as alone; sums over padded
+    keys do not.
+    """
+    assert call.mask.padded is not None
+    found = []
+    for row, length in enumerate(call.mask.padded.tolist()):
+        out, lse = run(_piece(call, slice(row, row + 1), slice(0, length)))
+        rest = call.q.shape[1] - length
+        out = functional.pad(out, (0, 0, 0, 0, 0, rest))
+        found.append((out, None if lse is None else functional.pad(lse, (0, 0, 0, rest), value=-torch.inf)))
+    return _joined(found, dim=0)
+
+
+def _piece(call: Call, rows: slice, time: slice) -> Call:
+    """Return the call of some rows, all or one, and some tokens, queries and keys alike, that see only each other."""
+    pair = call.pair_bias
+    if pair is not None:
+        pair = pair[:, :, time, time] if rows.start is None else pair[rows.start // call.share, None, :, time, time]
+    return replace(
+        call,
+        q=call.q[rows, time],
+        k=call.k[rows, time],
+        v=call.v[rows, time],
+        mask=replace(call.mask, spans=None, padded=None),
+        key_bias=None if call.key_bias is None else call.key_bias[rows, time],
+        pair_bias=pair,
+    )
+
+
+def _joined(found: list[Found], dim: int) -> Found:
+    lses = [lse for _, lse in found if lse is not None]
+    return torch.cat([out for out, _ in found], dim), torch.cat(lses, dim) if lses else None
+
+
+def _eager(call: Call) -> Found:
+    (rows, time, heads, _), keys, kv_heads, mask = call.q.shape, call.k.shape[1], call.k.shape[2], call.mask
+    q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
+    # the query heads of one key head are rows of one product: keys and values are not repeated
+    logits = (q * call.scale).reshape(rows, kv_heads, -1, q.shape[-1]) @ k.transpose(-1, -2)
+    logits = logits.view(rows, heads, time, -1)
+    if call.pair_bias is not None:
+        logits = (logits.unflatten(0, (-1, call.share)) + call.pair_bias[:, None]).flatten(0, 1)
+    if call.key_bias is not None:
+        logits = logits + call.key_bias[:, None, None]
+    seen = mask.dense(time, keys, q.device, heads)
     if seen is not None:
         logits = logits.masked_fill_(~seen, -torch.inf)
-    weights = torch.softmax(logits, dim=-1)  # sums in float32 whatever the dtype
-    if seen is not None and mask.lengths is not None:  # a row may see nothing: -inf throughout is NaN after softmax
-        weights = weights.masked_fill(~seen, 0.0)
-    out = weights.to(q.dtype).view(batch, kv_heads, -1, k.shape[2]) @ v
-    return out.view(batch, heads, time, -1).transpose(1, 2)
+    weights, dead = torch.softmax(logits, dim=-1), None  # sums in float32 whatever the dtype
+    if blockwise.may_be_dead(call) and not blockwise.is_clean(weights):
+        dead = logits.detach().amax(-1, keepdim=True) == -torch.inf
+        logits = logits.masked_fill(dead, 0.0)  # so that no gradient is NaN
+        weights = torch.softmax(logits, dim=-1).masked_fill(dead, 0.0)
+    out = (weights.to(q.dtype).view(rows, kv_heads, -1, keys) @ v).view(rows, heads, time, -1)
+    lse = None
+    if call.wants_lse:
+        lse = logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(-1)
+        lse = lse if dead is None else lse.masked_fill(dead[..., 0], -torch.inf)
+        lse = lse.transpose(1, 2)
+    return out.transpose(1, 2), lse
 
 
-def _tiled(q: Tensor, k: Tensor, v: Tensor, mask: Mask, pair_bias: Tensor | None, scale: float) -> Tensor:
-    """Compute a tile of queries of one key head at a time, over the keys that it may see.
-
-    A backward pass computes the weights again, tile by tile: queries, keys and values are all that is kept.
-    """
-    if pair_bias is not None and pair_bias.requires_grad and torch.is_grad_enabled():
-        return _eager(q, k, v, mask, pair_bias, scale)  # a trained bias needs all logits anyway
-    out: Tensor = _Tiled.apply(q, k, v, mask, pair_bias, scale)  # type: ignore[no-untyped-call]
-    return out
-
-
-class _Tiled(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, pair_bias: Tensor | None, scale: float
-    ) -> Tensor:
-        q, k, v = ((q * scale).transpose(1, 2).contiguous(), *(x.transpose(1, 2).contiguous() for x in (k, v)))
-        out = torch.zeros_like(q)
-        for row, groups, heads, tiles in _heads(q, k, mask):
-            keys, values = k[row, groups], v[row, groups]
-            for tile in tiles:
-                own = q[row, heads, tile.queries]
-                weights = _weights(own, keys[:, tile.keys], tile, heads, row, mask, pair_bias)
-                out[row, heads, tile.queries] = torch.bmm(weights, values[:, tile.keys]).view(own.shape)
-        ctx.save_for_backward(q, k, v, pair_bias)
-        ctx.call = mask, scale
-        return out.transpose(1, 2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, pair_bias = ctx.saved_tensors
-        mask, scale = ctx.call
-        upstream = given[0].transpose(1, 2)
-        exact = torch.promote_types(q.dtype, torch.float32)
-        to_q, to_k, to_v = torch.zeros_like(q), torch.empty_like(k), torch.empty_like(v)
-        for row, groups, heads, tiles in _heads(q, k, mask):
-            keys, values = k[row, groups], v[row, groups]
-            sums = torch.zeros((2, *keys.shape), dtype=exact, device=q.device)  # of tiles, for keys and values
-            for tile in tiles:
-                own = q[row, heads, tile.queries]
-                weights = _weights(own, keys[:, tile.keys], tile, heads, row, mask, pair_bias)
-                change = upstream[row, heads, tile.queries].reshape(len(keys), -1, own.shape[-1])
-                sums[1, :, tile.keys] += torch.bmm(weights.transpose(1, 2), change)
-                change = torch.bmm(change, values[:, tile.keys].transpose(1, 2))
-                change = torch.ops.aten._softmax_backward_data(change, weights, -1, weights.dtype)
-                sums[0, :, tile.keys] += torch.bmm(change.transpose(1, 2), own.reshape(len(keys), -1, own.shape[-1]))
-                to_q[row, heads, tile.queries] = torch.bmm(change, keys[:, tile.keys]).mul_(scale).view(own.shape)
-            to_k[row, groups], to_v[row, groups] = sums[0], sums[1]
-        return to_q.transpose(1, 2), to_k.transpose(1, 2), to_v.transpose(1, 2), None, None, None
-
-
-@dataclass(frozen=True, slots=True)
-class _Tile:
-    """Some queries, the keys that they see, and the visible pairs, (1, 1 or heads, queries, keys); None: all."""
-
-    queries: slice
-    keys: slice
-    pairs: Tensor | None
-
-
-def _heads(q: Tensor, k: Tensor, mask: Mask) -> Iterator[tuple[int, slice, slice, list[_Tile]]]:
-    """Give each row, some key heads, their query heads, and their tiles. Key heads of small tiles go together."""
-    (batch, heads, time, _), (_, groups, keys, _) = q.shape, k.shape
-    share = heads // groups
-    length = max(1, TILE // share)
-    together = max(1, TILE * KEYS // (share * min(length, time) * keys))
-    for row in range(batch):
-        tiles = []
-        for start in range(0, time, length):
-            stop = min(start + length, time)
-            first, last, pairs = mask.tile(row, start, stop, keys, heads)
-            if last > first:
-                tiles.append(_Tile(slice(start, stop), slice(first, last), pairs))
-        for group in range(0, groups, together):
-            stop = min(group + together, groups)
-            yield row, slice(group, stop), slice(group * share, stop * share), tiles
-
-
-def _weights(
-    q: Tensor, keys: Tensor, tile: _Tile, heads: slice, row: int, mask: Mask, pair_bias: Tensor | None
-) -> Tensor:
-    """Return the softmax of one tile, (key heads, share x queries, keys), for q (heads, queries, head_dim)."""
-    logits = torch.bmm(q.reshape(len(keys), -1, q.shape[-1]), keys.transpose(1, 2))
-    pairs = logits.view(*q.shape[:2], -1)
-    if pair_bias is not None:
-        pairs += pair_bias[row % len(pair_bias), heads, tile.queries, tile.keys]
-    if tile.pairs is None:
-        return torch.softmax(logits, dim=-1)
-    unseen = ~(tile.pairs[0] if tile.pairs.shape[1] == 1 else tile.pairs[0, heads])
-    weights = torch.softmax(pairs.masked_fill_(unseen, -torch.inf), dim=-1)
-    if mask.blocks is not None:  # a block-sparse query may see nothing
-        weights.masked_fill_(unseen, 0.0)
-    return weights.view(logits.shape)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, pair_bias: Tensor | None, scale: float) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+def _sdpa(call: Call) -> Found:
+    mask, bias = call.mask, call.pair_bias
+    q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
     repeat = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(repeat, dim=1) if repeat > 1 else x for x in (k, v))
-    if mask.is_plain_causal and pair_bias is None and q.shape[2] == k.shape[2]:
-        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        return out.transpose(1, 2)
+    if call.key_bias is not None:
+        bias = call.key_bias[:, None, None]
+    if mask.is_plain_causal and bias is None and q.shape[2] == k.shape[2]:
+        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=call.scale)
+        return out.transpose(1, 2), None
     seen = mask.dense(q.shape[2], k.shape[2], q.device, q.shape[1])
-    bias = seen
-    if pair_bias is not None:
-        bias = pair_bias.to(q.dtype)
+    if bias is not None:
+        bias = bias.to(q.dtype)
         if seen is not None:
             bias = bias.masked_fill(~seen, -torch.inf)
-    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    return out.transpose(1, 2)
+    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen if bias is None else bias, scale=call.scale)
+    return out.transpose(1, 2), None
 
 
-@dataclass(frozen=True, slots=True)
+def _fused(call: Call) -> Found:
+    from modalora.nn import fused  # triton is imported by those who use it
+
+    return fused.run(call)
+
+
+REAL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Backend:
-    """A way to compute attention and what it can do."""
+    """A way to compute attention, and what it can do."""
 
-    run: Run
-    float64_reference: bool
+    run: Callable[[Call], Found]
+    dtypes: tuple[torch.dtype, ...] = REAL
+    devices: tuple[str, ...] | None = None  # None: all
+    head_dims: range | None = None
+    both_biases: bool = True  # a key bias and a pair bias in one call
+    groups_of_rows: bool = True  # pair biases that some rows share, and not all
+    trained_bias: bool = True
+    lse: bool = True
+    block_sparse: bool = True
+    needs: str | None = None  # a package
+    linear_memory: bool  # in the length, with every gradient
+    float64_reference: bool  # whether float64 has the error of float64
+
+    def lacks(self, call: Call) -> str | None:
+        """Return the first thing of a call that this backend cannot do, or None when it can do all."""
+        q, biases = call.q, [x for x in (call.key_bias, call.pair_bias) if x is not None]
+        pairs = 1 if call.pair_bias is None else len(call.pair_bias)
+        lacking = (
+            (self.needs is not None and importlib.util.find_spec(self.needs) is None, "anything without {needs}"),
+            (self.devices is not None and q.device.type not in self.devices, "tensors on {device}"),
+            (q.dtype not in self.dtypes, "{dtype}"),
+            (self.head_dims is not None and q.shape[-1] not in self.head_dims, "head_dim {head_dim}"),
+            (not self.both_biases and len(biases) > 1, "a key bias together with a pair bias"),
+            (not self.groups_of_rows and 1 < pairs < len(q), "a pair bias for groups of rows"),
+            (not self.trained_bias and any(x.requires_grad for x in biases), "a bias with a gradient"),
+            (not self.lse and call.wants_lse, "the log-sum-exp"),
+            (not self.block_sparse and call.mask.blocks is not None, "a block-sparse mask"),
+        )
+        reason = next((reason for is_lacking, reason in lacking if is_lacking), None)
+        return reason and reason.format(needs=self.needs, device=q.device.type, dtype=q.dtype, head_dim=q.shape[-1])
 
 
 BACKENDS = {
-    "eager": Backend(run=_eager, float64_reference=True),
-    "sdpa": Backend(run=_sdpa, float64_reference=False),
-    "tiled": Backend(run=_tiled, float64_reference=True),
+    "eager": Backend(run=_eager, linear_memory=False, float64_reference=True),
+    "sdpa": Backend(
+        run=_sdpa, both_biases=False, groups_of_rows=False, lse=False, linear_memory=False, float64_reference=False
+    ),
+    "blockwise": Backend(run=blockwise.run, linear_memory=True, float64_reference=True),
+    "fused": Backend(
+        run=_fused,
+        dtypes=REAL[1:],
+        # on a CPU the kernels run in Triton's interpreter, for tests
+        devices=("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",),
+        head_dims=range(1, 129),
+        block_sparse=False,
+        needs="triton",
+        linear_memory=True,
+        float64_reference=False,
+    ),
 }

@@ -66,7 +66,9 @@ class Mask:
             position = position + self.offsets[:, None]
         return self._seen(position, torch.arange(keys, device=device), heads)
 
-    def tile(self, row: int, start: int, stop: int, keys: int, heads: int) -> tuple[int, int, Tensor | None]:
+    def tile(
+        self, row: int, start: int, stop: int, keys: int, heads: int, device: torch.device
+    ) -> tuple[int, int, Tensor | None]:
         """Return which keys the queries start .. stop of a row may see: the first, the last + 1, and among these the
         visible pairs as bool, (1, 1 or heads, stop - start, keys), or None when every pair is.
         """
@@ -82,14 +84,9 @@ class Mask:
             whole = whole and first >= offset + stop - self.window
         if whole or last <= first:
             return first, max(first, last), None
-        at = torch.arange(first, last, device=self._device)
+        at, position = (torch.arange(*ends, device=device) for ends in ((first, last), (offset + start, offset + stop)))
         rule = Mask(causal=self.causal, window=self.window, blocks=self.blocks)
-        return first, last, rule._seen(torch.arange(offset + start, offset + stop, device=at.device)[None], at, heads)
-
-    @property
-    def _device(self) -> torch.device | None:
-        given = [tensor for tensor in (self.offsets, self.lengths) if tensor is not None]
-        return given[0].device if given else None
+        return first, last, rule._seen(position[None], at, heads)
 
     def _seen(self, position: Tensor, at: Tensor, heads: int) -> Tensor | None:
         seen: Tensor | None = None
