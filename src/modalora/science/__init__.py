@@ -1,0 +1,1 @@
+"""Networks of the natural sciences, on the mathematics of nn alone."""
