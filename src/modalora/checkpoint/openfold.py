@@ -118,7 +118,7 @@ def load_openfold(stack: Evoformer, tensors: Mapping[str, Tensor], *, prefix: st
         if names:
             raise CheckpointError(
                 f"{len(names)} tensors of {prefix}* are {told} for a stack of {len(stack.blocks)} blocks "
-                f"(layout {layout}), among them {', '.join(sorted(names)[:3])}; build the stack with the checkpoint's sizes"
+                f"(layout {layout}), among them {', '.join(sorted(names)[:3])}; build the stack with its sizes"
             )
     weights = stack.state_dict()
     for name, place in found.items():
