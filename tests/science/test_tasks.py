@@ -92,7 +92,7 @@ def test_a_stack_learns_an_alignment_the_same_with_exact_attention_in_tiles() ->
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(loss.item())
         curves.append(losses)
     assert curves[0][0] == pytest.approx(log(LETTERS))
     assert curves[0][-1] < 0.7 * curves[0][0]
