@@ -1,1 +1,1 @@
-"""Networks of the natural sciences, on the mathematics of nn alone."""
+"""Networks of structural biology and genomics; they stand on `nn` alone."""
