@@ -168,7 +168,6 @@ def test_the_incoming_multiplication_is_the_outgoing_one_of_the_transposed_pairs
     stack = make(tiny())
     outgoing, incoming = stack.blocks[0].triangle_outgoing, stack.blocks[0].triangle_incoming
     incoming.load_state_dict(outgoing.state_dict())
-    incoming.gate.load_state_dict(outgoing.gate.state_dict())
     x = given["pair"]
     # gates at i-j are of the edge i-j itself, so a pair representation that equals its transposed has one gate for both
     x = x + x.transpose(1, 2)
