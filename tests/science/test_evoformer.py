@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -274,3 +275,28 @@ def test_shapes_that_do_not_belong_together_are_told(change: Given, told: str) -
 def test_sizes_that_cannot_be_are_told(change: dict[str, object], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         replace(tiny(), **change)
+
+
+def test_exact_attention_keeps_no_tensor_of_the_size_of_its_logits() -> None:
+    sequences, residues, most = 16, 64, {}
+    logits = sequences * tiny().msa_heads * residues**2  # of row attention; a triangle's are 2.7 times as many
+    for backend in ("eager", "blockwise"):
+        stack = make(replace(tiny(), blocks=1, backend=backend), dtype=torch.float32)
+        sizes: list[int] = []
+
+        def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.untyped_storage().nbytes() // 4)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            stack(torch.randn(1, sequences, residues, 24), torch.randn(1, residues, residues, 20))
+        most[backend] = max(sizes)
+    assert most["blockwise"] < logits < most["eager"]
+
+
+def test_the_examples_of_the_page_run() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "evoformer.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {}
+    for code in re.findall(r"^```python\n(.*?)^```", page, re.S | re.M):
+        exec(code, names)
+    assert isinstance(names["single"], Tensor)
