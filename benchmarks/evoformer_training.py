@@ -62,7 +62,7 @@ CHAINS = (
 IDENTITY = 0.6  # of aligned letters, beyond which two sequences are on one side of the split
 HELD_OUT, SHARE = 0.2, 5  # of the sequences; one amino acid in so many is hidden at a time
 APART = 3  # residues along the chain, of the pairs that count
-WINDOW = 96  # residues that are seen at a time
+WINDOW = 64  # residues that are seen at a time, in training and after
 
 SIZES = EvoformerConfig(
     blocks=2,
@@ -284,7 +284,7 @@ def letter_nats(model: LetterModel, train: Tensor, held: Tensor, context: int = 
     return float(torch.cat(found).double().mean())
 
 
-def fit(model: nn.Module, loss: Callable[[], Tensor], steps: int, lr: float = 2e-3) -> list[float]:
+def fit(model: nn.Module, loss: Callable[[], Tensor], steps: int, lr: float = 3e-3) -> list[float]:
     """Train with Adam; warm-up of a tenth, then a cosine to zero. Returns the loss of every step."""
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.99))
     found = []
@@ -441,7 +441,7 @@ def distances_task(path: Path, steps: int, folds: int) -> None:
         ) -> Tensor:
             weights = torch.tensor([float(len(one.text)) for one in train])
             chain = train[int(torch.multinomial(weights, 1, generator=generator))]
-            width = min(64, len(chain.text))
+            width = min(WINDOW, len(chain.text))
             start = int(torch.randint(len(chain.text) - width + 1, (), generator=generator))
             text, places, bins, real = counted(chain, start, width)
             logits = model(text[None, None], places[None])[0]
