@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 from modalora.nn import fused
 
 TARGET = GPUTarget("cuda", 90, 32)
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 FLOATS = ("lse", "delta", "to_lse", "to_pair", "to_key")  # float32 whatever the inputs are
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
@@ -85,8 +85,8 @@ def main() -> None:
     print(f"triton {triton.__version__}, sm_90")
     print("| kernel | mask | dtype | head_dim | shared KiB | registers | spilled bytes |")
     print("|---|---|---|---|---|---|---|")
-    for kernel in (fused.forward_kernel, fused.queries_kernel, fused.keys_kernel, fused.pair_kernel):
-        for dtype in NAMES:
+    for dtype in NAMES:
+        for kernel in (fused.forward_kernel, fused.queries_kernel, fused.keys_kernel, fused.pair_kernel):
             for head_dim in (8, 32, 64, 128):
                 for causal in (False, True):
                     built = compiled(kernel, head_dim, dtype, causal)

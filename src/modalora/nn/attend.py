@@ -39,7 +39,8 @@ def attend(
     scale: float | None = None,
     return_lse: Literal[False] = False,
     backend: str | None = None,
-) -> Tensor: ...
+) -> Tensor:
+    """Return the output alone."""
 
 
 @overload
@@ -54,7 +55,8 @@ def attend(
     scale: float | None = None,
     return_lse: Literal[True],
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]: ...
+) -> tuple[Tensor, Tensor]:
+    """Return the output and the log-sum-exp."""
 
 
 def attend(
@@ -119,7 +121,7 @@ def choose(call: Call) -> str:
     tiles of plain matrix products; with the gradient 909 and 434. What is one tile at most is taken by `eager`: with
     the gradient, 20 crops of 144 patches and 5 heads of 32 take it 10 ms, and 17 in tiles.
     """
-    q, k, size = call.q, call.k, call.q[..., 0].numel() * call.k.shape[1] * call.q.element_size()
+    q, size = call.q, call.q[..., 0].numel() * call.k.shape[1] * call.q.element_size()  # bytes of logits
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":
         few = q.shape[1] * call.group <= blockwise.TILE if call.is_trained else q.shape[1] <= FEW
         return "eager" if few else "blockwise"

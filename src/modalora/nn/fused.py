@@ -1,9 +1,9 @@
 """Attention in one kernel each for outputs, queries, keys and the pair bias: Triton, for GPUs.
 
-Logits never leave the chip. Forward and backward as FlashAttention-2 (arXiv:2307.08691, 3), with Evoformer's two biases.
-The gradient of a pair bias, a sum over the rows that share it, has a kernel of its own: a program owns a tile of the
+Logits never leave the chip. Forward and backward as FlashAttention-2 (arXiv:2307.08691, 3), with two biases. The
+gradient of a pair bias, a sum over the rows that share it, has a kernel of its own: a program owns a tile of the
 bias and walks the rows, so that nothing is added by atomics and two runs have the same bits. Exponentials are of base
-2, with log2(e) in the scale and in the biases. Only this module needs triton; nothing else imports it before it is used.
+2, with log2(e) in the scale and in the biases. Only this module needs triton.
 
 Sizes are padded to powers of two by masks, offsets are 64-bit, all strides are taken as they are.
 """
@@ -22,7 +22,8 @@ from modalora.errors import ConfigError
 from modalora.nn.call import Call, Found
 from modalora.nn.mask import Mask
 
-# fmt: off  # kernels and their launches: arguments in lines that belong together
+# Kernels and their launches: arguments stand in lines.
+# fmt: off
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -47,24 +48,8 @@ def _last_key(stop, offset, length, causal: tl.constexpr):
 
 @triton.jit
 def _logits(
-    q,
-    k,
-    at_q,
-    at_k,
-    key_bias,
-    pair_bias,
-    stride_pq,
-    stride_pk,
-    stride_kk,
-    offset,
-    length,
-    time,
-    scale,
-    HAS_KEY: tl.constexpr,
-    HAS_PAIR: tl.constexpr,
-    causal: tl.constexpr,
-    window: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, at_q, at_k, key_bias, pair_bias, stride_pq, stride_pk, stride_kk, offset, length, time, scale, HAS_KEY:
+    tl.constexpr, HAS_PAIR: tl.constexpr, causal: tl.constexpr, window: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Return the logits in base 2 of a tile, (queries, keys), -inf for what is not seen."""
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
@@ -99,51 +84,11 @@ def _write(x, found, at, stride_t, time, D: tl.constexpr, BLOCK_D: tl.constexpr)
 
 @triton.jit
 def forward_kernel(
-    q,
-    k,
-    v,
-    key_bias,
-    pair_bias,
-    out,
-    lse,
-    offsets,
-    lengths,
-    stride_qr,
-    stride_qt,
-    stride_qh,
-    stride_kr,
-    stride_kt,
-    stride_kh,
-    stride_vr,
-    stride_vt,
-    stride_vh,
-    stride_br,
-    stride_bk,
-    stride_pp,
-    stride_ph,
-    stride_pq,
-    stride_pk,
-    stride_or,
-    stride_ot,
-    stride_oh,
-    rows,
-    share,
-    time,
-    keys,
-    heads,
-    group,
-    scale,
-    HAS_KEY: tl.constexpr,
-    HAS_PAIR: tl.constexpr,
-    HAS_OFFSETS: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr,
-    causal: tl.constexpr,
-    window: tl.constexpr,
-    PRECISION: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    q, k, v, key_bias, pair_bias, out, lse, offsets, lengths, stride_qr, stride_qt, stride_qh, stride_kr, stride_kt,
+    stride_kh, stride_vr, stride_vt, stride_vh, stride_br, stride_bk, stride_pp, stride_ph, stride_pq, stride_pk,
+    stride_or, stride_ot, stride_oh, rows, share, time, keys, heads, group, scale, HAS_KEY: tl.constexpr, HAS_PAIR:
+    tl.constexpr, HAS_OFFSETS: tl.constexpr, HAS_LENGTHS: tl.constexpr, causal: tl.constexpr, window: tl.constexpr,
+    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """A program: the outputs of a block of queries of one head of one row. Rows run fastest: they share a bias."""
     program = tl.program_id(0)
@@ -167,24 +112,8 @@ def forward_kernel(
     for place in range(first, last, BLOCK_K):
         at_k = place + tl.arange(0, BLOCK_K)
         logits = _logits(
-            own,
-            _rows(k, at_k, stride_kt, length, D, BLOCK_D),
-            at_q,
-            at_k,
-            key_bias,
-            pair_bias,
-            stride_pq,
-            stride_pk,
-            stride_bk,
-            offset,
-            length,
-            time,
-            scale,
-            HAS_KEY,
-            HAS_PAIR,
-            causal,
-            window,
-            PRECISION,
+            own, _rows(k, at_k, stride_kt, length, D, BLOCK_D), at_q, at_k, key_bias, pair_bias, stride_pq, stride_pk,
+            stride_bk, offset, length, time, scale, HAS_KEY, HAS_PAIR, causal, window, PRECISION,
         )
         new = tl.maximum(top, tl.max(logits, 1))
         safe = tl.where(new == float("-inf"), 0.0, new)  # a query that has seen no key yet
@@ -210,60 +139,12 @@ def _weights(logits, lse):
 
 @triton.jit
 def queries_kernel(
-    q,
-    k,
-    v,
-    key_bias,
-    pair_bias,
-    out,
-    lse,
-    offsets,
-    lengths,
-    to_out,
-    to_lse,
-    to_q,
-    delta,
-    stride_qr,
-    stride_qt,
-    stride_qh,
-    stride_kr,
-    stride_kt,
-    stride_kh,
-    stride_vr,
-    stride_vt,
-    stride_vh,
-    stride_br,
-    stride_bk,
-    stride_pp,
-    stride_ph,
-    stride_pq,
-    stride_pk,
-    stride_or,
-    stride_ot,
-    stride_oh,
-    stride_gr,
-    stride_gt,
-    stride_gh,
-    rows,
-    share,
-    time,
-    keys,
-    heads,
-    group,
-    scale,
-    natural,
-    HAS_KEY: tl.constexpr,
-    HAS_PAIR: tl.constexpr,
-    HAS_OFFSETS: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-    causal: tl.constexpr,
-    window: tl.constexpr,
-    PRECISION: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    q, k, v, key_bias, pair_bias, out, lse, offsets, lengths, to_out, to_lse, to_q, delta, stride_qr, stride_qt,
+    stride_qh, stride_kr, stride_kt, stride_kh, stride_vr, stride_vt, stride_vh, stride_br, stride_bk, stride_pp,
+    stride_ph, stride_pq, stride_pk, stride_or, stride_ot, stride_oh, stride_gr, stride_gt, stride_gh, rows, share,
+    time, keys, heads, group, scale, natural, HAS_KEY: tl.constexpr, HAS_PAIR: tl.constexpr, HAS_OFFSETS: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, HAS_LSE: tl.constexpr, causal: tl.constexpr, window: tl.constexpr, PRECISION:
+    tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """A program: the gradient of a block of queries, and delta = out . to_out - to_lse, which the others read."""
     program = tl.program_id(0)
@@ -293,24 +174,8 @@ def queries_kernel(
         at_k = place + tl.arange(0, BLOCK_K)
         near = _rows(k, at_k, stride_kt, length, D, BLOCK_D)
         logits = _logits(
-            own,
-            near,
-            at_q,
-            at_k,
-            key_bias,
-            pair_bias,
-            stride_pq,
-            stride_pk,
-            stride_bk,
-            offset,
-            length,
-            time,
-            scale,
-            HAS_KEY,
-            HAS_PAIR,
-            causal,
-            window,
-            PRECISION,
+            own, near, at_q, at_k, key_bias, pair_bias, stride_pq, stride_pk, stride_bk, offset, length, time, scale,
+            HAS_KEY, HAS_PAIR, causal, window, PRECISION,
         )
         values = _rows(v, at_k, stride_vt, length, D, BLOCK_D)
         change = tl.dot(given, tl.trans(values), input_precision=PRECISION)
@@ -321,57 +186,12 @@ def queries_kernel(
 
 @triton.jit
 def keys_kernel(
-    q,
-    k,
-    v,
-    key_bias,
-    pair_bias,
-    lse,
-    delta,
-    offsets,
-    lengths,
-    to_out,
-    to_k,
-    to_v,
-    to_key,
-    stride_qr,
-    stride_qt,
-    stride_qh,
-    stride_kr,
-    stride_kt,
-    stride_kh,
-    stride_vr,
-    stride_vt,
-    stride_vh,
-    stride_br,
-    stride_bk,
-    stride_pp,
-    stride_ph,
-    stride_pq,
-    stride_pk,
-    stride_gr,
-    stride_gt,
-    stride_gh,
-    rows,
-    share,
-    time,
-    keys,
-    heads,
-    group,
-    scale,
-    natural,
-    HAS_KEY: tl.constexpr,
-    HAS_PAIR: tl.constexpr,
-    HAS_OFFSETS: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr,
-    TO_KEY: tl.constexpr,
-    causal: tl.constexpr,
-    window: tl.constexpr,
-    PRECISION: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    q, k, v, key_bias, pair_bias, lse, delta, offsets, lengths, to_out, to_k, to_v, to_key, stride_qr, stride_qt,
+    stride_qh, stride_kr, stride_kt, stride_kh, stride_vr, stride_vt, stride_vh, stride_br, stride_bk, stride_pp,
+    stride_ph, stride_pq, stride_pk, stride_gr, stride_gt, stride_gh, rows, share, time, keys, heads, group, scale,
+    natural, HAS_KEY: tl.constexpr, HAS_PAIR: tl.constexpr, HAS_OFFSETS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    TO_KEY: tl.constexpr, causal: tl.constexpr, window: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D:
+    tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """A program: the gradients of a block of keys and values of one key head, over all query heads that read it."""
     program = tl.program_id(0)
@@ -395,7 +215,7 @@ def keys_kernel(
         last = tl.minimum(time, start + BLOCK_K - 1 + window - offset)
     if HAS_LENGTHS:
         last = tl.where(start < length, last, 0)
-    for member in range(0, group):
+    for member in range(group):
         head_ = kv_head_ * group + member
         bias = pair_bias + row_ // share * stride_pp + head_ * stride_ph
         for place in range(first, last, BLOCK_Q):
@@ -404,24 +224,8 @@ def keys_kernel(
             own = _rows(q + row_ * stride_qr + head_ * stride_qh, at_q, stride_qt, time, D, BLOCK_D)
             given = _rows(to_out + row_ * stride_gr + head_ * stride_gh, at_q, stride_gt, time, D, BLOCK_D)
             logits = _logits(
-                own,
-                near,
-                at_q,
-                at_k,
-                key_bias,
-                bias,
-                stride_pq,
-                stride_pk,
-                stride_bk,
-                offset,
-                length,
-                time,
-                scale,
-                HAS_KEY,
-                HAS_PAIR,
-                causal,
-                window,
-                PRECISION,
+                own, near, at_q, at_k, key_bias, bias, stride_pq, stride_pk, stride_bk, offset, length, time, scale,
+                HAS_KEY, HAS_PAIR, causal, window, PRECISION,
             )
             weights = _weights(logits, tl.load(lse + line, mask=at_q < time, other=float("-inf")))
             found_v += tl.dot(tl.trans(weights.to(given.dtype)), given, input_precision=PRECISION)
@@ -439,53 +243,12 @@ def keys_kernel(
 
 @triton.jit
 def pair_kernel(
-    q,
-    k,
-    v,
-    key_bias,
-    pair_bias,
-    lse,
-    delta,
-    offsets,
-    lengths,
-    to_out,
-    to_pair,
-    stride_qr,
-    stride_qt,
-    stride_qh,
-    stride_kr,
-    stride_kt,
-    stride_kh,
-    stride_vr,
-    stride_vt,
-    stride_vh,
-    stride_br,
-    stride_bk,
-    stride_pp,
-    stride_ph,
-    stride_pq,
-    stride_pk,
-    stride_gr,
-    stride_gt,
-    stride_gh,
-    pairs,
-    share,
-    splits,
-    time,
-    keys,
-    heads,
-    group,
-    scale,
-    HAS_KEY: tl.constexpr,
-    HAS_OFFSETS: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr,
-    causal: tl.constexpr,
-    window: tl.constexpr,
-    PRECISION: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    q, k, v, key_bias, pair_bias, lse, delta, offsets, lengths, to_out, to_pair, stride_qr, stride_qt, stride_qh,
+    stride_kr, stride_kt, stride_kh, stride_vr, stride_vt, stride_vh, stride_br, stride_bk, stride_pp, stride_ph,
+    stride_pq, stride_pk, stride_gr, stride_gt, stride_gh, pairs, share, splits, time, keys, heads, group, scale,
+    HAS_KEY: tl.constexpr, HAS_OFFSETS: tl.constexpr, HAS_LENGTHS: tl.constexpr, causal: tl.constexpr, window:
+    tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K:
+    tl.constexpr,
 ):
     """A program: the gradient of one tile of the pair bias, summed over a part of the rows that share it."""
     program = tl.program_id(0)
@@ -509,24 +272,8 @@ def pair_kernel(
         near = _rows(k + row_ * stride_kr + head_ // group * stride_kh, at_k, stride_kt, length, D, BLOCK_D)
         values = _rows(v + row_ * stride_vr + head_ // group * stride_vh, at_k, stride_vt, length, D, BLOCK_D)
         logits = _logits(
-            own,
-            near,
-            at_q,
-            at_k,
-            key_bias + row_ * stride_br,
-            bias,
-            stride_pq,
-            stride_pk,
-            stride_bk,
-            offset,
-            length,
-            time,
-            scale,
-            HAS_KEY,
-            True,
-            causal,
-            window,
-            PRECISION,
+            own, near, at_q, at_k, key_bias + row_ * stride_br, bias, stride_pq, stride_pk, stride_bk, offset, length,
+            time, scale, HAS_KEY, True, causal, window, PRECISION,
         )
         weights = _weights(logits, tl.load(lse + line, mask=at_q < time, other=float("-inf")))
         change = tl.dot(given, tl.trans(values), input_precision=PRECISION)
@@ -541,21 +288,15 @@ def run(call: Call) -> Found:
     if call.q.device.type == "cpu" and call.q.dtype == torch.bfloat16:
         raise ConfigError("Triton's interpreter multiplies bfloat16 as whole numbers; use float32 or float16 there")
     tensors = (call.q, call.k, call.v, call.key_bias, call.pair_bias)
-    out, lse = _Fused.apply(*tensors, call.mask, call.scale)  # type: ignore[no-untyped-call]
+    out, lse = _Fused.apply(*tensors, call.mask, call.scale)
     return out, lse.transpose(1, 2) if call.wants_lse else None
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        key_bias: Tensor | None,
-        pair_bias: Tensor | None,
-        mask: Mask,
-        scale: float,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, pair_bias: Tensor | None, mask: Mask, scale:
+        float,
     ) -> tuple[Tensor, Tensor]:
         q, k, v = (_dense_heads(x) for x in (q, k, v))
         rows, time, heads, head_dim = q.shape
@@ -563,23 +304,9 @@ class _Fused(torch.autograd.Function):
         lse = torch.empty(rows, heads, time, dtype=torch.float32, device=q.device)
         options = blocks(head_dim, q.dtype)
         forward_kernel[(-(-time // options["BLOCK_Q"]) * heads * rows,)](
-            q,
-            k,
-            v,
-            *_biases(q, key_bias, pair_bias),
-            out,
-            lse,
-            *_tensors(q, mask),
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *_bias_strides(key_bias, pair_bias),
-            *out.stride()[:3],
-            *_sizes(q, k, pair_bias),
-            scale * LOG2E.value,
-            HAS_PAIR=pair_bias is not None,
-            **_rules(q, key_bias, mask),
-            **options,
+            q, k, v, *_biases(q, key_bias, pair_bias), out, lse, *_tensors(q, mask), *q.stride()[:3], *k.stride()[:3],
+            *v.stride()[:3], *_bias_strides(key_bias, pair_bias), *out.stride()[:3], *_sizes(q, k, pair_bias), scale *
+            LOG2E.value, HAS_PAIR=pair_bias is not None, **_rules(q, key_bias, mask), **options,
         )
         ctx.save_for_backward(q, k, v, key_bias, pair_bias, out, lse)
         ctx.call = mask, scale
@@ -605,50 +332,14 @@ class _Fused(torch.autograd.Function):
         base, given = scale * LOG2E.value, to_out.stride()[:3]
         queries, near = -(-time // options["BLOCK_Q"]), -(-keys // options["BLOCK_K"])
         queries_kernel[(queries * heads * rows,)](
-            q,
-            k,
-            v,
-            *biases,
-            out,
-            lse,
-            *masks,
-            to_out,
-            lse if to_lse is None else to_lse,
-            to_q,
-            delta,
-            *strides,
-            *out.stride()[:3],
-            *given,
-            *sizes,
-            base,
-            scale,
-            HAS_PAIR=pair_bias is not None,
-            HAS_LSE=to_lse is not None,
-            **rules,
-            **options,
+            q, k, v, *biases, out, lse, *masks, to_out, lse if to_lse is None else to_lse, to_q, delta, *strides,
+            *out.stride()[:3], *given, *sizes, base, scale, HAS_PAIR=pair_bias is not None, HAS_LSE=to_lse is not None,
+            **rules, **options,
         )
         to_key = torch.empty(rows, kv_heads, keys, dtype=torch.float32, device=q.device) if wants_key else None
         keys_kernel[(near * kv_heads * rows,)](
-            q,
-            k,
-            v,
-            *biases,
-            lse,
-            delta,
-            *masks,
-            to_out,
-            to_k,
-            to_v,
-            lse if to_key is None else to_key,
-            *strides,
-            *given,
-            *sizes,
-            base,
-            scale,
-            HAS_PAIR=pair_bias is not None,
-            TO_KEY=to_key is not None,
-            **rules,
-            **options,
+            q, k, v, *biases, lse, delta, *masks, to_out, to_k, to_v, lse if to_key is None else to_key, *strides,
+            *given, *sizes, base, scale, HAS_PAIR=pair_bias is not None, TO_KEY=to_key is not None, **rules, **options,
         )
         to_pair = None
         if wants_pair:
@@ -656,27 +347,8 @@ class _Fused(torch.autograd.Function):
             splits = max(1, min(rows // pairs, PROGRAMS // (queries * near * heads * pairs)))
             to_pair = torch.empty(splits, *pair_bias.shape, dtype=torch.float32, device=q.device)
             pair_kernel[(splits * pairs * heads * queries * near,)](
-                q,
-                k,
-                v,
-                *biases,
-                lse,
-                delta,
-                *masks,
-                to_out,
-                to_pair,
-                *strides,
-                *given,
-                pairs,
-                rows // pairs,
-                splits,
-                time,
-                keys,
-                heads,
-                group,
-                base,
-                **rules,
-                **options,
+                q, k, v, *biases, lse, delta, *masks, to_out, to_pair, *strides, *given, pairs, rows // pairs, splits,
+                time, keys, heads, group, base, **rules, **options,
             )
             to_pair = (to_pair[0] if splits == 1 else to_pair.sum(0)).to(pair_bias.dtype)
         to_key = None if to_key is None else to_key.sum(1).to(key_bias.dtype)
@@ -689,15 +361,10 @@ class _Fused(torch.autograd.Function):
 def blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     """Return the tile sizes and launch options of the kernels."""
     depth = max(16, triton.next_power_of_2(head_dim))  # a product of tensor cores sums over at least 16
-    wide = depth > 64 or dtype == torch.float32
-    return {
-        "D": head_dim,
-        "BLOCK_D": depth,
-        "BLOCK_Q": 64,
-        "BLOCK_K": 32 if wide else 64,
-        "num_warps": 4,
-        "num_stages": 2,
-    }
+    queries, keys = (64, 64) if depth <= 64 else (64, 32)
+    if dtype == torch.float32:  # exact products run on the ordinary units, whose registers hold less
+        queries, keys = (32, 32) if depth <= 32 else (16, 16)
+    return {"D": head_dim, "BLOCK_D": depth, "BLOCK_Q": queries, "BLOCK_K": keys, "num_warps": 4, "num_stages": 2}
 
 
 def _dense_heads(x: Tensor) -> Tensor:
