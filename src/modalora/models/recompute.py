@@ -1,34 +1,17 @@
-"""Activation recompute (arXiv:1604.06174): a layer keeps its input alone, and runs again in the backward pass.
-
-Applied from outside to a finished model; costs one more forward pass of what is trained through. The second run draws
-the same random numbers, so every gradient has the same bits.
-"""
+"""What of a multimodal model is computed again in the backward pass (nn/recompute.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
-
-import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from modalora.models.decoder import DecoderLayer
 from modalora.models.speech import ConformerBlock
 from modalora.models.vision import VisionLayer
+from modalora.nn import recompute as general
 
 LAYERS = (DecoderLayer, VisionLayer, ConformerBlock)
 
 
 def recompute(model: nn.Module) -> None:
     """Let each decoder layer and encoder block of a model run again instead of keeping what it computes."""
-    for module in model.modules():
-        if isinstance(module, LAYERS):
-            module.forward = partial(_run, module.forward)  # type: ignore[method-assign]
-
-
-def _run(forward: Callable[..., Any], *given: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*given)
-    return checkpoint(forward, *given, use_reentrant=False)
+    general.recompute(model, LAYERS)
