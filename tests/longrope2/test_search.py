@@ -67,9 +67,9 @@ def test_it_beats_random_search_at_equal_evaluations() -> None:
     """On every one of three seeds, and half of what random search leaves above the best at least."""
     floor = float(Hill().level.mean())  # of the best vector
     for seed in range(3):
-        config = SearchConfig(population=32, iterations=10, seed=seed)
+        config = SearchConfig(population=32, iterations=15, seed=seed)
         ours, blind = hill(config), hill(config.model_copy(update={"method": "random"}))
-        assert ours.evaluations == blind.evaluations == 32 + 10 * 16
+        assert ours.evaluations == blind.evaluations == 32 + 15 * 16
         assert ours.loss - floor < 0.5 * (blind.loss - floor)
 
 
@@ -92,7 +92,7 @@ def test_a_small_space_ends_with_fewer_candidates() -> None:
 def test_racing_reads_less_and_finds_as_much() -> None:
     plain, raced, gaps = 0, 0, []
     for seed in range(2):
-        config = SearchConfig(population=32, iterations=10, seed=seed)
+        config = SearchConfig(population=32, iterations=15, seed=seed)
         whole = hill(config.model_copy(update={"racing": False}), Hill(64))
         fast = hill(config, Hill(64))
         assert whole.passes == whole.evaluations * 64
