@@ -111,11 +111,24 @@ class SourceConfig(Settings):
 
 
 class MeshConfig(Settings):
-    """How the processes of a run stand: replicate x shard x tensor of them."""
+    """How the processes of a run stand: replicate x shard x sequence x tensor of them."""
 
     replicate: int = Field(1, ge=1)  # copies of the model
     shard: int = Field(0, ge=0)  # processes that a copy's parameters are cut over; 0: all that are left
+    sequence: int = Field(1, ge=1)  # processes that share the tokens of every micro-batch
+    ring: int = Field(1, ge=1)  # of these, how many keys and values travel through; the others share heads
     tensor: int = Field(1, ge=1)  # processes that share the heads and channels of every layer
+
+    @model_validator(mode="after")
+    def _fit_ring(self) -> MeshConfig:
+        if self.sequence % self.ring:
+            raise ConfigError(f"mesh: ring={self.ring} must divide sequence={self.sequence}")
+        return self
+
+    @property
+    def copies(self) -> int:
+        """Processes that read the same rows."""
+        return self.sequence * self.tensor
 
 
 class RunConfig(Settings):
@@ -176,6 +189,15 @@ class RunConfig(Settings):
     def _check_budget(self) -> RunConfig:
         if self.tokens and self.rows != RunConfig.model_fields["rows"].default:
             raise ConfigError(f"rows={self.rows} and tokens={self.tokens} both set the micro-batch; leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def _cuts_what_has_tokens(self) -> RunConfig:
+        if self.mesh.sequence > 1 and self.objective != "next_token":
+            raise ConfigError(
+                f"mesh.sequence={self.mesh.sequence} shares the tokens of the decoder, which objective={self.objective} "
+                "does not run; leave it out"
+            )
         return self
 
     @model_validator(mode="after")

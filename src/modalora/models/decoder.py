@@ -105,9 +105,11 @@ class Attention(nn.Module):
         if step.cache is not None:
             mask = replace(self.seen, offsets=step.cache.lengths)
             k, v = step.cache.write(self.layer, k, v)
-        if mask.window is not None and mask.window >= k.shape[1]:
+        longest = k.shape[1] if mask.spans is None else max(mask.spans)
+        if mask.window is not None and mask.window >= longest:
             mask = replace(mask, window=None)
-        out = attend(q, k, v, mask=mask, scale=self.scale).reshape(batch, time, -1)
+        attended = attend if step.cut is None else step.cut.attend
+        out = attended(q, k, v, mask=mask, scale=self.scale).reshape(batch, time, -1)
         result: Tensor = self.o_proj(out, step.route)
         return result
 
@@ -234,12 +236,11 @@ class Decoder(nn.Module):
 
     def forward(self, hidden: Tensor, step: Step) -> Tensor:
         """hidden: (batch, time, width) embeddings -> (batch, time, width) after the final norm."""
-        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        long = step.long[:, None]
+        positions, long = torch.arange(hidden.shape[1], device=hidden.device)[None], step.long[:, None]
         if step.route.spans is not None:  # each row counts from 0
-            starts = step.lengths.cumsum(0) - step.lengths
-            positions = positions - starts.repeat_interleave(step.lengths)
-            long = step.long.repeat_interleave(step.lengths)[None]
+            tokens, starts = step.route.tokens.to(hidden.device), step.lengths.cumsum(0) - step.lengths
+            row = torch.searchsorted(starts, tokens, right=True) - 1
+            positions, long = (tokens - starts[row])[None], step.long[row][None]
         positions = positions.expand(len(hidden), -1)
         if step.cache is not None:
             positions = positions + step.cache.lengths[:, None]

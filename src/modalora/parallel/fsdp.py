@@ -34,13 +34,14 @@ from modalora.models.decoder import DecoderLayer
 from modalora.models.multimodal import Multimodal, part_of
 from modalora.models.speech import SpeechEncoder
 from modalora.models.vision import ImageEmbedder
-from modalora.parallel.engine import Snapshot, Updates, clear, kept, step_and_clear
+from modalora.parallel.engine import NONE, Snapshot, Updates, clear, kept, step_and_clear
 from modalora.parallel.files import read, write_pieces
 from modalora.parallel.idle import Presence, gate_adapters
-from modalora.parallel.ranks import totals
+from modalora.parallel.ranks import shared_totals
+from modalora.parallel.sequence import split_tokens
 from modalora.parallel.tensor import rejoin_heads, split_heads
 
-DIMENSIONS = ("replicate", "shard", "tensor")
+DIMENSIONS = ("replicate", "shard", "ring", "heads", "tensor")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,34 +57,41 @@ class Plan:
 
 
 def parallelize(model: Multimodal, mesh: DeviceMesh, plan: Plan) -> None:
-    """Spread a finished model over a mesh with the dimensions replicate, shard and tensor, in place.
+    """Spread a finished model over a mesh of DIMENSIONS, in place.
 
-    Gates come first, since what they pass on is one rank's; then tensor parallelism, since FSDP gathers around what it
-    leaves to a rank. A layer that is run again in the backward pass (models/recompute.py) may be so before all of them.
-    Raises ConfigError when heads or channels do not divide by mesh.tensor.
+    Gates come first, since what they pass on is one rank's; then tensor parallelism, whose heads sequence parallelism
+    shares out further; FSDP gathers around what these leave to a rank. A layer that is run again in the backward pass
+    (models/recompute.py) may be so before all of them.
+    Raises ConfigError when heads or channels do not fit the mesh.
     """
     gate_adapters(model)
     if mesh["tensor"].size() > 1:
         split_heads(model, mesh["tensor"])
+    if mesh["ring"].size() * mesh["heads"].size() > 1:
+        split_tokens(model, mesh["ring"], mesh["heads"])
     shard(model, _data_mesh(mesh), plan)
 
 
 def _data_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    return mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"]
+    """Return what parameters are cut over: processes that share tokens have parts of each gradient, as others do."""
+    cut = mesh["shard", "ring", "heads"]._flatten("cut") if mesh["ring"].size() * mesh["heads"].size() > 1 else mesh["shard"]
+    if mesh["replicate"].size() == 1:
+        return cut
+    return mesh["replicate", cut.mesh_dim_names[0]]
 
 
-def sizes(mesh: MeshConfig, world: int) -> tuple[int, int, int]:
-    """Return the sizes of a mesh over so many processes; mesh.shard=0 takes what the others leave.
+def sizes(mesh: MeshConfig, world: int) -> tuple[int, int, int, int, int]:
+    """Return the sizes of DIMENSIONS over so many processes; mesh.shard=0 takes what the others leave.
 
     Raises ConfigError when they do not multiply to the number of processes.
     """
-    shard = mesh.shard or world // (mesh.replicate * mesh.tensor)
-    if mesh.replicate * shard * mesh.tensor != world:
+    shard = mesh.shard or world // (mesh.replicate * mesh.copies)
+    if mesh.replicate * shard * mesh.copies != world:
         raise ConfigError(
-            f"mesh: replicate={mesh.replicate} x shard={mesh.shard or 'the rest'} x tensor={mesh.tensor} do not "
-            f"make up {world} processes"
+            f"mesh: replicate={mesh.replicate} x shard={mesh.shard or 'the rest'} x sequence={mesh.sequence} x "
+            f"tensor={mesh.tensor} do not make up {world} processes"
         )
-    return mesh.replicate, shard, mesh.tensor
+    return mesh.replicate, shard, mesh.ring, mesh.sequence // mesh.ring, mesh.tensor
 
 
 def shard(model: Multimodal, mesh: DeviceMesh, plan: Plan) -> None:
@@ -160,6 +168,7 @@ class Sharded:
         self.mesh = init_device_mesh(device.type, sizes(mesh, self.world), mesh_dim_names=DIMENSIONS)
         # what is written beside training must not wait in its line
         self.saving = dist.new_group(backend="gloo")
+        self.copies = mesh.copies
         data = self.mesh["replicate", "shard"]._flatten("data")
         self.group = data.get_group()
         self.share = (data.get_local_rank(), data.size())
@@ -185,11 +194,10 @@ class Sharded:
         self.presence = Presence(self.model, batches, self._total)
         return self.presence.level(batches)
 
-    def totals(self, values: Mapping[str, float]) -> dict[str, float]:
+    def totals(self, values: Mapping[str, float], parts: Mapping[str, float] = NONE) -> dict[str, float]:
         """Return the sum over the shares by key."""
-        # tensor-parallel ranks tell the same; all ranks have to learn of what one alone was told, such as a signal
-        degree = self.mesh["tensor"].size()
-        return {key: value / degree for key, value in totals(values).items()}
+        # all ranks have to learn of what one alone was told, such as a signal
+        return shared_totals(values, parts, copies=self.copies, tellers=self.mesh["tensor"].size())
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of a micro-batch, summed over ranks; behind the last, parts that no row reached have none.

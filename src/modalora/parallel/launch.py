@@ -32,7 +32,7 @@ def engine_for(run: RunConfig) -> Engine:
     Raises ConfigError for a mesh that does not fit, or settings that the engine does not have.
     """
     if not is_one_of_many():
-        if run.mesh.replicate * max(1, run.mesh.shard) * run.mesh.tensor > 1:
+        if run.mesh.replicate * max(1, run.mesh.shard) * run.mesh.copies > 1:
             raise ConfigError(f"mesh: {run.mesh} needs several processes; start them with --gpus N or --processes N")
         return Single()
     if run.base_bits is not None or run.optim.state_bits != 32:
@@ -45,7 +45,7 @@ def engine_for(run: RunConfig) -> Engine:
         return Sharded(run.mesh, plan, device)
     from modalora.parallel.zero import Zero
 
-    if run.mesh.replicate * run.mesh.tensor > 1:
+    if run.mesh.replicate * run.mesh.copies > 1:
         raise ConfigError(f"mesh: engine={run.engine} cuts over all processes alike; use engine=fsdp for other meshes")
     if run.nonfinite == "skip":
         raise ConfigError(f"nonfinite=skip: engine={run.engine} cannot drop a step; use engine=fsdp, or stop")

@@ -115,3 +115,15 @@ def totals(values: Mapping[str, float]) -> dict[str, float]:
         for key, value in json.loads(bytes(text[: int(size)].tolist())).items():
             found[key] += value
     return dict(found)
+
+
+def shared_totals(
+    values: Mapping[str, float], parts: Mapping[str, float], *, copies: int, tellers: int
+) -> dict[str, float]:
+    """Return the sum over the shares of the data by key.
+
+    values: what all of the `copies` processes of a share tell alike. parts: what each has its part of, but for as many
+    as `tellers` that tell the same part. No key is in both.
+    """
+    told = {key: value / copies for key, value in values.items()} | {key: value / tellers for key, value in parts.items()}
+    return totals(told)

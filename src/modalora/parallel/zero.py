@@ -20,7 +20,7 @@ from modalora.contracts import Batch
 from modalora.errors import ConfigError
 from modalora.models.multimodal import Multimodal, part_of
 from modalora.nn.lora import RoutedLinear
-from modalora.parallel.engine import Snapshot, Updates, Whole
+from modalora.parallel.engine import NONE, Snapshot, Updates, Whole
 from modalora.parallel.files import read
 from modalora.parallel.fsdp import assemble, runs_once
 from modalora.parallel.idle import Presence, gate_adapters
@@ -140,9 +140,9 @@ class Zero:
         """
         return Presence(self.model, batches, self._total).level(batches, self.always)
 
-    def totals(self, values: Mapping[str, float]) -> dict[str, float]:
+    def totals(self, values: Mapping[str, float], parts: Mapping[str, float] = NONE) -> dict[str, float]:
         """Return the sum over the ranks by key."""
-        return totals(values)
+        return totals({**values, **parts})
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of a micro-batch; they are averaged over ranks, so the loss is multiplied first."""
