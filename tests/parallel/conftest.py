@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parent))  # for rows.py
 
 SECONDS = 60  # far above what anything here takes, far below patience: a hang fails
 

@@ -9,7 +9,7 @@ import logging
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from modalora.parallel.ranks import shared_totals
 from modalora.parallel.sequence import split_tokens
 from modalora.parallel.tensor import rejoin_heads, split_heads
 
-DIMENSIONS = ("replicate", "shard", "ring", "heads", "tensor")
+DIMENSIONS = ("replicate", "shard", "tensor")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,11 +49,13 @@ class Plan:
     """How what a rank holds is kept and gathered.
 
     bf16: gather the decoder's layers in bfloat16, for a forward pass under autocast. offload: keep what a rank holds,
-    and its optimiser, on the CPU.
+    and its optimiser, on the CPU. ring, heads: neighbours in the dimension shard that share tokens.
     """
 
     bf16: bool = False
     offload: bool = False
+    ring: int = 1
+    heads: int = 1
 
 
 def parallelize(model: Multimodal, mesh: DeviceMesh, plan: Plan) -> None:
@@ -67,22 +69,21 @@ def parallelize(model: Multimodal, mesh: DeviceMesh, plan: Plan) -> None:
     gate_adapters(model)
     if mesh["tensor"].size() > 1:
         split_heads(model, mesh["tensor"])
-    if mesh["ring"].size() * mesh["heads"].size() > 1:
-        split_tokens(model, mesh["ring"], mesh["heads"])
+    if plan.ring * plan.heads > 1:
+        places = (mesh["shard"].size() // (plan.ring * plan.heads), plan.ring, plan.heads)
+        fine = mesh["shard"]._unflatten(0, places, ("rows", "ring", "heads"))
+        split_tokens(model, fine["ring"], fine["heads"])
     shard(model, _data_mesh(mesh), plan)
 
 
 def _data_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """Return what parameters are cut over: processes that share tokens have parts of each gradient, as others do."""
-    cut = mesh["shard", "ring", "heads"]._flatten("cut") if mesh["ring"].size() * mesh["heads"].size() > 1 else mesh["shard"]
-    if mesh["replicate"].size() == 1:
-        return cut
-    return mesh["replicate", cut.mesh_dim_names[0]]
+    return mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"]
 
 
-def sizes(mesh: MeshConfig, world: int) -> tuple[int, int, int, int, int]:
+def sizes(mesh: MeshConfig, world: int) -> tuple[int, int, int]:
     """Return the sizes of DIMENSIONS over so many processes; mesh.shard=0 takes what the others leave.
 
+    Parameters are cut over processes that share tokens as over those that do not: each has a part of the gradient.
     Raises ConfigError when they do not multiply to the number of processes.
     """
     shard = mesh.shard or world // (mesh.replicate * mesh.copies)
@@ -91,7 +92,7 @@ def sizes(mesh: MeshConfig, world: int) -> tuple[int, int, int, int, int]:
             f"mesh: replicate={mesh.replicate} x shard={mesh.shard or 'the rest'} x sequence={mesh.sequence} x "
             f"tensor={mesh.tensor} do not make up {world} processes"
         )
-    return mesh.replicate, shard, mesh.ring, mesh.sequence // mesh.ring, mesh.tensor
+    return mesh.replicate, shard * mesh.sequence, mesh.tensor
 
 
 def shard(model: Multimodal, mesh: DeviceMesh, plan: Plan) -> None:
@@ -161,7 +162,7 @@ class Sharded:
             raise ConfigError(
                 "offload moves what a GPU holds to the CPU; with device=cpu it is there: leave offload out"
             )
-        self.plan = plan
+        self.plan = replace(plan, ring=mesh.ring, heads=mesh.sequence // mesh.ring)
         self.device = device
         # where a mesh has more dimensions, one collective for each is what is meant
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
@@ -171,7 +172,7 @@ class Sharded:
         self.copies = mesh.copies
         data = self.mesh["replicate", "shard"]._flatten("data")
         self.group = data.get_group()
-        self.share = (data.get_local_rank(), data.size())
+        self.share = (data.get_local_rank() // mesh.sequence, data.size() // mesh.sequence)
 
     def shard(self, model: Multimodal, objective: nn.Module) -> None:
         """Spread the model, and the objective's own head if it has one."""
