@@ -117,12 +117,18 @@ class MeshConfig(Settings):
     shard: int = Field(0, ge=0)  # processes that a copy's parameters are cut over; 0: all that are left
     sequence: int = Field(1, ge=1)  # processes that share the tokens of every micro-batch
     ring: int = Field(1, ge=1)  # of these, how many keys and values travel through; the others share heads
+    ulysses: Literal["own", "deepspeed"] = "own"  # whose all-to-all shares heads
     tensor: int = Field(1, ge=1)  # processes that share the heads and channels of every layer
 
     @model_validator(mode="after")
     def _fit_ring(self) -> MeshConfig:
         if self.sequence % self.ring:
             raise ConfigError(f"mesh: ring={self.ring} must divide sequence={self.sequence}")
+        if self.ulysses == "deepspeed" and (self.ring > 1 or self.sequence == 1):
+            raise ConfigError(
+                f"mesh: ulysses=deepspeed shares heads among mesh.sequence processes, without a ring; given "
+                f"sequence={self.sequence}, ring={self.ring}"
+            )
         return self
 
     @property
@@ -195,8 +201,16 @@ class RunConfig(Settings):
     def _cuts_what_has_tokens(self) -> RunConfig:
         if self.mesh.sequence > 1 and self.objective != "next_token":
             raise ConfigError(
-                f"mesh.sequence={self.mesh.sequence} shares the tokens of the decoder, which objective={self.objective} "
-                "does not run; leave it out"
+                f"mesh.sequence={self.mesh.sequence} shares the decoder's tokens, and objective={self.objective} does "
+                "not run it; leave mesh.sequence out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_the_engine_of_its_ulysses(self) -> RunConfig:
+        if self.mesh.ulysses == "deepspeed" and not self.engine.startswith("zero"):
+            raise ConfigError(
+                f"mesh.ulysses=deepspeed needs DeepSpeed as engine (zero1, zero2, zero3), not {self.engine}"
             )
         return self
 

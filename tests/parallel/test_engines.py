@@ -118,7 +118,7 @@ def engine_of(name: str, mesh: MeshConfig | None = None, plan: Plan | None = Non
         return Single()
     if name == "fsdp":
         return Sharded(mesh or MeshConfig(), plan or Plan(), device)
-    engine = Zero(int(name[4]), device, offload=name.endswith("offload"), clip_norm=0.5)  # type: ignore[arg-type]
+    engine = Zero(int(name[4]), device, offload=name.endswith("offload"), clip_norm=0.5, mesh=mesh)  # type: ignore[arg-type]
     if name.startswith("zero3"):  # else tensors as small as these stay whole
         engine.settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return engine
@@ -134,8 +134,10 @@ def trained_by(name: str, settings: RunConfig, steps: Callable[[int], list[Batch
         (MeshConfig(), {}, mixed),
         (MeshConfig(replicate=2), {}, mixed),
         (MeshConfig(tensor=2), {"recompute": True}, undropped),
+        (MeshConfig(sequence=2), {"recompute": True}, undropped),
+        (MeshConfig(sequence=2, ring=2), {}, undropped),
     ],
-    ids=["shard", "replicate", "tensor"],
+    ids=["shard", "replicate", "tensor", "sequence", "ring"],
 )
 def test_processes_train_like_one(
     tmp_path: Path, ranks: Ranks, mesh: MeshConfig, changes: dict[str, Any], steps: Callable[[int], list[Batch]]
@@ -243,10 +245,21 @@ def test_without_a_smallest_item_the_rank_would_hang_or_fail(ranks: Ranks, monke
 
 @needs_deepspeed
 @old_ways
-@pytest.mark.parametrize("name", ["zero2", "zero3"])
-def test_deepspeed_trains_like_one_process(tmp_path: Path, ranks: Ranks, name: str) -> None:
-    one, weights = run(Single(), settings(tmp_path / "one"), mixed)
-    found = ranks(2, trained_by, name, settings(tmp_path / "many"), mixed)
+@pytest.mark.parametrize(
+    ("name", "mesh", "steps"),
+    [
+        ("zero2", MeshConfig(), mixed),
+        ("zero3", MeshConfig(), mixed),
+        ("zero2", MeshConfig(sequence=2, ring=2), undropped),
+        ("zero3", MeshConfig(sequence=2, ulysses="deepspeed"), undropped),
+    ],
+    ids=["zero2", "zero3", "zero2, a ring", "zero3, its own Ulysses"],
+)
+def test_deepspeed_trains_like_one_process(
+    tmp_path: Path, ranks: Ranks, name: str, mesh: MeshConfig, steps: Callable[[int], list[Batch]]
+) -> None:
+    one, weights = run(Single(), settings(tmp_path / "one"), steps)
+    found = ranks(2, trained_by, name, settings(tmp_path / "many"), steps, mesh)
     for losses, _ in found:
         assert losses == pytest.approx(one, abs=1e-6, rel=0)
     for tensor_name, tensor in weights.items():

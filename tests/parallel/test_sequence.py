@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from modalora.config import MeshConfig
-from modalora.contracts import IGNORED, Batch, Media
+from modalora.config import MeshConfig, RunConfig, parse
+from modalora.contracts import IGNORED, Batch, Route
+from modalora.errors import ConfigError, ShapeError
 from modalora.models.multimodal import Multimodal
 from modalora.models.recompute import recompute
 from modalora.models.sizes import tiny
@@ -257,3 +258,136 @@ def test_loss_and_every_gradient_of_the_model_are_those_of_one_process(ranks: Ra
                 told = told[0], {}
                 alone[name] = alone[name][0], {}
             same(told, alone[name], 1e-6, name)
+
+
+def resharded() -> dict[str, bool]:
+    """Return what holds of the primitive, among three processes that share 7 rows and 5 columns unevenly."""
+    group = dist.group.WORLD
+    assert group is not None
+    rank, rows, columns = group.rank(), shares(7, 3), shares(5, 3)
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(2, 7, 5, 3, generator=generator)
+    strange = whole.transpose(0, 3).contiguous().transpose(0, 3)  # the same numbers, in another order of memory
+    own = strange.split(rows, 1)[rank].detach().requires_grad_()
+    there = reshard(own, 1, 2, sizes=rows, group=group)
+    back = reshard(there, 2, 1, sizes=columns, group=group)
+    back.backward(own.detach())
+    copies = gather(own, -3, sizes=rows, group=group)
+    weights = torch.arange(1.0, 4.0)[rank]
+    (gradient,) = torch.autograd.grad((copies * weights).sum(), own)
+    return {
+        "rows become columns": torch.equal(there, whole.split(columns, 2)[rank]),
+        "and rows again": torch.equal(back, own),
+        "the gradient goes back, whatever its memory": own.grad is not None and torch.equal(own.grad, own),
+        "gathered, all have all": torch.equal(copies, whole),
+        "and a piece has the gradients of all": torch.equal(gradient, torch.full_like(own, 6.0)),
+    } | alignment(group)
+
+
+def alignment(group: dist.ProcessGroup) -> dict[str, bool]:
+    """Row attention with a pair bias, then column attention, of an alignment whose rows processes share."""
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(1, 7, 5, 2, 8, generator=generator, dtype=torch.float64)  # (batch, rows, columns, heads, head_dim)
+    pair = torch.randn(1, 2, 5, 5, generator=generator, dtype=torch.float64)
+    given = torch.randn(q.shape, generator=generator, dtype=torch.float64)
+    rows, columns = shares(7, 3), shares(5, 3)
+
+    def block(x: Tensor, bias: Tensor, turn: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+        x = turn(attend(x, x, x, mask=Mask(), pair_bias=bias)).transpose(1, 2)
+        return back(attend(x, x, x, mask=Mask()).transpose(1, 2))
+
+    one = [q.clone().requires_grad_(), pair.clone().requires_grad_()]
+    expected = block(*one, lambda x: x, lambda x: x)
+    expected.backward(given)
+    mine = [q.split(rows, 1)[group.rank()].clone().requires_grad_(), pair.clone().requires_grad_()]
+    found = block(
+        *mine,
+        lambda x: reshard(x, 1, 2, sizes=rows, group=group),
+        lambda x: reshard(x, 2, 1, sizes=columns, group=group),
+    )
+    found.backward(given.split(rows, 1)[group.rank()])
+    to_pair, to_q = mine[1].grad, one[0].grad
+    assert to_pair is not None
+    assert to_q is not None
+    dist.all_reduce(to_pair)
+
+    def close(one: Tensor | None, other: Tensor | None) -> bool:
+        assert one is not None
+        assert other is not None
+        return torch.allclose(one, other, atol=1e-13, rtol=0)
+
+    return {
+        "an alignment: output": close(found, expected.split(rows, 1)[group.rank()]),
+        "an alignment: gradient": close(mine[0].grad, to_q.split(rows, 1)[group.rank()]),
+        "an alignment: gradient of the pair bias": close(to_pair, one[1].grad),
+    }
+
+
+def refusals() -> dict[str, str]:
+    """Return what is told of calls that do not fit three processes."""
+    torch.set_num_threads(1)
+    mesh = init_device_mesh("cpu", (1, 3), mesh_dim_names=("ring", "heads"))
+    cut = Cut(ring=mesh["ring"].get_group(), heads=mesh["heads"].get_group())
+    q = torch.zeros(1, 4, 6, 8)
+    blocks = Mask(causal=True, blocks=BlockSparse())
+    model = small()
+    calls: dict[str, Callable[[], object]] = {
+        "heads": lambda: cut.attend(q[:, :, :4], q[:, :, :4], q[:, :, :4], mask=CAUSAL, tokens=12),
+        "key heads": lambda: cut.attend(q, q[:, :, :2], q[:, :, :2], mask=CAUSAL, tokens=12),
+        "tokens": lambda: cut.attend(q, q, q, mask=CAUSAL, tokens=16),
+        "no length": lambda: cut.attend(q, q, q, mask=CAUSAL),
+        "blocks": lambda: cut.attend(q, q, q, mask=blocks, tokens=12),
+        "sizes": lambda: reshard(q, 1, 2, sizes=[4, 4], group=cut.heads),
+        "model": lambda: split_tokens(model, mesh["ring"], mesh["heads"]),
+        "mesh": lambda: Sharded(MeshConfig(sequence=2), Plan(), torch.device("cpu")),
+    }
+    found = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except (ConfigError, ShapeError) as error:
+            found[name] = str(error)
+    return found
+
+
+def both() -> tuple[dict[str, bool], dict[str, str]]:
+    return resharded(), refusals()
+
+
+def test_one_reshard_serves_heads_and_alignments_and_refuses_what_does_not_fit(ranks: Ranks) -> None:
+    for holds, told in ranks(3, both):
+        assert [name for name, fine in holds.items() if not fine] == []
+        assert told.pop("heads") == "3 processes share heads: 4 query heads do not divide by 3"
+        assert "2 key heads neither divide by 3 nor divide it" in told.pop("key heads")
+        assert "of 16 tokens; q has 4" in told.pop("tokens")
+        assert "give tokens=" in told.pop("no length")
+        assert "block-sparse" in told.pop("blocks")
+        assert "the sizes of 3 processes are [4, 4]" in told.pop("sizes")
+        assert "mesh.sequence / mesh.ring = 3: 4 query heads do not divide by 3; raise mesh.ring" in told.pop("model")
+        assert "sequence=2 x tensor=1 do not make up 3 processes" in told.pop("mesh")
+
+
+def test_places_of_a_ring_hold_every_token_once_and_as_many_visible_pairs() -> None:
+    for tokens, places in ((37, 3), (64, 4), (3, 4)):
+        held = held_in_ring(tokens, places)
+        assert sorted(token for place in held for piece in place for token in piece) == list(range(tokens))
+    pairs = [sum(token + 1 for piece in place for token in piece) for place in held_in_ring(64, 4)]
+    assert pairs == [520] * 4
+
+
+def test_a_ring_must_divide_the_processes_that_share_tokens() -> None:
+    with pytest.raises(ConfigError, match="ring=3 must divide sequence=4"):
+        MeshConfig(sequence=4, ring=3)
+
+
+def test_only_the_decoder_has_tokens_to_share() -> None:
+    fields = {"init": "tiny", "output": "x", "train": ["decoder"], "mixture": [{"source": "books"}], "steps": 1}
+    with pytest.raises(ConfigError, match="objective=ctc does not run it"):
+        parse(RunConfig, {**fields, "objective": "ctc", "mesh": {"sequence": 2}}, "here")
+
+
+def test_shared_tokens_keep_the_part_of_an_adapter_that_is_here() -> None:
+    route = Route(("a", "b", None), (4, 5, 3), (range(2, 6), range(8, 11)))
+    assert route.tokens.tolist() == [2, 3, 4, 5, 8, 9, 10]
+    # rows: tokens 0-3, 4-8, 9-11
+    assert route.groups == (("a", 1.0, slice(0, 2)), ("b", 1.0, slice(2, 4)), ("b", 1.0, slice(4, 5)))

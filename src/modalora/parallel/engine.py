@@ -18,7 +18,6 @@ from modalora.contracts import Batch
 from modalora.models.multimodal import Multimodal
 from modalora.parallel.files import read, write_whole
 
-
 NONE: Mapping[str, float] = {}
 
 

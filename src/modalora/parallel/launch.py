@@ -45,12 +45,15 @@ def engine_for(run: RunConfig) -> Engine:
         return Sharded(run.mesh, plan, device)
     from modalora.parallel.zero import Zero
 
-    if run.mesh.replicate * run.mesh.copies > 1:
-        raise ConfigError(f"mesh: engine={run.engine} cuts over all processes alike; use engine=fsdp for other meshes")
+    if run.mesh.replicate * run.mesh.tensor > 1:
+        raise ConfigError(
+            f"mesh: engine={run.engine} cuts over all processes alike, and takes mesh.sequence alone; use engine=fsdp "
+            "for other meshes"
+        )
     if run.nonfinite == "skip":
         raise ConfigError(f"nonfinite=skip: engine={run.engine} cannot drop a step; use engine=fsdp, or stop")
     stage = cast(Literal[1, 2, 3], int(run.engine[-1]))
-    return Zero(stage, device, offload=run.offload, clip_norm=run.optim.clip_norm)
+    return Zero(stage, device, offload=run.offload, clip_norm=run.optim.clip_norm, mesh=run.mesh)
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:

@@ -125,5 +125,7 @@ def shared_totals(
     values: what all of the `copies` processes of a share tell alike. parts: what each has its part of, but for as many
     as `tellers` that tell the same part. No key is in both.
     """
-    told = {key: value / copies for key, value in values.items()} | {key: value / tellers for key, value in parts.items()}
+    told = {key: value / copies for key, value in values.items()} | {
+        key: value / tellers for key, value in parts.items()
+    }
     return totals(told)

@@ -176,19 +176,22 @@ class _Ring(torch.autograd.Function):
                 )
                 for total, change in zip((x for x in sums if x is not None), found, strict=True):
                     total += change
-            travelling = _pass_on(travelling, call.tokens(owner - 1), call.group)()  # at last to where the keys came from
+            travelling = _pass_on(
+                travelling, call.tokens(owner - 1), call.group
+            )()  # at last to where the keys came from
         biases = (to if to is None else to.to(x.dtype) for to, x in ((to_key, key_bias), (to_pair, pair_bias)))
         return to_q.to(q.dtype), *travelling.to(k.dtype), *biases, None
 
 
 def _rounds(k: Tensor, v: Tensor, call: _Call) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Give the keys and values of every place, one's own first; the next travel while a round is computed."""
-    held, count = torch.stack((k, v)), call.group.size()
-    for step in range(count):
-        owner = (call.group.rank() - step) % count
-        arrived = _pass_on(held, call.tokens(owner - 1), call.group) if step + 1 < count else lambda: held
+    held, rank, count = torch.stack((k, v)), call.group.rank(), call.group.size()
+    for owner in (place % count for place in range(rank, rank - count, -1)):
+        is_last = owner == (rank + 1) % count
+        arrived = None if is_last else _pass_on(held, call.tokens(owner - 1), call.group)
         yield owner, held[0], held[1]
-        held = arrived()
+        if arrived is not None:
+            held = arrived()
 
 
 def _pass_on(x: Tensor, tokens: int, group: dist.ProcessGroup) -> Callable[[], Tensor]:

@@ -27,11 +27,11 @@ from modalora.nn.mask import Mask
 from modalora.parallel.ring import attend_in_ring
 
 
-def split_tokens(model: Multimodal, ring: DeviceMesh, heads: DeviceMesh) -> None:
+def split_tokens(model: Multimodal, ring: DeviceMesh, heads: DeviceMesh) -> Cut:
     """Let the processes of two mesh dimensions, ring x heads, share the tokens of each micro-batch, in place.
 
     A ring of one is Ulysses. Comes after tensor parallelism: its processes share the heads that one has of that.
-    Raises ConfigError when the heads do not fit.
+    Returns the cut that the model has then. Raises ConfigError when the heads do not fit.
     """
     config = model.config.decoder
     if config.phi3_small is not None:
@@ -39,8 +39,12 @@ def split_tokens(model: Multimodal, ring: DeviceMesh, heads: DeviceMesh) -> None
     own = model.decoder.layers[0].get_submodule("self_attn")
     assert isinstance(own, Attention)
     if reason := _misfit(own.heads, own.kv_heads, heads.size()):
-        raise ConfigError(f"mesh.sequence / mesh.ring = {heads.size()}: {reason}; raise mesh.ring, whose processes share no heads")
-    model.cut = Cut(ring=ring.get_group(), heads=heads.get_group())
+        raise ConfigError(
+            f"mesh.sequence / mesh.ring = {heads.size()}: {reason}; raise mesh.ring, whose processes share no heads"
+        )
+    cut = Cut(ring=ring.get_group(), heads=heads.get_group())
+    model.cut = cut
+    return cut
 
 
 @dataclass(frozen=True)
@@ -114,9 +118,7 @@ class Cut:
             if key_bias is not None:
                 key_bias = gather(key_bias, -1, sizes=time, group=self.heads)
         if len(places) == 1:
-            out = attend(
-                q, k, v, mask=mask, key_bias=key_bias, pair_bias=pair_bias, scale=scale, backend=backend
-            )
+            out = attend(q, k, v, mask=mask, key_bias=key_bias, pair_bias=pair_bias, scale=scale, backend=backend)
         else:
             if key_bias is not None:
                 sizes = [sum(map(len, own)) for own in places]
@@ -140,8 +142,8 @@ def reshard(x: Tensor, from_dim: int, to_dim: int, *, sizes: Sequence[int], grou
     """
     if len(sizes) != group.size() or x.shape[from_dim] != sizes[group.rank()]:
         raise ShapeError(
-            f"reshard: {tuple(x.shape)} has {x.shape[from_dim]} along dimension {from_dim}; the sizes of {group.size()} "
-            f"processes are {list(sizes)}, and this is number {group.rank()}"
+            f"reshard: {tuple(x.shape)} has {x.shape[from_dim]} along dimension {from_dim}; the sizes of "
+            f"{group.size()} processes are {list(sizes)}, and this is number {group.rank()}"
         )
     if group.size() == 1:
         return x
