@@ -165,7 +165,8 @@ class RunConfig(Settings):
     steps: int = Field(ge=1)
     precision: Literal["bf16", "fp32"] = "bf16"
     base_bits: Literal[4, 8, 16] | None = None  # of the frozen decoder's Linears in training; None: as they are
-    recompute: bool = False  # layers run again in the backward pass instead of keeping what they computed
+    # layers run again in the backward pass instead of keeping what they computed; offload: their inputs lie on the CPU
+    recompute: bool | Literal["offload"] = False
     seed: int = 0
     log_every: int = Field(10, ge=1)
     save_every: int = Field(200, ge=1)
@@ -203,6 +204,14 @@ class RunConfig(Settings):
             raise ConfigError(
                 f"mesh.sequence={self.mesh.sequence} shares the decoder's tokens, and objective={self.objective} does "
                 "not run it; leave mesh.sequence out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _offloads_from_a_gpu(self) -> RunConfig:
+        if self.recompute == "offload" and self.device == "cpu":
+            raise ConfigError(
+                "recompute=offload moves inputs from a GPU to the CPU; with device=cpu use recompute=true"
             )
         return self
 

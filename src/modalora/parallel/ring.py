@@ -151,9 +151,10 @@ class _Ring(torch.autograd.Function):
         q, k, v, key_bias, pair_bias, out, lse = ctx.saved_tensors
         call, given = ctx.call, upstream[0]
         delta = (given.to(lse.dtype) * out).sum(-1)
-        to_q, to_key, to_pair = (
-            torch.zeros_like(x, dtype=lse.dtype, memory_format=torch.contiguous_format) if needed else None
-            for x, needed in zip((q, key_bias, pair_bias), (True, *ctx.needs_input_grad[3:5]), strict=True)
+        to_q = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
+        to_key, to_pair = (
+            torch.zeros(x.shape, dtype=lse.dtype, device=q.device) if needed else None
+            for x, needed in zip((key_bias, pair_bias), ctx.needs_input_grad[3:5], strict=True)
         )
         travelling = torch.zeros((2, *k.shape), dtype=lse.dtype, device=k.device)  # gradients of keys and values
         for owner, keys, values in _rounds(k, v, call):
