@@ -17,7 +17,7 @@ from jaxtyping import install_import_hook
 # Calls in these rooms are checked against their annotations, in tests only. Left out are the rooms that users hand
 # things to (processing, assistant, cli), whose own messages about wrong types are tested, and data, whose loops over
 # millions of small calls would take five times as long.
-CHECKED = ("contracts", "nn", "models", "generation", "checkpoint", "training", "evaluation")
+CHECKED = ("contracts", "models", "generation", "checkpoint", "training", "evaluation")
 _checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int where a float is asked for is right
 
 
@@ -29,7 +29,13 @@ def checked(function: Any) -> Any:
         return function
 
 
-install_import_hook([f"modalora.{room}" for room in CHECKED], f"{__name__}.checked")
+NN = Path(__file__).parents[1] / "src" / "modalora" / "nn"
+# Triton reads the source of what it compiles: its kernels are left alone
+FILES = [f"nn.{path.stem}" for path in sorted(NN.glob("[a-z]*.py")) if path.stem != "fused"]
+install_import_hook([f"modalora.{name}" for name in (*CHECKED, *FILES)], f"{__name__}.checked")
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: its kernels then run on a CPU
 
 DATA = Path(os.environ.get("MODALORA_DATA") or Path(__file__).parents[2] / "shared" / "data")
 ABSENT = f"no real data at {DATA}: set MODALORA_DATA to the folder that docs/nano.md describes"

@@ -130,7 +130,7 @@ def test_a_tile_is_a_part_of_the_whole_mask() -> None:
         whole = mask.dense(20, 30, torch.device("cpu"), HEADS)
         for row in (0, 1):
             for start, stop in ((0, 20), (5, 9), (12, 20)):
-                first, last, pairs = mask.tile(row, start, stop, 30, HEADS)
+                first, last, pairs = mask.tile(row, start, stop, 30, HEADS, torch.device("cpu"))
                 part = torch.zeros(HEADS, stop - start, 30, dtype=torch.bool)
                 part[:, :, first:last] = True if pairs is None else pairs[0]
                 told = torch.ones(1, 1, 20, 30, dtype=torch.bool) if whole is None else whole

@@ -11,6 +11,8 @@ for the mask or for biases of -inf, gets zeros, and gradients of zero.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, overload
@@ -117,15 +119,17 @@ def choose(call: Call) -> str:
     tiles of plain matrix products; with the gradient 909 and 434. What is one tile at most is taken by `eager`: with
     the gradient, 20 crops of 144 patches and 5 heads of 32 take it 10 ms, and 17 in tiles.
     """
-    q, k = call.q, call.k
+    q, size = call.q, call.q[..., 0].numel() * call.k.shape[1] * call.q.element_size()  # bytes of logits
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":
         few = q.shape[1] * call.group <= blockwise.TILE if call.is_trained else q.shape[1] <= FEW
         return "eager" if few else "blockwise"
-    if BACKENDS["sdpa"].lacks(call) is None and (call.key_bias is None or not call.is_trained):
+    # with a trained bias that many rows share, PyTorch's kernels keep all logits
+    shares = call.pair_bias is not None and call.pair_bias.requires_grad and call.share > 1 and size > blockwise.BYTES
+    if BACKENDS["sdpa"].lacks(call) is None and not (shares and call.is_trained):
         return "sdpa"
-    if q[..., 0].numel() * k.shape[1] <= blockwise.TILE * blockwise.KEYS:
-        return "eager"
-    return "blockwise"
+    if q.device.type == "cuda" and BACKENDS["fused"].lacks(call) is None:
+        return "fused"
+    return "eager" if size <= blockwise.BYTES else "blockwise"
 
 
 FEW = 16  # queries, of a decoding step; tiles would be smaller than what it takes to start them
@@ -275,6 +279,12 @@ def _sdpa(call: Call) -> Found:
     return out.transpose(1, 2), None
 
 
+def _fused(call: Call) -> Found:
+    from modalora.nn import fused  # triton is imported by those who use it
+
+    return fused.run(call)
+
+
 REAL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -291,6 +301,7 @@ class Backend:
     trained_bias: bool = True
     lse: bool = True
     block_sparse: bool = True
+    needs: str | None = None  # a package
     linear_memory: bool  # in the length, with every gradient
     float64_reference: bool  # whether float64 has the error of float64
 
@@ -299,6 +310,7 @@ class Backend:
         q, biases = call.q, [x for x in (call.key_bias, call.pair_bias) if x is not None]
         pairs = 1 if call.pair_bias is None else len(call.pair_bias)
         lacking = (
+            (self.needs is not None and importlib.util.find_spec(self.needs) is None, "anything without {needs}"),
             (self.devices is not None and q.device.type not in self.devices, "tensors on {device}"),
             (q.dtype not in self.dtypes, "{dtype}"),
             (self.head_dims is not None and q.shape[-1] not in self.head_dims, "head_dim {head_dim}"),
@@ -309,7 +321,7 @@ class Backend:
             (not self.block_sparse and call.mask.blocks is not None, "a block-sparse mask"),
         )
         reason = next((reason for is_lacking, reason in lacking if is_lacking), None)
-        return reason and reason.format(device=q.device.type, dtype=q.dtype, head_dim=q.shape[-1])
+        return reason and reason.format(needs=self.needs, device=q.device.type, dtype=q.dtype, head_dim=q.shape[-1])
 
 
 BACKENDS = {
@@ -318,4 +330,15 @@ BACKENDS = {
         run=_sdpa, both_biases=False, groups_of_rows=False, lse=False, linear_memory=False, float64_reference=False
     ),
     "blockwise": Backend(run=blockwise.run, linear_memory=True, float64_reference=True),
+    "fused": Backend(
+        run=_fused,
+        dtypes=REAL[1:],
+        # on a CPU the kernels run in Triton's interpreter, for tests
+        devices=("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",),
+        head_dims=range(1, 129),
+        block_sparse=False,
+        needs="triton",
+        linear_memory=True,
+        float64_reference=False,
+    ),
 }

@@ -20,8 +20,9 @@ from modalora.nn.call import Call, Found
 from modalora.nn.mask import Mask
 
 TILE = 768  # queries of the heads that share a key head: the logits of a tile stay in the cache of a core
-KEYS = 1024  # of them; more key heads and rows go together where there are fewer
-LOGITS = 2**24  # of one key head, at most; the only thing that grows with keys
+BYTES = 3 * 2**19  # of logits in a tile; more key heads and rows go together where there are fewer
+MOST = 4 * BYTES  # of logits of one key head in a tile; many keys leave fewer queries, and no fewer than
+FEWEST = 16
 
 
 def run(call: Call) -> Found:
@@ -56,6 +57,7 @@ class _Blockwise(torch.autograd.Function):
                 if lse is not None:
                     top = part.by_head(logits.to(lse.dtype), tile).logsumexp(-1)
                     lse[part.rows, tile.queries, part.heads] = top.transpose(1, 2)
+                del logits, weights  # before the next tile's
         ctx.save_for_backward(q, k, v, key_bias, pair_bias)
         ctx.call = mask, scale
         return out, lse
@@ -82,7 +84,8 @@ class _Blockwise(torch.autograd.Function):
                 given = part.of_queries(to_out, tile)
                 sums[1, :, tile.keys] += torch.bmm(weights.transpose(1, 2), given)
                 change = torch.bmm(given, values[:, tile.keys].transpose(1, 2))
-                change = torch.ops.aten._softmax_backward_data(change, weights, -1, weights.dtype)
+                # in place: a row is summed before it is written
+                torch.ops.aten._softmax_backward_data.out(change, weights, -1, weights.dtype, grad_input=change)
                 if to_lse is not None:
                     change += weights * part.of_queries(to_lse[..., None], tile).to(weights.dtype)
                 sums[0, :, tile.keys] += torch.bmm(change.transpose(1, 2), own)
@@ -94,6 +97,7 @@ class _Blockwise(torch.autograd.Function):
                     found = part.by_head(change, tile)
                     found = found[0] if len(found) == 1 else found.sum(0, dtype=exact)
                     to_pair[part.pair, part.heads, tile.queries, tile.keys] += found
+                del weights, change, found
             for all_of, found in ((to_k, sums[0]), (to_v, sums[1])):
                 all_of[part.rows, :, part.groups] = found.unflatten(0, (part.count, -1)).transpose(1, 2)
         biases = (None if to is None else to.to(like.dtype) for to, like in ((to_key, key_bias), (to_pair, pair_bias)))
@@ -142,12 +146,13 @@ class _Part:
 
 
 def _parts(q: Tensor, k: Tensor, pair_bias: Tensor | None, mask: Mask) -> Iterator[_Part]:
-    """Give the work in parts whose tiles have about TILE x KEYS logits: the small ones of several heads and rows."""
+    """Give the work in parts whose tiles have about BYTES of logits: the small ones of several heads and rows."""
     (rows, time, heads, _), (_, keys, groups, _) = q.shape, k.shape
     pairs = 1 if pair_bias is None else len(pair_bias)
     share, group = rows // pairs, heads // groups
-    length = max(1, min(TILE // group, LOGITS // (group * max(1, keys))))
-    together = max(1, TILE * KEYS // (group * min(length, time) * max(1, keys)))
+    line = q.element_size() * group * max(1, keys)  # bytes of a query's logits
+    length = max(1, min(TILE // group, max(FEWEST, MOST // line)))
+    together = max(1, BYTES // (line * min(length, time)))
     # rows that see different keys are not computed together
     at_once = max(1, together // groups) if mask.offsets is None and mask.lengths is None else 1
     for start in range(0, rows, share):
@@ -201,6 +206,6 @@ def may_be_dead(call: Call) -> bool:
 
 def is_clean(weights: Tensor) -> bool:
     """Tell whether no query's softmax is NaN, as it is where it sees nothing; where asking would cost time, no."""
-    if weights.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
+    if weights.device.type != "cpu" or type(weights) is not Tensor or torch.compiler.is_compiling():
+        return False  # a fake tensor, of a plan or a compiler, has no numbers to ask for
     return not bool(weights[..., 0].isnan().any())

@@ -1,0 +1,1 @@
+"""Networks of structural biology and genomics; they stand on `nn` alone."""
