@@ -130,13 +130,11 @@ def differences(ring: int, heads: int, world: int, names: list[str]) -> dict[str
     return found
 
 
-@pytest.mark.parametrize(
-    ("world", "meshes"), [(4, [(1, 4), (4, 1), (2, 2), (1, 2)]), (3, [(3, 1)]), (2, [(2, 1)])], ids=["4", "3", "2"]
-)
+@pytest.mark.parametrize(("world", "meshes"), [(4, [(1, 4), (2, 2), (2, 1)]), (3, [(3, 1)])], ids=["4", "3"])
 def test_attention_over_shared_tokens_is_that_of_one_process(
     ranks: Ranks, world: int, meshes: list[tuple[int, int]]
 ) -> None:
-    for told in ranks(world, all_differences, world, meshes, seconds=240):
+    for told in ranks(world, all_differences, world, meshes):
         for place, worst in told.items():
             # sums in another order: worst seen 2e-15 and 1e-6
             assert worst <= (2e-6 if place[1] == "float32" else 1e-13), place
@@ -250,7 +248,7 @@ def same(told: Step, expected: Step, tolerance: float, where: str) -> None:
 def test_loss_and_every_gradient_of_the_model_are_those_of_one_process(ranks: Ranks) -> None:
     alone_exact = {name: exactly(None, changes) for name, (_, changes) in EXACT.items()}
     alone = {name: sharded(None, changes) for name, (_, changes) in SHARDED.items()}
-    for exact, float32 in ranks(4, all_steps, seconds=240):
+    for exact, float32 in ranks(4, all_steps):
         for name, told in exact.items():
             same(told, alone_exact[name], 1e-12, name)
         for name, told in float32.items():
