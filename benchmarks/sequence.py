@@ -4,29 +4,27 @@ The small decoder (nano's: 8 layers, width 256, 4,096 words), float32, every tok
 one row; processes over gloo. Two measures: bytes saved for the backward pass, counted by a hook (storages, without
 parameters), and the peak of resident memory above what it was before the step.
 
-`share` prints both at 1, 2 and 4 processes; the limit is 1 / processes. `longest` measures some lengths, each in a
-process of its own, fits memory as a + b T (ours) or a + b T + c T^2 (naive: logits and score matrices of every layer
-are made and kept), and prints the length that fills 20 GiB of each process, and what the fit says. `proof` is one real
-step of a length, with a window so that it ends: a window changes the time, and of the memory one tile alone.
+`share` prints both at 1, 2 and 4 processes, and what the second half of the tokens adds to the peak; the limit is
+1 / processes. `longest` measures some lengths, each in fresh processes, fits memory as a + b T (ours, with recompute)
+or a + b T + c T^2 (naive: logits and score matrices of every layer are made and kept), and prints the length that fills
+20 GiB of each process by that fit. `proof` is one real step of a length, with a window so that it ends: a window
+changes the time, and of the memory one tile alone.
 
-    python benchmarks/sequence.py share                               # 2 minutes
-    python benchmarks/sequence.py longest                             # 10 minutes
+    python benchmarks/sequence.py share                               # minutes
+    python benchmarks/sequence.py longest --tokens 4096               # 10 minutes
     python benchmarks/sequence.py proof --tokens 600000 --ranks 1     # half an hour, 20 GB
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
-import platform
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -146,25 +144,24 @@ def most(told: list[Told], key: str) -> float:
     return max(one[key] for one in told)
 
 
-def share(tokens: int) -> Told:
-    """Print and return what a process keeps at 1, 2 and 4 of them."""
-    print(f"{tokens} tokens, MB of a process      saved   of one    peak   of one   seconds   loss")
-    found: Told = {}
+def share(tokens: int) -> None:
+    """Print what a process keeps at 1, 2 and 4 of them, and what each further token takes at the peak."""
+    print(f"{tokens} tokens, MB of a process      saved   of one    peak   of one   further   of one   seconds   loss")
     for again in (False, True):
-        one = together(1, 1, tokens, naive=False, again=again, window=None)
+        firsts: list[float] = []
         for ring, heads in ((1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (4, 1)):
-            told = one if ring * heads == 1 else together(ring, heads, tokens, naive=False, again=again, window=None)
-            name = f"ring {ring} x heads {heads}{', recompute' if again else ''}"
-            saved, peak = (most(told, key) for key in ("saved", "peak"))
-            of_one = saved / most(one, "saved"), peak / most(one, "peak")
-            loss = sum(one["loss"] for one in told)
+            short, told = (
+                together(ring, heads, size, naive=False, again=again, window=None) for size in (tokens // 2, tokens)
+            )
+            saved, peak = most(told, "saved"), most(told, "peak")
+            figures = [saved / 2**20, peak / 2**20, (peak - most(short, "peak")) / 2**20]
+            firsts = firsts or figures
             print(
-                f"{name:<32}{saved / 2**20:8.1f}{of_one[0]:8.2f}{peak / 2**20:9.1f}{of_one[1]:8.2f}"
-                f"{most(told, 'seconds'):10.1f}{loss:9.5f}",
+                f"{f'ring {ring} x heads {heads}' + (', recompute' if again else ''):<30}"
+                + "".join(f"{own:9.1f}{own / first:9.2f}" for own, first in zip(figures, firsts, strict=True))
+                + f"{most(told, 'seconds'):9.1f}{sum(one['loss'] for one in told):9.5f}",
                 flush=True,
             )
-            found |= {f"{name}: saved of one": of_one[0], f"{name}: peak of one": of_one[1]}
-    return found
 
 
 def fitted(lengths: list[int], peaks: list[float], degree: int) -> tuple[Callable[[float], float], float]:
@@ -188,13 +185,14 @@ def solve(at: Callable[[float], float], limit: float) -> int:
     return int(low)
 
 
-def longest() -> Told:
-    """Print and return the tokens that fill 20 GiB of each process."""
+def longest(tokens: int) -> None:
+    """Print the tokens that fill 20 GiB of each process, from what up to 4 x tokens take (naive: tokens / 2)."""
+    ours = [tokens, 2 * tokens, 3 * tokens, 4 * tokens]
     ways: dict[str, tuple[int, int, bool, list[int]]] = {
-        "naive": (1, 1, True, [512, 1024, 1536, 2048, 3072]),
-        "ours, 1 process": (1, 1, False, [4096, 8192, 16384, 24576]),
-        "ours, 2 processes": (1, 2, False, [8192, 16384, 24576, 32768]),
-        "ours, a ring of 2": (2, 1, False, [8192, 16384, 24576]),
+        "naive": (1, 1, True, [one // 8 for one in ours]),
+        "ours, 1 process": (1, 1, False, ours),
+        "ours, 2 processes": (1, 2, False, ours),
+        "ours, a ring of 2": (2, 1, False, ours),
     }
     found: Told = {}
     print(f"{'':<20}{'tokens':>9}{'peak MB':>9}{'seconds':>9}")
@@ -212,7 +210,6 @@ def longest() -> Told:
             f"({bytes_each:,.0f} bytes per further token; the fit is off by {error:.1%} at most)",
             flush=True,
         )
-    return found
 
 
 def main() -> None:
@@ -223,17 +220,14 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=1024)
     arguments = parser.parse_args()
     if arguments.what == "share":
-        found = share(arguments.tokens)
+        share(arguments.tokens)
     elif arguments.what == "longest":
-        found = longest()
+        longest(arguments.tokens)
     else:
         told = together(1, arguments.ranks, arguments.tokens, naive=False, again=True, window=arguments.window)
-        found = {f"peak GiB of process {rank}": one["peak"] / 2**30 for rank, one in enumerate(told)}
-        found |= {"tokens": arguments.tokens, "seconds": most(told, "seconds"), "loss": sum(x["loss"] for x in told)}
-        print(json.dumps(found, indent=1))
-    place = Path(__file__).parent / "results" / f"sequence-{arguments.what}.json"
-    note = {"date": date.today().isoformat(), "machine": platform.processor(), "torch": torch.__version__}
-    place.write_text(json.dumps({**note, "arguments": vars(arguments), "found": found}, indent=1) + "\n")
+        for rank, one in enumerate(told):
+            print(f"process {rank}: {one['peak'] / 2**30:.2f} GiB at the peak, {one['seconds']:.0f} s of CPU")
+        print(f"loss {sum(one['loss'] for one in told):.5f} over {arguments.tokens:,} tokens")
 
 
 if __name__ == "__main__":
