@@ -219,6 +219,9 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--window", type=int, default=1024)
     arguments = parser.parse_args()
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:  # what is freed goes back: resident memory is memory in use
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     if arguments.what == "share":
         share(arguments.tokens)
     elif arguments.what == "longest":
