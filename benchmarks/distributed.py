@@ -37,7 +37,7 @@ from modalora.parallel.zero import Zero
 from modalora.training.loop import train
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "parallel"))
-from test_engines import row
+from rows import row
 
 SECONDS = 300
 MICRO = 12  # micro-batches of a step: one to four processes share them evenly

@@ -113,11 +113,30 @@ class SourceConfig(Settings):
 
 
 class MeshConfig(Settings):
-    """How the processes of a run stand: replicate x shard x tensor of them."""
+    """How the processes of a run stand: replicate x shard x sequence x tensor of them."""
 
     replicate: int = Field(1, ge=1)  # copies of the model
     shard: int = Field(0, ge=0)  # processes that a copy's parameters are cut over; 0: all that are left
+    sequence: int = Field(1, ge=1)  # processes that share the tokens of every micro-batch
+    ring: int = Field(1, ge=1)  # of these, how many keys and values travel through; the others share heads
+    ulysses: Literal["own", "deepspeed"] = "own"  # whose all-to-all shares heads
     tensor: int = Field(1, ge=1)  # processes that share the heads and channels of every layer
+
+    @model_validator(mode="after")
+    def _fit_ring(self) -> MeshConfig:
+        if self.sequence % self.ring:
+            raise ConfigError(f"mesh: ring={self.ring} must divide sequence={self.sequence}")
+        if self.ulysses == "deepspeed" and (self.ring > 1 or self.sequence == 1):
+            raise ConfigError(
+                f"mesh: ulysses=deepspeed shares heads among mesh.sequence processes, without a ring; given "
+                f"sequence={self.sequence}, ring={self.ring}"
+            )
+        return self
+
+    @property
+    def copies(self) -> int:
+        """Processes that read the same rows."""
+        return self.sequence * self.tensor
 
 
 class RunConfig(Settings):
@@ -150,7 +169,8 @@ class RunConfig(Settings):
     steps: int = Field(ge=1)
     precision: Literal["bf16", "fp32"] = "bf16"
     base_bits: Literal[4, 8, 16] | None = None  # of the frozen decoder's Linears in training; None: as they are
-    recompute: bool = False  # layers run again in the backward pass instead of keeping what they computed
+    # layers run again in the backward pass instead of keeping what they computed; offload: their inputs lie on the CPU
+    recompute: bool | Literal["offload"] = False
     seed: int = 0
     log_every: int = Field(10, ge=1)
     save_every: int = Field(200, ge=1)
@@ -185,6 +205,31 @@ class RunConfig(Settings):
     def _check_budget(self) -> RunConfig:
         if self.tokens and self.rows != RunConfig.model_fields["rows"].default:
             raise ConfigError(f"rows={self.rows} and tokens={self.tokens} both set the micro-batch; leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def _cuts_what_has_tokens(self) -> RunConfig:
+        if self.mesh.sequence > 1 and self.objective != "next_token":
+            raise ConfigError(
+                f"mesh.sequence={self.mesh.sequence} shares the decoder's tokens, and objective={self.objective} does "
+                "not run it; leave mesh.sequence out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _offloads_from_a_gpu(self) -> RunConfig:
+        if self.recompute == "offload" and self.device == "cpu":
+            raise ConfigError(
+                "recompute=offload moves inputs from a GPU to the CPU; with device=cpu use recompute=true"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_the_engine_of_its_ulysses(self) -> RunConfig:
+        if self.mesh.ulysses == "deepspeed" and not self.engine.startswith("zero"):
+            raise ConfigError(
+                f"mesh.ulysses=deepspeed needs DeepSpeed as engine (zero1, zero2, zero3), not {self.engine}"
+            )
         return self
 
     @model_validator(mode="after")

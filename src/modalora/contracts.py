@@ -49,10 +49,12 @@ class Route:
     A routed Linear computes an adapter for the rows that name it and for no other row.
     spans: tokens of each row where the rows lie end to end in one sequence, (1, tokens, width); None: they are the rows
     of a padded tensor, (batch, time, width).
+    held: which tokens of that sequence are here, in their order, where processes share them; None: all.
     """
 
     adapters: tuple[str | None, ...]
     spans: tuple[int, ...] | None = None
+    held: tuple[range, ...] | None = None
 
     @cached_property
     def groups(self) -> tuple[tuple[str, float, Tensor | slice | None], ...]:
@@ -75,7 +77,26 @@ class Route:
         for own, run in groupby(zip(self.adapters, spans, strict=True), key=lambda pair: pair[0]):
             start, at = at, at + sum(length for _, length in run)
             if own == name:
-                yield slice(start, at)
+                yield from self._here(start, at)
+
+    def _here(self, start: int, stop: int) -> Iterator[slice]:
+        """Give where tokens start .. stop of the sequence lie here."""
+        if self.held is None:
+            yield slice(start, stop)
+            return
+        at = 0
+        for piece in self.held:
+            first, last = max(start, piece.start), min(stop, piece.stop)
+            if first < last:
+                yield slice(at + first - piece.start, at + last - piece.start)
+            at += len(piece)
+
+    @property
+    def tokens(self) -> Tensor:
+        """The number of each token that is here, in the sequence of rows, (time,)."""
+        assert self.spans is not None
+        held = (range(sum(self.spans)),) if self.held is None else self.held
+        return torch.cat([torch.arange(piece.start, piece.stop) for piece in (*held, range(0))])
 
     def select(self, rows: Sequence[int]) -> Route:
         """Return the route of some of the rows."""
@@ -107,6 +128,23 @@ class Cache(Protocol):
         ...
 
 
+class Cut(Protocol):
+    """How processes share the tokens of a sequence, and attend to those that others hold."""
+
+    @property
+    def pieces(self) -> int:
+        """Runs of neighbouring tokens that a sequence is cut into at most."""
+        ...
+
+    def held(self, tokens: int) -> tuple[range, ...]:
+        """Return which of so many tokens this process holds, in their order here."""
+        ...
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Any, scale: float) -> Tensor:
+        """Return attention of this process's queries to all keys; mask: of the whole sequence, with its spans."""
+        ...
+
+
 @dataclass(frozen=True)
 class Rotations:
     """Rotary tables of the rows of one call, in place of the model's own: candidates that are compared side by side.
@@ -126,6 +164,7 @@ class Step:
     the rows lie end to end in one sequence.
     long: (batch,) whether a row uses the rotary table for long windows.
     rotations: the rows' own tables, whatever `long` and the config say; None: the config's.
+    cut: how processes share the tokens, of which `route.held` are here; None: one process has all.
     """
 
     lengths: Tensor
@@ -133,6 +172,7 @@ class Step:
     long: Tensor
     cache: Cache | None = None
     rotations: Rotations | None = None
+    cut: Cut | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from rows import row, stack
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
 from modalora.config import MeshConfig, OptimConfig, RunConfig, SourceConfig
-from modalora.contracts import IGNORED, Batch, Media, Route, image_tokens, subsampled
+from modalora.contracts import Batch
 from modalora.errors import CheckpointError, ConfigError, TrainingError
 from modalora.models.multimodal import Multimodal
 from modalora.models.recompute import recompute
@@ -53,44 +53,6 @@ def fresh() -> Multimodal:
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     return model
-
-
-def row(kind: str, seed: int) -> Batch:
-    """One row: text, image, speech, or both; longer for a larger seed."""
-    generator = torch.Generator().manual_seed(seed)
-    time = 30 + seed % 5
-    ids = torch.randint(0, 320, (1, time), generator=generator)
-    labels = ids.clone()
-    labels[:, : 8 + seed % 3] = IGNORED
-    media: list[Media] = []
-    if kind in ("image", "both"):
-        pixels = torch.randn(2, 3, 56, 56, generator=generator)
-        features = {"pixels": pixels, "mask": torch.ones(2, 4, 4, dtype=torch.bool), "grid": torch.tensor([1, 1])}
-        media.append(Media("image", features, 0, 1, image_tokens(4, 4, 4), "vision"))
-    if kind in ("speech", "both"):
-        mel = torch.randn(37, 80, generator=generator)
-        branch = "speech" if kind == "speech" else "vision"
-        media.append(Media("audio", {"mel": mel}, 0, 15, subsampled(37), branch))
-    # media in another order than the model runs them in
-    adapter = {"text": None, "image": "vision", "speech": "speech", "both": "vision"}[kind]
-    return Batch(
-        input_ids=ids, lengths=torch.tensor([time]), route=Route((adapter,)), media=tuple(media[::-1]), labels=labels
-    )
-
-
-def stack(*rows: Batch) -> Batch:
-    time = max(int(one.lengths[0]) for one in rows)
-
-    def pad(ids: Tensor, value: int) -> Tensor:
-        return nn.functional.pad(ids, (0, time - ids.shape[1]), value=value)
-
-    return Batch(
-        input_ids=torch.cat([pad(one.input_ids, 0) for one in rows]),
-        lengths=torch.cat([one.lengths for one in rows]),
-        route=Route(tuple(adapter for one in rows for adapter in one.route.adapters)),
-        media=tuple(replace(item, row=at) for at, one in enumerate(rows) for item in one.media),
-        labels=torch.cat([pad(one.labels, IGNORED) for one in rows if one.labels is not None]),
-    )
 
 
 class Given:
@@ -156,7 +118,7 @@ def engine_of(name: str, mesh: MeshConfig | None = None, plan: Plan | None = Non
         return Single()
     if name == "fsdp":
         return Sharded(mesh or MeshConfig(), plan or Plan(), device)
-    engine = Zero(int(name[4]), device, offload=name.endswith("offload"), clip_norm=0.5)  # type: ignore[arg-type]
+    engine = Zero(int(name[4]), device, offload=name.endswith("offload"), clip_norm=0.5, mesh=mesh)  # type: ignore[arg-type]
     if name.startswith("zero3"):  # else tensors as small as these stay whole
         engine.settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return engine
@@ -172,8 +134,10 @@ def trained_by(name: str, settings: RunConfig, steps: Callable[[int], list[Batch
         (MeshConfig(), {}, mixed),
         (MeshConfig(replicate=2), {}, mixed),
         (MeshConfig(tensor=2), {"recompute": True}, undropped),
+        (MeshConfig(sequence=2), {"recompute": True}, undropped),
+        (MeshConfig(sequence=2, ring=2), {}, undropped),
     ],
-    ids=["shard", "replicate", "tensor"],
+    ids=["shard", "replicate", "tensor", "sequence", "ring"],
 )
 def test_processes_train_like_one(
     tmp_path: Path, ranks: Ranks, mesh: MeshConfig, changes: dict[str, Any], steps: Callable[[int], list[Batch]]
@@ -281,10 +245,21 @@ def test_without_a_smallest_item_the_rank_would_hang_or_fail(ranks: Ranks, monke
 
 @needs_deepspeed
 @old_ways
-@pytest.mark.parametrize("name", ["zero2", "zero3"])
-def test_deepspeed_trains_like_one_process(tmp_path: Path, ranks: Ranks, name: str) -> None:
-    one, weights = run(Single(), settings(tmp_path / "one"), mixed)
-    found = ranks(2, trained_by, name, settings(tmp_path / "many"), mixed)
+@pytest.mark.parametrize(
+    ("name", "mesh", "steps"),
+    [
+        ("zero2", MeshConfig(), mixed),
+        ("zero3", MeshConfig(), mixed),
+        ("zero2", MeshConfig(sequence=2, ring=2), undropped),
+        ("zero3", MeshConfig(sequence=2, ulysses="deepspeed"), undropped),
+    ],
+    ids=["zero2", "zero3", "zero2, a ring", "zero3, its own Ulysses"],
+)
+def test_deepspeed_trains_like_one_process(
+    tmp_path: Path, ranks: Ranks, name: str, mesh: MeshConfig, steps: Callable[[int], list[Batch]]
+) -> None:
+    one, weights = run(Single(), settings(tmp_path / "one"), steps)
+    found = ranks(2, trained_by, name, settings(tmp_path / "many"), steps, mesh)
     for losses, _ in found:
         assert losses == pytest.approx(one, abs=1e-6, rel=0)
     for tensor_name, tensor in weights.items():

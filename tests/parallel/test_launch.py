@@ -118,18 +118,19 @@ def by_rank(run: subprocess.Popen[str]) -> dict[str, int]:
     return found
 
 
-def test_two_processes_carry_out_a_recipe_like_one(place: Path) -> None:
-    run = command(place, "two", 6, "--processes", "2")
-    wait_for_steps(run, place / "two", 1)
+@pytest.mark.parametrize("mesh", ["mesh.shard=2", "mesh.sequence=2"])
+def test_two_processes_carry_out_a_recipe_like_one(place: Path, mesh: str) -> None:
+    run = command(place, mesh, 6, mesh, "--processes", "2")
+    wait_for_steps(run, place / mesh, 1)
     told = listening([run.pid, *children(run.pid)])
     code, out, err = end(run)
     assert (code, out.count("wrote")) == (0, 1), err
     assert told == {"0100007F"}  # 127.0.0.1: nothing listens to the network
-    assert load_model(place / "two" / "model").model.config.decoder.vocab_size == 320
+    assert load_model(place / mesh / "model").model.config.decoder.vocab_size == 320
     recipe = place / "recipe.yaml"
-    run_recipe(load_run(recipe, settings(place, "one", 6)))
+    run_recipe(load_run(recipe, settings(place, f"one {mesh}", 6)))
     # float32 sums in another order
-    assert losses(place / "two") == pytest.approx(losses(place / "one"), abs=1e-6)
+    assert losses(place / mesh) == pytest.approx(losses(place / f"one {mesh}"), abs=1e-6)
 
 
 def test_ctrl_c_saves_in_every_process_and_exits_with_130(place: Path) -> None:

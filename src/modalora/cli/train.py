@@ -56,10 +56,11 @@ def _train(recipe: str, overrides: list[str], gpus: int, processes: int) -> None
     runs = load_stages(find_recipe(recipe), RECIPES, overrides)
     if max(gpus, processes) > 1 and not is_one_of_many():
         for title, run in runs.items():
-            if run.accumulate % max(gpus, processes):
+            shares = max(1, max(gpus, processes) // run.mesh.copies)
+            if run.accumulate % shares:
                 raise InputError(
-                    f"{title}: accumulate={run.accumulate} micro-batches cannot be shared by {max(gpus, processes)} "
-                    "processes; make it a multiple of it"
+                    f"{title}: accumulate={run.accumulate} micro-batches cannot be shared by {shares} "
+                    f"{'processes' if run.mesh.copies == 1 else 'groups of processes'}; make it a multiple of it"
                 )
         code = launch(["train", recipe, *overrides], max(gpus, processes))
         if code:

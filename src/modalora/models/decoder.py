@@ -105,9 +105,11 @@ class Attention(nn.Module):
         if step.cache is not None:
             mask = replace(self.seen, offsets=step.cache.lengths)
             k, v = step.cache.write(self.layer, k, v)
-        if mask.window is not None and mask.window >= k.shape[1]:
+        longest = k.shape[1] if mask.spans is None else max(mask.spans)
+        if mask.window is not None and mask.window >= longest:
             mask = replace(mask, window=None)
-        out = attend(q, k, v, mask=mask, scale=self.scale).reshape(batch, time, -1)
+        attended = attend if step.cut is None else step.cut.attend
+        out = attended(q, k, v, mask=mask, scale=self.scale).reshape(batch, time, -1)
         result: Tensor = self.o_proj(out, step.route)
         return result
 
@@ -234,19 +236,19 @@ class Decoder(nn.Module):
 
     def forward(self, hidden: Tensor, step: Step) -> Tensor:
         """hidden: (batch, time, width) embeddings -> (batch, time, width) after the final norm."""
-        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        long = step.long[:, None]
+        positions, long = torch.arange(hidden.shape[1], device=hidden.device)[None], step.long[:, None]
+        row: Tensor | None = None
         if step.route.spans is not None:  # each row counts from 0
-            starts = step.lengths.cumsum(0) - step.lengths
-            positions = positions - starts.repeat_interleave(step.lengths)
-            long = step.long.repeat_interleave(step.lengths)[None]
+            tokens, starts = step.route.tokens.to(hidden.device), step.lengths.cumsum(0) - step.lengths
+            row = torch.searchsorted(starts, tokens, right=True) - 1
+            positions, long = (tokens - starts[row])[None], step.long[row][None]
         positions = positions.expand(len(hidden), -1)
         if step.cache is not None:
             positions = positions + step.cache.lengths[:, None]
         if step.rotations is None:
             cos, sin = rotation(self.config.rope, self.config.head_dim, positions, long)
         else:
-            cos, sin = turned(positions, *self._own_tables(step))
+            cos, sin = turned(positions, *self._own_tables(step, row))
         for layer in self.layers:
             hidden = layer(hidden, cos, sin, step)
         if step.cache is not None:
@@ -254,8 +256,11 @@ class Decoder(nn.Module):
         normal: Tensor = self.norm(hidden)
         return normal
 
-    def _own_tables(self, step: Step) -> tuple[Tensor, Tensor]:
-        """Return the frequencies, (batch, 1 or time, pairs), and scales, (batch, 1 or time, 1), that a step brings."""
+    def _own_tables(self, step: Step, row: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the frequencies, (batch, 1 or time, pairs), and scales, (batch, 1 or time, 1), that a step brings.
+
+        row: of each token, (time,), where rows lie end to end.
+        """
         assert step.rotations is not None
         frequencies, scale = step.rotations.frequencies, step.rotations.scale
         rows, most = len(step.lengths), self.config.head_dim // 2
@@ -264,10 +269,9 @@ class Decoder(nn.Module):
                 f"rotations of {rows} rows need frequencies ({rows}, 1 to {most} pairs) and scale ({rows},); given "
                 f"{tuple(frequencies.shape)} and {tuple(scale.shape)}"
             )
-        if step.route.spans is None:
+        if row is None:
             return frequencies[:, None], scale[:, None, None]
-        each = step.lengths
-        return frequencies.repeat_interleave(each, 0)[None], scale.repeat_interleave(each)[None, :, None]
+        return frequencies[row][None], scale[row][None, :, None]
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden: (..., width) -> logits (..., vocab)."""

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from modalora.contracts import IGNORED, NOWHERE, Batch, Cache, Media, Rotations, Route, Step
+from modalora.contracts import IGNORED, NOWHERE, Batch, Cache, Cut, Media, Rotations, Route, Step
 from modalora.errors import ConfigError, ShapeError
 from modalora.models.decoder import Decoder, DecoderConfig
 from modalora.models.speech import SpeechConfig
@@ -85,6 +85,7 @@ class Multimodal(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.cut: Cut | None = None  # how processes that train together share the tokens of a micro-batch
         self.decoder = Decoder(config.decoder)
         self.encoders, self.projectors = nn.ModuleDict(), nn.ModuleDict()
         for name, sizes in config.modalities.items():
@@ -203,13 +204,14 @@ class Multimodal(nn.Module):
         reach: Sequence[int],
         cache: Cache | None = None,
         rotations: Rotations | None = None,
+        cut: Cut | None = None,
     ) -> Step:
         """Return the step of rows turned by the tables of these lengths, unless they bring their own."""
         rope = self.config.decoder.rope
         if rotations is None and isinstance(rope, DynamicNtk):
             rotations = tables(rope, self.config.decoder.head_dim, reach, lengths.device)
         long = torch.tensor(is_long(rope, reach), device=lengths.device)
-        return Step(lengths=lengths, route=route, long=long, cache=cache, rotations=rotations)
+        return Step(lengths=lengths, route=route, long=long, cache=cache, rotations=rotations, cut=cut)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return logits, (batch, time, vocab)."""
@@ -247,14 +249,16 @@ class Multimodal(nn.Module):
         """Return the next-token losses of the labelled tokens and the row that each belongs to, both (labelled,).
 
         The rows lie end to end in one sequence, those of one adapter together: nothing is computed for padding.
-        Only labelled positions go through the output projection, which makes no logits.
+        Only labelled positions go through the output projection, which makes no logits. Where processes share the
+        tokens, each returns the losses of its own: a label is the token behind, whoever holds that.
         """
         if batch.labels is None:
             raise ShapeError("loss needs a batch with labels; build it with Processor.training_batch")
         targets = batch.labels[:, 1:]
         rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
-        states, starts = self._end_to_end(batch)
-        return self.decoder.losses(states[starts[rows] + columns], targets[rows, columns]), rows
+        states, starts, places = self._end_to_end(batch)
+        at, here = _found(places, starts[rows] + columns)
+        return self.decoder.losses(states[at], targets[rows, columns][here]), rows[here]
 
     def idle_rows(self, batch: Batch) -> list[int]:
         """Return the rows whose loss trains nothing: without adapter, without media that learn, on a frozen decoder."""
@@ -267,10 +271,11 @@ class Multimodal(nn.Module):
         networks = (self.encoders[item.modality], self.projectors.get_submodule(f"{item.modality}.{item.branch}"))
         return any(own.requires_grad for network in networks for own in network.parameters())
 
-    def _end_to_end(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the final states of all real tokens, (tokens, width), and where each row starts, (batch,).
+    def _end_to_end(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the final states of all real tokens, (tokens, width), where each row starts, (batch,), and the place
+        of each token here, (tokens,), if some are elsewhere: those have none, NOWHERE.
 
-        A last row of up to seven tokens that nobody reads makes the number of tokens even for products.
+        A last row of a few tokens that nobody reads makes the number of tokens even for products.
         """
         lengths, device = batch.lengths.tolist(), batch.input_ids.device
         order = sorted(range(len(lengths)), key=lambda row: str(batch.route.adapters[row]))
@@ -278,16 +283,42 @@ class Multimodal(nn.Module):
         ids = [batch.input_ids[row, : lengths[row]] for row in order]
         starts = torch.zeros(len(lengths), dtype=torch.long, device=device)
         starts[order] = torch.tensor((0, *spans[:-1]), device=device).cumsum(0)
-        if filler := -sum(spans) % EVEN:
+        if filler := -sum(spans) % (EVEN * (self.cut.pieces if self.cut else 1)):
             ids.append(ids[0].new_zeros(filler))
             spans.append(filler)
             adapters.append(None)
-        hidden = self.decoder.embed(torch.cat(ids)[None])
+        sequence, places, held = torch.cat(ids), None, None
+        if self.cut:
+            held = self.cut.held(len(sequence))
+            places = _places(held, len(sequence)).to(device)
+            sequence = torch.cat([sequence[piece.start : piece.stop] for piece in held])
+        hidden = self.decoder.embed(sequence[None])
         if batch.media:
             features, rows, columns = self._features(batch)
-            hidden = hidden.index_put((torch.zeros_like(rows), starts[rows] + columns), features.to(hidden.dtype))
-        step = self._step(torch.tensor(spans, device=device), Route(tuple(adapters), tuple(spans)), spans)
-        return self.decoder(hidden, step)[0], starts
+            at, here = _found(places, starts[rows] + columns)
+            hidden = hidden.index_put((torch.zeros_like(at), at), features.to(hidden.dtype)[here])
+        route = Route(tuple(adapters), tuple(spans), held)
+        step = self._step(torch.tensor(spans, device=device), route, spans, cut=self.cut)
+        return self.decoder(hidden, step)[0], starts, places
+
+
+def _places(held: Sequence[range], tokens: int) -> Tensor:
+    """Return where each token of a sequence lies here, NOWHERE for those that are not, (tokens,)."""
+    places = torch.full((tokens,), NOWHERE)
+    at = 0
+    for piece in held:
+        places[piece.start : piece.stop] = torch.arange(at, at + len(piece))
+        at += len(piece)
+    return places
+
+
+def _found(places: Tensor | None, tokens: Tensor) -> tuple[Tensor, Tensor | slice]:
+    """Return the places of those tokens that are here, and which these are."""
+    if places is None:
+        return tokens, slice(None)
+    at = places[tokens]
+    here = at != NOWHERE
+    return at[here], here
 
 
 def part_of(name: str) -> str:

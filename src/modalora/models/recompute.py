@@ -12,6 +12,9 @@ from modalora.nn import recompute as general
 LAYERS = (DecoderLayer, VisionLayer, ConformerBlock)
 
 
-def recompute(model: nn.Module) -> None:
-    """Let each decoder layer and encoder block of a model run again instead of keeping what it computes."""
-    general.recompute(model, LAYERS)
+def recompute(model: nn.Module, *, offload: bool = False) -> None:
+    """Let each decoder layer and encoder block of a model run again instead of keeping what it computes.
+
+    offload: keep its input in the memory of the CPU meanwhile.
+    """
+    general.recompute(model, LAYERS, offload=offload)

@@ -18,6 +18,8 @@ from modalora.contracts import Batch
 from modalora.models.multimodal import Multimodal
 from modalora.parallel.files import read, write_whole
 
+NONE: Mapping[str, float] = {}
+
 
 class Updates(Protocol):
     """An optimiser with its schedule."""
@@ -56,7 +58,7 @@ class Engine(Protocol):
 
     @property
     def share(self) -> tuple[int, int]:
-        """Which share of the data this process reads, of how many; tensor-parallel processes read the same."""
+        """Which share of the data this process reads, of how many; tensor- and sequence-parallel ones read the same."""
         ...
 
     def shard(self, model: Multimodal, objective: nn.Module) -> None:
@@ -75,8 +77,11 @@ class Engine(Protocol):
         """Return this rank's micro-batches of a step, made such that every rank runs the same parts on them."""
         ...
 
-    def totals(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Return the sum over the shares by key; a rank need not have every key."""
+    def totals(self, values: Mapping[str, float], parts: Mapping[str, float] = NONE) -> dict[str, float]:
+        """Return the sum over the shares by key; a rank need not have every key.
+
+        values: of whole micro-batches. parts: of this process's tokens, where several share a micro-batch's.
+        """
         ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -162,9 +167,9 @@ class Single:
         """Return the micro-batches as they are."""
         return list(batches)
 
-    def totals(self, values: Mapping[str, float]) -> dict[str, float]:
+    def totals(self, values: Mapping[str, float], parts: Mapping[str, float] = NONE) -> dict[str, float]:
         """Return the values."""
-        return dict(values)
+        return {**values, **parts}
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of a micro-batch; rows whose route reaches no trained part have none."""

@@ -9,7 +9,7 @@ import logging
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,11 @@ from modalora.models.decoder import DecoderLayer
 from modalora.models.multimodal import Multimodal, part_of
 from modalora.models.speech import SpeechEncoder
 from modalora.models.vision import ImageEmbedder
-from modalora.parallel.engine import Snapshot, Updates, clear, kept, step_and_clear
+from modalora.parallel.engine import NONE, Snapshot, Updates, clear, kept, step_and_clear
 from modalora.parallel.files import read, write_pieces
 from modalora.parallel.idle import Presence, gate_adapters
-from modalora.parallel.ranks import totals
+from modalora.parallel.ranks import shared_totals
+from modalora.parallel.sequence import split_tokens
 from modalora.parallel.tensor import rejoin_heads, split_heads
 
 DIMENSIONS = ("replicate", "shard", "tensor")
@@ -48,23 +49,30 @@ class Plan:
     """How what a rank holds is kept and gathered.
 
     bf16: gather the decoder's layers in bfloat16, for a forward pass under autocast. offload: keep what a rank holds,
-    and its optimiser, on the CPU.
+    and its optimiser, on the CPU. ring, heads: neighbours in the dimension shard that share tokens.
     """
 
     bf16: bool = False
     offload: bool = False
+    ring: int = 1
+    heads: int = 1
 
 
 def parallelize(model: Multimodal, mesh: DeviceMesh, plan: Plan) -> None:
-    """Spread a finished model over a mesh with the dimensions replicate, shard and tensor, in place.
+    """Spread a finished model over a mesh of DIMENSIONS, in place.
 
-    Gates come first, since what they pass on is one rank's; then tensor parallelism, since FSDP gathers around what it
-    leaves to a rank. A layer that is run again in the backward pass (models/recompute.py) may be so before all of them.
-    Raises ConfigError when heads or channels do not divide by mesh.tensor.
+    Gates come first, since what they pass on is one rank's; then tensor parallelism, whose heads sequence parallelism
+    shares out further; FSDP gathers around what these leave to a rank. A layer that is run again in the backward pass
+    (models/recompute.py) may be so before all of them.
+    Raises ConfigError when heads or channels do not fit the mesh.
     """
     gate_adapters(model)
     if mesh["tensor"].size() > 1:
         split_heads(model, mesh["tensor"])
+    if plan.ring * plan.heads > 1:
+        places = (mesh["shard"].size() // (plan.ring * plan.heads), plan.ring, plan.heads)
+        fine = mesh["shard"]._unflatten(0, places, ("rows", "ring", "heads"))
+        split_tokens(model, fine["ring"], fine["heads"])
     shard(model, _data_mesh(mesh), plan)
 
 
@@ -73,17 +81,18 @@ def _data_mesh(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def sizes(mesh: MeshConfig, world: int) -> tuple[int, int, int]:
-    """Return the sizes of a mesh over so many processes; mesh.shard=0 takes what the others leave.
+    """Return the sizes of DIMENSIONS over so many processes; mesh.shard=0 takes what the others leave.
 
+    Parameters are cut over processes that share tokens as over those that do not: each has a part of the gradient.
     Raises ConfigError when they do not multiply to the number of processes.
     """
-    shard = mesh.shard or world // (mesh.replicate * mesh.tensor)
-    if mesh.replicate * shard * mesh.tensor != world:
+    shard = mesh.shard or world // (mesh.replicate * mesh.copies)
+    if mesh.replicate * shard * mesh.copies != world:
         raise ConfigError(
-            f"mesh: replicate={mesh.replicate} x shard={mesh.shard or 'the rest'} x tensor={mesh.tensor} do not "
-            f"make up {world} processes"
+            f"mesh: replicate={mesh.replicate} x shard={mesh.shard or 'the rest'} x sequence={mesh.sequence} x "
+            f"tensor={mesh.tensor} do not make up {world} processes"
         )
-    return mesh.replicate, shard, mesh.tensor
+    return mesh.replicate, shard * mesh.sequence, mesh.tensor
 
 
 def shard(model: Multimodal, mesh: DeviceMesh, plan: Plan) -> None:
@@ -153,16 +162,17 @@ class Sharded:
             raise ConfigError(
                 "offload moves what a GPU holds to the CPU; with device=cpu it is there: leave offload out"
             )
-        self.plan = plan
+        self.plan = replace(plan, ring=mesh.ring, heads=mesh.sequence // mesh.ring)
         self.device = device
         # where a mesh has more dimensions, one collective for each is what is meant
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         self.mesh = init_device_mesh(device.type, sizes(mesh, self.world), mesh_dim_names=DIMENSIONS)
         # what is written beside training must not wait in its line
         self.saving = dist.new_group(backend="gloo")
+        self.copies = mesh.copies
         data = self.mesh["replicate", "shard"]._flatten("data")
         self.group = data.get_group()
-        self.share = (data.get_local_rank(), data.size())
+        self.share = (data.get_local_rank() // mesh.sequence, data.size() // mesh.sequence)
 
     def shard(self, model: Multimodal, objective: nn.Module) -> None:
         """Spread the model, and the objective's own head if it has one."""
@@ -185,11 +195,10 @@ class Sharded:
         self.presence = Presence(self.model, batches, self._total)
         return self.presence.level(batches)
 
-    def totals(self, values: Mapping[str, float]) -> dict[str, float]:
+    def totals(self, values: Mapping[str, float], parts: Mapping[str, float] = NONE) -> dict[str, float]:
         """Return the sum over the shares by key."""
-        # tensor-parallel ranks tell the same; all ranks have to learn of what one alone was told, such as a signal
-        degree = self.mesh["tensor"].size()
-        return {key: value / degree for key, value in totals(values).items()}
+        # all ranks have to learn of what one alone was told, such as a signal
+        return shared_totals(values, parts, copies=self.copies, tellers=self.mesh["tensor"].size())
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of a micro-batch, summed over ranks; behind the last, parts that no row reached have none.

@@ -32,7 +32,7 @@ def engine_for(run: RunConfig) -> Engine:
     Raises ConfigError for a mesh that does not fit, or settings that the engine does not have.
     """
     if not is_one_of_many():
-        if run.mesh.replicate * max(1, run.mesh.shard) * run.mesh.tensor > 1:
+        if run.mesh.replicate * max(1, run.mesh.shard) * run.mesh.copies > 1:
             raise ConfigError(f"mesh: {run.mesh} needs several processes; start them with --gpus N or --processes N")
         return Single()
     if run.base_bits is not None or run.optim.state_bits != 32:
@@ -46,11 +46,14 @@ def engine_for(run: RunConfig) -> Engine:
     from modalora.parallel.zero import Zero
 
     if run.mesh.replicate * run.mesh.tensor > 1:
-        raise ConfigError(f"mesh: engine={run.engine} cuts over all processes alike; use engine=fsdp for other meshes")
+        raise ConfigError(
+            f"mesh: engine={run.engine} cuts over all processes alike, and takes mesh.sequence alone; use engine=fsdp "
+            "for other meshes"
+        )
     if run.nonfinite == "skip":
         raise ConfigError(f"nonfinite=skip: engine={run.engine} cannot drop a step; use engine=fsdp, or stop")
     stage = cast(Literal[1, 2, 3], int(run.engine[-1]))
-    return Zero(stage, device, offload=run.offload, clip_norm=run.optim.clip_norm)
+    return Zero(stage, device, offload=run.offload, clip_norm=run.optim.clip_norm, mesh=run.mesh)
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:

@@ -126,3 +126,17 @@ def gathered(value: Any) -> list[Any]:
     texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(world)]
     dist.all_gather(texts, torch.nn.functional.pad(own, (0, longest - len(own))))
     return [json.loads(bytes(text[: int(size)].tolist())) for text, size in zip(texts, sizes, strict=True)]
+
+
+def shared_totals(
+    values: Mapping[str, float], parts: Mapping[str, float], *, copies: int, tellers: int
+) -> dict[str, float]:
+    """Return the sum over the shares of the data by key.
+
+    values: what all of the `copies` processes of a share tell alike. parts: what each has its part of, but for as many
+    as `tellers` that tell the same part. No key is in both.
+    """
+    told = {key: value / copies for key, value in values.items()} | {
+        key: value / tellers for key, value in parts.items()
+    }
+    return totals(told)

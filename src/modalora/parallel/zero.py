@@ -9,22 +9,28 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from modalora.config import MeshConfig
 from modalora.contracts import Batch
 from modalora.errors import ConfigError
 from modalora.models.multimodal import Multimodal, part_of
+from modalora.nn.attend import attend
 from modalora.nn.lora import RoutedLinear
-from modalora.parallel.engine import Snapshot, Updates, Whole
+from modalora.nn.mask import Mask
+from modalora.parallel.engine import NONE, Snapshot, Updates, Whole
 from modalora.parallel.files import read
 from modalora.parallel.fsdp import assemble, runs_once
 from modalora.parallel.idle import Presence, gate_adapters
-from modalora.parallel.ranks import totals
+from modalora.parallel.ranks import shared_totals
+from modalora.parallel.sequence import Cut, split_tokens
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -36,9 +42,20 @@ class Zero:
     parameters in one piece.
     """
 
-    def __init__(self, stage: Literal[1, 2, 3], device: torch.device, *, offload: bool, clip_norm: float) -> None:
+    def __init__(
+        self,
+        stage: Literal[1, 2, 3],
+        device: torch.device,
+        *,
+        offload: bool,
+        clip_norm: float,
+        mesh: MeshConfig | None = None,
+    ) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.share = (self.rank, self.world)
+        self.mesh = mesh or MeshConfig()
+        if self.world % self.mesh.sequence:
+            raise ConfigError(f"mesh.sequence={self.mesh.sequence} does not divide {self.world} processes")
+        self.share = (self.rank // self.mesh.sequence, self.world // self.mesh.sequence)
         self.stage, self.device = stage, device
         self.saving = dist.new_group(backend="gloo")
         cut: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, "overlap_comm": False}
@@ -67,6 +84,10 @@ class Zero:
                 "item, of which ranks have unlike numbers; use engine=fsdp or zero2"
             )
         gate_adapters(model)
+        if self.mesh.sequence > 1:
+            cut = split_tokens(model, *self._token_meshes())
+            if self.mesh.ulysses == "deepspeed":
+                model.cut = _DeepSpeedCut(cut)
         trained = {part_of(name) for name, own in model.named_parameters() if own.requires_grad}
         self.always = {
             (name, branch)
@@ -74,6 +95,11 @@ class Zero:
             if trained & {f"{name}.encoder", f"{name}.projector.{branch}"}
         }
         self.model, self.task = model, _Task(model, objective)
+
+    def _token_meshes(self) -> tuple[DeviceMesh, DeviceMesh]:
+        places = (self.share[1], self.mesh.ring, self.mesh.sequence // self.mesh.ring)
+        mesh = init_device_mesh(self.device.type, places, mesh_dim_names=("rows", "ring", "heads"))
+        return mesh["ring"], mesh["heads"]
 
     def load(
         self, folder: Path, trained: Mapping[str, nn.Parameter], optimizer: Updates, notes: Mapping[str, str]
@@ -140,9 +166,9 @@ class Zero:
         """
         return Presence(self.model, batches, self._total).level(batches, self.always)
 
-    def totals(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Return the sum over the ranks by key."""
-        return totals(values)
+    def totals(self, values: Mapping[str, float], parts: Mapping[str, float] = NONE) -> dict[str, float]:
+        """Return the sum over the shares by key."""
+        return shared_totals(values, parts, copies=self.mesh.sequence, tellers=1)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of a micro-batch; they are averaged over ranks, so the loss is multiplied first."""
@@ -258,6 +284,33 @@ class _Task(nn.Module):
         self.losses = self.objective.forward(self.model, batch)  # its answer is nothing that hooks know
         values: Tensor = self.losses.values
         return values
+
+
+@dataclass(frozen=True)
+class _DeepSpeedCut:
+    """Tokens shared by DeepSpeed's own Ulysses; it has no ring.
+
+    It takes shares of one size, which Multimodal's filler makes, and as many key heads as processes: those that several
+    need are repeated.
+    """
+
+    own: Cut
+
+    @property
+    def pieces(self) -> int:
+        return self.own.pieces
+
+    def held(self, tokens: int) -> tuple[range, ...]:
+        return self.own.held(tokens)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float) -> Tensor:
+        from deepspeed.sequence.layer import DistributedAttention
+
+        if (repeat := self.own.heads.size() // k.shape[2]) > 1:
+            k, v = (x.repeat_interleave(repeat, 2) for x in (k, v))
+        local = partial(attend, mask=mask, scale=scale)
+        found: Tensor = DistributedAttention(local, self.own.heads, scatter_idx=2, gather_idx=1)(q, k, v, 0)
+        return found
 
 
 def _deepspeed(device: torch.device) -> Any:

@@ -167,8 +167,9 @@ class _Loop:
                     self._refuse(fault, moment)
                 else:
                     self._update(outcome)
-                    if self.flops:
-                        progress.note({"flops": self.flops.of(micro)})
+                    if self.flops:  # of this process, where several have the same rows
+                        part = self.engine.share[1] / self.engine.world
+                        progress.note({"flops": self.flops.of(micro) * part})
                 progress.step += 1
                 if self.ledger:
                     told = [name for batch in micro for name in batch.samples]
@@ -243,7 +244,8 @@ class _Loop:
                 f"step {self.progress.step + 1} has no labelled token; the mixture's conversations need an assistant's "
                 "turn, and it must not be masked"
             )
-        found: dict[str, float] = defaultdict(float)
+        found: dict[str, float] = defaultdict(float)  # of whole micro-batches
+        own: dict[str, float] = defaultdict(float)  # of the losses that this process has of them
         for number, batch in enumerate(micro):
             _check_spans(batch, number)
         for number, batch in enumerate(self.engine.level(micro)):
@@ -260,16 +262,16 @@ class _Loop:
                 found[f"table tokens {table}"] += int(batch.lengths[row])
             for row, adapter in enumerate(batch.route.adapters):
                 if counts[row]:
-                    found[f"sum {adapter or 'text'}"] += sums[row]
-                    found[f"count {adapter or 'text'}"] += counts[row]
+                    own[f"sum {adapter or 'text'}"] += sums[row]
+                    own[f"count {adapter or 'text'}"] += counts[row]
                 if not isfinite(sums[row]):
-                    found[f"bad {row_name(batch, number, row)}"] += 1
+                    own[f"bad {row_name(batch, number, row)}"] += 1
             if self.audit.watched:
                 for part in parts_reached(batch, [row for row, count in enumerate(counts) if count]):
-                    found[f"part {part}"] += 1
+                    own[f"part {part}"] += 1
         if self.stop.asked:
             found[f"asked {self.stop.asked}"] = 1
-        found = self.engine.totals(found)
+        found = self.engine.totals(found, own)
         by_route = {name: (found[f"sum {name}"], found[f"count {name}"]) for name in _under("sum ", found)}
         return _Outcome(
             loss=sum(total for total, _ in by_route.values()),

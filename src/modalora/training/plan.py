@@ -145,7 +145,7 @@ def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype
         if run.base_bits is not None:
             quantize(model, run.base_bits)
     if run.recompute:
-        recompute(model)
+        recompute(model)  # what is offloaded is counted all the same: it is in some memory
     trained = freeze(model, run.train)
     trained |= {f"objective.{name}": parameter for name, parameter in objective.named_parameters()}
     optimizer = Optimizer(trained, run.optim, run.steps)

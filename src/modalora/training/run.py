@@ -84,7 +84,7 @@ def _carry_out(
     for modality in run.whiten:
         _whiten_projectors(model, modality, run.train, make_mixture(run, context))
     if run.recompute:
-        recompute(model)
+        recompute(model, offload=run.recompute == "offload")
     if run.base_bits is not None:
         quantize(model, run.base_bits)
     # an engine of many processes moves what a process keeps
