@@ -55,7 +55,7 @@ def test_offloaded_inputs_leave_the_device_and_come_back_with_the_same_bits(
     def elsewhere(*, pin_memory: bool) -> saved_tensors_hooks:  # as from a GPU: tensors on a CPU are not copied
         return saved_tensors_hooks(lambda tensor: tensor.numpy(force=True).copy(), torch.from_numpy)
 
-    monkeypatch.setattr("modalora.models.recompute.save_on_cpu", elsewhere)
+    monkeypatch.setattr("modalora.nn.recompute.save_on_cpu", elsewhere)
     batch = make_batch(("text", "image"), words=40)
     found, gone = [], []
     for offload in (False, True):
