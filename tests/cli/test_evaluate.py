@@ -113,7 +113,7 @@ def test_without_a_text_ruler_says_what_it_leaves_out(run: Run, monkeypatch: pyt
         (("ruler", "--samples", "0"), "--samples 0 must be at least 1"),
         (("ruler", "--depths", "0.5"), "--depths is a setting of needle, which is not among the tasks"),
         (("needle", "--example"), "--example is a setting of ruler, which is not among the tasks"),
-        (("ruler", "--rope", "long"), "rope='long': this model has one rotary table alone"),
+        (("ruler", "--rope", "long"), "rope='long': this model has no long and short table"),
         (("perplexity", "--text", "no-such.txt"), "no-such.txt cannot be read as text"),
     ],
 )

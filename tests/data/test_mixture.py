@@ -331,7 +331,7 @@ def test_a_window_of_running_text_is_trained_on_whole(context: Context) -> None:
 @pytest.mark.parametrize(
     ("config", "told"),
     [
-        ({"source": "book"}, "unknown source 'book'; known are books, cells, digits, documents, files, .*pictures"),
+        ({"source": "book"}, "unknown source 'book'; known are books, .*documents, .*files, .*pictures"),
         ({"source": "pictures", "options": {"turn": 2}}, "source 'pictures' does not take these options: .*'turn'"),
         ({"source": "files", "options": {"file": "a"}}, "source 'files' does not take these options: .*'file'"),
     ],

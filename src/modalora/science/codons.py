@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from itertools import product
-from typing import Literal, get_args
 
 from modalora.contracts import IGNORED
 from modalora.errors import ConfigError, DataError
@@ -26,7 +25,7 @@ UNKNOWN_CODON, END_OF_TEXT = "NNN", "<|endoftext|>"
 IUPAC, COMPLEMENTS = "ACGTRYSWKMBDHVN", "TGCAYRSWMKVHDBN"
 _COMPLEMENT = str.maketrans(IUPAC, COMPLEMENTS)
 
-Partial = Literal["unknown", "drop", "refuse"]
+PARTIAL = ("unknown", "drop", "refuse")  # what becomes of a partial codon
 
 
 def clean(letters: str) -> str:
@@ -41,13 +40,13 @@ def clean(letters: str) -> str:
     return letters
 
 
-def encode(letters: str, *, partial: Partial = "unknown") -> list[int]:
+def encode(letters: str, *, partial: str = "unknown") -> list[int]:
     """Return the ids of a sequence, read from its first letter on.
 
     partial: what one or two letters behind the last whole codon become: NNN, nothing, or an error. Raises DataError.
     """
-    if partial not in get_args(Partial):
-        raise ConfigError(f"partial={partial!r} must be one of {', '.join(get_args(Partial))}")
+    if partial not in PARTIAL:
+        raise ConfigError(f"partial={partial!r} must be one of {', '.join(PARTIAL)}")
     letters = clean(letters)
     rest = len(letters) % 3
     if rest and partial == "refuse":
