@@ -37,9 +37,10 @@ from modalora.checkpoint.store import load_model, save_model
 from modalora.config import RunConfig, SearchConfig, load_run, parse
 from modalora.contracts import Batch, Route
 from modalora.evaluation.documents import make_documents, part_of_books
-from modalora.evaluation.needle import Document, answer_losses, fingerprint, measure_grid
+from modalora.evaluation.needle import Document, Grid, answer_losses, measure_grid, plain_document
 from modalora.longrope2.factors import Provenance, Stretch, read_factors, temperature_scale, write_factors
 from modalora.longrope2.judges import NeedleJudge
+from modalora.longrope2.pictures import draw_factors, draw_needles
 from modalora.longrope2.search import search
 from modalora.longrope2.space import space_of
 from modalora.models.multimodal import Multimodal
@@ -225,7 +226,7 @@ def running(tokenizer: TextTokenizer, options: argparse.Namespace, size: int, ro
         ids = tokenizer.encode(texts[number % len(texts)])
         start = int(rng.integers(0, len(ids) - TARGET))
         for at in range(start, start + TARGET, size):
-            found.append(whole(ids[at : at + size], number))
+            found.append(plain_document(ids[at : at + size], seed=number))
     return found
 
 
@@ -241,13 +242,8 @@ def guides(tokenizer: TextTokenizer, options: argparse.Namespace, plain: bool, s
     for number in range(16):
         ids = tokenizer.encode(texts[number % len(texts)])
         start = int(rng.integers(0, len(ids) - TARGET))
-        found.append(whole(ids[start : start + TARGET], number))
+        found.append(plain_document(ids[start : start + TARGET], seed=number))
     return found
-
-
-def whole(ids: Sequence[int], seed: int) -> Document:
-    own = tuple(ids)
-    return Document(own, tuple(range(1, len(own))), (), seed, fingerprint(own))
 
 
 def write(path: Path, fields: Any) -> None:
@@ -352,6 +348,23 @@ def cells(runs: Sequence[dict[str, Any]], mode: str, own: bool, found: float, bi
     return shown
 
 
+def draw(options: argparse.Namespace, premise: str) -> None:
+    """Write the curves of the divisors, and facts found by length and depth after training, of the first seed."""
+    folder, grids, curves = scores_folder(options, premise), {}, {}
+    for method, (_, regime, _) in ARMS.items():
+        if (file := folder / f"{method}-{options.seeds[0]}.json").exists():
+            run = json.loads(file.read_text())
+            grids[method] = Grid.from_json(run["after"]["grids"][regime])
+            curves[method] = run["rope"]["long_factor"]
+    if "longrope2" in curves:
+        factors, _ = read_factors(
+            options.output / "searches" / premise / f"longrope2-{options.seeds[0]}" / "factors.json"
+        )
+        first = factors.first_stretched
+        (folder / "factors.png").write_bytes(draw_factors(curves, STRETCH, factors.anchor, first))
+    (folder / "needles.png").write_bytes(draw_needles(grids, WINDOW))
+
+
 # ------------------------------------------------------------------------------------------------------- order
 
 
@@ -409,6 +422,7 @@ def main() -> None:
         carry_out(options, [(scores_folder(options, one[0]) / f"{one[1]}-{seed}.json", extend, one) for one in arms])
     for premise in options.premises:
         table(options, premise)
+        draw(options, premise)
         if (output / "searches" / premise / "longrope2-0" / "factors.json").exists():
             exported(options, premise)
 

@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--sample", type=int, default=0, help="plain passes to time; 0: make the whole plain search")
-    parser.add_argument("--lines", nargs="*", default=[line.name for line in LINES])
+    parser.add_argument("--lines", nargs="+", default=[line.name for line in LINES])
     given = parser.parse_args()
     assistant = modalora.load(str(given.model))
     model = assistant.model.eval()
