@@ -285,7 +285,7 @@ def told(values: Sequence[float], form: str = "{:.1f}") -> str:
     """Return a mean with its 95 % interval over seeds."""
     text = form.format(mean(values))
     if len(values) in STUDENT:
-        text += " ± " + form.format(STUDENT[len(values)] * stdev(values) / sqrt(len(values)))
+        text += " ± " + form.replace("+", "").format(STUDENT[len(values)] * stdev(values) / sqrt(len(values)))
     return text
 
 
