@@ -256,7 +256,7 @@ def test_ctrl_c_in_the_search_exits_with_130_and_keeps_what_was_judged(
         ({"guide": {"depth": [0]}}, "unknown key 'guide.depth'; did you mean 'depths'"),
     ],
 )
-def test_wrong_settings_are_told_with_exit_code_2(
+def test_wrong_settings_are_told_with_exit_code_2_and_nothing_is_written(
     place: Path, tmp_path: Path, run: Run, changes: dict[str, Any], told: str
 ) -> None:
     path = tmp_path / "recipe.yaml"
@@ -264,6 +264,7 @@ def test_wrong_settings_are_told_with_exit_code_2(
     code, _, err = run("extend", str(path))
     assert code == 2
     assert re.search(told, err), err
+    assert not (tmp_path / "out").exists()
 
 
 def test_recipes_of_one_kind_are_not_those_of_the_other(run: Run) -> None:

@@ -103,18 +103,18 @@ def _carry_out(
     folder = Path(config.output)
     _check_output(config, folder)
     _wait()  # until all have read what the first one now writes
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    work = _open(config, folder, device)
+    say(_critical(work.stretch))
+    guides, asked = _guides(work), _questions(work)  # and the training data: all before hours are spent
+    _check_training(work)
     with ExitStack() as stack:
         if _is_first():
             stack.enter_context(locked(folder))
             draft = folder / f".{SETTINGS}.draft"
             draft.write_text(dump(config), encoding="utf-8")
             draft.replace(folder / SETTINGS)
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        work = _open(config, folder, device)
-        say(_critical(work.stretch))
-        guides, asked = _guides(work), _questions(work)  # and the training data: all before hours are spent
-        _check_training(work)
         factors, outcome = _search(work, guides, say)
         trained = _train(work, factors, say, report)
         if not _is_first():
