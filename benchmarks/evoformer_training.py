@@ -22,10 +22,7 @@ parity: the same training with each attention backend, losses compared step by s
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
-import subprocess
-import sys
 import tarfile
 import time
 import warnings
@@ -37,6 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from modalora.data.genomes import fetch_archive
 from modalora.science.evoformer import Evoformer, EvoformerConfig
 from modalora.science.tasks import (
     AMINO_ACIDS,
@@ -51,8 +49,6 @@ from modalora.science.tasks import (
     letters,
 )
 
-ARCHIVE, VERSION = "biopython-1.88.tar.gz", "1.88"
-SHA256 = "9aaa31c0bda4d059f7b2ee00bfdb5cbb73ade3057aa4b737a7cc0187091d071a"
 ALIGNMENTS = {"globins": "Stockholm/globins45.ali", "cyclins": "Stockholm/pfam8.seed.txt"}
 CHAINS = (
     *("1A8O.cif A", "1A7G.cif E", "1LCD.cif A", "2OFG.cif X", "4CUP.cif A", "1GBT.cif A", "4ZHL.cif U", "6WQA.cif A"),
@@ -82,19 +78,6 @@ SIZES = EvoformerConfig(
 # ------------------------------------------------------------------------------------------------------------ the data
 
 
-def archive(cache: Path) -> Path:
-    """Return Biopython's source archive, taken from the package index if it is not there."""
-    path = cache / ARCHIVE
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        ask = ["download", "-q", "--no-deps", "--no-binary", ":all:", f"biopython=={VERSION}", "-d", str(cache)]
-        subprocess.run([sys.executable, "-m", "pip", *ask], check=True)
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != SHA256:
-        sys.exit(f"{path} has SHA-256 {found}, not {SHA256}; delete it and start again")
-    return path
-
-
 def unpack(path: Path, names: Sequence[str]) -> dict[str, Path]:
     """Return where these test files are, once out of the archive."""
     folder = path.parent / "tests"
@@ -103,7 +86,7 @@ def unpack(path: Path, names: Sequence[str]) -> dict[str, Path]:
         with tarfile.open(path) as whole:
             for name, file in found.items():
                 file.parent.mkdir(parents=True, exist_ok=True)
-                member = whole.extractfile(f"biopython-{VERSION}/Tests/{name}")
+                member = whole.extractfile(f"{path.name.removesuffix('.tar.gz')}/Tests/{name}")
                 file.write_bytes(member.read())
     return found
 
@@ -504,7 +487,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    path = archive(asked.cache)
+    path = fetch_archive(asked.cache)
     if asked.task in ("parity", "all"):
         parity_task(path, min(asked.steps, 40))
     if asked.task in ("letters", "all"):

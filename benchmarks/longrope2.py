@@ -38,7 +38,7 @@ from modalora.config import RunConfig, SearchConfig, load_run, parse
 from modalora.contracts import Batch, Route
 from modalora.evaluation.documents import make_documents, part_of_books
 from modalora.evaluation.needle import Document, Grid, answer_losses, measure_grid, plain_document
-from modalora.longrope2.factors import Provenance, Stretch, read_factors, temperature_scale, write_factors
+from modalora.longrope2.factors import Provenance, Stretch, Temperature, read_factors, temperature_scale, write_factors
 from modalora.longrope2.judges import NeedleJudge
 from modalora.longrope2.pictures import draw_factors, draw_needles
 from modalora.longrope2.search import search
@@ -73,7 +73,7 @@ SEARCHED = {  # what is searched for, and whether the perplexity of whole docume
     "longrope2-plain": (SearchConfig(**SIZE), True),
 }
 # method -> (factors, which rows the long table serves, temperature)
-ARMS: dict[str, tuple[str, Regime, str]] = {
+ARMS: dict[str, tuple[str, Regime, Temperature]] = {
     **{name: (name, "long", "su") for name in GIVEN},
     "longrope": ("longrope", "long", "su"),
     "longrope2-unmixed": ("longrope2", "long", "su"),
@@ -178,7 +178,7 @@ def rope_of(options: argparse.Namespace, premise: str, method: str, seed: int) -
         own = 0 if options.one_search else seed
         factors, _ = read_factors(options.output / "searches" / premise / f"{name}-{own}" / "factors.json")
         long = factors.long
-    scale = temperature_scale(temperature, STRETCH.ratio, WINDOW)  # type: ignore[arg-type]
+    scale = temperature_scale(temperature, STRETCH.ratio, WINDOW)
     return LongRope(
         short_factor=(1.0,) * len(long), long_factor=long, theta=THETA, window=TARGET, original_window=WINDOW,
         mscale=(1.0, scale), regime=regime,

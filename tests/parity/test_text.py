@@ -67,7 +67,9 @@ def test_decoding_across_the_switch_equals_a_fresh_prefill(case: int, rng: np.ra
     logits = ours.read(text(ids[:, : window - 6]), cache)
     for length in range(window - 6, window + 12):
         torch.testing.assert_close(logits, reference(input_ids=ids[:, :length]).logits[:, -1], **TOLERANCE)
-        if ours.is_long(length + 1) != ours.is_long(length):  # what the engine does: the cache was rotated otherwise
+        if ours.table_number(length + 1) != ours.table_number(
+            length
+        ):  # what the engine does: the cache was rotated otherwise
             cache = ours.new_cache(1)
             logits = ours.read(text(ids[:, : length + 1]), cache)
         else:

@@ -183,6 +183,25 @@ def _find(folder: Path, cache: Path, name: str) -> Path:
     return found[0]
 
 
+def fetch_archive(folder: Path) -> Path:
+    """Return Biopython's source archive in a folder, brought there through pip if it is not there yet.
+
+    Raises WorkError when pip fails or the bytes are not the known ones.
+    """
+    if not (found := list(folder.glob("biopython-*.tar.gz"))):
+        command = [
+            sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "-d", str(folder), ARCHIVE
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = list(folder.glob("biopython-*.tar.gz"))
+        if done.returncode or not found:
+            raise WorkError(f"pip could not fetch {ARCHIVE}: {done.stderr[-500:].strip()}; try again with a network")
+    (archive,) = found
+    if hashlib.sha256(archive.read_bytes()).hexdigest() != ARCHIVE_SHA256:
+        raise WorkError(f"{archive} has not the sha256 {ARCHIVE_SHA256} and is not used; delete it and try again")
+    return archive
+
+
 def fetch_genomes(cache: Path) -> list[Path]:
     """Put the files of Biopython's source archive into cache/genomes and return them: 20 MB through pip, once.
 
@@ -193,14 +212,7 @@ def fetch_genomes(cache: Path) -> list[Path]:
     if all(path.is_file() for path in wanted):
         return wanted
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "-d", folder, ARCHIVE]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        archives = list(Path(folder).glob("*.tar.gz"))
-        if done.returncode or not archives:
-            raise WorkError(f"pip could not fetch {ARCHIVE}: {done.stderr[-500:].strip()}; try again with a network")
-        (archive,) = archives
-        if hashlib.sha256(archive.read_bytes()).hexdigest() != ARCHIVE_SHA256:
-            raise WorkError(f"{archive.name} has not the sha256 {ARCHIVE_SHA256}; it is not used")
+        archive = fetch_archive(Path(folder))
         target.mkdir(parents=True, exist_ok=True)
         with tarfile.open(archive) as held:
             for member in held:

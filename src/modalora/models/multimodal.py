@@ -237,10 +237,6 @@ class Multimodal(nn.Module):
         step = self._step(torch.ones_like(ids), route, lengths, cache)
         return self.decoder.head(self.decoder(self.decoder.embed(ids[:, None]), step)[:, 0])
 
-    def is_long(self, length: int) -> bool:
-        """Tell whether a row of this length uses the rotary table for long windows."""
-        return is_long(self.config.decoder.rope, [length])[0]
-
     def table_number(self, length: int) -> int:
         """Return which of the model's rotary tables a row of this length uses."""
         return table_number(self.config.decoder.rope, length)

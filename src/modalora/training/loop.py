@@ -257,8 +257,8 @@ class _Loop:
             found["tokens"] += int(batch.lengths.sum())
             sums, counts = _by_row(batch, losses)
             for row, table in enumerate(row_tables(self.model, batch)):
-                found[f"table sum {table}"] += sums[row]
-                found[f"table count {table}"] += counts[row]
+                own[f"table sum {table}"] += sums[row]
+                own[f"table count {table}"] += counts[row]
                 found[f"table tokens {table}"] += int(batch.lengths[row])
             for row, adapter in enumerate(batch.route.adapters):
                 if counts[row]:
