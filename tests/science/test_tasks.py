@@ -8,6 +8,7 @@ from math import log
 import pytest
 import torch
 
+from modalora.nn import blockwise
 from modalora.science.evoformer import Evoformer, tiny
 from modalora.science.tasks import (
     ALPHABET,
@@ -74,7 +75,8 @@ def test_seven_of_ten_chosen_letters_are_hidden_and_no_other_changes() -> None:
     assert (drawn == alike[chosen]).float().mean() == pytest.approx(0.2 + 0.1 / 20, abs=0.02)
 
 
-def test_a_stack_learns_an_alignment_the_same_with_exact_attention_in_tiles() -> None:
+def test_a_stack_learns_an_alignment_the_same_with_exact_attention_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blockwise, "TILE", 8)  # twelve residues are two tiles
     curves = []
     for backend in ("eager", "blockwise"):
         torch.manual_seed(0)
