@@ -130,9 +130,13 @@ def test_a_tile_is_a_part_of_the_whole_mask() -> None:
         whole = mask.dense(20, 30, torch.device("cpu"), HEADS)
         for row in (0, 1):
             for start, stop in ((0, 20), (5, 9), (12, 20)):
-                first, last, pairs = mask.tile(row, start, stop, 30, HEADS, torch.device("cpu"))
+                first, common, last = mask.tile(row, start, stop, 30)
                 part = torch.zeros(HEADS, stop - start, 30, dtype=torch.bool)
-                part[:, :, first:last] = True if pairs is None else pairs[0]
+                part[:, :, first:common] = True
+                if last > common:
+                    seen = mask.pairs(row, slice(start, stop), slice(common, last), HEADS, torch.device("cpu"))
+                    assert seen is not None
+                    part[:, :, common:last] = seen[0]
                 told = torch.ones(1, 1, 20, 30, dtype=torch.bool) if whole is None else whole
                 told = told.expand(-1, HEADS, 20, -1)[row % len(told), :, start:stop]
                 assert torch.equal(part, told)

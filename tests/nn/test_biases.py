@@ -352,7 +352,13 @@ def test_the_size_of_tiles_is_seen_in_rounding_alone(monkeypatch: pytest.MonkeyP
     assert max(distance(found[name], told[name]) for name in told) < 1e-13
 
 
-def test_blockwise_holds_no_scores_and_twice_the_length_is_twice_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "mask",
+    [Mask(), Mask(causal=True), Mask(causal=True, window=40), Mask(causal=True, blocks=BlockSparse(block=8, local=2))],
+)
+def test_blockwise_holds_no_scores_and_twice_the_length_is_twice_the_memory(
+    mask: Mask, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(blockwise, "BYTES", 2**13)  # at its 1.5 MB, lengths as small as these would be one tile
     monkeypatch.setattr(blockwise, "MOST", 2**15)
     peaks = []
@@ -365,7 +371,7 @@ def test_blockwise_holds_no_scores_and_twice_the_length_is_twice_the_memory(monk
             meter.hold(tensor)
         biases = 2 * 4 * pair_bias.numel()
         with meter:
-            out = attend(q, k, v, mask=Mask(), key_bias=key_bias, pair_bias=pair_bias, backend="blockwise")
+            out = attend(q, k, v, mask=mask, key_bias=key_bias, pair_bias=pair_bias, backend="blockwise")
             torch.autograd.grad(out, given, upstream)
         peaks.append(meter.peak - biases)
     scores = 4 * 4 * 2 * 512**2
@@ -439,3 +445,16 @@ def test_rows_end_to_end_and_padded_rows_have_their_parts_of_the_biases(backend:
     told, top = attend(own, own, own, mask=Mask(), key_bias=key_bias[:, :6], return_lse=True, backend="eager")
     torch.testing.assert_close(out[:, :6], told, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(lse[:, :6], top, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_what_tiles_of_a_causal_row_may_see_grows_with_its_length(window: int | None) -> None:
+    peaks = []
+    for length in (4096, 8192):
+        given = [torch.randn(1, length, 1, 8, requires_grad=True) for _ in range(3)]
+        with Meter(FakeTensorMode()) as meter:
+            out = attend(*given, mask=Mask(causal=True, window=window), backend="blockwise")
+            torch.autograd.grad(out, given, torch.ones_like(out))
+        peaks.append(meter.peak)
+    # tiles are of as many logits at both lengths; pairs of bool, kept for all of them, would be 8 and 32 MB
+    assert peaks[1] - peaks[0] < 2**22

@@ -14,6 +14,7 @@ from modalora.contracts import Route
 from modalora.errors import CheckpointError, ConfigError, InputError
 from modalora.models.multimodal import ModelConfig, Multimodal, part_of
 from modalora.models.sizes import nano, phi4_multimodal, tiny
+from modalora.nn import blockwise, loss, shown
 from modalora.training.optimizer import freeze
 from modalora.training.plan import estimate, plan_reading, plan_run, plan_step, shaped_batch
 
@@ -60,6 +61,20 @@ def test_what_lives_in_a_step_is_what_an_allocator_counts() -> None:
     # both count gradients and what the step holds; kernels take scratch space of their own, which only one sees
     told = plan.step + plan.gradients
     assert 0.9 < told / peak < 1.1
+
+
+@pytest.mark.parametrize("rows", [["text=700"], ["text=700", "text=90", "text=1"]])
+def test_a_few_tiles_stand_for_all(rows: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name, value in ((blockwise, "TILE", 64), (blockwise, "BYTES", 2**12), (blockwise, "MOST", 2**14)):
+        monkeypatch.setattr(module, name, value)  # many tiles of so few tokens
+    monkeypatch.setattr(loss, "TOKENS", 64)
+    run, batch = run_of(train=["decoder"]), shaped_batch(tiny(), rows, len(rows))
+    few = plan_step(tiny(), run, [batch])
+    monkeypatch.setattr(shown, "SHOWN", 10**9)
+    every = plan_step(tiny(), run, [batch])
+    # all but the part of tiles that autograd frees at other moments
+    assert few.peak == pytest.approx(every.peak, rel=0.002)
+    assert few.flops == pytest.approx(every.flops, rel=0.002)  # the last tokens of a loss are filled up to eight
 
 
 def test_a_longer_row_needs_more_and_recognises_media() -> None:

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from modalora.nn.call import Call, Found
 from modalora.nn.mask import Mask
+from modalora.nn.shown import pieces
 
 TILE = 768  # queries of the heads that share a key head: the logits of a tile stay in the cache of a core
 BYTES = 3 * 2**19  # of logits in a tile; more key heads and rows go together where there are fewer
@@ -47,11 +48,11 @@ class _Blockwise(torch.autograd.Function):
     ) -> Found:
         out = q.new_zeros(q.shape)
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=_exact(q)) if wants_lse else None
-        for part in _parts(q, k, pair_bias, mask):
+        for part in pieces(q, _parts(q, k, pair_bias, mask), _Part.work):
             keys, values = part.of_keys(k), part.of_keys(v)
-            for tile in part.tiles:
-                logits = _logits(part.of_queries(q, tile) * scale, keys, part, tile, key_bias, pair_bias)
-                weights = _softmax(logits, key_bias is not None or pair_bias is not None or tile.pairs is not None)
+            for tile in pieces(q, part.tiles, _Tile.pairs):
+                logits = _logits(part.of_queries(q, tile) * scale, keys, part, tile, mask, key_bias, pair_bias)
+                weights = _softmax(logits, key_bias is not None or pair_bias is not None or not tile.is_whole)
                 found = torch.bmm(weights, values[:, tile.keys])
                 out[part.rows, tile.queries, part.heads] = part.by_head(found, tile).transpose(1, 2)
                 if lse is not None:
@@ -73,13 +74,13 @@ class _Blockwise(torch.autograd.Function):
         to_q, to_k, to_v = q.new_zeros(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
         to_key = key_bias.new_zeros(key_bias.shape, dtype=exact) if wants_key else None
         to_pair = pair_bias.new_zeros(pair_bias.shape, dtype=exact) if wants_pair else None
-        for part in _parts(q, k, pair_bias, mask):
+        for part in pieces(q, _parts(q, k, pair_bias, mask), _Part.work):
             keys, values = part.of_keys(k), part.of_keys(v)
             sums = keys.new_zeros((2, *keys.shape), dtype=exact)  # of tiles, for keys and values
-            for tile in part.tiles:
+            for tile in pieces(q, part.tiles, _Tile.pairs):
                 own = part.of_queries(q, tile) * scale
-                logits = _logits(own, keys, part, tile, key_bias, pair_bias)
-                weights = _softmax(logits, key_bias is not None or pair_bias is not None or tile.pairs is not None)
+                logits = _logits(own, keys, part, tile, mask, key_bias, pair_bias)
+                weights = _softmax(logits, key_bias is not None or pair_bias is not None or not tile.is_whole)
                 del logits
                 given = part.of_queries(to_out, tile)
                 sums[1, :, tile.keys] += torch.bmm(weights.transpose(1, 2), given)
@@ -110,11 +111,19 @@ def _exact(x: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True, slots=True)
 class _Tile:
-    """Some queries, the keys that they see, and the visible pairs, (1, 1 or heads, queries, keys); None: all."""
+    """Some queries, the keys that they see, and those among the last of these that not every query sees."""
 
     queries: slice
     keys: slice
-    pairs: Tensor | None
+    partial: slice
+
+    @property
+    def is_whole(self) -> bool:
+        return self.partial.start == self.partial.stop
+
+    def pairs(self) -> int:
+        """Logits of one head."""
+        return int((self.queries.stop - self.queries.start) * (self.keys.stop - self.keys.start))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +134,16 @@ class _Part:
     pair: int
     groups: slice
     heads: slice
+    of: int  # heads in all
     tiles: list[_Tile]
 
     @property
     def count(self) -> int:
         return self.rows.stop - self.rows.start
+
+    def work(self) -> int:
+        """Logits of the part."""
+        return self.count * (self.heads.stop - self.heads.start) * sum(tile.pairs() for tile in self.tiles)
 
     def of_keys(self, x: Tensor) -> Tensor:
         """Return (rows x key heads, keys, head_dim) of (rows, keys, kv_heads, head_dim)."""
@@ -161,21 +175,21 @@ def _parts(q: Tensor, k: Tensor, pair_bias: Tensor | None, mask: Mask) -> Iterat
             for first in range(0, groups, together):
                 last = min(first + together, groups)
                 own = slice(row, min(row + at_once, start + share))
-                yield _Part(own, start // share, slice(first, last), slice(first * group, last * group), tiles)
+                yield _Part(own, start // share, slice(first, last), slice(first * group, last * group), heads, tiles)
 
 
 def _tiles(mask: Mask, row: int, length: int, q: Tensor, keys: int) -> list[_Tile]:
-    tiles, (_, time, heads, _) = [], q.shape
+    tiles, time = [], q.shape[1]
     for start in range(0, time, length):
         stop = min(start + length, time)
-        first, last, pairs = mask.tile(row, start, stop, keys, heads, q.device)
+        first, common, last = mask.tile(row, start, stop, keys)
         if last > first:
-            tiles.append(_Tile(slice(start, stop), slice(first, last), pairs))
+            tiles.append(_Tile(slice(start, stop), slice(first, last), slice(common, last)))
     return tiles
 
 
 def _logits(
-    q: Tensor, keys: Tensor, part: _Part, tile: _Tile, key_bias: Tensor | None, pair_bias: Tensor | None
+    q: Tensor, keys: Tensor, part: _Part, tile: _Tile, mask: Mask, key_bias: Tensor | None, pair_bias: Tensor | None
 ) -> Tensor:
     """Return the logits of one tile, (rows x key heads, group x queries, keys)."""
     logits = torch.bmm(q, keys[:, tile.keys].transpose(1, 2))
@@ -184,8 +198,12 @@ def _logits(
         pairs += pair_bias[part.pair, part.heads, tile.queries, tile.keys]
     if key_bias is not None:
         pairs += key_bias[part.rows, None, None, tile.keys]
-    if tile.pairs is not None:
-        pairs.masked_fill_(~(tile.pairs if tile.pairs.shape[1] == 1 else tile.pairs[:, part.heads]), -torch.inf)
+    if not tile.is_whole:
+        # made where it is used: the pairs of all tiles together would grow with the square of the length
+        seen = mask.pairs(part.rows.start, tile.queries, tile.partial, part.of, q.device)
+        assert seen is not None
+        partial = pairs[..., tile.partial.start - tile.keys.start :]
+        partial.masked_fill_(~(seen if seen.shape[1] == 1 else seen[:, part.heads]), -torch.inf)
     return logits
 
 

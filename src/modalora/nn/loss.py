@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from modalora.errors import ShapeError
+from modalora.nn.shown import pieces
 
 BUDGET, GPU_BUDGET = 2**22, 2**29  # bytes of a block of logits: a CPU wants it in its cache, a GPU large products
 EVEN = 8  # rows of a product on a CPU: 511 take a third longer than 512
@@ -139,19 +140,21 @@ def _even(rows: Tensor) -> Tensor:
 
 
 def _token_chunks(hidden: Tensor) -> Iterator[slice]:
-    for start in range(0, len(hidden), TOKENS):
-        yield slice(start, min(start + TOKENS, len(hidden)))
+    return _slices(hidden, len(hidden), TOKENS)
 
 
 def _word_blocks(weight: Tensor, states: Tensor) -> Iterator[slice]:
     budget = BUDGET if weight.device.type == "cpu" else GPU_BUDGET
     count = max(WORDS, budget // (len(states) * states.dtype.itemsize) // WORDS * WORDS)
-    for start in range(0, len(weight), count):
-        yield slice(start, min(start + count, len(weight)))
+    return _slices(states, len(weight), count)
 
 
 def _in_cache(logits: Tensor) -> Iterator[slice]:
     """Give rows of a block, so few on a CPU that all that is done to their float32 copy finds it in the cache."""
     count = max(1, CACHED // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-    for start in range(0, len(logits), count):
-        yield slice(start, start + count)
+    return _slices(logits, len(logits), count)
+
+
+def _slices(of: Tensor, length: int, count: int) -> Iterator[slice]:
+    parts = (slice(start, min(start + count, length)) for start in range(0, length, count))
+    return pieces(of, parts, lambda part: part.stop - part.start)

@@ -66,27 +66,29 @@ class Mask:
             position = position + self.offsets[:, None]
         return self._seen(position, torch.arange(keys, device=device), heads)
 
-    def tile(
-        self, row: int, start: int, stop: int, keys: int, heads: int, device: torch.device
-    ) -> tuple[int, int, Tensor | None]:
-        """Return which keys the queries start .. stop of a row may see: the first, the last + 1, and among these the
-        visible pairs as bool, (1, 1 or heads, stop - start, keys), or None when every pair is.
-        """
+    def tile(self, row: int, start: int, stop: int, keys: int) -> tuple[int, int, int]:
+        """Return which keys the queries start .. stop of a row may see: the first, from where on not every query sees
+        every key, and the last + 1."""
         offset = 0 if self.offsets is None else int(self.offsets[row])
         last = keys if self.lengths is None else min(keys, int(self.lengths[row]))
-        first = 0
-        whole = self.blocks is None
+        first, common = 0, last
         if self.causal:
             last = min(last, offset + stop)
-            whole = whole and last <= offset + start + 1
+            common = min(last, offset + start + 1)
         if self.window is not None:
             first = max(0, offset + start - self.window + 1)
-            whole = whole and first >= offset + stop - self.window
-        if whole or last <= first:
-            return first, max(first, last), None
-        at, position = (torch.arange(*ends, device=device) for ends in ((first, last), (offset + start, offset + stop)))
-        rule = Mask(causal=self.causal, window=self.window, blocks=self.blocks)
-        return first, last, rule._seen(position[None], at, heads)
+            if first < offset + stop - self.window:
+                common = first
+        if self.blocks is not None:
+            common = first
+        return first, max(first, common), max(first, last)
+
+    def pairs(self, row: int, queries: slice, keys: slice, heads: int, device: torch.device) -> Tensor | None:
+        """Return the visible pairs of some queries and keys of a row as bool, (1, 1 or heads, queries, keys)."""
+        offset = 0 if self.offsets is None else int(self.offsets[row])
+        position = torch.arange(offset + queries.start, offset + queries.stop, device=device)
+        at = torch.arange(keys.start, keys.stop, device=device)
+        return Mask(causal=self.causal, window=self.window, blocks=self.blocks)._seen(position[None], at, heads)
 
     def _seen(self, position: Tensor, at: Tensor, heads: int) -> Tensor | None:
         seen: Tensor | None = None

@@ -41,6 +41,7 @@ from modalora.models.recompute import recompute
 from modalora.models.router import route
 from modalora.models.sizes import SIZES
 from modalora.nn.lora import LoraConfig
+from modalora.nn.shown import factor
 from modalora.parallel.engine import step_and_clear
 from modalora.quantize import quantize
 from modalora.training.objectives import OBJECTIVES
@@ -120,7 +121,7 @@ class Meter(TorchDispatchMode):
         out = operation(*args, **kwargs)
         formula = flop_registry.get(operation._overloadpacket)
         if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=out)
+            self.flops += round(formula(*args, **kwargs, out_val=out) * factor())
         for tensor in _tensors((out,)):
             self.hold(tensor)
         return out
