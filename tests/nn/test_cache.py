@@ -53,3 +53,18 @@ def test_values_may_be_selected_before_every_layer_has_written() -> None:
     cache.select([1])
     keys, _ = cache.write(1, numbered(1, 1, 5), numbered(1, 1, 5))
     assert keys.shape == (1, 1, 2, 4)
+
+
+def test_rows_put_from_another_cache_go_on_as_they_would_there() -> None:
+    cache, other = KVCache(layers=1, batch=3), KVCache(layers=1, batch=2)
+    cache.write(0, numbered(3, 4, 0), numbered(3, 4, 0))
+    cache.advance(torch.tensor([4, 2, 3]))
+    other.write(0, numbered(2, 90, 100), -numbered(2, 90, 100))  # more than the first has room for
+    other.advance(torch.tensor([1, 90]))
+    cache.put([2, 0], other)
+    assert cache.lengths.tolist() == [90, 2, 1]
+    keys, values = cache.write(0, numbered(3, 1, 500), numbered(3, 1, 500))
+    assert keys[0, :, 0, 0].tolist() == [*range(190, 280), 500]
+    assert keys[1, :3, 0, 0].tolist() == [4, 5, 501]
+    assert keys[2, :2, 0, 0].tolist() == [100, 502]
+    assert values[0, :90, 0, 0].tolist() == [-number for number in range(190, 280)]

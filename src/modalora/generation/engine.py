@@ -96,13 +96,15 @@ def generate(
         if len(going) < len(rows):
             cache.select(going)
             rows = [rows[place] for place in going]
-        if reach is not None:
-            logits = model.read_next(chosen[going], batch.route.select(rows), cache, [reach[row] for row in rows])
-        elif any(_outgrows(model, len(prompts[row]) + len(new[row])) for row in rows):
-            cache = model.new_cache(len(rows))
-            logits = model.read(_extended(batch.select(rows), [prompts[row] + new[row] for row in rows]), cache)
-        else:
-            logits = model.read_next(chosen[going], batch.route.select(rows), cache)
+        planned = None if reach is None else [reach[row] for row in rows]
+        logits = model.read_next(chosen[going], batch.route.select(rows), cache, planned)
+        lengths = [len(prompts[row]) + len(new[row]) for row in rows]
+        crossing = [] if planned else [place for place, length in enumerate(lengths) if _outgrows(model, length)]
+        if crossing:  # what was just computed for these rows is replaced
+            own = [rows[place] for place in crossing]
+            again = model.new_cache(len(own))
+            logits[crossing] = model.read(_extended(batch.select(own), [prompts[row] + new[row] for row in own]), again)
+            cache.put(crossing, again)
 
 
 def _outgrows(model: Reader, length: int) -> bool:

@@ -58,6 +58,16 @@ class KVCache:
         self._keys = [None if x is None else x[index] for x in self._keys]
         self._values = [None if x is None else x[index] for x in self._values]
 
+    def put(self, rows: Sequence[int], other: KVCache) -> None:
+        """Let these rows hold what the rows of another cache hold, in order, instead of what they did."""
+        index, end = torch.tensor(list(rows), device=self._lengths.device), int(other._lengths.max())
+        for mine, theirs in ((self._keys, other._keys), (self._values, other._values)):
+            for layer, (own, new) in enumerate(zip(mine, theirs, strict=True)):
+                if own is not None and new is not None:
+                    mine[layer] = own = self._reserve(own, own.transpose(1, 2), end)
+                    own[index, :, :end] = new[:, :, :end]
+        self._lengths = self._lengths.index_copy(0, index, other._lengths)
+
     @staticmethod
     def _reserve(held: Tensor | None, new: Tensor, end: int) -> Tensor:
         if held is not None and held.shape[2] >= end:
