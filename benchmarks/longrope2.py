@@ -302,7 +302,7 @@ def lowest(found: dict[str, Any], regime: str, length: int) -> float:
 BEYOND = tuple(length for length in LENGTHS if length > WINDOW)
 COLUMNS = (
     "method (seeds)", *(f"found at {length}, %" for length in BEYOND), f"worst depth of {TARGET}",
-    f"{TARGET} before training", f"found at {WINDOW}, % of base", f"bits at {WINDOW}, % of base",
+    f"{TARGET} before training", f"found at {WINDOW}, % of base", f"perplexity at {WINDOW}, % kept",
     f"bits, {TARGET} less {WINDOW}",
 )  # fmt: skip
 
@@ -344,7 +344,7 @@ def cells(runs: Sequence[dict[str, Any]], mode: str, own: bool, found: float, bi
     if not own:
         return [*shown, "", ""]
     short, long = ([one["bits"][str(size)] for one in after] for size in (WINDOW, TARGET))
-    shown.append(told([100 * value / bits for value in short], "{:.2f}"))
+    shown.append(told([100 * 2 ** (bits - value) for value in short], "{:.2f}"))
     shown.append(told([one - other for one, other in zip(long, short, strict=True)], "{:+.3f}"))
     return shown
 
