@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from typer.testing import CliRunner
 
 from modalora.cli.main import app
@@ -75,6 +76,33 @@ def test_a_few_tiles_stand_for_all(rows: list[str], monkeypatch: pytest.MonkeyPa
     # all but the part of tiles that autograd frees at other moments
     assert few.peak == pytest.approx(every.peak, rel=0.002)
     assert few.flops == pytest.approx(every.flops, rel=0.002)  # the last tokens of a loss are filled up to eight
+
+
+@pytest.mark.parametrize("ring", [1, 2])
+def test_processes_that_share_tokens_share_what_a_step_holds(ring: int) -> None:
+    batch = shaped_batch(nano(), ["text=900"], 2)
+    one, two, four = (
+        plan_step(nano(), run_of(train=["decoder"], precision="fp32", mesh=mesh), [batch])
+        for mesh in ({}, {"sequence": 2, "ring": ring}, {"sequence": 4, "ring": ring})
+    )
+    # of the activations half and a quarter; chunks of the loss and tiles of attention are no smaller
+    assert 0.4 < two.step / one.step < 0.6
+    assert 0.15 < four.step / one.step < 0.35
+    assert one.weights == two.weights == four.weights
+    if ring == 1:  # a ring computes attention once more
+        assert two.flops == pytest.approx(one.flops, rel=0.01)
+    assert not dist.is_initialized()
+
+
+def test_a_mesh_that_cannot_be_planned_is_refused() -> None:
+    batch = shaped_batch(tiny(), ["text=30"], 2)
+    with pytest.raises(ConfigError, match="mesh.tensor=2 is not planned; plan without it"):
+        plan_step(tiny(), run_of(mesh={"tensor": 2}), [batch])
+    run = run_of(mesh={"sequence": 2})
+    plan = plan_step(tiny(), run, [batch])
+    with pytest.raises(ConfigError, match="plan for a multiple of so many, --count 2"):
+        estimate(plan, run, "h100", 3, 0.4, 0)
+    assert estimate(plan, run, "h100", 4, 0.4, 0).memory < plan.peak
 
 
 def test_a_longer_row_needs_more_and_recognises_media() -> None:

@@ -16,6 +16,7 @@ import time
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import cycle, islice
@@ -23,9 +24,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
@@ -33,7 +36,7 @@ from torch.utils.flop_counter import flop_registry
 from modalora import modality
 from modalora.assistant import find_model
 from modalora.checkpoint.store import describe, read_card
-from modalora.config import MediaConfig, RunConfig
+from modalora.config import MediaConfig, MeshConfig, RunConfig
 from modalora.contracts import IGNORED, Batch, Media, Route
 from modalora.errors import CheckpointError, ConfigError, InputError
 from modalora.models.multimodal import ModelConfig, Multimodal, parameter_counts, part_of
@@ -43,6 +46,7 @@ from modalora.models.sizes import SIZES
 from modalora.nn.lora import LoraConfig
 from modalora.nn.shown import factor
 from modalora.parallel.engine import step_and_clear
+from modalora.parallel.sequence import split_tokens
 from modalora.quantize import quantize
 from modalora.training.objectives import OBJECTIVES
 from modalora.training.optimizer import Optimizer, freeze
@@ -63,7 +67,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What one training step needs. Sizes in bytes; step: what lives beside weights, gradients and optimiser."""
+    """What one training step needs. Sizes in bytes; step: what lives beside weights, gradients and optimiser.
+
+    Where processes share tokens (mesh.sequence), step and peak are of one of them, and flops of all.
+    """
 
     parts: tuple[Part, ...]
     rows: int
@@ -153,7 +160,7 @@ def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype
     optimizer.set_rate(0)
     model.train()
     labels = sum(_labels(batch) for batch in micro)
-    with Meter(fake) as meter:
+    with _shared(model, run.mesh), Meter(fake) as meter:
         for tensor in [*model.parameters(), *model.buffers(), *objective.parameters()]:
             meter.hold(tensor)
         weights = meter.now
@@ -183,8 +190,27 @@ def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype
         optimizer=total_states,
         step=meter.peak - weights - total_gradients - total_states,
         peak=meter.peak,
-        flops=meter.flops * len(micro) // min(2, len(micro)),
+        flops=meter.flops * len(micro) // min(2, len(micro)) * run.mesh.sequence,
     )
+
+
+@contextmanager
+def _shared(model: Multimodal, mesh: MeshConfig) -> Iterator[None]:
+    """Let a model share tokens with processes that are not there: what these would send is of no numbers anyway."""
+    if mesh.tensor > 1:
+        raise ConfigError(f"mesh.tensor={mesh.tensor} is not planned; plan without it (mesh.tensor=1)")
+    if mesh.sequence == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=mesh.sequence, store=FakeStore())
+    try:
+        places = init_device_mesh("cpu", (mesh.ring, mesh.sequence // mesh.ring), mesh_dim_names=("ring", "heads"))
+        split_tokens(model, places["ring"], places["heads"])
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def shaped_batch(config: ModelConfig, shapes: Sequence[str], rows: int, limits: MediaConfig | None = None) -> Batch:
@@ -323,8 +349,14 @@ def estimate(plan: Plan, run: RunConfig, machine: str, count: int, share: float,
     """Return what a planned run takes on `count` machines of a kind, "this" or a name of MACHINES.
 
     share: of a GPU's peak rate that a step reaches; this machine's rate is measured. Under FSDP weights, gradients and
-    optimiser are shared evenly, and the step itself, told by the rows of one process, is not.
+    optimiser are shared evenly, and the step itself, told by the rows of one process, is not. Raises ConfigError where
+    so many machines cannot share the tokens as the run says.
     """
+    if count % run.mesh.sequence:
+        raise ConfigError(
+            f"mesh.sequence={run.mesh.sequence} processes share the tokens of a row; plan for a multiple of so many, "
+            f"--count {run.mesh.sequence}"
+        )
     shared = plan.weights + plan.gradients + plan.optimizer
     memory = plan.step + shared // count
     one = machine_rate(machine, run.precision, share)
