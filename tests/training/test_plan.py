@@ -177,6 +177,20 @@ def test_plan_prints_a_table_or_json() -> None:
     assert told["estimate"]["memory"] == told["plan"]["peak"]
 
 
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--row", "text=10"], "weights, gradients and optimizer are the most: share them with --count, or optim."),
+        (["--row", "text=120000", "rows=1"], "the step itself is the most: try recompute=true, shorter rows, or mesh."),
+    ],
+)
+def test_a_plan_that_does_not_fit_says_what_would(more: list[str], told: str) -> None:
+    recipe = ["mixture=[{source: books}]", "train=[decoder]", "init=phi4-mini", "precision=fp32", "optim.name=adamw"]
+    shown = CliRunner().invoke(app, ["plan", "nano-1-base", *recipe, "--machine", "rtx4090", *more])
+    assert shown.exit_code == 0, shown.output
+    assert f"it does not fit: rtx4090 has 24 GB; {told}" in shown.output
+
+
 def test_the_published_sizes_are_planned_without_memory() -> None:
     config = phi4_multimodal()
     with torch.device("meta"):

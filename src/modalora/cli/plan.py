@@ -12,6 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from modalora.config import RunConfig
+    from modalora.training.plan import Plan
 
 
 def plan(
@@ -151,8 +152,8 @@ def _stage(
     media = f"{found.tokens:,} tokens, {found.media_tokens:,} of them media; {found.labels:,} labels"
     print(f"a step     {found.rows} rows ({source}), {media}")
     split = f"weights {sized(found.weights)}, gradients {sized(found.gradients)}, optimizer {sized(found.optimizer)}"
-    among = f" of each of {count}" if count > 1 else ""
-    print(f"memory     {sized(cost.memory)}{among}: {split}, the step itself {sized(found.step)}")
+    among, shared = (f" of each of {count}", f" over all {count}") if count > 1 else ("", "")
+    print(f"memory     {sized(cost.memory)}{among}: {split}{shared}, the step itself {sized(found.step)}")
     if cost.process:
         print(f"           and {sized(cost.process)} for the process")
     print(f"work       {found.flops / 1e12:.3g} TFLOP a step; {cost.rate / 1e12:.3g} TFLOP/s: {cost.assumption}")
@@ -160,7 +161,17 @@ def _stage(
     speed = f"{cost.step_seconds:.3g} s a step, {found.tokens / cost.step_seconds:,.0f} tokens/s"
     print(f"time       {speed}, {_hours(cost.run_seconds)} for {run.steps:,} steps{price}")
     if cost.fits is False:
-        print(f"it does not fit: {machine} has {sized(cost.capacity)}")
+        print(f"it does not fit: {machine} has {sized(cost.capacity)}; {_mend(found, run, cost.capacity)}")
+
+
+def _mend(found: Plan, run: RunConfig, capacity: float) -> str:
+    """Return what would make a run fit: what it keeps between steps is cut over machines, the step itself is not."""
+    if found.step < capacity / 2:
+        few = "" if run.optim.state_bits < 32 or run.optim.name != "adamw" else ", or optim.state_bits=8"
+        return f"weights, gradients and optimizer are the most: share them with --count{few}"
+    again = "" if run.recompute else "recompute=true, "
+    less = f"tokens below {run.tokens}" if run.tokens else f"rows below {run.rows}" if run.rows > 1 else "shorter rows"
+    return f"the step itself is the most: try {again}{less}, or mesh.sequence=N with --count N, whose rows are shared"
 
 
 def _reading(model: str, machine: str, as_json: bool) -> None:
