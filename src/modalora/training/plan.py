@@ -44,7 +44,7 @@ from modalora.models.recompute import recompute
 from modalora.models.router import route
 from modalora.models.sizes import SIZES
 from modalora.nn.lora import LoraConfig
-from modalora.nn.shown import factor
+from modalora.nn.shown import factor, few_stand_for_all
 from modalora.parallel.engine import step_and_clear
 from modalora.parallel.sequence import split_tokens
 from modalora.quantize import quantize
@@ -160,7 +160,7 @@ def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype
     optimizer.set_rate(0)
     model.train()
     labels = sum(_labels(batch) for batch in micro)
-    with _shared(model, run.mesh), Meter(fake) as meter:
+    with _shared(model, run.mesh), few_stand_for_all(), Meter(fake) as meter:
         for tensor in [*model.parameters(), *model.buffers(), *objective.parameters()]:
             meter.hold(tensor)
         weights = meter.now
