@@ -2,7 +2,8 @@
 
 The model is built of fake tensors (torch._subclasses), which have shapes, dtypes and a device, and no numbers. Forward,
 backward and optimiser then run as they will run, with autocast and recompute, while every storage is counted from its
-birth to its release. So nothing is estimated but what kernels take for themselves. Bytes are bytes, FLOPs count a
+birth to its release. Of loops over like tiles two show what all take (nn/shown.py). So nothing is estimated but what
+kernels take for themselves. Bytes are bytes, FLOPs count a
 multiply-add as two.
 """
 
