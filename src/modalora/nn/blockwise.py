@@ -20,7 +20,7 @@ from modalora.nn.call import Call, Found
 from modalora.nn.mask import Mask
 from modalora.nn.shown import pieces
 
-TILE = 768  # queries of the heads that share a key head: the logits of a tile stay in the cache of a core
+TILE = 576  # queries of the heads that share a key head: the logits of a tile stay in the cache of a core
 BYTES = 3 * 2**19  # of logits in a tile; more key heads and rows go together where there are fewer
 MOST = 4 * BYTES  # of logits of one key head in a tile; many keys leave fewer queries, and no fewer than
 FEWEST = 16
