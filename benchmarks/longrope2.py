@@ -6,9 +6,10 @@
 A decoder of 5.4 million parameters reads 128 tokens (recipe window-1-base) and is taken to 1,024. Bases differ in one
 thing: how far back lies what they had to look up, "rare" (far distances rarely), "uniform" or "long" (far ones alone);
 LongRoPE2's premise (arXiv:2502.20082, section 3.1) is the first. No base is extended before it finds 99 % of the facts
-at every depth of its own window that it was asked at. Every method then gets the same rows, number of tokens, optimiser and temperature
-(sqrt(1 + ln s / ln L), of rows that its long table serves); seeds vary searches and training. Methods are nothing but
-divisors of the 32 frequencies; all but LongRoPE2 use them for every row, LongRoPE2 from 129 tokens on (mixed windows).
+at every depth of its own window that it was asked at. Every method then gets the same rows, number of tokens, optimiser
+and temperature (sqrt(1 + ln s / ln L), of rows that its long table serves); seeds vary searches and training. Methods
+are nothing but divisors of the 32 frequencies; all but LongRoPE2 use them for every row, LongRoPE2 from 129 tokens on
+(mixed windows).
 Scored on books that neither training nor searches saw: facts found by length and depth among as many others, and bits
 per token. Intervals are 95 %, Student's t over seeds.
 """
