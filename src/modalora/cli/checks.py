@@ -34,7 +34,7 @@ def checks() -> list[Check]:
             platform.python_version(),
             "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer",
         ),
-        Check("cpu", True, f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"),
+        Check("cpu", True, _cpu()),
     ]
     for package in ("torch", "tokenizers", "safetensors", "numpy", "pillow", "soundfile", "soxr"):
         found.append(_package(package, "pip install modalora"))
@@ -50,6 +50,15 @@ def checks() -> list[Check]:
     found.append(Check("espeak-ng", bool(espeak), espeak or "not found", mend, needed=False))
     found.append(_bundled())
     return found
+
+
+def _cpu() -> str:
+    import torch
+
+    from modalora.nn.products import gains
+
+    by = "; float32 products of training, searches and grids by oneDNN" if gains() else ""
+    return f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads{by}"
 
 
 def _package(name: str, mend: str, *, needed: bool = True) -> Check:

@@ -17,6 +17,7 @@ from modalora.contracts import Batch, Route
 from modalora.data.genomes import Genome, repeat
 from modalora.errors import ConfigError, DataError
 from modalora.models.multimodal import Multimodal
+from modalora.nn.products import wide_products
 from modalora.science.codons import CODONS, END, clean, encode, reverse_complement
 
 Rng = np.random.Generator
@@ -27,6 +28,7 @@ Document = Sequence[int]
 
 
 @torch.inference_mode()
+@wide_products()
 def model_bits(model: Multimodal, document: Document, window: int) -> np.ndarray:
     """Return the bits of each id of a document, (ids,), nan for what is not scored.
 

@@ -23,6 +23,7 @@ from modalora.contracts import Batch, Rotations, Route
 from modalora.errors import DataError, WorkError
 from modalora.evaluation.intervals import wilson
 from modalora.models.multimodal import Multimodal
+from modalora.nn.products import wide_products
 from modalora.nn.rope import LongRope, Regime
 
 
@@ -87,6 +88,7 @@ def perplexity(losses: Tensor) -> float:
 
 
 @torch.no_grad()
+@wide_products()
 def answer_losses(model: Multimodal, documents: Sequence[Document], rotations: Rotations | None = None) -> Tensor:
     """Return the mean nats over the answer tokens of each document, (documents,), in one forward pass.
 
@@ -112,6 +114,7 @@ class Probe:
 
 
 @torch.no_grad()
+@wide_products()
 def ask_probes(model: Multimodal, documents: Sequence[Document], *, rows: int = 8) -> list[Probe]:
     """Return what becomes of every question, document by document, in batches of `rows` documents of like length.
 

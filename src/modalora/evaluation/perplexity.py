@@ -16,6 +16,7 @@ from modalora.errors import ConfigError, DataError
 from modalora.evaluation.documents import passage
 from modalora.evaluation.needle import answer_losses, plain_document
 from modalora.models.multimodal import Multimodal
+from modalora.nn.products import wide_products
 from modalora.processing.processor import Row
 from modalora.processing.tokenizer import TextTokenizer
 
@@ -23,6 +24,7 @@ _STREAM = 105  # of the passages, apart from those of documents with needles
 
 
 @torch.inference_mode()
+@wide_products()
 def bits_per_byte(assistant: Assistant, texts: Iterable[str], *, window: int = 768, rows: int = 8) -> float:
     """Return the bits that the model needs per UTF-8 byte, reading each text in windows that do not overlap.
 

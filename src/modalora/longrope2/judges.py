@@ -16,6 +16,7 @@ from modalora.errors import ConfigError
 from modalora.evaluation.needle import Document, answer_losses
 from modalora.longrope2.factors import Factors
 from modalora.models.multimodal import Multimodal
+from modalora.nn.products import wide_products
 from modalora.nn.rope import rotate, turned
 
 
@@ -80,6 +81,7 @@ class Surrogate:
         return len(self.texts)
 
     @torch.inference_mode()
+    @wide_products()
     def losses(self, candidates: Sequence[Factors], documents: Sequence[int]) -> Tensor:
         """Return mean answer nats, (candidates, documents), nearly; the first candidate's are exact."""
         if candidates[0] != self._base:

@@ -26,6 +26,7 @@ from modalora.config import RunConfig, dump
 from modalora.contracts import BLANK, Batch, Batches
 from modalora.errors import ShapeError, TrainingError
 from modalora.models.multimodal import Multimodal
+from modalora.nn.products import wide_products
 from modalora.nn.rope import is_long
 from modalora.parallel.engine import Engine, Single
 from modalora.training.audit import Audit, check_settings, check_trained, parts_reached, trained_part
@@ -65,6 +66,7 @@ def train(
     check_settings(run)
     with ExitStack() as stack:
         stop = stack.enter_context(Stop())
+        stack.enter_context(wide_products())
         try:
             stop.breakable = True
             loop = _Loop(run, model, batches, engine or Single(), report, say, stop, stack)

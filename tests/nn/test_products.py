@@ -1,0 +1,112 @@
+"""float32 products through oneDNN: as exact as before, only where they should be, and nothing left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from modalora.nn import products
+from modalora.nn.products import EXACT, SETTING, gains, wide_products
+
+AMD = {"cpu_name": "AMD EPYC", "amx_tile": False}
+
+
+def setting() -> str:
+    return str(SETTING.fp32_precision)
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    gains.cache_clear()
+    yield
+    gains.cache_clear()
+
+
+@pytest.fixture
+def amd(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that gains, whatever this one is."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: AMD, raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(products, "_is_exact", lambda: True)
+
+
+def test_products_inside_are_as_near_to_float64_as_float32_is() -> None:
+    numbers = torch.Generator().manual_seed(1)
+    for rows, inner, columns in ((1, 256, 768), (3, 37, 100), (777, 768, 256), (2048, 64, 64)):
+        x = torch.randn(rows, inner, generator=numbers, requires_grad=True)
+        y = torch.randn(inner, columns, generator=numbers, requires_grad=True)
+        upstream = torch.randn(rows, columns, generator=numbers)
+        with wide_products():
+            found = x @ y
+            to_x, to_y = torch.autograd.grad(found, (x, y), upstream)
+        wanted: tuple[Tensor, ...] = (
+            x.double() @ y.double(), upstream.double() @ y.double().T, x.double().T @ upstream.double()
+        )  # fmt: skip
+        for ours, exact in zip((found, to_x, to_y), wanted, strict=True):
+            assert (ours - exact).norm() <= EXACT * exact.norm()
+
+
+def test_setting_is_there_inside_and_gone_behind_even_after_an_error(amd: None) -> None:
+    assert setting() == "none"
+
+    @wide_products()
+    def fails() -> None:
+        assert setting() == "bf16"
+        with wide_products():  # the inner one neither sets nor takes away
+            assert setting() == "bf16"
+        assert setting() == "bf16"
+        raise RuntimeError("within")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="within"):
+            fails()
+    assert setting() == "none"
+    assert torch.get_float32_matmul_precision() == "highest"  # torch refuses to tell while it is set
+
+
+def test_a_callers_own_setting_stands(amd: None) -> None:
+    SETTING.fp32_precision = "ieee"
+    try:
+        with wide_products():
+            assert setting() == "ieee"
+        assert setting() == "ieee"
+    finally:
+        SETTING.fp32_precision = "none"
+
+
+@pytest.mark.parametrize(
+    "told", [{}, AMD | {"amx_tile": True}, AMD | {"cpu_name": "Intel(R) Xeon(R)"}, {"cpu_name": "AMD EPYC"}]
+)
+def test_other_machines_are_left_alone(amd: None, monkeypatch: pytest.MonkeyPatch, told: dict[str, object]) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told)
+    with wide_products():
+        assert setting() == "none"
+
+
+def test_not_beside_a_gpu_nor_without_avx512(amd: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gains()
+    for module, name, value in (
+        (torch.cuda, "is_available", True), (torch.backends.cpu, "get_cpu_capability", "AVX2"),
+        (torch.backends.mkldnn, "is_available", False),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, lambda value=value: value)
+            gains.cache_clear()
+            assert not gains(), name
+
+
+def test_a_machine_whose_products_round_is_found_out(amd: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    product = torch.bmm
+
+    def rounded(x: Tensor, y: Tensor) -> Tensor:
+        return product(x.bfloat16().float(), y.bfloat16().float())
+
+    assert products._is_exact()
+    monkeypatch.setattr(torch, "bmm", rounded)
+    assert not products._is_exact()
