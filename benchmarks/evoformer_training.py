@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from modalora.data.genomes import fetch_archive
+from modalora.nn.products import wide_products
 from modalora.science.evoformer import Evoformer, EvoformerConfig
 from modalora.science.tasks import (
     AMINO_ACIDS,
@@ -473,6 +474,7 @@ def parity_task(path: Path, steps: int) -> None:
         print(f"{dtype}: {steps} steps, loss {first:.4f} -> {last:.4f}; naive and exact attention apart by {apart:.1e}")
 
 
+@wide_products()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=("letters", "distances", "parity", "all"), default="all")
