@@ -1,14 +1,16 @@
 """How long do the picture and the sound encoder take at full size, beside transformers' with the same weights?
 
-Random weights, bf16, one thread; CPU seconds, the best of several repeats, both sides in turn in one process. The
-peer's vision tower is right in eager mode alone (under SDPA it runs causally); both are shown. Results are compared.
+Random weights, one thread; CPU seconds, the best of several repeats, both sides in turn in one process, in bf16 or
+float32. The peer's vision tower is right in eager mode alone (under SDPA it runs causally); both are shown. Ours runs
+as it does in a prompt, with wide products. Results are compared.
 
     THP_MEM_ALLOC_ENABLE=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456 \
-        python benchmarks/encoders.py
+        python benchmarks/encoders.py [--dtype float32]
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 from collections.abc import Callable
@@ -26,6 +28,7 @@ from modalora.checkpoint.names import plan
 from modalora.models.sizes import phi4_multimodal
 from modalora.models.speech import SpeechEncoder
 from modalora.models.vision import ImageEmbedder
+from modalora.nn.products import wide_products
 from timing import best
 
 PREFIX = {"image": "model.embed_tokens_extend.image_embed.", "audio": "model.embed_tokens_extend.audio_embed."}
@@ -61,10 +64,10 @@ def copy(ours: nn.Module, theirs: nn.Module, kind: str) -> None:
         state[place.name.removeprefix(PREFIX[kind])].copy_(place.pair.to_theirs(own[name], config))
 
 
-def picture(crops: int) -> dict[str, Tensor]:
+def picture(crops: int, dtype: torch.dtype) -> dict[str, Tensor]:
     side = int(crops**0.5)
     return {
-        "pixels": torch.randn(1 + crops, 3, 448, 448, dtype=torch.bfloat16),
+        "pixels": torch.randn(1 + crops, 3, 448, 448, dtype=dtype),
         "mask": torch.ones(1 + crops, 32, 32, dtype=torch.bool),
         "grid": torch.tensor([side, side]),
     }
@@ -72,13 +75,16 @@ def picture(crops: int) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    dtype: torch.dtype = getattr(torch, parser.parse_args().dtype)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = Phi4MultimodalConfig(hidden_size=3072, num_attention_heads=24, audio_config={"bias_max_distance": 500})
     sizes = phi4_multimodal()
     assert sizes.vision is not None
     assert sizes.speech is not None
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype)
     tower, encoder = ImageEmbedder(sizes.vision).eval(), SpeechEncoder(sizes.speech).eval()
     views = {}
     for mode in ("eager", "sdpa"):
@@ -94,20 +100,21 @@ def main() -> None:
     for image, audio in views.values():
         copy(tower, image, "image")
         copy(encoder, audio, "audio")
-    print(f"{date.today()}, {platform.machine()}, torch {torch.__version__}, 1 thread, bf16\n")
+    print(f"{date.today()}, {platform.machine()}, torch {torch.__version__}, 1 thread, {dtype}\n")
     print("| work | ours s | transformers eager s | ratio | transformers sdpa s | ratio | largest difference |")
     print("|---|---|---|---|---|---|---|")
 
     def compare(name: str, ours: Callable[[], Tensor], theirs: dict[str, Callable[[], Tensor]], repeats: int) -> None:
+        ours = wide_products()(ours)
         own, told = ours().float(), theirs["eager"]().float()
         difference = float((own - told).abs().max() / told.abs().max())
         mine = best(ours, repeats)
         times = {mode: best(work, repeats) for mode, work in theirs.items()}
         cells = " | ".join(f"{times[mode]:.2f} | {times[mode] / mine:.2f}" for mode in ("eager", "sdpa"))
-        print(f"| {name} | {mine:.2f} | {cells} | {difference:.3f} of the largest value |", flush=True)
+        print(f"| {name} | {mine:.2f} | {cells} | {difference:.1e} of the largest value |", flush=True)
 
     for name, crops, repeats in (("one 448 crop", 0, 3), ("1344x1344: 9 crops and the whole", 9, 1)):
-        one = picture(crops)
+        one = picture(crops, dtype)
         compare(
             name,
             lambda one=one: tower.tower(one["pixels"], one["mask"]),
@@ -123,7 +130,7 @@ def main() -> None:
     compare(
         "30 s of sound",
         lambda: encoder([{"mel": mel}])[0],
-        {mode: lambda view=audio: view.encoder(mel.bfloat16()[None], None)[0] for mode, (_, audio) in views.items()},
+        {mode: lambda view=audio: view.encoder(mel.to(dtype)[None], None)[0] for mode, (_, audio) in views.items()},
         2,
     )
 

@@ -24,7 +24,8 @@ class Devices:
 def decoder_table(name: str, lengths: str, where: Devices, sequence: int, offload: bool, as_json: bool) -> None:
     """Print memory and time of a training step by tokens of a row; sequence: devices that share one, 0: all."""
     from modalora.training.lengths import Layout, decoder_need, decoder_numbers, parse_lengths
-    from modalora.training.plan import machine_of, read_size
+    from modalora.training.machines import machine_of
+    from modalora.training.plan import read_size
 
     peak, capacity, _ = machine_of(where.machine)
     size = read_size(name)[0].decoder
@@ -100,7 +101,7 @@ def _longest(name: str, size: DecoderConfig, layout: Layout, capacity: float) ->
 def evoformer_table(lengths: str, sequences: int, where: Devices, as_json: bool) -> None:
     """Print memory and time of the attention of AlphaFold2's 48 blocks by residues, `sequences` deep."""
     from modalora.training.lengths import EvoformerSize, evoformer_need, parse_lengths
-    from modalora.training.plan import EXPONENTIALS, machine_of
+    from modalora.training.machines import EXPONENTIALS, machine_of
 
     peak, capacity, _ = machine_of(where.machine)
     size, rate = EvoformerSize(), where.share * peak

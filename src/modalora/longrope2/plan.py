@@ -17,7 +17,8 @@ from modalora.longrope2.factors import Stretch
 from modalora.longrope2.methods import unscaled
 from modalora.models.multimodal import Multimodal
 from modalora.training.flops import StepFlops
-from modalora.training.plan import machine_rate, read_size
+from modalora.training.machines import machine_rate
+from modalora.training.plan import read_size
 
 # Documents that racing reads, of those that judging every candidate wholly takes: an assumption for a plan, between the
 # 0.12 measured with 48 documents and the 0.92 with 16; a search tells its own (summary.json, share_of_passes).

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from modalora.nn.cache import KVCache
 from modalora.nn.lora import LoraConfig
 from modalora.nn.loss import EVEN
 from modalora.nn.mlp import Projector
+from modalora.nn.products import wide_products
 from modalora.nn.rope import DynamicNtk, Rope, is_long, table_number, tables
 
 
@@ -48,6 +50,7 @@ class EncoderConfig(Protocol):
         ...
 
 
+FEW = 64  # tokens of a prompt, below which a first meeting with its shapes costs more than wide products gain
 MODALITIES = {"image": "vision", "audio": "speech"}  # modality -> the field of ModelConfig that has its sizes
 
 
@@ -227,9 +230,10 @@ class Multimodal(nn.Module):
         reach: the length of each row that decides its rotary table; None: the row's own.
         """
         step = self._step(batch.lengths, batch.route, reach or batch.lengths.tolist(), cache)
-        states: Tensor = self.decoder(self.embed(batch), step)
-        rows = torch.arange(len(states), device=states.device)
-        return self.decoder.head(states[rows, batch.lengths - 1])
+        with wide_products() if batch.input_ids.numel() >= FEW else nullcontext():
+            states: Tensor = self.decoder(self.embed(batch), step)
+            rows = torch.arange(len(states), device=states.device)
+            return self.decoder.head(states[rows, batch.lengths - 1])
 
     def read_next(self, ids: Tensor, route: Route, cache: Cache, reach: Sequence[int] | None = None) -> Tensor:
         """Read one more token per row, ids (batch,); return logits, (batch, vocab). reach: as for `read`."""

@@ -20,7 +20,7 @@ def wide_products() -> Iterator[None]:
     MKL, torch's default, multiplies by AVX2 alone on a CPU of another maker: 93 GFLOP/s on a core of an EPYC where
     oneDNN's AVX-512 does 209. torch has no setting for oneDNN in float32 but the one that also allows it to round to
     bf16, which it does where there is AMX. So this asks for a CPU without, and compares with float64 before it trusts.
-    A shape costs half a millisecond when first met: for training, searches and grids, not for a token at a time.
+    A shape costs half a millisecond when first met: for training, searches, grids and prompts, not for single tokens.
     A setting of the caller's own stands.
     """
     if SETTING.fp32_precision != "none" or not gains():

@@ -3,17 +3,12 @@
 The model is built of fake tensors (torch._subclasses), which have shapes, dtypes and a device, and no numbers. Forward,
 backward and optimiser then run as they will run, with autocast and recompute, while every storage is counted from its
 birth to its release. Of loops over like tiles two show what all take (nn/shown.py). So nothing is estimated but what
-kernels take for themselves. Bytes are bytes, FLOPs count a
-multiply-add as two.
+kernels take for themselves. Bytes are bytes, FLOPs count a multiply-add as two.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import resource
-import sys
-import time
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -45,11 +40,11 @@ from modalora.models.recompute import recompute
 from modalora.models.router import route
 from modalora.models.sizes import SIZES
 from modalora.nn.lora import LoraConfig
-from modalora.nn.products import wide_products
 from modalora.nn.shown import factor, few_stand_for_all
 from modalora.parallel.engine import step_and_clear
 from modalora.parallel.sequence import split_tokens
 from modalora.quantize import quantize
+from modalora.training.machines import machine_of, machine_rate, measured_bandwidth, measured_rate, own_memory, resident
 from modalora.training.objectives import OBJECTIVES
 from modalora.training.optimizer import Optimizer, freeze
 from modalora.training.run import grown, limited, make_mixture, open_context
@@ -310,28 +305,6 @@ def _parts(
     return tuple(Part(name, *numbers) for name, numbers in totals.items())
 
 
-# Dense bf16 peak (FLOP/s), memory (bytes) and its rate (bytes/s), as the makers' data sheets give them.
-MACHINES = {
-    "a100": (312e12, 80e9, 2.04e12),
-    "a100-40gb": (312e12, 40e9, 1.555e12),
-    "h100": (989e12, 80e9, 3.35e12),
-    "h200": (989e12, 141e9, 4.8e12),
-    "l40s": (362e12, 48e9, 0.864e12),
-    "rtx4090": (165e12, 24e9, 1.008e12),
-}
-
-
-# Exponentials a second: 16 a clock of each multiprocessor, at the highest clock of the data sheets.
-EXPONENTIALS = {
-    "a100": 2.44e12,
-    "a100-40gb": 2.44e12,
-    "h100": 3.86e12,
-    "h200": 3.86e12,
-    "l40s": 5.73e12,
-    "rtx4090": 5.16e12,
-}
-
-
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """Time and memory of a run on a machine. memory: bytes of the fullest of the machines, process left out."""
@@ -364,7 +337,7 @@ def estimate(plan: Plan, run: RunConfig, machine: str, count: int, share: float,
     one = machine_rate(machine, run.precision, share)
     if machine == "this":
         assumption = f"measured here, {run.precision} matrix products"
-        capacity, process = _own_memory(), _resident()
+        capacity, process = own_memory(), resident()
     else:
         peak, capacity, _ = machine_of(machine)
         process = 0
@@ -382,40 +355,6 @@ def estimate(plan: Plan, run: RunConfig, machine: str, count: int, share: float,
         price=hourly * total / 3600,
         assumption=assumption,
     )
-
-
-def machine_rate(machine: str, precision: str, share: float) -> float:
-    """Return the FLOP/s of one machine, "this", which is measured, or a share of the peak of a name of MACHINES."""
-    return measured_rate(precision) if machine == "this" else machine_of(machine)[0] * share
-
-
-def measured_rate(precision: str, size: int = 1536) -> float:
-    """Return the FLOP/s of matrix products on this machine in "bf16" or "fp32", the best of three."""
-    x = torch.ones(size, size, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    best = float("inf")
-    with wide_products():  # as training multiplies
-        for _ in range(4):  # the first one starts threads
-            started = time.perf_counter()
-            x @ x
-            best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
-
-
-def machine_of(name: str) -> tuple[float, float, float]:
-    """Return peak rate, memory and its rate of a machine of MACHINES. Raises ConfigError for another name."""
-    if name not in MACHINES:
-        raise ConfigError(f"machine {name!r} is unknown; use this, {', '.join(MACHINES)}")
-    return MACHINES[name]
-
-
-def _own_memory() -> float:
-    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-
-
-def _resident() -> int:
-    """Bytes that this process holds: torch and its imports, as a training process has them too."""
-    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return usage if sys.platform == "darwin" else usage * 1024
 
 
 def plan_run(run: RunConfig, shapes: Sequence[str] = (), size: str | None = None) -> tuple[Plan, str]:
@@ -519,14 +458,3 @@ def plan_reading(model: str, machine: str = "this") -> Reading:
         held = weights["decoder"] + cache
         lines.append(ReadingLine(tokens, cache, sum(weights.values()) + cache, read, bandwidth / held))
     return Reading(weights, per_token, tuple(lines), assumption)
-
-
-def measured_bandwidth(size: int = 2**27) -> float:
-    """Return the bytes that this machine reads in a second, the best of three."""
-    x = torch.ones(size // 4)
-    best = float("inf")
-    for _ in range(4):
-        started = time.perf_counter()
-        x.sum()
-        best = min(best, time.perf_counter() - started)
-    return size / best

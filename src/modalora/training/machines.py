@@ -1,0 +1,80 @@
+"""What machines can do: those of a table by their makers' data sheets, this one by measuring it."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+
+import torch
+
+from modalora.errors import ConfigError
+from modalora.nn.products import wide_products
+
+# Dense bf16 peak (FLOP/s), memory (bytes) and its rate (bytes/s), as the makers' data sheets give them.
+MACHINES = {
+    "a100": (312e12, 80e9, 2.04e12),
+    "a100-40gb": (312e12, 40e9, 1.555e12),
+    "h100": (989e12, 80e9, 3.35e12),
+    "h200": (989e12, 141e9, 4.8e12),
+    "l40s": (362e12, 48e9, 0.864e12),
+    "rtx4090": (165e12, 24e9, 1.008e12),
+}
+
+
+# Exponentials a second: 16 a clock of each multiprocessor, at the highest clock of the data sheets.
+EXPONENTIALS = {
+    "a100": 2.44e12,
+    "a100-40gb": 2.44e12,
+    "h100": 3.86e12,
+    "h200": 3.86e12,
+    "l40s": 5.73e12,
+    "rtx4090": 5.16e12,
+}
+
+
+def machine_rate(machine: str, precision: str, share: float) -> float:
+    """Return the FLOP/s of one machine, "this", which is measured, or a share of the peak of a name of MACHINES."""
+    return measured_rate(precision) if machine == "this" else machine_of(machine)[0] * share
+
+
+def measured_rate(precision: str, size: int = 1536) -> float:
+    """Return the FLOP/s of matrix products on this machine in "bf16" or "fp32", the best of three."""
+    x = torch.ones(size, size, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    best = float("inf")
+    with wide_products():  # as training multiplies
+        for _ in range(4):  # the first one starts threads
+            started = time.perf_counter()
+            x @ x
+            best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def machine_of(name: str) -> tuple[float, float, float]:
+    """Return peak rate, memory and its rate of a machine of MACHINES. Raises ConfigError for another name."""
+    if name not in MACHINES:
+        raise ConfigError(f"machine {name!r} is unknown; use this, {', '.join(MACHINES)}")
+    return MACHINES[name]
+
+
+def own_memory() -> float:
+    """Return the bytes of memory of this machine."""
+    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def resident() -> int:
+    """Return the bytes that this process holds: torch and its imports, as a training process has them too."""
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage if sys.platform == "darwin" else usage * 1024
+
+
+def measured_bandwidth(size: int = 2**27) -> float:
+    """Return the bytes that this machine reads in a second, the best of three."""
+    x = torch.ones(size // 4)
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        x.sum()
+        best = min(best, time.perf_counter() - started)
+    return size / best
