@@ -5,7 +5,7 @@ float32. The peer's vision tower is right in eager mode alone (under SDPA it run
 as it does in a prompt, with wide products. Results are compared.
 
     THP_MEM_ALLOC_ENABLE=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456 \
-        python benchmarks/encoders.py [--dtype float32]
+        python benchmarks/encoders.py [--dtype float32] [--work crop image sound]
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def picture(crops: int, dtype: torch.dtype) -> dict[str, Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    dtype: torch.dtype = getattr(torch, parser.parse_args().dtype)
+    parser.add_argument("--work", nargs="+", choices=("crop", "image", "sound"), default=["crop", "image", "sound"])
+    asked = parser.parse_args()
+    dtype: torch.dtype = getattr(torch, asked.dtype)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = Phi4MultimodalConfig(hidden_size=3072, num_attention_heads=24, audio_config={"bias_max_distance": 500})
@@ -113,7 +115,8 @@ def main() -> None:
         cells = " | ".join(f"{times[mode]:.2f} | {times[mode] / mine:.2f}" for mode in ("eager", "sdpa"))
         print(f"| {name} | {mine:.2f} | {cells} | {difference:.1e} of the largest value |", flush=True)
 
-    for name, crops, repeats in (("one 448 crop", 0, 3), ("1344x1344: 9 crops and the whole", 9, 1)):
+    pictures = {"crop": ("one 448 crop", 0, 3), "image": ("1344x1344: 9 crops and the whole", 9, 1)}
+    for name, crops, repeats in (row for kind, row in pictures.items() if kind in asked.work):
         one = picture(crops, dtype)
         compare(
             name,
@@ -126,13 +129,14 @@ def main() -> None:
             },
             repeats,
         )
-    mel = 12 + 4 * torch.randn(2998, 80)
-    compare(
-        "30 s of sound",
-        lambda: encoder([{"mel": mel}])[0],
-        {mode: lambda view=audio: view.encoder(mel.to(dtype)[None], None)[0] for mode, (_, audio) in views.items()},
-        2,
-    )
+    if "sound" in asked.work:
+        mel = 12 + 4 * torch.randn(2998, 80)
+        compare(
+            "30 s of sound",
+            lambda: encoder([{"mel": mel}])[0],
+            {mode: lambda view=audio: view.encoder(mel.to(dtype)[None], None)[0] for mode, (_, audio) in views.items()},
+            2,
+        )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ through the subsampling, so that a row in a batch gives what it gives alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -74,19 +74,22 @@ class Subsampling(nn.Module):
 
     def forward(self, mel: Tensor, lengths: list[int]) -> Tensor:
         """mel: (batch, frames, mels), normalised, zero behind lengths -> (batch, ceil(frames / 8), width)."""
-        # On a CPU, channels-last float32 convolutions train 2.5 times faster than bf16 ones.
+        # On a CPU, float32 convolutions train 2.5 times faster than bf16 ones.
         with torch.autocast(mel.device.type, enabled=False):
-            out: Tensor = self.out(self._convolve(mel[:, None], lengths).transpose(1, 2).flatten(2))
+            out: Tensor = self.out(self._convolve(mel, lengths).transpose(2, 3).flatten(2))
         return out
 
-    def _convolve(self, x: Tensor, lengths: list[int]) -> Tensor:
-        for layer in self.conv:
-            x = layer(x).contiguous(memory_format=torch.channels_last)
-            if isinstance(layer, nn.ReLU):  # padding must stay zero: a row alone ends there too
-                lengths = [subsampled(length, 2) for length in lengths]
-                if set(lengths) != {x.shape[2]}:
-                    x = x * _real(lengths, x.shape[2], x)[:, None, :, None]
-        return x
+    def _convolve(self, mel: Tensor, lengths: list[int]) -> Tensor:
+        """Return (batch, ceil(frames / 8), ceil(mels / 8), channels); with channels last, most of it are products."""
+        layers: list[Any] = list(self.conv)
+        first, _, *separable = layers
+        seen = functional.pad(mel, (1, 1, 1, 1)).unfold(1, 3, 2).unfold(2, 3, 2).flatten(3)  # 3 x 3 of each place
+        x = functional.relu(_pointwise(first, seen))
+        for depthwise, pointwise in (separable[:2], separable[3:5]):
+            x, lengths = _silenced(x, lengths)
+            x = depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            x = functional.relu(_pointwise(pointwise, x))
+        return _silenced(x, lengths)[0]
 
 
 class SpeechMLP(nn.Module):
@@ -229,9 +232,18 @@ class SpeechEncoder(nn.Module):
         return bias.permute(2, 0, 1)[None].contiguous()  # read in every block
 
 
-def _pointwise(conv: nn.Conv1d, x: Tensor) -> Tensor:
-    """Apply a convolution of width 1 to (batch, time, width): as a matrix product it trains much faster on a CPU."""
-    return functional.linear(x, conv.weight[..., 0], conv.bias)
+def _pointwise(conv: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+    """Apply a convolution to all that each place sees, (..., width): as a product it trains much faster on a CPU."""
+    return functional.linear(x, conv.weight.flatten(1), conv.bias)
+
+
+def _silenced(x: Tensor, lengths: list[int]) -> tuple[Tensor, list[int]]:
+    """Return (batch, time, ...) with zeros behind the rows' ends, halved `lengths`, and these: padding must stay zero,
+    as a row alone ends there too."""
+    lengths = [subsampled(length, 2) for length in lengths]
+    if set(lengths) != {x.shape[1]}:
+        x = x * _real(lengths, x.shape[1], x)[:, :, None, None]
+    return x, lengths
 
 
 def _real(lengths: list[int], size: int, like: Tensor) -> Tensor:
