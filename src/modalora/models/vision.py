@@ -144,7 +144,8 @@ class VisionTower(nn.Module):
 
         Returns (crops, patches, width). The last layer, post_layernorm and head are not run.
         """
-        x = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
+        x = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype)).flatten(2)
+        x = x.mT.contiguous()  # or every layer would read and write it crosswise
         x = x + self.position_embedding(positions(mask))
         visible = None if bool(mask.all()) else mask.flatten(1)
         for layer in self.layers[:-1]:
