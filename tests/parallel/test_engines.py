@@ -148,8 +148,9 @@ def test_processes_train_like_one(
         assert losses == pytest.approx(one, abs=1e-6, rel=0)
     assert list(found[0][1]) == list(weights)
     for name, tensor in weights.items():
-        # through AdamW's division by a root: worst seen 2e-6 at this rate
-        torch.testing.assert_close(found[0][1][name], tensor, atol=1e-5, rtol=0, msg=name)
+        # AdamW divides by a root, so a gradient near zero moves a weight by up to the rate, 1e-3, whichever its last
+        # bits: worst seen 1.1e-5, one number of 20,480, with products cut by oneDNN
+        torch.testing.assert_close(found[0][1][name], tensor, atol=5e-5, rtol=0, msg=name)
     assert all(whole is None for _, whole in found[1:])
 
 
