@@ -24,6 +24,7 @@ from modalora.evaluation.documents import load_texts, make_documents
 from modalora.evaluation.needle import Document, answer_losses, ask_probes
 from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import SIZES
+from modalora.nn.products import wide_products
 from modalora.processing.tokenizer import TextTokenizer
 
 README = Path(__file__).parents[1] / "README.md"
@@ -63,6 +64,7 @@ def forward_only(model: Multimodal, documents: list[Document]) -> torch.Tensor:
     return model.hidden(Batch(ids, torch.full((len(ids),), ids.shape[1], device=device), Route((None,) * len(ids))))
 
 
+@wide_products()  # for both sides
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--size", default="window-study", choices=sorted(SIZES))

@@ -3,8 +3,8 @@
     python benchmarks/products.py        # a minute
 
 One thread, CPU seconds, the quickest of several, by turns. First the products alone, with their distance from float64;
-then a pass over needle documents and a training step of the study of longer windows (5.4 million numbers), float32.
-The limit of a core is what its multipliers could do; bf16 products are there to compare.
+then a pass and a training step of the decoder of the study of longer windows (5.4 million numbers), float32. The limit
+is half of the bf16 rate: AVX-512 multiplies twice as many bf16 numbers in an instruction.
 """
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ from modalora.longrope2.judges import NeedleJudge, Surrogate, rotations
 from modalora.longrope2.search import Judge, Outcome, rank_correlation, search
 from modalora.longrope2.space import Space, space_of
 from modalora.models.multimodal import Multimodal
+from modalora.nn.products import wide_products
 
 TOGETHER = 8  # needles of a document that shares its text among several
 
@@ -238,6 +239,7 @@ def validate_surrogate(space: Space, model: Multimodal, texts: Texts, best: Fact
         print(f"| {name} | {' | '.join(cells)} | {counted.flops / counted.passes / 1e6:,.1f} |", flush=True)
 
 
+@wide_products()  # for both sides
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)

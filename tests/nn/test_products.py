@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from modalora.contracts import Batch, Route
+from modalora.models.multimodal import FEW, ModelConfig, Multimodal
+from modalora.models.sizes import nano
 from modalora.nn import products
 from modalora.nn.products import EXACT, SETTING, gains, wide_products
 
@@ -100,8 +103,7 @@ def test_not_beside_a_gpu_nor_without_avx512(amd: None, monkeypatch: pytest.Monk
             assert not gains(), name
 
 
-def test_a_machine_whose_products_round_is_found_out(amd: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
+def test_a_machine_whose_products_round_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     product = torch.bmm
 
     def rounded(x: Tensor, y: Tensor) -> Tensor:
@@ -110,3 +112,16 @@ def test_a_machine_whose_products_round_is_found_out(amd: None, monkeypatch: pyt
     assert products._is_exact()
     monkeypatch.setattr(torch, "bmm", rounded)
     assert not products._is_exact()
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(FEW - 1, "none"), (FEW, "bf16")])
+def test_only_prompts_long_enough_are_read_so(amd: None, tokens: int, expected: str) -> None:
+    model = Multimodal(ModelConfig(decoder=nano().decoder))
+    seen: list[str] = []
+    model.decoder.register_forward_hook(lambda *_: seen.append(setting()))
+    with torch.no_grad():
+        model.read(
+            Batch(torch.zeros(1, tokens, dtype=torch.long), torch.tensor([tokens]), Route((None,))), model.new_cache(1)
+        )
+    assert seen == [expected]
+    assert setting() == "none"

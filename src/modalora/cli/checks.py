@@ -57,7 +57,7 @@ def _cpu() -> str:
 
     from modalora.nn.products import gains
 
-    by = "; float32 products of training, searches and grids by oneDNN" if gains() else ""
+    by = "; float32 products by oneDNN, but for single tokens" if gains() else ""
     return f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads{by}"
 
 

@@ -395,7 +395,7 @@ def _sizes(q: Tensor, k: Tensor, pair_bias: Tensor | None) -> tuple[int, ...]:
 
 def _rules(q: Tensor, key_bias: Tensor | None, mask: Mask) -> dict[str, Any]:
     """Return what each kernel is compiled for."""
-    exact = q.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    exact = q.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32"
     return {
         "HAS_KEY": key_bias is not None,
         "HAS_OFFSETS": mask.offsets is not None,

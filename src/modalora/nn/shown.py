@@ -23,11 +23,11 @@ _factor = 1.0
 def few_stand_for_all() -> Iterator[None]:
     """Compute a few pieces of fake tensors for all; not always, as an export traces every piece with fake tensors."""
     global _few
-    _few = True
+    before, _few = _few, True
     try:
         yield
     finally:
-        _few = False
+        _few = before
 
 
 def factor() -> float:
