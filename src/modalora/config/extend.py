@@ -1,0 +1,114 @@
+"""The settings of an extension: search, training and evaluation of a longer window."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from modalora.config.run import RunConfig
+from modalora.config.strict import Settings, parse
+from modalora.errors import ConfigError
+
+
+class SearchConfig(Settings):
+    """The search for rotary divisors of a longer window (LongRoPE2, arXiv:2502.20082, section 3.2 and appendix B)."""
+
+    space: Literal["longrope2", "longrope"] = "longrope2"  # longrope: every pair from 1 to 1.25 stretches
+    anchor: int | None = Field(None, ge=1)  # the first pair that is searched; None: it is searched for too
+    method: Literal["evolution", "random"] = "evolution"  # random: as many candidates, none made from another
+    population: int = Field(64, ge=4)  # of which the better half are parents
+    iterations: int = Field(40, ge=0)  # each gives half a population of children
+    mutation: float = Field(0.3, gt=0, le=1)  # probability that a pair of a child changes
+    crossover: float = Field(0.0, ge=0, le=1)  # share of the children that have two parents
+    seed: int = 0
+    temperature: Literal["su", "yarn", "none"] = "su"  # of every candidate alike
+    together: int = Field(4, ge=1)  # candidates that are judged in one call
+    racing: bool = True  # drop a candidate once a part of the documents shows that it cannot become a parent
+    race_from: int = Field(4, ge=2)  # documents read before the first look; each look doubles them
+    race_error: float = Field(0.05, gt=0, lt=0.5)  # chance that a look drops a candidate that would become a parent
+    proposals: int = Field(1, ge=1)  # children made for each one that is judged; above 1 a surrogate chooses
+
+    @model_validator(mode="after")
+    def _check_space(self) -> SearchConfig:
+        if self.space == "longrope" and self.anchor is not None:
+            raise ConfigError(f"anchor={self.anchor}: space=longrope searches every pair; leave the anchor out")
+        return self
+
+
+class NeedleConfig(Settings):
+    """Documents with facts hidden in them that are asked for at their end (evaluation/documents.py)."""
+
+    style: Literal["digits", "words"] = "digits"  # digits: for any model; words: for one trained on `retrieval` rows
+    documents: int = Field(10, ge=1)  # of each length
+    needles: int = Field(1, ge=1)  # facts of a document that are asked for
+    distractors: int = Field(0, ge=0)  # and that are not
+    depths: list[float] = Field(default=[0.0, 0.25, 0.5, 0.75, 1.0], min_length=1)  # 0: the start of the text
+    seed: int = 0
+
+
+class GuideConfig(NeedleConfig):
+    """What guides a search. score: the answers alone, or every token of the same texts (plain perplexity)."""
+
+    score: Literal["answers", "text"] = "answers"
+
+
+class ScoresConfig(NeedleConfig):
+    """What an extended model is measured by. lengths: tokens of documents; none: half the trained window to the target.
+
+    methods: that are compared, untrained, all with the search's temperature.
+    """
+
+    lengths: list[int] = Field(default_factory=list)
+    methods: list[Literal["none", "linear", "ntk", "scaling_law_ntk", "yarn", "longrope2"]] = Field(
+        default=["none", "linear", "ntk", "scaling_law_ntk", "yarn", "longrope2"]
+    )
+
+
+class ExtendConfig(Settings):
+    """A recipe that extends a model's window: search, training and evaluation (LongRoPE2, arXiv:2502.20082)."""
+
+    kind: Literal["extend"]
+    init: str  # the model: a folder, bundled/nano, or a name of models/sizes.py for fresh weights
+    output: str
+    target: int = Field(ge=16)  # tokens that the model is to read [L']
+    guide: GuideConfig = Field(default_factory=lambda: GuideConfig())
+    search: SearchConfig = Field(default_factory=lambda: SearchConfig())
+    training: dict[str, Any] | None = None  # fields of a run, but for init, output and rope; None: factors alone
+    scores: ScoresConfig = Field(default_factory=lambda: ScoresConfig())
+    rows: int = Field(4, ge=1)  # documents of one forward pass
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights while searching and measuring
+    device: str = "cpu"
+    patience_seconds: int = Field(600, ge=1)  # how long a process waits for another
+    threads: int = Field(0, ge=0)  # 0: torch's default
+    data: str = "../shared/data"  # the folder of docs/nano.md
+    cache: str = "runs/cache"
+
+    @model_validator(mode="after")
+    def _training_is_a_run(self) -> ExtendConfig:
+        if taken := sorted({"init", "output", "rope"} & set(self.training or {})):
+            raise ConfigError(f"training: {', '.join(taken)} is set by the extension itself; leave it out")
+        self.run(rope={})
+        return self
+
+    def score_lengths(self, window: int) -> list[int]:
+        """Return the lengths to measure at: those asked for, or from half the trained window on, doubled.
+
+        Raises ConfigError for a length beyond the target.
+        """
+        if asked := self.scores.lengths:
+            if max(asked) > self.target:
+                raise ConfigError(f"scores.lengths={asked} must not exceed target={self.target}")
+            return sorted(set(asked))
+        lengths = [self.target]
+        while lengths[-1] >= window:
+            lengths.append(lengths[-1] // 2)
+        return lengths[::-1]
+
+    def run(self, rope: dict[str, Any]) -> RunConfig | None:
+        """Return the training on the extended model, None where there is none. Raises ConfigError."""
+        if self.training is None:
+            return None
+        shared = {"device": self.device, "threads": self.threads, "data": self.data, "cache": self.cache}
+        own = {"init": self.init, "output": f"{self.output}/train", "rope": rope}
+        return parse(RunConfig, {**shared, **self.training, **own}, "training")

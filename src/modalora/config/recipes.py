@@ -1,0 +1,138 @@
+"""Recipes: YAML files of settings with "optim.lr=1e-4" overrides, read and written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from modalora.config.extend import ExtendConfig
+from modalora.config.run import ChainConfig, RunConfig
+from modalora.config.strict import parse
+from modalora.errors import ConfigError
+
+
+def load_extension(path: Path, overrides: Sequence[str] = ()) -> ExtendConfig:
+    """Read a recipe of kind extend and apply "key.sub=value" overrides (values are YAML)."""
+    fields = _read(path)
+    if fields.get("kind") != "extend":
+        raise ConfigError(f"{path} is no recipe of kind extend; `modalora train` carries out the others")
+    for override in overrides:
+        _set(fields, *_override(override))
+    return parse(ExtendConfig, fields, str(path))
+
+
+def is_extension(path: Path) -> bool:
+    """Tell whether a file is a recipe of kind extend."""
+    return path.is_file() and _read(path).get("kind") == "extend"
+
+
+def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe and apply "key.sub=value" overrides (values are YAML)."""
+    fields = _read(path)
+    if fields.get("kind") == "extend":
+        raise ConfigError(f"{path} extends a model's window; `modalora extend` carries it out")
+    if "stages" in fields:
+        raise ConfigError(f"{path} is a chain of recipes; this takes one of its stages: a recipe with its settings")
+    for override in overrides:
+        _set(fields, *_override(override))
+    return parse(RunConfig, fields, str(path))
+
+
+def load_stages(path: Path, bundled: Path, overrides: Sequence[str] = ()) -> dict[str, RunConfig]:
+    """Read a recipe or a chain of recipes: the runs by name, in order. bundled: the folder of named recipes.
+
+    An override holds for every stage, or for one of a chain where its name comes first: "vision-2-joint.steps=10".
+    """
+    fields = _read(path)
+    if "stages" not in fields:
+        return {path.stem: load_run(path, overrides)}
+    chain = parse(ChainConfig, fields, str(path))
+    titles = [stage.title for stage in chain.stages]
+    if len(set(titles)) < len(titles):
+        raise ConfigError(f"{path}: two stages have one name ({', '.join(titles)}); give one of them another `name`")
+    given: dict[str, list[str]] = {title: [] for title in titles}
+    for override in overrides:
+        first, _, rest = override.partition(".")
+        for title in [first] if first in given else titles:
+            given[title].append(rest if first in given else override)
+    runs: dict[str, RunConfig] = {}
+    before = chain.init
+    for stage in chain.stages:
+        found = [own for own in (bundled / f"{stage.recipe}.yaml", path.parent / stage.recipe) if own.is_file()]
+        if not found:
+            raise ConfigError(f"{path}: stage {stage.title!r}: there is no recipe {stage.recipe!r}")
+        own = _read(found[0])
+        own |= {"init": before, "output": f"{chain.output}/{stage.title}"}
+        where = f"{path}, stage {stage.title}"
+        for key, value in (chain.set | stage.set).items():
+            _set(own, key.split("."), deepcopy(value), f"{where}: {key}")
+        for override in given[stage.title]:
+            _set(own, *_override(override))
+        runs[stage.title] = parse(RunConfig, own, where)
+        before = f"{runs[stage.title].output}/model"
+    return runs
+
+
+def load_chain_start(path: Path) -> str | None:
+    """Return what the first stage of a chain starts from; None for a plain recipe."""
+    fields = _read(path)
+    return parse(ChainConfig, fields, str(path)).init if "stages" in fields else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"recipe {path} does not exist; bundled ones are named by `modalora train --help`") from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ConfigError(f"recipe {path} is not YAML: {error}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"recipe {path} must be a mapping of settings; it holds {type(fields).__name__}")
+    return fields
+
+
+def _override(text: str) -> tuple[list[str], Any, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {text!r} must look like key=value, e.g. optim.lr=1e-4")
+    try:
+        return key.split("."), _number(yaml.safe_load(value)), text
+    except yaml.YAMLError:
+        raise ConfigError(f"override {text!r}: {value!r} is not YAML; quote text that holds symbols") from None
+
+
+def dump(settings: BaseModel) -> str:
+    """Return the settings as YAML."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+
+
+def _number(value: Any) -> Any:
+    # YAML 1.1 reads 1e-4 as text
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _set(fields: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    inner: Any = fields
+    for key, following in zip(keys, [*keys[1:], None], strict=True):
+        if isinstance(inner, list) and key.isdigit() and int(key) < len(inner):
+            place: Any = int(key)  # mixture.0.weight=2
+        elif isinstance(inner, dict):
+            place = key
+        else:
+            raise ConfigError(f"override {override!r}: nothing can be set at {key!r}")
+        if following is None:
+            inner[place] = value
+        elif isinstance(inner, dict):
+            inner = inner.setdefault(place, {})
+        else:
+            inner = inner[place]
