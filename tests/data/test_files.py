@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from modalora.data import files
-from modalora.data.files import MOST_BYTES, find_files, open_records, parse_json
+from modalora.data.files import find_files, open_records, texts
+from modalora.data.files.limits import MOST_BYTES
+from modalora.data.files.texts import parse_json
 from modalora.errors import DataError
 
 RECORDS: list[dict[str, Any]] = [
@@ -81,11 +82,11 @@ def test_an_array_is_cut_at_its_elements_wherever_chunks_end(
     (folder / "a.json").write_text(
         json.dumps(records, ensure_ascii=plain, indent=1 if plain else None), encoding="utf-8"
     )
-    before, files.CHUNK = files.CHUNK, chunk
+    before, texts.CHUNK = texts.CHUNK, chunk
     try:
         opened = open_records(folder / "a.json", folder)
     finally:
-        files.CHUNK = before
+        texts.CHUNK = before
     assert len(opened) == len(records)
     for number, record in enumerate(records):
         if any("\0" in text for text in json.dumps(record, ensure_ascii=False)):
@@ -104,11 +105,11 @@ def test_lines_are_cut_at_their_ends_wherever_chunks_end(
 ) -> None:
     folder = tmp_path_factory.mktemp("lines")
     (folder / "a.jsonl").write_bytes(("\n".join(lines) + ("\n" if closed else "")).encode())
-    before, files.CHUNK = files.CHUNK, chunk
+    before, texts.CHUNK = texts.CHUNK, chunk
     try:
         opened = open_records(folder / "a.jsonl", folder)
     finally:
-        files.CHUNK = before
+        texts.CHUNK = before
     full = [(place, json.loads(line)) for place, line in enumerate(lines, start=1) if line.strip()]
     assert [(opened.line(number), opened.read(number)) for number in range(len(opened))] == full
 
