@@ -233,12 +233,13 @@ def grid(width: int, height: int, config: ImageConfig) -> tuple[int, int]:
     return nearest
 
 
-def _resized(image: Image.Image, width: int, height: int, config: ImageConfig) -> np.ndarray:
+def _resized(image: Image.Image, width: int, height: int, config: ImageConfig) -> Tensor:
+    """Return (height, width, 3) bytes."""
     if not config.fast:
-        return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+        return torch.from_numpy(np.array(image.resize((width, height), Image.Resampling.BILINEAR)))
     bytes_ = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
     small = functional.interpolate(bytes_, (height, width), mode="bilinear", antialias=True, align_corners=False)
-    return small[0].permute(1, 2, 0).numpy()
+    return small[0].permute(1, 2, 0)
 
 
 def _layout(size: tuple[int, int], config: ImageConfig) -> tuple[tuple[int, int], ...]:
@@ -303,16 +304,15 @@ def image_features(image: Image.Image, config: ImageConfig) -> tuple[dict[str, T
         raise MediaError(f"an image of mode {image.mode!r} must be RGB here; pass it through open_image first")
     crop, side = config.crop, config.side
     (columns, rows), (width, height), (valid_columns, valid_rows) = _layout(image.info.get(_FULL, image.size), config)
-    full_width, full_height = crop * columns, crop * rows
-    padded = np.full((full_height, full_width, 3), 255, dtype=np.uint8)
+    padded = torch.full((crop * rows, crop * columns, 3), 255, dtype=torch.uint8)
     padded[:height, :width] = _resized(image, width, height, config)
-    normal = torch.from_numpy(padded).permute(2, 0, 1).float().div_(255).sub_(0.5).div_(0.5).contiguous()
+    tiles = padded.view(rows, crop, columns, crop, 3).permute(0, 2, 4, 1, 3)
     pixels = torch.empty(1 + rows * columns, 3, crop, crop)
-    pixels[:1] = functional.interpolate(
-        normal[None], size=(crop, crop), mode="bicubic", align_corners=False, antialias=False
-    )
-    tiles = normal.view(3, rows, crop, columns, crop).permute(1, 3, 0, 2, 4)
-    pixels[1:].view(rows, columns, 3, crop, crop).copy_(tiles)
+    for place in range(rows * columns):  # a crop at a time stays in the cache
+        tile = tiles[place // columns, place % columns]
+        pixels[1 + place].copy_(tile).div_(255).sub_(0.5).div_(0.5)
+    whole = pixels[1:].view(rows, columns, 3, crop, crop).permute(2, 0, 3, 1, 4).reshape(1, 3, crop * rows, -1)
+    pixels[:1] = functional.interpolate(whole, size=(crop, crop), mode="bicubic", align_corners=False, antialias=False)
 
     valid = torch.zeros(rows * side, columns * side, dtype=torch.bool)
     valid[:valid_rows, :valid_columns] = True
