@@ -1,7 +1,7 @@
 """Does a codon model know more of a held-out organism than tables do, and does a long window predict a repeat?
 
     modalora data genomes                                                   # 20 MB, once
-    python benchmarks/genome.py codons --data ../shared/data --seeds 3      # trains and scores; hours of one core
+    python benchmarks/genome.py codons --data ../shared/data --seeds 3      # trains and scores; 20 minutes of one core
     python benchmarks/genome.py repeats --data ../shared/data               # after genome-2-repeats
     python benchmarks/genome.py repeats --model runs/genome/3-window/model --size 256 --between 16 256 512
     python benchmarks/genome.py repeats --model runs/genome/4-whole/model --size 1024 --between 5926 --probes 2
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -142,12 +143,12 @@ def trained(
 ) -> tuple[Multimodal, int]:
     """Return the model of a fold and seed and its window, trained now or before."""
     name = f"{held}-{seed}{'-shuffled' if shuffled else ''}"
-    options = {"made": 0.5, "shuffled": shuffled, "without": list(left)}
     run = load_run(RECIPES / "genome-1-codons.yaml", [
         f"data={given.data}", f"cache={given.cache}", f"seed={seed}", f"output={given.runs / 'codons' / name}",
-        f"threads={given.threads}", f"mixture.0.options={json.dumps(options)}", *given.set,
+        f"threads={given.threads}", f"mixture.0.options.shuffled={json.dumps(shuffled)}",
+        f"mixture.0.options.without={json.dumps(list(left))}", *given.set,
     ])  # fmt: skip
-    folder = run_recipe(run, lambda metrics: print(f"{name}: {metrics}", flush=True))
+    folder = run_recipe(run, lambda metrics: print(f"{name}: {metrics}", file=sys.stderr, flush=True))
     return load_model(folder).model.eval(), run.window
 
 
