@@ -198,3 +198,33 @@ def test_tiles_of_bf16_have_the_gradients_of_float32() -> None:
     found = torch.autograd.grad(out, small, upstream.bfloat16())
     for one, other in zip(found, told, strict=True):
         assert float((one.float() - other).norm() / other.norm()) < 0.015  # a few roundings of 2^-9; seen 0.006
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_window_in_a_long_row_makes_no_mask_of_all_pairs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    seen = Mask._seen
+
+    def counted(self: Mask, *given: Any) -> torch.Tensor | None:
+        found = seen(self, *given)
+        made.append(0 if found is None else found.numel())
+        return found
+
+    monkeypatch.setattr(Mask, "_seen", counted)
+    q = torch.randn(1, 4096, 1, 8, dtype=dtype, requires_grad=True)
+    attend(q, q, q, mask=Mask(causal=True, window=64)).sum().backward()
+    assert made
+    assert max(made) <= 4096 * 1024
+
+
+def test_a_mask_tells_its_size() -> None:
+    offsets = torch.tensor([3, 5])
+    for mask in (
+        Mask(),
+        Mask(causal=True),
+        Mask(window=2),
+        Mask(causal=True, offsets=offsets),
+        Mask(lengths=offsets),
+    ):
+        dense = mask.dense(4, 9, torch.device("cpu"))
+        assert mask.numbers(4, 9) == (0 if dense is None else dense.expand(-1, -1, 4, -1).numel())

@@ -127,13 +127,22 @@ def choose(call: Call) -> str:
         return "eager" if few else "blockwise"
     # with a trained bias that many rows share, PyTorch's kernels keep all logits
     shares = call.pair_bias is not None and call.pair_bias.requires_grad and call.share > 1 and size > blockwise.BYTES
-    if BACKENDS["sdpa"].lacks(call) is None and not (shares and call.is_trained):
+    if BACKENDS["sdpa"].lacks(call) is None and not (shares and call.is_trained) and _mask_bytes(call) <= MASK_BYTES:
         return "sdpa"
     if q.device.type == "cuda" and BACKENDS["fused"].lacks(call) is None:
         return "fused"
     return "eager" if size <= blockwise.BYTES else "blockwise"
 
 
+def _mask_bytes(call: Call) -> int:
+    """Return the size of the mask that PyTorch's kernels need: every pair, unless all or plain causal ones are seen."""
+    time, keys = call.q.shape[1], call.k.shape[1]
+    if call.mask.is_plain_causal and time == keys and call.key_bias is None and call.pair_bias is None:
+        return 0
+    return call.mask.numbers(time, keys, call.q.shape[2]) * call.q.element_size()
+
+
+MASK_BYTES = 2**24  # of a mask: 2,048 x 2,048 in float32; what is longer, such as a window in a long row, goes in tiles
 FEW = 16  # queries, of a decoding step; tiles would be smaller than what it takes to start them
 
 

@@ -66,6 +66,14 @@ class Mask:
             position = position + self.offsets[:, None]
         return self._seen(position, torch.arange(keys, device=device), heads)
 
+    def numbers(self, queries: int, keys: int, heads: int = 1) -> int:
+        """Return how many pairs `dense` tells of."""
+        rules = (self.offsets, self.lengths, self.window, self.blocks)
+        if not self.causal and all(rule is None for rule in rules):
+            return 0
+        each = next((len(x) for x in (self.offsets, self.lengths) if x is not None), 1)
+        return each * (1 if self.blocks is None else heads) * queries * keys
+
     def tile(self, row: int, start: int, stop: int, keys: int) -> tuple[int, int, int]:
         """Return which keys the queries start .. stop of a row may see: the first, from where on not every query sees
         every key, and the last + 1."""
