@@ -132,7 +132,14 @@ def together(ring: int, heads: int, tokens: int, **how: Any) -> list[Told]:
         workers = [context.Process(target=work, args=(rank,)) for rank in range(world)]
         for worker in workers:
             worker.start()
-        found = dict(answers.get() for _ in workers)
+        found: dict[int, Any] = {}
+        while len(found) < world:
+            if not answers.empty():
+                found |= [answers.get()]
+            elif any(worker.exitcode not in (None, 0) for worker in workers):
+                sys.exit(f"{tokens} tokens: a process was killed, for its memory perhaps; give fewer")
+            else:
+                time.sleep(0.05)
         for worker in workers:
             worker.join()
     if failed := [told for told in found.values() if isinstance(told, str)]:
