@@ -217,14 +217,18 @@ def test_a_window_in_a_long_row_makes_no_mask_of_all_pairs(dtype: torch.dtype, m
     assert max(made) <= 4096 * 1024
 
 
-def test_a_mask_tells_its_size() -> None:
-    offsets = torch.tensor([3, 5])
+def test_a_long_windowed_row_has_the_same_bits_in_a_batch_as_alone() -> None:
+    lengths = [2100, 90]  # taken by different backends
+    q, k, v = (torch.randn(2, max(lengths), 1, 8) for _ in range(3))
+    told = attend(q, k, v, mask=Mask(causal=True, window=64, padded=torch.tensor(lengths)))
+    for row, length in enumerate(lengths):
+        alone = (x[row : row + 1, :length] for x in (q, k, v))
+        assert torch.equal(told[row, :length], attend(*alone, mask=Mask(causal=True, window=64))[0])
+
+
+def test_a_mask_knows_whether_all_is_seen() -> None:
+    two = torch.tensor([3, 5])
     for mask in (
-        Mask(),
-        Mask(causal=True),
-        Mask(window=2),
-        Mask(causal=True, offsets=offsets),
-        Mask(lengths=offsets),
-    ):
-        dense = mask.dense(4, 9, torch.device("cpu"))
-        assert mask.numbers(4, 9) == (0 if dense is None else dense.expand(-1, -1, 4, -1).numel())
+        Mask(), Mask(offsets=two), Mask(causal=True), Mask(window=2), Mask(causal=True, offsets=two), Mask(lengths=two)
+    ):  # fmt: skip
+        assert mask.sees_all == (mask.dense(4, 9, torch.device("cpu")) is None)

@@ -135,14 +135,13 @@ def choose(call: Call) -> str:
 
 
 def _mask_bytes(call: Call) -> int:
-    """Return the size of the mask that PyTorch's kernels need: every pair, unless all or plain causal ones are seen."""
+    """Return the size of a row's mask for PyTorch's kernels; of a row, so that a batch chooses as each of its rows does."""
     time, keys = call.q.shape[1], call.k.shape[1]
-    if call.mask.is_plain_causal and time == keys and call.key_bias is None and call.pair_bias is None:
-        return 0
-    return call.mask.numbers(time, keys, call.q.shape[2]) * call.q.element_size()
+    is_known = call.mask.is_plain_causal and time == keys and call.key_bias is None and call.pair_bias is None
+    return 0 if is_known or call.mask.sees_all else time * keys * call.q.element_size()
 
 
-MASK_BYTES = 2**24  # of a mask: 2,048 x 2,048 in float32; what is longer, such as a window in a long row, goes in tiles
+MASK_BYTES = 2**24  # of 2,048 x 2,048 pairs in float32; what is longer, such as a window in a long row, goes in tiles
 FEW = 16  # queries, of a decoding step; tiles would be smaller than what it takes to start them
 
 
@@ -183,17 +182,17 @@ def _attend(call: Call, backend: str | None) -> Found:
     mask = call.mask
     if mask.spans is not None:
         return _end_to_end(call, backend)
+    if mask.padded is not None:
+        if call.q.dtype == torch.float32 and call.q.device.type == "cpu":
+            return _row_by_row(call, backend)
+        # no real query of a causal row sees its padding: then there is nothing to mask
+        call = replace(call, mask=replace(mask, padded=None, lengths=None if mask.causal else mask.padded))
     name = choose(call) if backend is None else backend
     if name not in BACKENDS:
         raise ConfigError(f"attention backend {name!r} is unknown; known are {', '.join(BACKENDS)}")
     if (reason := BACKENDS[name].lacks(call)) is not None:
         able = [other for other in BACKENDS if BACKENDS[other].lacks(call) is None]
         raise ConfigError(f"attention backend {name!r} cannot do {reason}; these can: {', '.join(able) or 'none'}")
-    if mask.padded is not None:
-        if call.q.dtype == torch.float32 and call.q.device.type == "cpu":
-            return _row_by_row(BACKENDS[name].run, call)
-        # no real query of a causal row sees its padding: then there is nothing to mask
-        call = replace(call, mask=replace(mask, padded=None, lengths=None if mask.causal else mask.padded))
     return BACKENDS[name].run(call)
 
 
@@ -207,7 +206,7 @@ def _end_to_end(call: Call, backend: str | None) -> Found:
     return _joined(found, dim=1)
 
 
-def _row_by_row(run: Callable[[Call], Found], call: Call) -> Found:
+def _row_by_row(call: Call, backend: str | None) -> Found:
     """Compute each row of a padded batch at its own length.
 
     On a CPU every other operation of a network gives a row the same float32 bits in a batch as alone; sums over padded
@@ -216,7 +215,7 @@ def _row_by_row(run: Callable[[Call], Found], call: Call) -> Found:
     assert call.mask.padded is not None
     found = []
     for row, length in enumerate(call.mask.padded.tolist()):
-        out, lse = run(_piece(call, slice(row, row + 1), slice(0, length)))
+        out, lse = _attend(_piece(call, slice(row, row + 1), slice(0, length)), backend)
         rest = call.q.shape[1] - length
         out = functional.pad(out, (0, 0, 0, 0, 0, rest))
         found.append((out, None if lse is None else functional.pad(lse, (0, 0, 0, rest), value=-torch.inf)))

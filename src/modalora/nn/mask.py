@@ -59,20 +59,17 @@ class Mask:
         others = (self.offsets, self.lengths, self.padded, self.spans, self.window, self.blocks)
         return self.causal and all(one is None for one in others)
 
+    @property
+    def sees_all(self) -> bool:
+        """Whether every query sees every key, so that there is no `dense`."""
+        return not self.causal and all(one is None for one in (self.lengths, self.window, self.blocks))
+
     def dense(self, queries: int, keys: int, device: torch.device, heads: int = 1) -> Tensor | None:
         """Return the visible pairs as bool, (batch or 1, 1 or heads, queries, keys), or None when every pair is."""
         position = torch.arange(queries, device=device)[None]
         if self.offsets is not None:
             position = position + self.offsets[:, None]
         return self._seen(position, torch.arange(keys, device=device), heads)
-
-    def numbers(self, queries: int, keys: int, heads: int = 1) -> int:
-        """Return how many pairs `dense` tells of."""
-        rules = (self.offsets, self.lengths, self.window, self.blocks)
-        if not self.causal and all(rule is None for rule in rules):
-            return 0
-        each = next((len(x) for x in (self.offsets, self.lengths) if x is not None), 1)
-        return each * (1 if self.blocks is None else heads) * queries * keys
 
     def tile(self, row: int, start: int, stop: int, keys: int) -> tuple[int, int, int]:
         """Return which keys the queries start .. stop of a row may see: the first, from where on not every query sees
