@@ -135,7 +135,7 @@ def choose(call: Call) -> str:
 
 
 def _mask_bytes(call: Call) -> int:
-    """Return the size of a row's mask for PyTorch's kernels; of a row, so that a batch chooses as each of its rows does."""
+    """Return the size of a row's mask for PyTorch's kernels: a row's, so that a batch chooses as the row alone does."""
     time, keys = call.q.shape[1], call.k.shape[1]
     is_known = call.mask.is_plain_causal and time == keys and call.key_bias is None and call.pair_bias is None
     return 0 if is_known or call.mask.sees_all else time * keys * call.q.element_size()
