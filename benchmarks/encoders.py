@@ -5,7 +5,7 @@ float32. The peer's vision tower is right in eager mode alone (under SDPA it run
 as it does in a prompt, with wide products. Results are compared.
 
     THP_MEM_ALLOC_ENABLE=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456 \
-        python benchmarks/encoders.py [--dtype float32] [--work crop image sound]
+        python benchmarks/encoders.py [--dtype float32] [--pack] [--work crop image sound]
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from modalora.checkpoint.names import plan
 from modalora.models.sizes import phi4_multimodal
 from modalora.models.speech import SpeechEncoder
 from modalora.models.vision import ImageEmbedder
+from modalora.nn.dense import Product
 from modalora.nn.products import wide_products
-from timing import best
+from timing import in_turn
 
 PREFIX = {"image": "model.embed_tokens_extend.image_embed.", "audio": "model.embed_tokens_extend.audio_embed."}
 
@@ -78,6 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--work", nargs="+", choices=("crop", "image", "sound"), default=["crop", "image", "sound"])
+    parser.add_argument("--pack", action="store_true", help="ours with packed matrices, as load(pack=True) has them")
     asked = parser.parse_args()
     dtype: torch.dtype = getattr(torch, asked.dtype)
     torch.set_num_threads(1)
@@ -102,6 +104,10 @@ def main() -> None:
     for image, audio in views.values():
         copy(tower, image, "image")
         copy(encoder, audio, "audio")
+    if asked.pack:
+        for module in (*tower.modules(), *encoder.modules()):
+            if isinstance(module, Product):
+                module.pack(lambda weight: None)
     print(f"{date.today()}, {platform.machine()}, torch {torch.__version__}, 1 thread, {dtype}\n")
     print("| work | ours s | transformers eager s | ratio | transformers sdpa s | ratio | largest difference |")
     print("|---|---|---|---|---|---|---|")
@@ -110,12 +116,12 @@ def main() -> None:
         ours = wide_products()(ours)
         own, told = ours().float(), theirs["eager"]().float()
         difference = float((own - told).abs().max() / told.abs().max())
-        mine = best(ours, repeats)
-        times = {mode: best(work, repeats) for mode, work in theirs.items()}
+        times = in_turn({"ours": ours, **theirs}, repeats)
+        mine = times["ours"]
         cells = " | ".join(f"{times[mode]:.2f} | {times[mode] / mine:.2f}" for mode in ("eager", "sdpa"))
         print(f"| {name} | {mine:.2f} | {cells} | {difference:.1e} of the largest value |", flush=True)
 
-    pictures = {"crop": ("one 448 crop", 0, 3), "image": ("1344x1344: 9 crops and the whole", 9, 1)}
+    pictures = {"crop": ("one 448 crop", 0, 7), "image": ("1344x1344: 9 crops and the whole", 9, 2)}
     for name, crops, repeats in (row for kind, row in pictures.items() if kind in asked.work):
         one = picture(crops, dtype)
         compare(
@@ -135,7 +141,7 @@ def main() -> None:
             "30 s of sound",
             lambda: encoder([{"mel": mel}])[0],
             {mode: lambda view=audio: view.encoder(mel.to(dtype)[None], None)[0] for mode, (_, audio) in views.items()},
-            2,
+            7,
         )
 
 

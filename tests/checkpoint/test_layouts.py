@@ -20,6 +20,7 @@ from modalora.errors import CheckpointError, ConfigError
 from modalora.models.decoder import DecoderConfig, Phi3Small
 from modalora.models.multimodal import ModelConfig, Multimodal
 from modalora.models.sizes import phi4_mini, phi4_multimodal, tiny
+from modalora.nn.dense import Product
 from modalora.nn.mask import BlockSparse
 from modalora.nn.rope import LongRope, Plain
 from modalora.processing.chat import FORMATS
@@ -318,5 +319,19 @@ def test_packing_gives_the_same_bits_and_is_refused_in_float32(words: TextTokeni
     batch = Batch(torch.arange(20)[None], torch.tensor([20]), Route((None,)))
     with torch.inference_mode():
         assert torch.equal(packed(batch), plain(batch))
+    save_model(moved(tiny()), words, tmp_path / "whole")
+    plain, whole = (load_model(tmp_path / "whole", dtype=torch.bfloat16, pack=pack).model for pack in (False, True))
+    features = {"image": {"pixels": torch.randn(2, 3, 56, 56), "mask": torch.ones(2, 4, 4, dtype=torch.bool)}}
+    features["image"]["grid"] = torch.tensor([1, 1])
+    features["audio"] = {"mel": torch.randn(40, tiny().modalities["audio"].mels)}
+    for name, projectors in plain.projectors.items():
+        with torch.inference_mode():
+            (told,), (found,) = (model.encoders[name]([features[name]]) for model in (plain, whole))
+            assert torch.equal(found, told)
+            for branch, projector in projectors.named_children():
+                assert torch.equal(whole.projectors.get_submodule(f"{name}.{branch}")(told), projector(told))
+        matrices = [x for x in whole.encoders[name].modules() if isinstance(x, Product)]
+        assert matrices
+        assert all(one.weight.isnan().all() for one in matrices)
     with pytest.raises(ConfigError, match="packed for reading"):
         save_model(packed, words, tmp_path / "again")

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modalora.errors import ConfigError, ShapeError
 from modalora.nn.attend import BACKENDS, attend
@@ -159,10 +160,10 @@ def test_heads_that_do_not_divide_and_unknown_backends_are_refused() -> None:
 
 @pytest.mark.parametrize("backend", PLAIN)
 @pytest.mark.parametrize("window", [None, 3])
-def test_rows_end_to_end_see_themselves_alone(backend: str, window: int | None) -> None:
+@pytest.mark.parametrize("spans", [(5, 1, 7), (4, 4, 4, 2, 2)])
+def test_rows_end_to_end_see_themselves_alone(backend: str, window: int | None, spans: tuple[int, ...]) -> None:
     torch.manual_seed(3)
-    spans = (5, 1, 7)
-    q, k, v = (torch.randn(1, 13, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    q, k, v = (torch.randn(1, sum(spans), heads, 8, requires_grad=True) for heads in (4, 2, 2))
     out = attend(q, k, v, mask=Mask(causal=True, spans=spans, window=window), backend=backend)
     rows = zip(*(x.split(spans, dim=1) for x in (q, k, v)), strict=True)
     alone = [attend(*row, mask=Mask(causal=True, window=window), backend="eager") for row in rows]
@@ -173,6 +174,25 @@ def test_rows_end_to_end_see_themselves_alone(backend: str, window: int | None) 
         torch.autograd.grad(out, (q, k, v), weight), torch.autograd.grad(told, (q, k, v), weight), strict=True
     ):
         torch.testing.assert_close(one, other, **TOLERANCE)
+
+
+def test_rows_end_to_end_cost_a_gradient_as_large_as_they_are() -> None:
+    """Slices of the sequence would each have one as long as all rows together."""
+    made = 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal made
+            found = func(*args, **(kwargs or {}))
+            made += func is torch.ops.aten.slice_backward.default
+            return found
+
+    for spans in ((5,) * 40, tuple(range(1, 21))):
+        q, k, v = (torch.randn(1, sum(spans), heads, 8, requires_grad=True) for heads in (4, 2, 2))
+        out = attend(q, k, v, mask=Mask(causal=True, spans=spans), backend="eager").sum()
+        with Count():
+            torch.autograd.grad(out, (q, k, v))
+    assert made == 0
 
 
 def test_tiles_keep_nothing_but_queries_keys_and_values() -> None:

@@ -115,8 +115,8 @@ def load_model(
 ) -> Loaded:
     """Read a model folder, checking names, shapes and dtypes against the config before allocating.
 
-    dtype: None keeps the stored one, and maps the files instead of copying them. pack: make the decoder faster to read
-    and impossible to change (Decoder.pack). check: compare the files with the manifest first. Raises CheckpointError.
+    dtype: None keeps the stored one, and maps the files instead of copying them. pack: make the model faster to read
+    and impossible to change (Multimodal.pack). check: compare files with the manifest first. Raises CheckpointError.
     """
     card, tokenizer, chat = read_texts(folder, check=check)
     weights, stored = _open(folder, card)
@@ -129,7 +129,7 @@ def load_model(
     for name in _beside(folder, card):
         load_adapter(model, folder / f"{name}-lora", name, idle=True)
     if pack:
-        model.decoder.pack(release)  # dropping is not enough: the file stays mapped
+        model.pack(release)  # dropping is not enough: the file stays mapped
     return Loaded(model.eval(), tokenizer, chat, _stop_ids(folder, card, tokenizer), card.notes)
 
 

@@ -103,8 +103,9 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         mask = replace(self.seen, spans=step.route.spans, padded=step.lengths if batch > 1 else None)
         if step.cache is not None:
-            mask = replace(self.seen, offsets=step.cache.lengths)
             k, v = step.cache.write(self.layer, k, v)
+            # a cache that was empty leaves plain causality, which PyTorch's kernels know
+            mask = self.seen if k.shape[1] == time else replace(self.seen, offsets=step.cache.lengths)
         longest = k.shape[1] if mask.spans is None else max(mask.spans)
         if mask.window is not None and mask.window >= longest:
             mask = replace(mask, window=None)

@@ -7,7 +7,7 @@ what else belongs to it stands in its row (modality.py). Media of a batch become
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -21,9 +21,11 @@ from modalora.models.decoder import Decoder, DecoderConfig
 from modalora.models.speech import SpeechConfig
 from modalora.models.vision import VisionConfig
 from modalora.nn.cache import KVCache
+from modalora.nn.dense import Product
 from modalora.nn.lora import LoraConfig
 from modalora.nn.loss import EVEN
 from modalora.nn.mlp import Projector
+from modalora.nn.packed import can_pack
 from modalora.nn.products import wide_products
 from modalora.nn.rope import DynamicNtk, Rope, is_long, table_number, tables
 
@@ -106,6 +108,17 @@ class Multimodal(nn.Module):
         """Replace the rotary positions, window included; no weight changes. Raises ShapeError for other heads'."""
         self.config = replace(self.config, decoder=replace(self.config.decoder, rope=rope))
         self.decoder.config = self.config.decoder
+
+    def pack(self, done: Callable[[Tensor], None] = lambda weight: None) -> None:
+        """Keep matrices in the order that bf16 products on this CPU read; the model is then for reading (Decoder.pack).
+
+        done: called with each plain matrix that is no longer needed. Raises ConfigError where nothing is gained.
+        """
+        self.decoder.pack(done)
+        for network in (self.encoders, self.projectors):
+            for module in network.modules():
+                if isinstance(module, Product) and can_pack(module.weight):
+                    module.pack(done)
 
     def add_modality(self, name: str, sizes: EncoderConfig) -> None:
         """Add a modality with fresh networks; the decoder keeps every bit. Raises ConfigError when there is one."""

@@ -18,6 +18,7 @@ from modalora.config import check_sizes
 from modalora.contracts import subsampled
 from modalora.errors import ConfigError
 from modalora.nn.attend import attend
+from modalora.nn.dense import Dense, Pointwise1d, Pointwise2d
 from modalora.nn.mask import Mask
 
 
@@ -61,16 +62,16 @@ class Subsampling(nn.Module):
         super().__init__()
         channels = config.subsampling_channels
         self.conv = nn.Sequential(
-            nn.Conv2d(1, channels, 3, 2, 1),
-            nn.ReLU(),
+            Pointwise2d(1, channels, 3, 2, 1, activation="relu"),
+            nn.Identity(),  # where the published layout has the activation
             nn.Conv2d(channels, channels, 3, 2, 1, groups=channels),
-            nn.Conv2d(channels, channels, 1),
-            nn.ReLU(),
+            Pointwise2d(channels, channels, 1, activation="relu"),
+            nn.Identity(),
             nn.Conv2d(channels, channels, 3, 2, 1, groups=channels),
-            nn.Conv2d(channels, channels, 1),
-            nn.ReLU(),
+            Pointwise2d(channels, channels, 1, activation="relu"),
+            nn.Identity(),
         )
-        self.out = nn.Linear(channels * subsampled(config.mels), config.hidden_size)
+        self.out = Dense(channels * subsampled(config.mels), config.hidden_size)
 
     def forward(self, mel: Tensor, lengths: list[int]) -> Tensor:
         """mel: (batch, frames, mels), normalised, zero behind lengths -> (batch, ceil(frames / 8), width)."""
@@ -84,11 +85,11 @@ class Subsampling(nn.Module):
         layers: list[Any] = list(self.conv)
         first, _, *separable = layers
         seen = functional.pad(mel, (1, 1, 1, 1)).unfold(1, 3, 2).unfold(2, 3, 2).flatten(3)  # 3 x 3 of each place
-        x = functional.relu(_pointwise(first, seen))
+        x = first(seen)
         for depthwise, pointwise in (separable[:2], separable[3:5]):
             x, lengths = _silenced(x, lengths)
             x = depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            x = functional.relu(_pointwise(pointwise, x))
+            x = pointwise(x)
         return _silenced(x, lengths)[0]
 
 
@@ -98,8 +99,8 @@ class SpeechMLP(nn.Module):
     def __init__(self, config: SpeechConfig) -> None:
         super().__init__()
         self.layer_norm = nn.LayerNorm(config.hidden_size)
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.gate_up_proj = Dense(config.hidden_size, 2 * config.intermediate_size)
+        self.down_proj = Dense(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., width)."""
@@ -114,8 +115,8 @@ class SpeechAttention(nn.Module):
     def __init__(self, config: SpeechConfig) -> None:
         super().__init__()
         width, self.heads = config.hidden_size, config.num_attention_heads
-        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
-        self.v_proj, self.o_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.q_proj, self.k_proj = Dense(width, width), Dense(width, width)
+        self.v_proj, self.o_proj = Dense(width, width), Dense(width, width)
 
     def forward(self, x: Tensor, mask: Mask, bias: Tensor) -> Tensor:
         """x: (batch, time, width); bias: (1, heads, time, time)."""
@@ -131,19 +132,19 @@ class ConvModule(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.layer_norm = nn.LayerNorm(width)
-        self.glu = nn.Conv1d(width, 2 * width, 1)
+        self.glu = Pointwise1d(width, 2 * width, 1)
         self.b1, self.b2 = nn.Parameter(torch.zeros(1, width, 1)), nn.Parameter(torch.zeros(1, width, 1))
         self.dw_conv = nn.Conv1d(width, width, config.kernel_size, groups=width)
-        self.pw_conv = nn.Conv1d(width, width, 1)
-        self.ext_pw_conv_1d = nn.Conv1d(width, width, 1)
+        self.pw_conv = Pointwise1d(width, width, 1, activation="silu")
+        self.ext_pw_conv_1d = Pointwise1d(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, time, width); frame t sees frames t - 2 .. t."""
-        value, gate = _pointwise(self.glu, self.layer_norm(x)).chunk(2, dim=-1)
+        value, gate = self.glu(self.layer_norm(x)).chunk(2, dim=-1)
         x = (value + self.b1.transpose(1, 2)) * functional.silu(gate + self.b2.transpose(1, 2))
         reach = self.dw_conv.kernel_size[0] - 1
         x = self.dw_conv(functional.pad(x.transpose(1, 2), (reach, 0))).transpose(1, 2)
-        return _pointwise(self.ext_pw_conv_1d, functional.silu(_pointwise(self.pw_conv, x)))
+        return self.ext_pw_conv_1d(self.pw_conv(x))
 
 
 class ConformerBlock(nn.Module):
@@ -230,11 +231,6 @@ class SpeechEncoder(nn.Module):
         distance = (at[None] - at[:, None]).clamp(-reach, reach - 1) + reach
         bias: Tensor = self.relative_bias(distance)
         return bias.permute(2, 0, 1)[None].contiguous()  # read in every block
-
-
-def _pointwise(conv: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
-    """Apply a convolution to all that each place sees, (..., width): as a product it trains much faster on a CPU."""
-    return functional.linear(x, conv.weight.flatten(1), conv.bias)
 
 
 def _silenced(x: Tensor, lengths: list[int]) -> tuple[Tensor, list[int]]:

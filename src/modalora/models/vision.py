@@ -17,6 +17,7 @@ from modalora.config import check_sizes
 from modalora.contracts import image_tokens
 from modalora.errors import ConfigError
 from modalora.nn.attend import attend
+from modalora.nn.dense import Dense
 from modalora.nn.mask import Mask
 
 
@@ -70,8 +71,8 @@ class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         width, self.heads = config.hidden_size, config.num_attention_heads
-        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
-        self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.q_proj, self.k_proj = Dense(width, width), Dense(width, width)
+        self.v_proj, self.out_proj = Dense(width, width), Dense(width, width)
 
     def forward(self, x: Tensor, visible: Tensor | None) -> Tensor:
         """x: (crops, patches, width); visible: (crops, patches) bool, None: all."""
@@ -89,12 +90,12 @@ class VisionMLP(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = Dense(config.hidden_size, config.intermediate_size, activation="gelu_tanh")
+        self.fc2 = Dense(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., width)."""
-        out: Tensor = self.fc2(functional.gelu(self.fc1(x), approximate="tanh"))
+        out: Tensor = self.fc2(self.fc1(x))
         return out
 
 

@@ -15,6 +15,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Literal, overload
 
 import torch
@@ -25,6 +26,7 @@ from modalora.errors import ConfigError, ShapeError
 from modalora.nn import blockwise
 from modalora.nn.call import Call, Found
 from modalora.nn.mask import Mask
+from modalora.nn.products import has_tiles
 
 
 @overload
@@ -117,13 +119,17 @@ def merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Ten
 def choose(call: Call) -> str:
     """Return the backend for a call that names none.
 
-    On a CPU the fused kernel is slow in bf16. Forward, 2,048 tokens of 24 heads of 128 take it 357 ms, and 105 in
+    On a CPU PyTorch's kernel is slow in bf16. Forward, 2,048 tokens of 24 heads of 128 take it 357 ms, and 105 in
     tiles of plain matrix products; with the gradient 909 and 434. What is one tile at most is taken by `eager`: with
-    the gradient, 20 crops of 144 patches and 5 heads of 32 take it 10 ms, and 17 in tiles.
+    the gradient, 20 crops of 144 patches and 5 heads of 32 take it 10 ms, and 17 in tiles. AMX turns the forward pass
+    over, 164 ms and 276, where the kernel needs no mask or is given a bias; not the gradient.
     """
     q, size = call.q, call.q[..., 0].numel() * call.k.shape[1] * call.q.element_size()  # bytes of logits
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":
         few = q.shape[1] * call.group <= blockwise.TILE if call.is_trained else q.shape[1] <= FEW
+        suits = not call.is_trained and has_tiles() and (call.pair_bias is not None or _mask_bytes(call) == 0)
+        if suits and not few and BACKENDS["sdpa"].lacks(call) is None and _mask_bytes(call) <= MASK_BYTES:
+            return "sdpa"
         return "eager" if few else "blockwise"
     # with a trained bias that many rows share, PyTorch's kernels keep all logits
     shares = call.pair_bias is not None and call.pair_bias.requires_grad and call.share > 1 and size > blockwise.BYTES
@@ -197,45 +203,53 @@ def _attend(call: Call, backend: str | None) -> Found:
 
 
 def _end_to_end(call: Call, backend: str | None) -> Found:
-    """Compute each row of a sequence of rows alone: what a block-diagonal mask would tell, without its pairs."""
+    """Compute each row of a sequence of rows alone: what a block-diagonal mask would tell, without its pairs.
+
+    Neighbours of one length go together, as rows of a batch do.
+    """
     assert call.mask.spans is not None
+    has_bias = call.key_bias is not None or call.pair_bias is not None
+    runs = [(length, len([*same])) for length, same in groupby(call.mask.spans)]
+    runs = [(length, 1) for length in call.mask.spans] if has_bias else runs
+    sizes = [length * count for length, count in runs]
     found, start = [], 0
-    for length in call.mask.spans:
-        found.append(_attend(_piece(call, slice(None), slice(start, start + length)), backend))
-        start += length
+    # split: the gradient of each slice would be as large as the whole
+    for (length, count), *own in zip(runs, *(x.split(sizes, dim=1) for x in (call.q, call.k, call.v)), strict=True):
+        time = slice(start, start + length)
+        q, k, v = (x.unflatten(1, (count, length)).flatten(0, 1) for x in own)
+        piece = replace(
+            call, q=q, k=k, v=v, mask=replace(call.mask, spans=None, padded=None),
+            key_bias=None if call.key_bias is None else call.key_bias[:, time],
+            pair_bias=None if call.pair_bias is None else call.pair_bias[:, :, time, time],
+        )  # fmt: skip
+        out, lse = _attend(piece, backend)
+        whole = None if lse is None else lse.unflatten(0, (-1, count)).flatten(1, 2)
+        found.append((out.unflatten(0, (-1, count)).flatten(1, 2), whole))
+        start += length * count
     return _joined(found, dim=1)
 
 
 def _row_by_row(call: Call, backend: str | None) -> Found:
     """Compute each row of a padded batch at its own length.
 
-    On a CPU every other operation of a network gives a row the same float32 bits in a batch as alone; sums over padded
-    keys do not.
+    On a CPU every other operation of a network can give a row the same float32 bits in a batch as alone; sums over
+    padded keys do not. (MKL's AVX-512 products of fewer than 16 rows do with MKL_CBWR=AVX512,STRICT alone.)
     """
     assert call.mask.padded is not None
     found = []
-    for row, length in enumerate(call.mask.padded.tolist()):
-        out, lse = _attend(_piece(call, slice(row, row + 1), slice(0, length)), backend)
+    rows = zip(call.mask.padded.tolist(), *(x.split(1) for x in (call.q, call.k, call.v)), strict=True)
+    for row, (length, q, k, v) in enumerate(rows):
+        time, pair = slice(0, length), call.pair_bias
+        piece = replace(
+            call, q=q[:, time], k=k[:, time], v=v[:, time], mask=replace(call.mask, spans=None, padded=None),
+            key_bias=None if call.key_bias is None else call.key_bias[row, None, time],
+            pair_bias=None if pair is None else pair[row // call.share, None, :, time, time],
+        )  # fmt: skip
+        out, lse = _attend(piece, backend)
         rest = call.q.shape[1] - length
         out = functional.pad(out, (0, 0, 0, 0, 0, rest))
         found.append((out, None if lse is None else functional.pad(lse, (0, 0, 0, rest), value=-torch.inf)))
     return _joined(found, dim=0)
-
-
-def _piece(call: Call, rows: slice, time: slice) -> Call:
-    """Return the call of some rows, all or one, and some tokens, queries and keys alike, that see only each other."""
-    pair = call.pair_bias
-    if pair is not None:
-        pair = pair[:, :, time, time] if rows.start is None else pair[rows.start // call.share, None, :, time, time]
-    return replace(
-        call,
-        q=call.q[rows, time],
-        k=call.k[rows, time],
-        v=call.v[rows, time],
-        mask=replace(call.mask, spans=None, padded=None),
-        key_bias=None if call.key_bias is None else call.key_bias[rows, time],
-        pair_bias=pair,
-    )
 
 
 def _joined(found: list[Found], dim: int) -> Found:

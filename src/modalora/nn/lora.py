@@ -166,7 +166,7 @@ class RoutedLinear(nn.Module):
         for key, weight in plain.items():
             self._packed[key] = packed.pack(weight)
             done(weight.data)
-            _empty(weight)
+            packed.empty(weight)
 
     def quantize(self, bits: int) -> None:
         """Keep the matrix in 16, 8 or 4 bits only; adapters stay as they are. Raises ConfigError for other bits."""
@@ -175,7 +175,7 @@ class RoutedLinear(nn.Module):
         self._some = self.some_rows()
         self.quantised = KINDS[bits](self.weight)
         self.weight.requires_grad_(False)
-        _empty(self.weight)
+        packed.empty(self.weight)
 
     def restore(self, weight: Tensor) -> None:
         """Take back the plain matrix that `quantize` gave up."""
@@ -186,11 +186,6 @@ class RoutedLinear(nn.Module):
         if key in self._packed:
             return packed.linear(x, self._packed[key], bias)
         return functional.linear(x, weight.to(x.dtype), bias)
-
-
-def _empty(weight: Tensor) -> None:
-    # its shape without memory; whatever reads it by mistake gets NaN
-    weight.data = torch.full((), torch.nan, dtype=weight.dtype, device=weight.device).expand(weight.shape)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

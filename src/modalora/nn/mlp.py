@@ -9,18 +9,20 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from modalora.nn.dense import Dense
+
 
 class Projector(nn.Module):
     """Linear, exact GELU, Linear (Phi-4-Multimodal's projector for pictures and for sound)."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
-        self.up = nn.Linear(width_in, width_out)
-        self.down = nn.Linear(width_out, width_out)
+        self.up = Dense(width_in, width_out, activation="gelu")
+        self.down = Dense(width_out, width_out)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., width_in) -> (..., width_out)."""
-        out: Tensor = self.down(functional.gelu(self.up(x)))
+        out: Tensor = self.down(self.up(x))
         return out
 
 

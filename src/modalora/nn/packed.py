@@ -6,8 +6,15 @@ same bits. A packed matrix is for reading: it has no gradient.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+Activation = Literal["none", "relu", "silu", "gelu", "gelu_tanh"]
+# oneDNN's name of an activation, and which of its formulas
+_POINTWISE = {"none": ("none", ""), "relu": ("relu", ""), "silu": ("swish", ""), "gelu": ("gelu", "none")}
+_POINTWISE |= {"gelu_tanh": ("gelu", "tanh")}
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -26,7 +33,16 @@ def pack(weight: Tensor) -> Tensor:
     return packed
 
 
-def linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x W' + bias, (..., rows), for x (..., columns) in bf16."""
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+def linear(x: Tensor, matrix: Tensor, bias: Tensor | None = None, activation: Activation = "none") -> Tensor:
+    """Return activation(x W' + bias), (..., rows), for x (..., columns) in bf16, rounded once.
+
+    matrix: W, packed, or (rows, columns) as it is.
+    """
+    name, formula = _POINTWISE[activation]
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, matrix, bias, name, [], formula)
     return y
+
+
+def empty(weight: Tensor) -> None:
+    """Leave a matrix its shape without memory; whatever reads it by mistake gets NaN."""
+    weight.data = torch.full((), torch.nan, dtype=weight.dtype, device=weight.device).expand(weight.shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -34,9 +34,15 @@ def wide_products() -> Iterator[None]:
 
 
 @cache
+def has_tiles() -> bool:
+    """Tell whether this CPU multiplies bf16 by AMX, some eight times as fast as float32."""
+    return _told().get("amx_bf16") is True
+
+
+@cache
 def gains() -> bool:
     """Tell whether oneDNN serves this machine better: AVX-512 of AMD's, no AMX, no GPU, and exact when tried."""
-    told: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    told = _told()
     if (
         not torch.backends.mkldnn.is_available()
         or torch.backends.cpu.get_cpu_capability() != "AVX512"
@@ -50,6 +56,12 @@ def gains() -> bool:
         return _is_exact()
     finally:
         SETTING.fp32_precision = "none"
+
+
+def _told() -> Mapping[str, Any]:
+    """Return what torch knows of this CPU."""
+    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return found
 
 
 def _is_exact() -> bool:
