@@ -294,7 +294,7 @@ def log_mel(wave: Wave, rate: int, *, mels: int = 80) -> Tensor:
     bank = mel_matrix(mels)
     bank = bank if rate == WIDE else bank[:128]  # the bins of 8 kHz below its top one: the others are zero
     size = 512 if rate == WIDE else 256
-    window = np.hamming(length)
+    window = 32768 * np.hamming(length)  # samples as 16-bit numbers; a power of two rounds nothing
     cuts = sliding_window_view(wave, length)[::hop]
     result = np.empty((len(cuts), mels), dtype=np.float32)
     # buffers are made once: the system clears large ones anew each time they are asked for
@@ -311,9 +311,9 @@ def log_mel(wave: Wave, rate: int, *, mels: int = 80) -> Tensor:
         np.multiply(frames[:, :-1], np.float32(EMPHASIS), out=emphasised[own, 1:])
         np.multiply(frames[:, 0], np.float32(EMPHASIS), out=emphasised[own, 0])
         np.subtract(frames, emphasised[own], out=emphasised[own])
-        emphasised *= np.float32(32768)
-        np.multiply(emphasised[own], window, out=windowed[own, :length])
-        np.fft.rfft(windowed[own], axis=1, out=exact[own])
+        windowed[own, :length] = emphasised[own]
+        windowed[own, :length] *= window
+        torch.fft.rfft(torch.from_numpy(windowed[own]), out=torch.from_numpy(exact[own]))  # MKL's: half of numpy's time
         spectrum[own] = exact[own, : len(bank)]
         np.abs(spectrum[own], out=power[own])
         np.square(power[own], out=power[own])

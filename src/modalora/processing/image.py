@@ -234,12 +234,24 @@ def grid(width: int, height: int, config: ImageConfig) -> tuple[int, int]:
 
 
 def _resized(image: Image.Image, width: int, height: int, config: ImageConfig) -> Tensor:
-    """Return (height, width, 3) bytes."""
+    """Return (3, height, width) bytes."""
     if not config.fast:
-        return torch.from_numpy(np.array(image.resize((width, height), Image.Resampling.BILINEAR)))
-    bytes_ = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-    small = functional.interpolate(bytes_, (height, width), mode="bilinear", antialias=True, align_corners=False)
-    return small[0].permute(1, 2, 0)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    bytes_ = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    if not config.fast:
+        return bytes_
+    size = (height, width)
+    return functional.interpolate(bytes_[None], size, mode="bilinear", antialias=True, align_corners=False)[0]
+
+
+def _normalise(levels: Tensor, out: Tensor) -> None:
+    """Write bytes as numbers in [-1, 1]."""
+    out.copy_(levels).div_(255).sub_(0.5).div_(0.5)
+
+
+def _whole(grid: Tensor, crop: int) -> Tensor:
+    """Return the view of a whole grid, (1, 3, crop, crop)."""
+    return functional.interpolate(grid, size=(crop, crop), mode="bicubic", align_corners=False, antialias=False)
 
 
 def _layout(size: tuple[int, int], config: ImageConfig) -> tuple[tuple[int, int], ...]:
@@ -304,15 +316,18 @@ def image_features(image: Image.Image, config: ImageConfig) -> tuple[dict[str, T
         raise MediaError(f"an image of mode {image.mode!r} must be RGB here; pass it through open_image first")
     crop, side = config.crop, config.side
     (columns, rows), (width, height), (valid_columns, valid_rows) = _layout(image.info.get(_FULL, image.size), config)
-    padded = torch.full((crop * rows, crop * columns, 3), 255, dtype=torch.uint8)
-    padded[:height, :width] = _resized(image, width, height, config)
-    tiles = padded.view(rows, crop, columns, crop, 3).permute(0, 2, 4, 1, 3)
+    padded = _resized(image, width, height, config)
+    if padded.shape[1:] != (crop * rows, crop * columns):
+        padded = functional.pad(padded, (0, crop * columns - width, 0, crop * rows - height), value=255)
+    tiles = padded.unflatten(1, (rows, crop)).unflatten(3, (columns, crop)).permute(1, 3, 0, 2, 4)
     pixels = torch.empty(1 + rows * columns, 3, crop, crop)
     for place in range(rows * columns):  # a crop at a time stays in the cache
-        tile = tiles[place // columns, place % columns]
-        pixels[1 + place].copy_(tile).div_(255).sub_(0.5).div_(0.5)
-    whole = pixels[1:].view(rows, columns, 3, crop, crop).permute(2, 0, 3, 1, 4).reshape(1, 3, crop * rows, -1)
-    pixels[:1] = functional.interpolate(whole, size=(crop, crop), mode="bicubic", align_corners=False, antialias=False)
+        _normalise(tiles[place // columns, place % columns], pixels[1 + place])
+    if config.fast:
+        _normalise(_whole(padded[None], crop)[0], pixels[0])
+    else:
+        grid_ = pixels[1:].unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4)
+        pixels[:1] = _whole(grid_.reshape(1, 3, crop * rows, -1), crop)
 
     valid = torch.zeros(rows * side, columns * side, dtype=torch.bool)
     valid[:valid_rows, :valid_columns] = True
