@@ -13,8 +13,13 @@ from torch import Tensor
 
 Activation = Literal["none", "relu", "silu", "gelu", "gelu_tanh"]
 # oneDNN's name of an activation, and which of its formulas
-_POINTWISE = {"none": ("none", ""), "relu": ("relu", ""), "silu": ("swish", ""), "gelu": ("gelu", "none")}
-_POINTWISE |= {"gelu_tanh": ("gelu", "tanh")}
+_POINTWISE: dict[Activation, tuple[str, str]] = {
+    "none": ("none", ""),
+    "relu": ("relu", ""),
+    "silu": ("swish", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+}
 
 
 def can_pack(weight: Tensor) -> bool:
