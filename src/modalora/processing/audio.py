@@ -295,11 +295,14 @@ def log_mel(wave: Wave, rate: int, *, mels: int = 80) -> Tensor:
     bank = bank if rate == WIDE else bank[:128]  # the bins of 8 kHz below its top one: the others are zero
     size = 512 if rate == WIDE else 256
     window = 32768 * np.hamming(length)  # samples as 16-bit numbers; a power of two rounds nothing
-    cuts = sliding_window_view(wave, length)[::hop]
+    emphasised = wave.copy()
+    emphasised[1:] -= np.float32(EMPHASIS) * wave[:-1]
+    cuts = sliding_window_view(emphasised, length)[::hop]
+    firsts = wave[: len(cuts) * hop : hop]  # each frame starts afresh: its first sample is its own predecessor
+    firsts = firsts - np.float32(EMPHASIS) * firsts
     result = np.empty((len(cuts), mels), dtype=np.float32)
     # buffers are made once: the system clears large ones anew each time they are asked for
     most = min(BLOCK, len(cuts))
-    emphasised = np.empty((most, length), dtype=np.float32)
     windowed = np.zeros((most, size), dtype=np.float64)
     exact = np.empty((most, size // 2 + 1), dtype=np.complex128)
     spectrum = np.empty((most, len(bank)), dtype=np.complex64)
@@ -307,11 +310,8 @@ def log_mel(wave: Wave, rate: int, *, mels: int = 80) -> Tensor:
     for start in range(0, len(cuts), BLOCK):
         frames = cuts[start : start + BLOCK]
         own = slice(0, len(frames))
-        # each frame starts afresh: the first sample is its own predecessor
-        np.multiply(frames[:, :-1], np.float32(EMPHASIS), out=emphasised[own, 1:])
-        np.multiply(frames[:, 0], np.float32(EMPHASIS), out=emphasised[own, 0])
-        np.subtract(frames, emphasised[own], out=emphasised[own])
-        windowed[own, :length] = emphasised[own]
+        windowed[own, :length] = frames
+        windowed[own, 0] = firsts[start : start + BLOCK]
         windowed[own, :length] *= window
         torch.fft.rfft(torch.from_numpy(windowed[own]), out=torch.from_numpy(exact[own]))  # MKL's: half of numpy's time
         spectrum[own] = exact[own, : len(bank)]
