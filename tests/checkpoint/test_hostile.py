@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
 import struct
@@ -61,6 +62,9 @@ FILES: dict[str, bytes] = {
         b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
         DATA,
     ),
+    "the last of 200,000 keys twice": header(
+        b"{" + b",".join(b'"%d":1' % (number % 199_999) for number in range(1, 200_000)) + b',"0":1}'
+    ),
     "a name with a zero": header({"a\0b": entry([2])}, DATA),
     "a name of 10,000 letters": header({"a" * 10_000: entry([2])}, DATA),
     "an entry that is a number": header({"a": 3}, DATA),
@@ -70,13 +74,27 @@ FILES: dict[str, bytes] = {
 }
 
 
+def seconds(action: Callable[[], object]) -> float:
+    """Return the least CPU seconds of three tries, without walks of the garbage collector through other tests' heap."""
+    took = []
+    gc.freeze()
+    for _ in range(3):
+        started = time.process_time()
+        action()
+        took.append(time.process_time() - started)
+    gc.unfreeze()
+    return min(took)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_no_writer_makes_is_refused_in_a_second(name: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(FILES[name])
-    started = time.process_time()
-    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        Weights(tmp_path)
-    assert time.process_time() - started < 1
+
+    def refused() -> None:
+        with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+            Weights(tmp_path)
+
+    assert seconds(refused) < 1
 
 
 def test_the_worst_of_them_take_little_memory(tmp_path: Path) -> None:
@@ -162,10 +180,12 @@ def test_a_config_cannot_allocate(folder: Path, change: Callable[[dict[str, obje
     fields = json.loads((folder / "config.json").read_text())
     change(fields)
     (folder / "config.json").write_text(json.dumps(fields))
-    started = time.process_time()
-    with pytest.raises(InputError):
-        load_model(folder)
-    assert time.process_time() - started < 1
+
+    def refused() -> None:
+        with pytest.raises(InputError):
+            load_model(folder)
+
+    assert seconds(refused) < 1
 
 
 def test_a_template_that_never_ends_is_not_run(folder: Path) -> None:
@@ -173,9 +193,8 @@ def test_a_template_that_never_ends_is_not_run(folder: Path) -> None:
     for name in ("tokenizer_config.json", "chat_template.json"):
         (folder / name).write_text(json.dumps({"chat_template": endless}))
     (folder / "chat_template.jinja").write_text(endless)
-    started = time.process_time()
+    assert seconds(lambda: load_model(folder)) < 1
     assert load_model(folder).chat.default_system is None
-    assert time.process_time() - started < 1
 
 
 def test_a_pickle_in_place_of_weights_is_named_and_not_opened(folder: Path) -> None:

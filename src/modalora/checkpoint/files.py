@@ -191,7 +191,10 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
                     f"it has {size:,} bytes and a header of {length:,}, and at most {HEADER_BYTES:,} are read; it is "
                     "cut short, or no safetensors"
                 )
-            fields = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_once)
+            header = file.read(length)
+        if header.count(b'"data_offsets"') > MOST_TENSORS:  # before a million of them are parsed
+            raise CheckpointError(f"its header lists more than {MOST_TENSORS:,} tensors")
+        fields = json.loads(header.decode("utf-8"), object_pairs_hook=_once)
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read: {error.strerror}; copy the folder again from its source"
@@ -302,10 +305,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise CheckpointError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in an object")
+    fields: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in fields:
+            raise CheckpointError(f"the key {key!r:.80} stands twice in an object")
+        fields[key] = value
     return fields
 
 
