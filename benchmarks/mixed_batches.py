@@ -67,7 +67,7 @@ def main() -> None:
     def learn(batches: Sequence[Batch]) -> None:
         for parameter in trained.values():
             parameter.grad = None
-        for batch in batches:
+        for batch in engine.level(batches):
             with torch.autocast("cpu", torch.bfloat16):
                 losses = engine.losses(batch)
             engine.backward(losses.values.sum(), last=True)
@@ -81,7 +81,7 @@ def main() -> None:
         float((trained[name].grad - own).abs().max() / own.abs().max().clamp(min=1e-9)) for name, own in told.items()
     )
     one, many = float("inf"), float("inf")
-    for _ in range(4):
+    for _ in range(10):
         one, many = min(one, best(lambda: learn(alone), 1)), min(many, best(lambda: learn(mixed), 1))
     tokens = sum(int(batch.lengths.sum()) for batch in mixed)
     print(f"{date.today()}, {platform.machine()}, torch {torch.__version__}, 1 thread, {tokens:,} tokens\n")

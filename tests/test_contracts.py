@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -64,6 +66,23 @@ def test_select_takes_rows_in_the_order_given_and_cuts_the_padding() -> None:
 def test_a_row_may_be_selected_twice() -> None:
     twice = batch().select([0, 0])
     assert [(item.modality, item.row) for item in twice.media] == [("image", 0), ("image", 1)]
+
+
+def test_joined_puts_back_what_select_took_apart() -> None:
+    whole = batch()
+    joined = Batch.joined([whole.select([2]), whole.select([0, 1])])
+    order = whole.select([2, 0, 1])
+    for row, length in enumerate(order.lengths):
+        assert torch.equal(joined.input_ids[row, :length], order.input_ids[row, :length])
+        assert joined.labels is not None
+        assert order.labels is not None
+        assert torch.equal(joined.labels[row, :length], order.labels[row, :length])
+        assert (joined.labels[row, length:] >= 100).logical_or(joined.labels[row, length:] == IGNORED).all()
+    assert joined.input_ids.shape == (3, 4)
+    assert (joined.route, joined.texts, joined.samples) == (order.route, order.texts, ())
+    assert sorted((item.modality, item.row) for item in joined.media) == [("audio", 0), ("image", 1)]
+    unlabelled = replace(whole, labels=None)
+    assert Batch.joined([unlabelled, unlabelled]).labels is None
 
 
 def test_to_moves_every_tensor() -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import groupby
+from itertools import accumulate, groupby
 from math import ceil, isfinite
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from modalora.errors import RouteError
 
@@ -221,6 +222,29 @@ class Batch:
             labels=None if self.labels is None else self.labels[index, :time],
             texts=tuple(self.texts[row] for row in rows) if self.texts else (),
             samples=tuple(self.samples[row] for row in rows) if self.samples else (),
+        )
+
+    @staticmethod
+    def joined(batches: Sequence[Batch]) -> Batch:
+        """Return the rows of several batches as one; all have labels, texts and samples, or none has."""
+        time = max(batch.input_ids.shape[1] for batch in batches)
+        starts = accumulate((len(batch.lengths) for batch in batches), initial=0)
+        ids, labels = (
+            [functional.pad(x, (0, time - x.shape[1]), value=value) for x in found if x is not None]
+            for found, value in (([own.input_ids for own in batches], 0), ([own.labels for own in batches], IGNORED))
+        )
+        return Batch(
+            input_ids=torch.cat(ids),
+            lengths=torch.cat([batch.lengths for batch in batches]),
+            route=Route(tuple(name for batch in batches for name in batch.route.adapters)),
+            media=tuple(
+                replace(item, row=start + item.row)
+                for start, batch in zip(starts, batches, strict=False)
+                for item in batch.media
+            ),
+            labels=torch.cat(labels) if labels else None,
+            texts=tuple(text for batch in batches for text in batch.texts),
+            samples=tuple(sample for batch in batches for sample in batch.samples),
         )
 
     def to(self, device: str | torch.device) -> Batch:

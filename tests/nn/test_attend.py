@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modalora.errors import ConfigError, ShapeError
+from modalora.nn import short
 from modalora.nn.attend import BACKENDS, attend
+from modalora.nn.call import Call
 from modalora.nn.mask import Mask
 
 PLAIN = [name for name in BACKENDS if name != "fused"]  # which test_biases.py tests: its interpreter is slow
@@ -39,11 +41,11 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Tensor | None, sc
     return out
 
 
-Call = tuple[Tensor, Tensor, Tensor, dict[str, Any], Tensor | None]
+Drawn = tuple[Tensor, Tensor, Tensor, dict[str, Any], Tensor | None]
 
 
 @st.composite
-def calls(draw: st.DrawFn) -> Call:
+def calls(draw: st.DrawFn) -> Drawn:
     batch, kv_heads, repeat = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
     time, keys, head_dim = draw(st.integers(1, 6)), draw(st.integers(1, 9)), draw(st.sampled_from([2, 8]))
     torch.manual_seed(draw(st.integers(0, 99)))
@@ -63,7 +65,7 @@ def calls(draw: st.DrawFn) -> Call:
 
 @settings(deadline=None, max_examples=150)
 @given(calls())
-def test_every_backend_equals_the_definition(call: Call) -> None:
+def test_every_backend_equals_the_definition(call: Drawn) -> None:
     q, k, v, rules, bias = call
     mask = Mask(**rules)
     told = by_hand(q, k, v, mask, bias, q.shape[-1] ** -0.5)
@@ -124,6 +126,33 @@ def test_backends_agree_in_gradients() -> None:
         assert exact is not None
         assert close is not None
         torch.testing.assert_close(close.double(), exact, **TOLERANCE)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("repeat", [1, 3])
+def test_short_rows_have_the_gradients_of_the_definition(causal: bool, repeat: int) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(2, 5, 2 * repeat, 8, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(2, 5 if causal else 7, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    mask = Mask(causal=causal)
+    assert short.suits(Call(q=q, k=k, v=v, mask=mask, key_bias=None, pair_bias=None, scale=0.3, wants_lse=False))
+    found, told = attend(q, k, v, mask=mask, scale=0.3, backend="eager"), by_hand(q, k, v, mask, None, 0.3)
+    upstream = torch.randn_like(q)
+    for own, other in zip(*(torch.autograd.grad(out, (q, k, v), upstream) for out in (found, told)), strict=True):
+        torch.testing.assert_close(own, other, atol=1e-12, rtol=1e-12)  # float64 rounding
+
+
+def test_short_rows_of_bf16_hide_what_comes_behind() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 9, 4, 8).bfloat16().requires_grad_() for _ in range(3))
+    before = attend(q, k, v, mask=Mask(causal=True))[:, :5]
+    with torch.no_grad():
+        k[:, 5:], v[:, 5:] = 1e30, -1e30
+    after = attend(q, k, v, mask=Mask(causal=True))[:, :5]
+    assert torch.equal(before, after)
+    after.sum().backward()
+    assert q.grad is not None
+    assert not q.grad[:, 5:].any()
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -232,22 +232,28 @@ def test_a_run_ends_with_its_data_and_says_so(tmp_path: Path) -> None:
         train(settings(tmp_path / "none"), fresh(), Steps(lambda step: []))
 
 
-def test_rows_that_train_nothing_change_no_loss_and_no_gradient() -> None:
-    batch, told = mixed(0), {}
+def test_rows_that_train_nothing_are_read_apart_and_change_no_loss_and_no_gradient() -> None:
+    batches, told = [mixed(0), mixed(1), text(0)], {}
     for name in ("apart", "together"):
         model = fresh()
         trained = freeze(model, ["adapter.*", "image.projector.*"])
         objective, engine = NextToken(model), Single()
         engine.shard(model, objective)
-        losses = engine.losses(batch) if name == "apart" else objective(model, batch)
-        losses.values.sum().backward()
-        order = losses.rows.sort(stable=True).indices
-        told[name] = losses.values.detach()[order], losses.rows[order], [own.grad for own in trained.values()]
-    assert model.idle_rows(batch)
-    assert torch.equal(told["apart"][1], told["together"][1])
+        levelled = engine.level(batches) if name == "apart" else batches
+        found = [engine.losses(batch) for batch in levelled]
+        for batch, losses in zip(levelled, found, strict=True):
+            assert losses.values.requires_grad == (batch.route.adapters[-1] is not None)
+            engine.backward(losses.values.sum(), last=True)
+        values = torch.cat([losses.values.detach() for losses in found])
+        told[name] = values.sort().values, [own.grad for own in trained.values()]
+    # the text of both in one, behind the others; never more tokens than a micro-batch had
+    assert [batch.route.adapters for batch in engine.level(batches)] == [
+        ("vision", "speech", "vision"), ("vision", "speech", "vision"), text(0).route.adapters, (None, None),
+    ]  # fmt: skip
+    assert [len(batch.lengths) for batch in engine.level(8 * [mixed(0)])] == 8 * [3] + [7, 1]
     # float32: products of other heights round in another way
     torch.testing.assert_close(told["apart"][0], told["together"][0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(told["apart"][2], told["together"][2], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(told["apart"][1], told["together"][1], atol=1e-5, rtol=1e-4)
 
 
 def test_no_row_is_idle_where_the_decoder_learns() -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from modalora.errors import ConfigError, ShapeError
-from modalora.nn import blockwise
+from modalora.nn import blockwise, short
 from modalora.nn.call import Call, Found
 from modalora.nn.mask import Mask
 from modalora.nn.products import has_tiles
@@ -258,6 +258,8 @@ def _joined(found: list[Found], dim: int) -> Found:
 
 
 def _eager(call: Call) -> Found:
+    if short.suits(call):
+        return short.run(call), None
     (rows, time, heads, _), keys, kv_heads, mask = call.q.shape, call.k.shape[1], call.k.shape[2], call.mask
     q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
     # the query heads of one key head are rows of one product: keys and values are not repeated

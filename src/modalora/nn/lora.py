@@ -196,6 +196,11 @@ class _Term:
     where: Tensor | slice | None
     dropout: float
 
+    @property
+    def kept_scale(self) -> float:
+        """The factor of what dropout keeps."""
+        return self.scale / (1 - self.dropout)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Call:
@@ -208,7 +213,10 @@ class _Call:
 
 
 class _Product(torch.autograd.Function):
-    """y = W x + b + sum over terms of scale B A dropout(x); factors are A, B of each term in turn."""
+    """y = W x + b + sum over terms of scale B A dropout(x); factors are A, B of each term in turn.
+
+    What a term reads and changes is a matrix, (tokens, width): many small products with an axis of rows are slow.
+    """
 
     @staticmethod
     def forward(
@@ -219,10 +227,10 @@ class _Product(torch.autograd.Function):
         y = functional.linear(x, call.matrix(call.dtype), None if bias is None else bias.to(call.dtype))
         inners, masks = [], []
         for term, down, up in zip(call.terms, factors[::2], factors[1::2], strict=True):
-            own = _pick(x, term.where)
+            own = _flat(_pick(x, term.where))
             mask = torch.empty_like(own, dtype=torch.bool).bernoulli_(1 - term.dropout) if term.dropout else None
-            inner = functional.linear(_drop(own, mask, term.dropout), down.to(call.dtype)).mul_(term.scale)
-            _add(y, term.where, functional.linear(inner, up.to(call.dtype)))
+            inner = functional.linear(_drop(own, mask), down.to(call.dtype)).mul_(term.kept_scale)
+            _add_product(y, term.where, inner, up.to(call.dtype).T)
             inners.append(inner)
             masks.append(mask)
         ctx.call = call
@@ -251,17 +259,16 @@ class _Product(torch.autograd.Function):
         to_factors: list[Tensor | None] = []
         for place, (term, inner, mask) in enumerate(zip(call.terms, inners, masks, strict=True)):
             down, up = factors[2 * place : 2 * place + 2]
-            own = _pick(upstream, term.where)
+            own = _flat(_pick(upstream, term.where))
             to_down = to_up = None
             if needed[6 + 2 * place]:
-                to_up = (_flat(own).T @ _flat(inner)).to(up.dtype)
-            to_inner = (own @ up.to(call.dtype)).mul_(term.scale)
+                to_up = (own.T @ inner).to(up.dtype)
+            to_inner = (own @ up.to(call.dtype)).mul_(term.kept_scale)
             if needed[5 + 2 * place]:
                 assert x is not None
-                read = _drop(_pick(x, term.where), mask, term.dropout)
-                to_down = (_flat(to_inner).T @ _flat(read)).to(down.dtype)
+                to_down = (to_inner.T @ _drop(_flat(_pick(x, term.where)), mask)).to(down.dtype)
             if to_x is not None:
-                _add(to_x, term.where, _drop(to_inner @ down.to(call.dtype), mask, term.dropout))
+                _add_product(to_x, term.where, to_inner, down.to(call.dtype), mask)
             to_factors += [to_down, to_up]
         return to_x, None, to_weight, to_bias, None, *to_factors
 
@@ -279,8 +286,19 @@ def _add(y: Tensor, where: Tensor | slice | None, change: Tensor) -> None:
         _pick(y, where).add_(change)
 
 
-def _drop(x: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    return x if mask is None else x * mask * (1 / (1 - dropout))
+def _add_product(
+    y: Tensor, where: Tensor | slice | None, left: Tensor, right: Tensor, mask: Tensor | None = None
+) -> None:
+    """Add left @ right, as far as the mask keeps it, to the rows or tokens of y."""
+    if mask is None and not isinstance(where, Tensor):
+        _pick(y, where).view(-1, y.shape[-1]).addmm_(left, right)  # rounded once
+        return
+    rows = len(where) if isinstance(where, Tensor) else len(y)
+    _add(y, where, _drop(left @ right, mask).view(rows, -1, y.shape[-1]))
+
+
+def _drop(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
 
 
 def _flat(x: Tensor) -> Tensor:

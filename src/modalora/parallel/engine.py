@@ -7,7 +7,7 @@ in the same order.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -152,20 +152,25 @@ class Single:
         self.optimizer = optimizer
 
     def losses(self, batch: Batch) -> Any:
-        """Return what the objective makes of a batch; rows that train nothing are read apart, without a graph."""
-        idle = [] if any(True for _ in self.objective.parameters()) else self.model.idle_rows(batch)
-        if not 0 < len(idle) < len(batch.lengths):
-            return self.objective(self.model, batch)
-        others = [row for row in range(len(batch.lengths)) if row not in idle]
-        found = self.objective(self.model, batch.select(others))
-        with torch.no_grad():
-            apart = self.objective(self.model, batch.select(idle))
-        rows = torch.cat([torch.tensor(own)[part.rows.cpu()] for own, part in ((others, found), (idle, apart))])
-        return replace(found, values=torch.cat((found.values, apart.values)), rows=rows)
+        """Return what the objective makes of a batch."""
+        return self.objective(self.model, batch)
 
     def level(self, batches: Sequence[Batch]) -> list[Batch]:
-        """Return the micro-batches as they are."""
-        return list(batches)
+        """Return the micro-batches, without their rows that train nothing, and behind them these, in few of their own.
+
+        So no graph is made of them, and those of many micro-batches are read together, as many as the largest held.
+        """
+        if any(True for _ in self.objective.parameters()):
+            return list(batches)
+        learning, idle = [], []
+        for batch in batches:
+            rows = self.model.idle_rows(batch)
+            if 0 < len(rows) < len(batch.lengths):
+                idle.append(batch.select(rows))
+                batch = batch.select([row for row in range(len(batch.lengths)) if row not in rows])
+            learning.append(batch)
+        most = max(int(batch.lengths.sum()) for batch in batches)
+        return learning + [Batch.joined(own) for own in _filled(idle, most)]
 
     def totals(self, values: Mapping[str, float], parts: Mapping[str, float] = NONE) -> dict[str, float]:
         """Return the values."""
@@ -217,6 +222,20 @@ class Single:
 
     def barrier(self) -> None:
         """There is nobody to wait for."""
+
+
+def _filled(batches: Sequence[Batch], most: int) -> list[list[Batch]]:
+    """Return the batches in lists of at most so many tokens."""
+    found: list[list[Batch]] = []
+    tokens = most
+    for batch in batches:
+        own = int(batch.lengths.sum())
+        if tokens + own > most:
+            found.append([])
+            tokens = 0
+        found[-1].append(batch)
+        tokens += own
+    return found
 
 
 @dataclass(frozen=True)

@@ -250,9 +250,10 @@ class _Loop:
         own: dict[str, float] = defaultdict(float)  # of the losses that this process has of them
         for number, batch in enumerate(micro):
             _check_spans(batch, number)
-        for number, batch in enumerate(self.engine.level(micro)):
+        levelled = self.engine.level(micro)
+        for number, batch in enumerate(levelled):
             try:
-                losses = self._losses(batch, labels, number, last=number + 1 == len(micro))
+                losses = self._losses(batch, labels, number, last=number + 1 == len(levelled))
             except ShapeError as error:
                 rows = ", ".join(row_name(batch, number, row) for row in range(len(batch.lengths)))
                 raise ShapeError(f"step {self.progress.step + 1}, one of the rows {rows:.300}: {error}") from None
