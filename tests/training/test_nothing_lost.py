@@ -117,7 +117,7 @@ def ask(number: int) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize(
-    ("moment", "number", "after"), [("backward", 6, 2), ("update", 4, 4), ("save", 1, 2), ("save", 4, 4)]
+    ("moment", "number", "after"), [("backward", 8, 2), ("update", 4, 4), ("save", 1, 2), ("save", 4, 4)]
 )
 def test_a_signal_at_any_moment_loses_nothing(
     tmp_path: Path, whole: tuple[Path, dict[str, Tensor]], moment: str, number: int, after: int

@@ -99,8 +99,8 @@ class Attention(nn.Module):
         """x: (batch, time, width); cos, sin: (batch, time, pairs)."""
         batch, time, _ = x.shape
         packed = self.qkv_proj(x, step.route, made).view(batch, time, -1, self.head_dim)
-        turning, v = packed.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
-        q, k = rotate(turning, cos, sin).split((self.heads, self.kv_heads), dim=2)
+        q, k, v = packed.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         mask = replace(self.seen, spans=step.route.spans, padded=step.lengths if batch > 1 else None)
         if step.cache is not None:
             k, v = step.cache.write(self.layer, k, v)

@@ -291,7 +291,8 @@ def _add_product(
 ) -> None:
     """Add left @ right, as far as the mask keeps it, to the rows or tokens of y."""
     if mask is None and not isinstance(where, Tensor):
-        _pick(y, where).view(-1, y.shape[-1]).addmm_(left, right)  # rounded once
+        own = _pick(y, where).view(-1, y.shape[-1])
+        torch.addmm(own, left, right, out=own)  # rounded once; torch's counters do not know addmm_
         return
     rows = len(where) if isinstance(where, Tensor) else len(y)
     _add(y, where, _drop(left @ right, mask).view(rows, -1, y.shape[-1]))
