@@ -78,11 +78,13 @@ def seconds(action: Callable[[], object]) -> float:
     """Return the least CPU seconds of three tries, without walks of the garbage collector through other tests' heap."""
     took = []
     gc.freeze()
-    for _ in range(3):
-        started = time.process_time()
-        action()
-        took.append(time.process_time() - started)
-    gc.unfreeze()
+    try:
+        for _ in range(3):
+            started = time.process_time()
+            action()
+            took.append(time.process_time() - started)
+    finally:
+        gc.unfreeze()
     return min(took)
 
 

@@ -181,6 +181,20 @@ def test_an_input_that_can_be_made_again_is_not_kept() -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("route", [Route(("a", "a")), Route(("a", None)), Route(("a", None), (4, 4))])
+def test_what_dropout_keeps_is_scaled_up(route: Route) -> None:
+    layer = linear(dropout=0.25).double().train()
+    x = torch.randn(2, 4, 16, dtype=torch.float64)
+    rows = x[:1] if None in route.adapters else x
+    torch.manual_seed(7)
+    kept = torch.empty(rows.shape, dtype=torch.bool).bernoulli_(0.75)
+    told = x @ layer.weight.T
+    told[: len(rows)] += 2.0 * (rows * kept / 0.75) @ layer.lora_A["a"].T @ layer.lora_B["a"].T  # alpha / r is 2
+    torch.manual_seed(7)
+    found = layer(x.view(1, 8, 16) if route.spans else x, route).view(told.shape)
+    torch.testing.assert_close(found, told, atol=1e-12, rtol=1e-12)  # float64 rounding
+
+
 def test_dropout_meets_the_same_entries_forward_and_backward() -> None:
     layer = linear(dropout=0.5).double().train()
     x = torch.randn(1, 4, 16, dtype=torch.float64, requires_grad=True)

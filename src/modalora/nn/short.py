@@ -1,7 +1,8 @@
 """Attention of rows so short that the weights of all pairs are kept for the backward pass: one node of the graph.
 
 In a training of short rows most of attention's time goes into starting operations and walking over logits. Here the
-mask is what the product of queries and keys is added to, and their scale is part of that product.
+mask is what the product of queries and keys is added to, and their scale is part of that product. So a hidden pair
+weighs nothing as long as its logit is finite.
 """
 
 from __future__ import annotations
