@@ -23,7 +23,7 @@ from torch.nn import functional
 from transformers import Phi4MultimodalFeatureExtractor
 
 from modalora.processing.audio import log_mel
-from modalora.processing.image import ImageConfig, grid, image_features, open_image
+from modalora.processing.image import ImageConfig, grid, read_image
 from timing import best, in_turn
 
 
@@ -40,7 +40,7 @@ def photo() -> bytes:
 
 
 def prepare(data: bytes, config: ImageConfig) -> torch.Tensor:
-    return image_features(open_image(data, config), config)[0]["pixels"]
+    return read_image(data, config)[0]["pixels"]
 
 
 def recipe(data: bytes) -> torch.Tensor:
@@ -73,7 +73,7 @@ def main() -> None:
     for name, config in (("exact", ImageConfig()), ("fast", ImageConfig(fast=True))):
         ours = partial(prepare, data, config)
         off = (ours() - told).abs()
-        mine, theirs = (1000 * x for x in in_turn({"": ours, "peer": partial(recipe, data)}, 15).values())
+        mine, theirs = (1000 * x for x in in_turn({"": ours, "peer": partial(recipe, data)}, 40).values())
         found = f"{float(off.max()):.3f}, mean {float(off.mean()):.4f} of 2"
         print(f"| 12 MP JPEG, {name} | {mine:.0f} | {theirs:.0f} | {theirs / mine:.2f} | {found} | {decode:.0f} |")
     rng = np.random.default_rng(0)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from modalora.contracts import image_tokens
 from modalora.errors import ConfigError, MediaError
-from modalora.processing.image import ImageConfig, grid, image_features, open_image
+from modalora.processing.image import ImageConfig, grid, image_features, open_image, read_image
 
 CONFIG = ImageConfig()
 # the reference values are printed to five digits (pixels) and six (means): half a unit of the last one, plus rounding
@@ -273,24 +273,47 @@ def test_a_given_pillow_image_is_left_unchanged() -> None:
     assert rgb.getpixel((0, 0)) == (1, 2, 3)
 
 
-def test_fast_preparation_of_a_large_photo_stays_near_the_exact_one() -> None:
+def photo(mode: str = "RGB", turn: int = 1) -> bytes:
     across = np.linspace(0, 255, 3000)
     levels = np.stack([np.add.outer(0.3 * across[:2000], 0.5 * across), np.tile(across, (2000, 1))], axis=2)
-    photo = Image.fromarray(np.dstack([levels, levels[..., :1]]).clip(0, 255).astype(np.uint8))
-    photo.paste((255, 0, 0), (400, 300, 900, 1200))
-    for turn in (1, 6):  # upright, and on its side
-        exif = Image.Exif()
-        exif[0x0112] = turn
-        buffer = io.BytesIO()
-        photo.save(buffer, "JPEG", quality=92, exif=exif)
-        made = {}
-        for fast in (False, True):
-            config = ImageConfig(max_crops=4, fast=fast)
-            made[fast], tokens = image_features(open_image(buffer.getvalue(), config), config)
-        assert torch.equal(made[True]["grid"], made[False]["grid"])
-        assert torch.equal(made[True]["mask"], made[False]["mask"])
-        off = (made[True]["pixels"] - made[False]["pixels"]).abs()
-        assert 0 < float(off.mean()) < 0.01  # of a range of 2; edges differ more
+    picture = Image.fromarray(np.dstack([levels, levels[..., :1]]).clip(0, 255).astype(np.uint8))
+    picture.paste((255, 0, 0), (400, 300, 900, 1200))
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    return encode(picture.convert(mode), "JPEG", quality=92, exif=exif)
+
+
+# every way up, and one that does not exist; grey goes the same way as colours, CMYK through Pillow
+@pytest.mark.parametrize(("mode", "turn"), [*(("RGB", turn) for turn in range(1, 10)), ("L", 6), ("CMYK", 6)])
+def test_fast_preparation_of_a_large_photo_stays_near_the_exact_one(mode: str, turn: int) -> None:
+    made = {}
+    for fast in (False, True):
+        made[fast], tokens = read_image(photo(mode, turn), ImageConfig(max_crops=4, fast=fast))
+    assert torch.equal(made[True]["grid"], made[False]["grid"])
+    assert torch.equal(made[True]["mask"], made[False]["mask"])
+    off = (made[True]["pixels"] - made[False]["pixels"]).abs()
+    assert 0 < float(off.mean()) < 0.01  # of a range of 2; edges differ more
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(1, 1), (2, 1), (3, 2), (4, 5), (6, 6), (1, 36)])
+def test_fast_preparation_of_a_picture_of_whole_crops_is_the_exact_one(columns: int, rows: int) -> None:
+    noise = np.random.default_rng(rows).integers(0, 256, (56 * rows, 56 * columns, 3), dtype=np.uint8)
+    data = encode(Image.fromarray(noise), "PNG")
+    exact, fast = (read_image(data, ImageConfig(crop=56, fast=fast))[0]["pixels"] for fast in (False, True))
+    assert torch.equal(fast[1:], exact[1:])
+    # the view of the whole is scaled before its bytes become numbers, not after: rounded elsewhere
+    torch.testing.assert_close(fast[0], exact[0], rtol=0, atol=1e-6)
+
+
+def test_fast_preparation_refuses_and_accepts_what_the_exact_one_does() -> None:
+    fast = ImageConfig(fast=True)
+    with pytest.raises(MediaError, match="image bytes cannot be decoded .*damaged or cut short"):
+        read_image(photo()[:-5000], fast)
+    odd = photo()[:-2] + b"\0\0\0" + photo()[-2:]  # libjpeg warns of bytes before a marker, and Pillow reads on
+    assert read_image(odd, fast)[1] == read_image(photo(), fast)[1]
+    given = Image.open(io.BytesIO(photo()))
+    given.draft("RGB", (750, 500))  # the size of a given picture is what the picture says, not its file
+    assert read_image(given, fast)[1] == image_features(given, ImageConfig())[1]
 
 
 # refusals
