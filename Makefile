@@ -30,8 +30,8 @@ demo: .venv/.base  ## the bundled model on bundled text, image and sound
 	@.venv/bin/modalora demo
 
 test: .venv/.ready  ## every test
-	@echo "== test: pytest"
-	@.venv/bin/pytest -q
+	@echo "== test: pytest, one process on each core (at most 8)"
+	@.venv/bin/pytest -q -n logical --maxprocesses 8 --dist worksteal
 
 check: .venv/.ready  ## format, lint, types, layers, spelling
 	@echo "== check: format"
