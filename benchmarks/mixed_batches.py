@@ -1,15 +1,16 @@
 """What does it cost to mix modalities in a batch, instead of one modality per batch?
 
-The same 32 rows (text, picture, speech, picture with speech) in four micro-batches of eight: once each of one kind,
-once two of every kind. Forward and backward of nano's adapters and projectors as in the training loop, one thread, CPU
-seconds, the best of several in turn; text has nothing to train, and so no backward pass. The released code of
-Phi-4-Multimodal cannot mix at all; the limit is 1. Gradients of both are compared.
+The same rows (text, picture, speech, picture with speech) in four micro-batches of 8, of 16 and of 32: once each of one
+kind, once as many of every kind. Forward and backward of nano's adapters and projectors as in the training loop, one
+thread, CPU seconds, the best of several in turn; text has nothing to train, and so no backward pass. The released code
+of Phi-4-Multimodal cannot mix at all; the limit is 1. Gradients of both are compared.
 
-    python benchmarks/mixed_batches.py
+    python benchmarks/mixed_batches.py [--rows 8 16 32]
 """
 
 from __future__ import annotations
 
+import argparse
 import platform
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,16 +28,14 @@ from modalora.training.objectives import NextToken
 from modalora.training.optimizer import freeze
 from timing import best
 
-ROWS = 8  # of each kind, and in each micro-batch
 
-
-def rows(processor: Processor) -> list[list[Row]]:
-    """Return rows of every kind, all of about the same number of tokens."""
+def make_rows(processor: Processor, count: int) -> list[list[Row]]:
+    """Return rows of every kind, count of each, all of about the same number of tokens."""
     rng = np.random.default_rng(0)
     kinds = []
     for media, words in (((), 190), (("image",), 20), (("audio",), 130), (("image", "audio"), 5)):
         own = []
-        for _ in range(ROWS):
+        for _ in range(count):
             payloads = {
                 "image": Image.fromarray(rng.integers(0, 255, (100, 400, 3), dtype=np.uint8)),
                 "audio": (0.1 * rng.standard_normal(4 * 16_000).astype(np.float32), 16_000),
@@ -53,16 +52,28 @@ def rows(processor: Processor) -> list[list[Row]]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[8, 16, 32], help="of a micro-batch, a multiple of 4")
+    asked = parser.parse_args()
     torch.set_num_threads(1)
+    print(f"{date.today()}, {platform.machine()}, torch {torch.__version__}, 1 thread; aim 0.95, limit 1\n")
+    print("| rows | tokens | s, one modality each | s, mixed | throughput, mixed / one modality | gradients apart |")
+    print("|---|---|---|---|---|---|")
+    for rows in asked.rows:
+        compare(rows)
+
+
+def compare(rows: int) -> None:
+    """Print a line of the table. Gradients: of each tensor's largest, bf16."""
     assistant = modalora.load("nano")
     model, collate = assistant.model.train(), assistant.processor.collate
     trained = freeze(model, ["adapter.*", "image.projector.*", "audio.projector.*"])
     engine = Single()
     engine.shard(model, NextToken(model))
-    kinds = rows(assistant.processor)
+    kinds = make_rows(assistant.processor, rows)
     alone = [collate(own) for own in kinds]
-    share = ROWS // len(kinds)
-    mixed = [collate([row for own in kinds for row in own[at : at + share]]) for at in range(0, ROWS, share)]
+    share = rows // len(kinds)
+    mixed = [collate([row for own in kinds for row in own[at : at + share]]) for at in range(0, rows, share)]
 
     def learn(batches: Sequence[Batch]) -> None:
         for parameter in trained.values():
@@ -84,12 +95,7 @@ def main() -> None:
     for _ in range(10):
         one, many = min(one, best(lambda: learn(alone), 1)), min(many, best(lambda: learn(mixed), 1))
     tokens = sum(int(batch.lengths.sum()) for batch in mixed)
-    print(f"{date.today()}, {platform.machine()}, torch {torch.__version__}, 1 thread, {tokens:,} tokens\n")
-    print("| batches | s | tokens/s |\n|---|---|---|")
-    print(f"| one modality each | {one:.2f} | {tokens / one:,.0f} |")
-    print(f"| mixed | {many:.2f} | {tokens / many:,.0f} |")
-    print(f"\nmixed / one modality: {one / many:.3f} of the throughput (aim 0.95, limit 1)")
-    print(f"gradients differ by {off:.1e} of each tensor's largest (bf16)")
+    print(f"| {rows} | {tokens:,} | {one:.2f} | {many:.2f} | {one / many:.3f} | {off:.1e} |", flush=True)
 
 
 if __name__ == "__main__":
