@@ -46,7 +46,7 @@ class ImageConfig:
     min_side: int = 8  # pixels
     max_pixels: int = 50_000_000
     max_bytes: int = 50_000_000
-    # A third of the time for a large photo: JPEGs are decoded at a lower scale where the crops need no more, and all
+    # Under half the time for a large photo: JPEGs are decoded at a lower scale where the crops need no more, and all
     # pictures are resized by other implementations. Pixels are under 1 % of the range off on average; else they are the
     # released processor's.
     fast: bool = False
