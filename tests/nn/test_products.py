@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from modalora.contracts import Batch, Route
 from modalora.models.multimodal import FEW, ModelConfig, Multimodal
@@ -36,6 +37,31 @@ def amd(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(products, "_is_exact", lambda: True)
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="a rule of MKL's kernels")
+def test_row_has_the_same_bits_in_few_rows_as_in_many() -> None:
+    numbers, threads = torch.Generator().manual_seed(2), torch.get_num_threads()
+    torch.set_num_threads(1)  # two threads may share out a taller product by its columns
+    try:
+        for inner, columns in ((256, 512), (256, 1536), (768, 256), (256, 4096), (144, 432), (256, 16), (16, 768)):
+            x, weight = (torch.randn(rows, inner, generator=numbers) for rows in (64, columns))
+            bias = torch.randn(columns, generator=numbers)
+            whole = products.linear(x, weight, bias)
+            assert torch.equal(whole, functional.linear(x, weight, bias))
+            for rows in range(2, products.HEIGHT):
+                few = products.linear(x[20 : 20 + rows], weight, bias)
+                assert torch.equal(few, whole[20 : 20 + rows]), (inner, columns, rows)
+                assert torch.equal(products.linear(x[None, 20 : 20 + rows], weight, bias)[0], few)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_single_tokens_and_other_types_are_multiplied_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "pad", lambda *_: pytest.fail("a decoding step would cost 16 rows"))
+    weight = torch.eye(8)
+    for x in (torch.ones(5, 1, 8), torch.ones(8), torch.ones(1, 5, 8, dtype=torch.bfloat16), torch.ones(2, 8, 8)):
+        assert torch.equal(products.linear(x, weight.to(x.dtype)), x)
 
 
 def test_products_inside_are_as_near_to_float64_as_float32_is() -> None:

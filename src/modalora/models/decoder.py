@@ -11,12 +11,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from modalora.config import check_sizes
 from modalora.contracts import Step
 from modalora.errors import ConfigError, ShapeError
-from modalora.nn import packed
+from modalora.nn import packed, products
 from modalora.nn.attend import attend
 from modalora.nn.lora import LoraConfig, Made, RoutedLinear
 from modalora.nn.loss import cross_entropy
@@ -279,7 +278,7 @@ class Decoder(nn.Module):
         if self._head is not None:
             logits = packed.linear(hidden, self._head)
         else:
-            logits = functional.linear(hidden, (self.lm_head or self.embed_tokens).weight)
+            logits = products.linear(hidden, (self.lm_head or self.embed_tokens).weight)
         if small := self.config.phi3_small:
             logits = logits / small.logit_scale
             if small.hidden_tokens:

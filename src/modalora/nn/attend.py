@@ -232,8 +232,8 @@ def _end_to_end(call: Call, backend: str | None) -> Found:
 def _row_by_row(call: Call, backend: str | None) -> Found:
     """Compute each row of a padded batch at its own length.
 
-    On a CPU every other operation of a network can give a row the same float32 bits in a batch as alone; sums over
-    padded keys do not. (MKL's AVX-512 products of fewer than 16 rows do with MKL_CBWR=AVX512,STRICT alone.)
+    On a CPU every other operation of a network can give a row the same float32 bits in a batch as alone (products
+    take care in nn/products.py); sums over padded keys do not.
     """
     assert call.mask.padded is not None
     found = []

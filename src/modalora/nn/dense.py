@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from modalora.nn import packed
+from modalora.nn import packed, products
 from modalora.nn.packed import Activation
 
 FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -43,7 +43,7 @@ class Product(nn.Module):
         weight = self.weight.flatten(1)
         if not torch.is_grad_enabled() and x.dtype == weight.dtype and packed.can_pack(weight):
             return packed.linear(x, weight, self.bias, self.activation)
-        y = functional.linear(x, weight, self.bias)
+        y = products.linear(x, weight, self.bias)
         return y if self.activation == "none" else FUNCTIONS[self.activation](y)
 
     def pack(self, done: Callable[[Tensor], None]) -> None:

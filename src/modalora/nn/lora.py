@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from modalora.contracts import Route
 from modalora.errors import ConfigError
-from modalora.nn import packed
+from modalora.nn import packed, products
 from modalora.nn.quantised import KINDS, Kept
 
 
@@ -185,7 +184,7 @@ class RoutedLinear(nn.Module):
     def _product(self, x: Tensor, key: str, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if key in self._packed:
             return packed.linear(x, self._packed[key], bias)
-        return functional.linear(x, weight.to(x.dtype), bias)
+        return products.linear(x, weight.to(x.dtype), bias)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,12 +223,12 @@ class _Product(torch.autograd.Function):
         *factors: Tensor,
     ) -> Tensor:  # fmt: skip
         x = x.to(call.dtype)
-        y = functional.linear(x, call.matrix(call.dtype), None if bias is None else bias.to(call.dtype))
+        y = products.linear(x, call.matrix(call.dtype), None if bias is None else bias.to(call.dtype))
         inners, masks = [], []
         for term, down, up in zip(call.terms, factors[::2], factors[1::2], strict=True):
             own = _flat(_pick(x, term.where))
             mask = torch.empty_like(own, dtype=torch.bool).bernoulli_(1 - term.dropout) if term.dropout else None
-            inner = functional.linear(_drop(own, mask), down.to(call.dtype)).mul_(term.kept_scale)
+            inner = products.linear(_drop(own, mask), down.to(call.dtype)).mul_(term.kept_scale)
             _add_product(y, term.where, inner, up.to(call.dtype).T)
             inners.append(inner)
             masks.append(mask)
