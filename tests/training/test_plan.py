@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +11,14 @@ import torch.distributed as dist
 from typer.testing import CliRunner
 
 from modalora.cli.main import app
-from modalora.config import RunConfig, parse
-from modalora.contracts import Route
-from modalora.errors import CheckpointError, ConfigError, InputError
+from modalora.cli.train import RECIPES
+from modalora.config import RunConfig, load_run, parse
+from modalora.contracts import IGNORED, Batch, Route
+from modalora.errors import CheckpointError, ConfigError, DataError, InputError
 from modalora.models.multimodal import ModelConfig, Multimodal, part_of
 from modalora.models.sizes import nano, phi4_multimodal, tiny
 from modalora.nn import blockwise, loss, shown
+from modalora.training.objectives import OBJECTIVES, Cells
 from modalora.training.optimizer import freeze
 from modalora.training.plan import estimate, plan_reading, plan_run, plan_step, shaped_batch
 
@@ -44,16 +47,33 @@ def test_weights_gradients_and_moments_are_four_bytes_a_number_each() -> None:
     assert 2 * decoder.weights <= decoder.optimizer <= 2.01 * decoder.weights  # and a step count per tensor
 
 
-def test_what_lives_in_a_step_is_what_an_allocator_counts() -> None:
+def pictures_with_cells() -> Batch:
+    batch = shaped_batch(tiny(), ["text=8,image=100x80"], 4)
+    media = []
+    for item in batch.media:
+        cells, counts = torch.zeros(item.tokens, 3).long(), torch.ones(item.tokens, 2, Cells.COUNTS // 2).long()
+        cells[::3] = IGNORED  # separators
+        media.append(replace(item, features={**item.features, "cells": cells, "counts": counts}))
+    return replace(batch, media=tuple(media))
+
+
+@pytest.mark.parametrize(
+    ("part", "objective", "batch"),
+    [
+        ("decoder", "next_token", shaped_batch(tiny(), ["text=200"], 4)),
+        ("audio.encoder", "ctc", shaped_batch(tiny(), ["text=6,audio=4"], 4)),
+        ("image.encoder", "cells", pictures_with_cells()),
+    ],
+)
+def test_what_lives_in_a_step_is_what_an_allocator_counts(part: str, objective: str, batch: Batch) -> None:
     # The same step on real tensors: the profiler reports every byte that the allocator gives and takes.
-    config, run = tiny(), run_of(train=["decoder"], precision="fp32")
-    batch = shaped_batch(config, ["text=200"], 4)
+    config, run = tiny(), run_of(train=[part], precision="fp32", objective=objective)
     plan = plan_step(config, run, [batch])
     model = Multimodal(config)
     freeze(model, run.train)
+    objectives = OBJECTIVES[objective](model)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        values, _ = model.loss(batch)
-        values.mean().backward()
+        objectives(model, batch).values.mean().backward()
     changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = peak = 0
     for event in sorted(changes, key=lambda event: event.start_ns()):
@@ -62,6 +82,25 @@ def test_what_lives_in_a_step_is_what_an_allocator_counts() -> None:
     # both count gradients and what the step holds; kernels take scratch space of their own, which only one sees
     told = plan.step + plan.gradients
     assert 0.9 < told / peak < 1.1
+
+
+@pytest.mark.parametrize("objective", ["ctc", "cells"])
+def test_rows_by_shape_are_refused_where_an_objective_needs_more(objective: str) -> None:
+    run = run_of(train=["audio.encoder"], objective=objective, data="/nowhere")
+    with pytest.raises(ConfigError, match=f"objective={objective} learns from what its own sources write"):
+        plan_run(run, ["text=20,audio=2"])
+    with pytest.raises(DataError, match="/nowhere/books/train.parquet is missing"):
+        plan_run(run)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(("recipe", "labels"), [("nano-3-eyes", False), ("nano-4-ears", True)])
+def test_stages_that_train_an_encoder_alone_are_planned(recipe: str, labels: bool, data_folder: Path) -> None:
+    plan, source = plan_run(load_run(RECIPES / f"{recipe}.yaml", [f"data={data_folder}", "rows=2"]), size="nano")
+    assert source == "the first of its data"
+    assert plan.rows == 2
+    assert bool(plan.labels) == labels
+    assert {part.name for part in plan.parts if part.trained} > {"objective"}
 
 
 @pytest.mark.parametrize("rows", [["text=700"], ["text=700", "text=90", "text=1"]])

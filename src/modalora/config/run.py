@@ -5,7 +5,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from math import inf
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -147,6 +147,9 @@ class RunConfig(Settings):
     whiten: list[str] = Field(
         default_factory=list
     )  # modalities whose fresh projectors start from their features' statistics
+    dropout: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(
+        default_factory=dict
+    )  # encoder, e.g. "audio.encoder" -> share of what each of its blocks hands on that training drops
     objective: Literal["next_token", "ctc", "cells"] = "next_token"
     rows: int = Field(16, ge=1)  # conversations or windows per micro-batch
     tokens: int = Field(0, ge=0)  # instead of rows: the budget that rows of a micro-batch fill together

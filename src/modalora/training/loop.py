@@ -30,10 +30,11 @@ from modalora.nn.products import wide_products
 from modalora.nn.rope import is_long
 from modalora.parallel.engine import Engine, Single
 from modalora.training.audit import Audit, check_settings, check_trained, parts_reached, trained_part
+from modalora.training.dropout import add_dropout
 from modalora.training.flops import StepFlops
 from modalora.training.journal import Journal
 from modalora.training.nonfinite import Fault, guilty_rows, not_finite, row_name
-from modalora.training.objectives import OBJECTIVES, Losses
+from modalora.training.objectives import OBJECTIVES, Ctc, Losses
 from modalora.training.optimizer import Optimizer, freeze
 from modalora.training.randomness import seed_all, seed_dropout
 from modalora.training.report import what_trains
@@ -53,11 +54,13 @@ def train(
     *,
     engine: Engine | None = None,
     say: Say = lambda line: None,
+    said: Tensor | None = None,
 ) -> Metrics:
     """Train the parts that `run` names and return the last metrics; the model is changed in place.
 
     report: called with the metrics of every logged step. engine: the processes that train together, by default this
-    one alone. say: told in words what a user should know. Resumes from run.output/resume when it holds a state.
+    one alone. say: told in words what a user should know. said: how often answers hold each token, from which CTC
+    starts. Resumes from run.output/resume when it holds a state.
 
     Raises ConfigError for settings under which nothing is learnt; TrainingError when a loss or gradient is not finite,
     when something does not learn that should or moves that should not, or when the disk is full; Interrupted when
@@ -69,7 +72,7 @@ def train(
         stack.enter_context(wide_products())
         try:
             stop.breakable = True
-            loop = _Loop(run, model, batches, engine or Single(), report, say, stop, stack)
+            loop = _Loop(run, model, batches, engine or Single(), report, say, stop, stack, said)
             stop.breakable = False
         except Asked:
             raise Interrupted("stopped before the first step; nothing is lost", stop.asked) from None
@@ -107,6 +110,7 @@ class _Loop:
         say: Say,
         stop: Stop,
         stack: ExitStack,
+        said: Tensor | None,
     ) -> None:
         self.run, self.model, self.batches, self.engine = run, model, batches, engine
         self.report, self.say, self.stop = report, say, stop
@@ -118,7 +122,11 @@ class _Loop:
             torch.set_num_threads(run.threads)
         seed_all(run.seed)
         self.objective = OBJECTIVES[run.objective](model)  # its head begins alike on every rank
+        if said is not None and isinstance(self.objective, Ctc):
+            self.objective.start_from(said)
         declared = freeze(model, run.train)
+        for handle in add_dropout(model, run.dropout):
+            stack.callback(handle.remove)
         self.preserved = preservation(model, declared)
         engine.shard(model, self.objective)
         self.trained = {name: own for name, own in model.named_parameters() if own.requires_grad}

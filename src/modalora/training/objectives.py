@@ -37,6 +37,9 @@ class NextToken(nn.Module):
         return Losses(*model.loss(batch))
 
 
+UNSAID = 1e-3  # what a token that was not said counts
+
+
 class Ctc(nn.Module):
     """Connectionist temporal classification of the answer's tokens on the sound encoder alone.
 
@@ -54,6 +57,16 @@ class Ctc(nn.Module):
         self.blank = config.decoder.vocab_size
         self.head = nn.Linear(config.speech.hidden_size, self.blank + 1)
 
+    @torch.no_grad()
+    def start_from(self, counts: Tensor) -> None:
+        """Let the head begin with how often each token is said, counts (vocab,), and a blank as often as all of them.
+
+        From even chances, thousands of tokens that nobody says are first pushed down through the encoder, all by the
+        same direction of its features: 200 steps without a word on ten digits out of 4,096 tokens.
+        """
+        shares = (counts + UNSAID) / (counts + UNSAID).sum()
+        self.head.bias.copy_(torch.cat((shares, torch.ones(1))).log())
+
     def count(self, batch: Batch) -> int:
         """Return how many losses a batch has."""
         return len(batch.media)
@@ -70,7 +83,7 @@ class Ctc(nn.Module):
         values = functional.ctc_loss(
             logits.log_softmax(-1), torch.cat(targets), lengths, sizes, self.blank, reduction="none", zero_infinity=True
         )
-        return Losses(values / sizes.clamp(min=1), rows)
+        return Losses(values / sizes.clamp(min=1).to(values.device), rows)
 
 
 class Cells(nn.Module):
@@ -104,12 +117,12 @@ class Cells(nn.Module):
         rows = torch.cat([torch.full((item.tokens,), item.row) for item in batch.media])
         cells = torch.cat([item.features["cells"] for item in batch.media])
         counts = torch.cat([item.features["counts"] for item in batch.media]).flatten(1)
-        real = cells[:, 0] != IGNORED
+        real = (cells[:, 0] != IGNORED).nonzero().squeeze(1)  # places: a plan has no mask on tensors without values
         features = features[real]
         in_cell = _token_losses(self.cells(features).unflatten(-1, (self.ATTRIBUTES, self.CLASSES)), cells[real])
         in_cell = in_cell * self.ATTRIBUTES
         counted = _token_losses(self.counts(features).unflatten(-1, (self.COUNTS, self.MOST)), counts[real])
-        return Losses(torch.cat((in_cell, counted)), rows[real].repeat(2))
+        return Losses(torch.cat((in_cell, counted)), rows[real.cpu()].repeat(2))
 
 
 def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:

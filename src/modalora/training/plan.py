@@ -44,6 +44,7 @@ from modalora.nn.shown import factor, few_stand_for_all
 from modalora.parallel.engine import step_and_clear
 from modalora.parallel.sequence import split_tokens
 from modalora.quantize import quantize
+from modalora.training.dropout import add_dropout
 from modalora.training.machines import machine_of, machine_rate, measured_bandwidth, measured_rate, own_memory, resident
 from modalora.training.objectives import OBJECTIVES
 from modalora.training.optimizer import Optimizer, freeze
@@ -120,9 +121,10 @@ class Meter(TorchDispatchMode):
         """Run one operation; small real tensors, such as ids and masks, become fake where they meet fake ones."""
         kwargs = dict(kwargs or {})
         given = list(_tensors((*args, *kwargs.values())))
+        ctc = _ctc(*args) if operation is torch.ops.aten._ctc_loss.Tensor else None  # of lengths with values
         if len(given) > 1 and len({isinstance(tensor, FakeTensor) for tensor in given}) == 2:
             args, kwargs = tree_map(self._to_fake, (args, kwargs))
-        out = operation(*args, **kwargs)
+        out = operation(*args, **kwargs) if ctc is None else ctc
         formula = flop_registry.get(operation._overloadpacket)
         if formula is not None:
             self.flops += round(formula(*args, **kwargs, out_val=out) * factor())
@@ -131,7 +133,15 @@ class Meter(TorchDispatchMode):
         return out
 
     def _to_fake(self, leaf: Any) -> Any:
-        return self.fake.from_tensor(leaf) if isinstance(leaf, Tensor) and not isinstance(leaf, FakeTensor) else leaf
+        if not isinstance(leaf, Tensor) or isinstance(leaf, FakeTensor):
+            return leaf
+        return self.fake.from_tensor(leaf.detach())  # else its .grad is looked at, and torch warns of that
+
+
+def _ctc(scores: Tensor, targets: Tensor, lengths: Tensor, sizes: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """Return what CTC gives by shape, for which fake tensors have no rule: losses, and scores of its paths."""
+    time, rows = scores.shape[:2]
+    return scores.new_empty(rows), scores.new_empty(rows, time, 2 * int(sizes.max()) + 1)
 
 
 def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype: torch.dtype = torch.float32) -> Plan:
@@ -152,6 +162,7 @@ def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype
     if run.recompute:
         recompute(model)  # what is offloaded is counted all the same: it is in some memory
     trained = freeze(model, run.train)
+    add_dropout(model, run.dropout)
     trained |= {f"objective.{name}": parameter for name, parameter in objective.named_parameters()}
     optimizer = Optimizer(trained, run.optim, run.steps)
     optimizer.set_rate(0)
@@ -369,18 +380,27 @@ def plan_run(run: RunConfig, shapes: Sequence[str] = (), size: str | None = None
     if shapes:
         return plan_step(config, run, _filled(config, run, shapes), dtype), "rows of " + " and ".join(shapes)
     try:
-        if size is not None:
+        if size not in (None, run.init):
             raise CheckpointError(f"{size} stands in for {run.init}")
         mixture = make_mixture(run, open_context(run))
         micro, source = mixture.take(), "the first of its data"
     except InputError as error:
         shape = f"text={min(run.tokens or run.window, config.decoder.rope.window)}"
-        micro, source = _filled(config, run, [shape]), f"rows of {shape}, as its data were not opened: {error}"
+        try:
+            micro = _filled(config, run, [shape])
+        except ConfigError:
+            raise error from None
+        source = f"rows of {shape}, as its data were not opened: {error}"
     return plan_step(config, run, micro, dtype), source
 
 
 def _filled(config: ModelConfig, run: RunConfig, shapes: Sequence[str]) -> list[Batch]:
     """Return the micro-batches of a step made of rows of given shapes: as many as run.rows, or as fill run.tokens."""
+    if run.objective != "next_token":
+        raise ConfigError(
+            f"objective={run.objective} learns from what its own sources write beside a sound or picture, and rows of "
+            f"{' and '.join(shapes)} have none of that; leave --row out, and the rows are made from data={run.data}"
+        )
     rows = run.rows
     if run.tokens:
         lengths = shaped_batch(config, shapes, len(shapes), run.media).lengths.tolist()

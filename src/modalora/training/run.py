@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from modalora.assistant import find_model, make_processor
 from modalora.checkpoint.adapters import fingerprint, save_adapter
 from modalora.checkpoint.preserve import preservation
 from modalora.checkpoint.store import load_model, read_texts, rounded_by_int8, save_model
 from modalora.config import MediaConfig, RunConfig, load_run, parse
-from modalora.contracts import Batches
+from modalora.contracts import IGNORED, Batches
 from modalora.data.mixture import Mixture
 from modalora.data.quarantine import Quarantine
 from modalora.data.sources import Context
@@ -81,6 +82,7 @@ def _carry_out(
     _widen(model, run.train)
     if "audio.encoder" in run.train:
         _set_mel_statistics(model, make_mixture(run, context))
+    said = _said(make_mixture(run, context), model.config.decoder.vocab_size) if run.objective == "ctc" else None
     for modality in run.whiten:
         _whiten_projectors(model, modality, run.train, make_mixture(run, context))
     if run.recompute:
@@ -93,7 +95,7 @@ def _carry_out(
     quarantine = Quarantine(Path(run.output) / own, run.quarantine_most)
     batches = make_mixture(run, context, engine.share, workers=run.workers, quarantine=quarantine)
     try:
-        metrics = train(run, model, batches, report, engine=engine, say=say)
+        metrics = train(run, model, batches, report, engine=engine, say=say, said=said)
     finally:
         batches.close()
     notes = {"trained": run.model_dump(mode="json"), "last": metrics}
@@ -316,6 +318,12 @@ def _set_mel_statistics(model: Multimodal, batches: Batches, steps: int = 20) ->
         mel = torch.cat([item.features["mel"] for item in media])
         encoder.global_mean.copy_(mel.mean(0))
         encoder.global_invstd.copy_(1 / mel.std(0).clamp(min=1.0))
+
+
+def _said(batches: Batches, vocab_size: int, steps: int = 20) -> Tensor:
+    """Return how often the answers of the first batches hold each token, (vocab,)."""
+    rows = [row for _ in range(steps) for batch in batches.take() if batch.labels is not None for row in batch.labels]
+    return torch.bincount(torch.cat([row[row != IGNORED][:-1] for row in rows]), minlength=vocab_size)  # no end tags
 
 
 @torch.no_grad()
