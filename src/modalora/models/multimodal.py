@@ -252,7 +252,7 @@ class Multimodal(nn.Module):
         """Read one more token per row, ids (batch,); return logits, (batch, vocab). reach: as for `read`."""
         lengths = reach or [length + 1 for length in cache.lengths.tolist()]
         step = self._step(torch.ones_like(ids), route, lengths, cache)
-        return self.decoder.head(self.decoder(self.decoder.embed(ids[:, None]), step)[:, 0])
+        return self.decoder.head(self.decoder(self.decoder.embed(ids[:, None]), step))[:, 0]
 
     def table_number(self, length: int) -> int:
         """Return which of the model's rotary tables a row of this length uses."""
