@@ -80,6 +80,14 @@ def test_every_block_of_the_tower_is_among_those_that_drop() -> None:
     ]
 
 
+def test_a_block_that_hands_on_more_than_a_tensor_is_named() -> None:
+    model = fresh().train()
+    model.encoders["audio"].register_module("after", torch.nn.GRU(3, 3))
+    add_dropout(model, {"audio.encoder": 0.1})
+    with pytest.raises(ConfigError, match="a GRU of the encoder hands on a tuple, and only a tensor"):
+        model.encoders["audio"].after(torch.zeros(1, 3))
+
+
 def test_training_takes_the_dropout_away_again(tmp_path: Path) -> None:
     model = fresh()
     train(settings(tmp_path, "audio.encoder", dropout={"audio.encoder": 0.2}), model, Steps(lambda n: [mixed(n)]))

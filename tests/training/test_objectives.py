@@ -15,7 +15,7 @@ from modalora.contracts import IGNORED, Batch, Media, Route
 from modalora.models.sizes import tiny
 from modalora.training.loop import train
 from modalora.training.objectives import Ctc
-from modalora.training.run import _said, make_mixture, open_context
+from modalora.training.run import _said, make_mixture, open_context, run_recipe
 
 VOCABULARY, END = tiny().decoder.vocab_size, 3
 
@@ -76,6 +76,14 @@ def test_a_run_starts_from_what_its_answers_say(tmp_path: Path) -> None:
         train(run, fresh(), Steps(lambda step: [sounds(step)]), heard.append, said=counts)
         first[name] = heard[0]["loss"]
     assert first["said"] < 0.5 * first["even"]
+
+
+@pytest.mark.data
+def test_the_recipe_of_the_ears_starts_there(tmp_path: Path, data_folder: Path) -> None:
+    heard = []
+    changes = ["rows=2", "steps=1", "optim.warmup_steps=0", "log_every=1", f"output={tmp_path}", f"data={data_folder}"]
+    run_recipe(load_run(RECIPES / "fold-1-ears.yaml", changes), heard.append)
+    assert heard[0]["loss"] < 30  # from even chances 6 to 8 frames of log(4097) a digit: 50
 
 
 @pytest.mark.data

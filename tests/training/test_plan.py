@@ -14,7 +14,7 @@ from modalora.cli.main import app
 from modalora.cli.train import RECIPES
 from modalora.config import RunConfig, load_run, parse
 from modalora.contracts import IGNORED, Batch, Route
-from modalora.errors import CheckpointError, ConfigError, DataError, InputError
+from modalora.errors import CheckpointError, ConfigError, InputError
 from modalora.models.multimodal import ModelConfig, Multimodal, part_of
 from modalora.models.sizes import nano, phi4_multimodal, tiny
 from modalora.nn import blockwise, loss, shown
@@ -89,7 +89,7 @@ def test_rows_by_shape_are_refused_where_an_objective_needs_more(objective: str)
     run = run_of(train=["audio.encoder"], objective=objective, data="/nowhere")
     with pytest.raises(ConfigError, match=f"objective={objective} learns from what its own sources write"):
         plan_run(run, ["text=20,audio=2"])
-    with pytest.raises(DataError, match="/nowhere/books/train.parquet is missing"):
+    with pytest.raises(ConfigError, match=r"not opened: /nowhere/books/train.parquet is missing"):
         plan_run(run)
 
 

@@ -20,8 +20,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x: (..., time, columns) -> (..., time, rows): functional.linear, the same bits of a row however many there are.
 
     MKL's AVX-512 kernels sum a float32 product of 2 to 15 rows in another order than a taller one: a short text or
-    sound got other last bits alone than in a batch, up to 1.4e-5 in the logits of nano. Rows of zeros cost less than
-    the memory that the weight is read from. Single tokens, time 1, stay as they are.
+    sound got other last bits alone than in a batch, up to 1.4e-5 in the logits of nano. So zeros fill up such rows.
+    Single tokens, time 1, stay as they are: decoding would pay for 16 rows at each.
     """
     rows = x.shape[:-1].numel()
     if x.dtype != torch.float32 or x.device.type != "cpu" or rows >= HEIGHT or x.ndim < 2 or x.shape[-2] < 2:

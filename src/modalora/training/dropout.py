@@ -47,5 +47,10 @@ def _blocks(network: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-def _drop(rate: float, block: nn.Module, given: tuple[Any, ...], out: Tensor) -> Tensor:
+def _drop(rate: float, block: nn.Module, given: tuple[Any, ...], out: Any) -> Tensor:
+    if not isinstance(out, Tensor):
+        raise ConfigError(
+            f"dropout: a {type(block).__name__} of the encoder hands on a {type(out).__name__}, and only a tensor can "
+            "be dropped from; put it into a module that returns its tensor, or leave dropout out"
+        )
     return functional.dropout(out, rate, block.training)

@@ -61,8 +61,8 @@ class Ctc(nn.Module):
     def start_from(self, counts: Tensor) -> None:
         """Let the head begin with how often each token is said, counts (vocab,), and a blank as often as all of them.
 
-        From even chances, thousands of tokens that nobody says are first pushed down through the encoder, all by the
-        same direction of its features: 200 steps without a word on ten digits out of 4,096 tokens.
+        From even chances the first steps go into thousands of tokens that nobody says: on ten digits out of 4,096
+        tokens the loss leaves its plateau after 240 steps, from these chances after 80 (docs/log.md).
         """
         shares = (counts + UNSAID) / (counts + UNSAID).sum()
         self.head.bias.copy_(torch.cat((shares, torch.ones(1))).log())

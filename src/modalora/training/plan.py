@@ -386,11 +386,11 @@ def plan_run(run: RunConfig, shapes: Sequence[str] = (), size: str | None = None
         micro, source = mixture.take(), "the first of its data"
     except InputError as error:
         shape = f"text={min(run.tokens or run.window, config.decoder.rope.window)}"
-        try:
-            micro = _filled(config, run, [shape])
-        except ConfigError:
-            raise error from None
-        source = f"rows of {shape}, as its data were not opened: {error}"
+        if run.objective != "next_token":  # texts cannot stand in
+            raise ConfigError(
+                f"objective={run.objective} is planned from its own data, and they were not opened: {error}"
+            ) from None
+        micro, source = _filled(config, run, [shape]), f"rows of {shape}, as its data were not opened: {error}"
     return plan_step(config, run, micro, dtype), source
 
 

@@ -322,8 +322,11 @@ def _set_mel_statistics(model: Multimodal, batches: Batches, steps: int = 20) ->
 
 def _said(batches: Batches, vocab_size: int, steps: int = 20) -> Tensor:
     """Return how often the answers of the first batches hold each token, (vocab,)."""
-    rows = [row for _ in range(steps) for batch in batches.take() if batch.labels is not None for row in batch.labels]
-    return torch.bincount(torch.cat([row[row != IGNORED][:-1] for row in rows]), minlength=vocab_size)  # no end tags
+    counts = torch.zeros(vocab_size, dtype=torch.long)
+    for batch in (batch for _ in range(steps) for batch in batches.take() if batch.labels is not None):
+        for row in batch.labels:
+            counts += torch.bincount(row[row != IGNORED][:-1], minlength=vocab_size)  # without the end tag
+    return counts
 
 
 @torch.no_grad()
