@@ -323,9 +323,9 @@ def _set_mel_statistics(model: Multimodal, batches: Batches, steps: int = 20) ->
 def _said(batches: Batches, vocab_size: int, steps: int = 20) -> Tensor:
     """Return how often the answers of the first batches hold each token, (vocab,)."""
     counts = torch.zeros(vocab_size, dtype=torch.long)
-    for batch in (batch for _ in range(steps) for batch in batches.take() if batch.labels is not None):
-        for row in batch.labels:
-            counts += torch.bincount(row[row != IGNORED][:-1], minlength=vocab_size)  # without the end tag
+    labels = [batch.labels for _ in range(steps) for batch in batches.take() if batch.labels is not None]
+    for row in (row for own in labels for row in own):
+        counts += torch.bincount(row[row != IGNORED][:-1], minlength=vocab_size)  # without the end tag
     return counts
 
 
