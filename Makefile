@@ -55,7 +55,8 @@ folds: nano-2b-instruct  ## speech once per left-out speaker, for the table of m
 	@for speaker in $(SPEAKERS); do \
 		echo "== folds: without $$speaker"; \
 		$(KEEP_BUFFERS) .venv/bin/modalora train $(RECIPES)/fold-1-ears.yaml data=$(DATA) threads=$(THREADS) \
-			mixture.0.options.without=$$speaker output=runs/folds/$$speaker/ears && \
+			mixture.0.options.without=$$speaker mixture.1.options.without=$$speaker \
+			output=runs/folds/$$speaker/ears && \
 		$(KEEP_BUFFERS) .venv/bin/modalora train $(RECIPES)/fold-2-speech.yaml data=$(DATA) threads=$(THREADS) \
 			mixture.0.options.without=$$speaker take="{audio.encoder: runs/folds/$$speaker/ears/model}" \
 			output=runs/folds/$$speaker/speech || exit 1; \

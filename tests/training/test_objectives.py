@@ -88,8 +88,8 @@ def test_the_recipe_of_the_ears_starts_there(tmp_path: Path, data_folder: Path) 
 
 @pytest.mark.data
 def test_what_answers_say_is_counted_without_end_tags(data_folder: Path) -> None:
-    single = "mixture.0.options.most=1"
-    run = load_run(RECIPES / "fold-1-ears.yaml", [f"data={data_folder}", "rows=8", single])
+    single = ["mixture.0.options.most=1", "mixture.1.options.most=1"]
+    run = load_run(RECIPES / "fold-1-ears.yaml", [f"data={data_folder}", "rows=8", *single])
     context = open_context(run)
     counts = _said(make_mixture(run, context), 4096, steps=3)
     assert counts.sum() == 3 * 8
