@@ -7,7 +7,6 @@ knows how to count, compare and add, and an adapter only has to make it see and 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -60,13 +59,12 @@ _VALUES = (*COLORS, *KINDS, *SIZES, *DIGITS)  # what recall says of things
 def instruct(stream: np.ndarray, tokenizer: TextTokenizer) -> Callable[[Rng], Conversation]:
     """Return a source of text conversations. stream: token ids of running text, as token_stream gives them."""
     makers: tuple[tuple[float, Callable[[Rng], Conversation]], ...] = (
-        (0.41, described_scene),
-        (0.18, judged_scene),
-        (0.11, described_digits),
+        (0.57, described_scene),
+        (0.12, described_digits),
         (0.06, lambda rng: repetition(stream, tokenizer, rng)),
         (0.10, lambda rng: recall(stream, tokenizer, rng)),
         (0.03, lambda rng: story(stream, tokenizer, rng)),
-        (0.11, lambda rng: conversation([], [_small(stream, tokenizer, rng) for _ in range(int(rng.integers(2, 9)))])),
+        (0.12, lambda rng: conversation([], [_small(stream, tokenizer, rng) for _ in range(int(rng.integers(2, 9)))])),
     )
     shares = [share for share, _ in makers]
     return lambda rng: makers[rng.choice(len(makers), p=shares)][1](rng)
@@ -97,23 +95,6 @@ def described_scene(rng: Rng) -> Conversation:
         pairs = list(questions(scene, rng, 12, (*_TOLD, "position") if scene.boxes > 1 else _TOLD))
     (question, answer), *rest = pairs
     return conversation([], [(f"Picture: {caption(scene)}\n{question}", answer), *rest])
-
-
-_PLACED = re.compile(
-    "touch|edge|wall|corner|above|below|top|bottom|side"
-)  # what no caption of scattered shapes settles
-
-
-def judged_scene(rng: Rng) -> Conversation:
-    """Return true and false statements about a scene given as its caption: one bit each, so many of them."""
-    scene = nlvr_like(rng, towers=0.6)
-    judged: list[Pair] = []
-    while len(judged) < 10:
-        sentence, truth = statement(scene, rng)
-        if scene.towers or not _PLACED.search(sentence):
-            judged.append((sentence + TRUE_OR_FALSE, _truth(truth)))
-    (sentence, answer), *rest = judged
-    return conversation([], [(f"Picture: {caption(scene)}\n{sentence}", answer), *rest])
 
 
 def _truth(value: bool) -> str:
