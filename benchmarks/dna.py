@@ -1,6 +1,6 @@
 """How well does nano with the DNA adapter predict the codons of genes that no training row held, and do the DNA tasks?
 
-    modalora train examples/dna/recipe.yaml data=../shared/data            # seven minutes of one core
+    modalora train examples/dna/recipe.yaml data=../shared/data            # 20 minutes of one core at most
     python benchmarks/dna.py --adapter runs/dna/dna-lora --data ../shared/data
 
 Held out wholly: the plasmid NC_005816 (Yersinia pestis), 10 genes. Scored is every codon of a gene but the first, from
@@ -143,7 +143,8 @@ def main() -> None:
     }
     report["tasks"] = {
         kind: accuracy(
-            assistant, [dna.task(kind, genes[int(rng.integers(len(genes)))], rng) for _ in range(given.cases)]
+            assistant,
+            [dna.task(kind, genes[int(rng.integers(len(genes)))], rng, dna.LENGTHS[kind]) for _ in range(given.cases)],
         )
         for kind, genes in kinds.items()
     }

@@ -95,6 +95,15 @@ def test_answers_of_the_tasks_are_biopythons(dna: Any) -> None:
         assert answered["content"].replace(" ", "") == str(sequence.reverse_complement())
 
 
+def test_tasks_ask_about_any_number_of_codons_up_to_the_most(dna: Any) -> None:
+    rng = np.random.default_rng(0)
+    gene = dna.Gene("made", "Nobody", "ATG" * 100)
+    most = dna.LENGTHS[dna.TRANSLATE]
+    drawn = {len(dna.task(dna.TRANSLATE, gene, rng)[0]["content"][0]["dna"]) // 3 for _ in range(100)}
+    assert drawn == set(range(1, most + 1))
+    assert {len(dna.task(dna.TRANSLATE, gene, rng, most)[0]["content"][0]["dna"]) for _ in range(9)} == {3 * most}
+
+
 def test_the_scored_probabilities_of_the_64_codons_sum_to_one(dna: Any, assistant: modalora.Assistant) -> None:
     stretches = [(["ATG", "AAA"], [*before, codon]) for before in ([], ["GCC", "CAT"]) for codon in dna.CODONS]
     logs = torch.stack([own[-1] for own in dna.codon_logs(assistant, stretches)]).view(2, 64)

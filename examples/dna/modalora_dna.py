@@ -130,7 +130,7 @@ def training_genes(folder: Path) -> tuple[Gene, ...]:
 
 CONTINUE = "Continue."
 TRANSLATE, REVERSE, ORGANISM, GENE = "Translate.", "Reverse complement?", "Which organism?", "Which gene?"
-LENGTHS = {TRANSLATE: 8, REVERSE: 4, ORGANISM: 64, GENE: 64}  # codons asked about
+LENGTHS = {TRANSLATE: 8, REVERSE: 4, ORGANISM: 64, GENE: 64}  # codons asked about, at most
 
 
 def words(codons: Sequence[str]) -> str:
@@ -149,10 +149,11 @@ def triplets(letters: str) -> list[str]:
     return [letters[at : at + 3] for at in range(0, len(letters), 3)]
 
 
-def task(kind: str, gene: Gene, rng: Rng) -> list[dict[str, Any]]:
-    """Return a question of a kind about a part of a gene, with its answer."""
+def task(kind: str, gene: Gene, rng: Rng, fewest: int = 1) -> list[dict[str, Any]]:
+    """Return a question of a kind about a part of a gene, `fewest` to LENGTHS codons long, with its answer."""
     codons = triplets(gene.letters)
-    count = min(LENGTHS[kind], len(codons))
+    most = min(LENGTHS[kind], len(codons))
+    count = int(rng.integers(min(fewest, most), most + 1))
     at = int(rng.integers(0, len(codons) - count + 1))
     part = codons[at : at + count]
     letters = "".join(part)
@@ -209,8 +210,11 @@ def tasks(context: Any) -> Draw:
     def draw(rng: Rng) -> Any:
         kind = str(rng.choice(kinds, p=weights))
         gene = genes[int(rng.integers(len(genes)))]
-        gene = mutated(gene, rng, 0.03 if kind in (ORGANISM, GENE) else rng.choice([0.0, 0.5]))
-        return context.processor.row(task(kind, gene, rng), answer=False)
+        named = kind in (ORGANISM, GENE)
+        gene = mutated(gene, rng, 0.03 if named else rng.choice([0.0, 0.5]))
+        # other answers grow word by word: a long one is learnt where short ones are asked for too
+        made = task(kind, gene, rng, LENGTHS[kind] if named else 1)
+        return context.processor.row(made, answer=False)
 
     return draw
 
