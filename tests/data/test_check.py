@@ -313,6 +313,20 @@ def test_data_check_loads_no_weight_and_fails_when_a_row_is_bad(
     assert "form='chat' must be auto or one of messages" in err
 
 
+def test_a_file_of_data_is_looked_at_without_a_recipe_and_not_taken_for_one(recipe: Path, run: Run) -> None:
+    rows = recipe.with_name("a.jsonl")
+    code, out, _ = run("data", "check", str(rows), f"cache={recipe.parent / 'cache'}", "--json")
+    assert code == 1
+    (found,) = json.loads(out)
+    assert [bad["line"] for bad in found["bad"]] == [4]
+    code, out, _ = run("data", "preview", str(rows), f"cache={recipe.parent / 'cache'}", "--rows", "1")
+    assert code == 0
+    assert "blue" in out or "noise" in out or "a & <b>" in out
+    code, _, err = run("train", str(rows))
+    assert code == 2
+    assert f"modalora train finetune-text mixture.0.options.path={rows}" in err
+
+
 class Links(HTMLParser):
     """What a page loads, and its tags."""
 

@@ -1,4 +1,4 @@
-"""The example of fine-tuning on one's own files runs as it is written down."""
+"""The rows of the example, and the recipes for one's own files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from modalora.checkpoint.store import load_model
+from modalora.cli.train import find_recipe
 from modalora.config import load_run
 from modalora.data.check import check_data
 from modalora.models.multimodal import part_of
@@ -15,14 +16,17 @@ from modalora.training.run import open_context, run_recipe
 ROOT = Path(__file__).parents[2]
 
 
+ROWS = ROOT / "examples" / "finetune" / "rows.jsonl"
+
+
 @pytest.fixture
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.chdir(ROOT)
-    return [f"output={tmp_path / 'out'}", f"cache={tmp_path / 'cache'}", "steps=2", "log_every=1"]
+def small(tmp_path: Path) -> list[str]:
+    out = [f"output={tmp_path / 'out'}", f"cache={tmp_path / 'cache'}", "steps=2", "tokens=1024", "log_every=1"]
+    return [*out, f"mixture.0.options.path={ROWS}"]
 
 
 def test_every_row_of_the_example_is_good(small: list[str]) -> None:
-    run = load_run(ROOT / "examples" / "finetune" / "recipe.yaml", small)
+    run = load_run(find_recipe("finetune-media"), small)
     (found,) = check_data(open_context(run), run.mixture)
     assert found.bad == []
     assert found.rows == 12
@@ -32,11 +36,17 @@ def test_every_row_of_the_example_is_good(small: list[str]) -> None:
     )
 
 
-def test_the_example_trains_the_adapters_and_nothing_else(small: list[str]) -> None:
-    run = load_run(ROOT / "examples" / "finetune" / "recipe.yaml", small)
-    folder = run_recipe(run)
+@pytest.mark.parametrize(
+    ("recipe", "parts"), [("finetune-media", {"adapter.vision", "adapter.speech"}), ("finetune-text", {"adapter.mine"})]
+)
+def test_a_recipe_for_own_rows_trains_its_adapters_and_nothing_else(
+    recipe: str, parts: set[str], small: list[str]
+) -> None:
+    folder = run_recipe(load_run(find_recipe(recipe), small))
     before, after = load_model(ROOT / "src" / "modalora" / "bundled" / "nano").model, load_model(folder).model
-    tensors = after.state_dict()
-    moved = {part_of(name) for name, tensor in before.state_dict().items() if not tensor.equal(tensors[name])}
-    assert moved == {"adapter.vision", "adapter.speech"}
+    given = before.state_dict()
+    moved = {
+        part_of(name) for name, own in after.state_dict().items() if name not in given or not own.equal(given[name])
+    }
+    assert moved == parts
     assert not (folder.parent / "quarantine.jsonl").exists()

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 data = typer.Typer(help="Prove that data fit a model, and look at them.", no_args_is_help=True)
 
-Recipe = Annotated[str, typer.Argument(help="A YAML file, or the name of a bundled recipe such as nano-1-base.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change, e.g. tokens=4096.")]
+Recipe = Annotated[str, typer.Argument(help="A data file (.jsonl, .parquet, .tar, ...), or a recipe that names some.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change, e.g. tokens=4096 or init=FOLDER.")]
 
 
 @data.command("check")
@@ -26,8 +26,9 @@ def check(
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Make every row of a recipe's files: counts, lengths, labels, media. Lists every bad one; exit code 1 if any.
+    """Make every row of data files: counts, lengths, labels, media. Lists every bad one; exit code 1 if any.
 
+    Example: modalora data check rows.jsonl
     Example: modalora data check recipe.yaml tokens=4096
     """
     run, context = _open(recipe, overrides)
@@ -51,7 +52,7 @@ def preview(
 ) -> None:
     """Show the first rows of each source as the model reads them, the trained text coloured.
 
-    Example: modalora data preview recipe.yaml --rows 5 --html rows.html
+    Example: modalora data preview rows.jsonl --rows 5 --html rows.html
     """
     run, context = _open(recipe, overrides)
     from rich.console import Console
@@ -88,10 +89,14 @@ def _open(recipe: str, overrides: list[str] | None) -> tuple[RunConfig, Context]
     from modalora.errors import InputError
 
     try:
+        from modalora.data.files import is_data
         from modalora.training.run import open_context
     except ModuleNotFoundError as missing:
         raise InputError(f"training data need {missing.name}; pip install 'modalora[train]'") from None
-    run = load_run(find_recipe(recipe), overrides or [])
+    settings = overrides or []
+    if is_data(Path(recipe)):
+        recipe, settings = "finetune-media", [f"mixture.0.options.path={json.dumps(recipe)}", *settings]
+    run = load_run(find_recipe(recipe), settings)
     return run, open_context(run)
 
 

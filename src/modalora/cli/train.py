@@ -46,6 +46,7 @@ def _train(recipe: str, overrides: list[str], gpus: int, processes: int) -> None
         overrides = [*overrides, "device=cuda"]
 
     try:
+        from modalora.data.files import is_data
         from modalora.parallel.launch import launch
         from modalora.parallel.ranks import is_first, is_one_of_many, tell_stopped
         from modalora.training.run import run_recipe
@@ -53,6 +54,12 @@ def _train(recipe: str, overrides: list[str], gpus: int, processes: int) -> None
     except ModuleNotFoundError as missing:
         raise InputError(f"training needs {missing.name}; pip install 'modalora[train]'") from None
 
+    if is_data(Path(recipe)):
+        raise InputError(
+            f"{recipe} holds data, and a recipe says what learns from them: `modalora train finetune-text "
+            f"mixture.0.options.path={recipe}`, or finetune-media where rows have pictures or sounds; "
+            f"`modalora data check {recipe}` looks at it"
+        )
     runs = load_stages(find_recipe(recipe), RECIPES, overrides)
     if max(gpus, processes) > 1 and not is_one_of_many():
         for title, run in runs.items():
@@ -104,6 +111,11 @@ def _shown(steps: int) -> Iterator[tuple[Callable[[dict[str, Any]], None], Calla
             progress.update(task, completed=metrics["step"], description=text)
 
         yield show, lambda line: progress.console.print(line, markup=False, highlight=False)
+
+
+def bundled_recipes() -> list[str]:
+    """Return the names of the recipes that come along."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def find_recipe(name: str) -> Path:

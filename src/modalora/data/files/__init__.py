@@ -19,7 +19,9 @@ from modalora.data.files.tar import Tar, index_tar
 from modalora.data.files.texts import Document, Lines, first_byte, index_array, index_lines
 from modalora.errors import DataError
 
-__all__ = ["Fields", "Records", "cached", "find_files", "open_records"]
+__all__ = ["Fields", "Records", "cached", "find_files", "is_data", "open_records"]
+
+ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".tar", ".tgz", ".txt")  # and each but .tgz with .gz behind it
 
 
 class Records(Protocol):
@@ -39,6 +41,11 @@ class Records(Protocol):
     def line(self, number: int) -> int:
         """Return where in the file it stands, counted from 1."""
         ...
+
+
+def is_data(path: Path) -> bool:
+    """Tell whether a file is of a kind that `open_records` reads, by its name's ending."""
+    return path.name.lower().removesuffix(".gz").endswith(ENDINGS)
 
 
 def find_files(path: str | Sequence[str]) -> list[Path]:
