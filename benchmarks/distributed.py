@@ -20,6 +20,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,11 @@ def main() -> None:
     parser.add_argument("--engines", nargs="*", default=list(ENGINES), help="of the first table")
     parser.add_argument("--states", nargs="*", default=["fsdp", "zero2", "zero3"], help="engines of the other tables")
     given = parser.parse_args()
+    if not find_spec("deepspeed"):
+        without = [name for name in {*given.engines, *given.states} if name.startswith("zero")]
+        print(f"left out, as DeepSpeed is not installed: {', '.join(sorted(without)) or 'nothing'}\n")
+        for names in (given.engines, given.states):
+            names[:] = [name for name in names if name not in without]
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="distributed-"))

@@ -31,7 +31,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from modalora.nn.attend import attend
 from modalora.nn.mask import Mask
-from modalora.training.plan import Meter
+from modalora.training.meter import Meter
 from timing import best
 
 LAUNCH = {  # what is freed goes back at once, so that the system counts what is in use

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from modalora.nn.recompute import recompute
 from modalora.science import evoformer
 from modalora.science.evoformer import UPDATES, EvoformerBlock, EvoformerConfig
-from modalora.training.plan import Meter
+from modalora.training.meter import Meter
 
 OUTER = evoformer.OUTER
 KINDS = ("naive", "exact", "updates")

@@ -22,7 +22,7 @@ from modalora.errors import ConfigError, ShapeError
 from modalora.nn import blockwise
 from modalora.nn.attend import BACKENDS, attend, merge
 from modalora.nn.mask import BlockSparse, Mask
-from modalora.training.plan import Meter
+from modalora.training.meter import Meter
 
 TRITON = importlib.util.find_spec("triton") is not None
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 
 from modalora.cli.main import app
@@ -18,9 +19,11 @@ from modalora.errors import CheckpointError, ConfigError, InputError
 from modalora.models.multimodal import ModelConfig, Multimodal, part_of
 from modalora.models.sizes import nano, phi4_multimodal, tiny
 from modalora.nn import blockwise, loss, shown
+from modalora.training.estimate import estimate, plan_reading
+from modalora.training.meter import Meter
 from modalora.training.objectives import OBJECTIVES, Cells
 from modalora.training.optimizer import freeze
-from modalora.training.plan import estimate, plan_reading, plan_run, plan_step, shaped_batch
+from modalora.training.plan import plan_run, plan_step, shaped_batch
 
 MIXED = ["text=40,image=100x80", "text=30", "text=20,audio=1.5"]
 
@@ -97,7 +100,7 @@ def test_rows_by_shape_are_refused_where_an_objective_needs_more(objective: str)
 @pytest.mark.parametrize(("recipe", "labels"), [("nano-3-eyes", False), ("nano-4-ears", True)])
 def test_stages_that_train_an_encoder_alone_are_planned(recipe: str, labels: bool, data_folder: Path) -> None:
     plan, source = plan_run(load_run(RECIPES / f"{recipe}.yaml", [f"data={data_folder}", "rows=2"]), size="nano")
-    assert source == "the first of its data"
+    assert source == "the fullest of a few steps of its data"
     assert plan.rows == 2
     assert bool(plan.labels) == labels
     assert {part.name for part in plan.parts if part.trained} > {"objective"}
@@ -192,6 +195,49 @@ def test_shares_of_a_plan_fall_with_the_machines_and_a_step_does_not() -> None:
     assert not estimate(replace(plan, step=10**12), run, "h100", 4, 0.5, 0).fits
     with pytest.raises(ConfigError, match="rtx4090"):
         estimate(plan, run, "h1000", 1, 0.5, 0)
+
+
+def test_what_operations_move_is_what_they_read_and_write() -> None:
+    fake = FakeTensorMode()
+    with fake:
+        x, y, row, table = (torch.empty(shape) for shape in ((64, 32), (32, 16), (16,), (1000, 16)))
+    product, ids = 64 * 32 + 32 * 16 + 64 * 16, torch.tensor([3, 5])
+    for work, numbers in (
+        (lambda: x @ y, product),
+        (lambda: x.T.view(8, 4, 64)[1:], 0),
+        (lambda: torch.empty_like(x), 0),
+        (lambda: row.expand(64, 16) + 1, 16 + 64 * 16),  # an expanded row lies there once
+        (lambda: x.add_(1), 2 * 64 * 32),
+        (lambda: torch.nn.functional.embedding(ids, table), 2 * 2 * 16),
+    ):
+        with Meter(fake) as meter:
+            work()
+        assert meter.moved == 4 * numbers
+
+
+def test_the_time_on_this_machine_is_that_of_products_and_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_step(tiny(), run_of(), [shaped_batch(tiny(), ["text=30"], 2)])
+    monkeypatch.setattr("modalora.training.machines.measured_rate", lambda precision: 1e9)
+    monkeypatch.setattr("modalora.training.estimate.measured_bandwidth", lambda: 1e6)
+    found = estimate(plan, run_of(), "this", 1, 0.4, 0)
+    assert found.step_seconds == pytest.approx(plan.flops / 1e9 + plan.moved / 1e6)
+    assert "memory 0.001 GB/s" in found.assumption
+
+
+def test_the_fullest_rows_of_all_phases_are_planned(tmp_path: Path) -> None:
+    for name, words in (("short", 5), ("long", 200)):
+        texts = [json.dumps({"text": " ".join(f"word{(n * k) % 89}" for k in range(words))}) for n in range(40)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(texts))
+    short, long = (
+        {"source": "files", "name": name, "options": {"path": str(tmp_path / f"{name}.jsonl")}}
+        for name in ("short", "long")
+    )
+    basis = {"init": "bundled/nano", "train": ["decoder"], "rows": 2, "window": 256, "cache": str(tmp_path / "cache")}
+    early, _ = plan_run(run_of(**basis, mixture=[short]))
+    both, _ = plan_run(
+        run_of(**basis, mixture=[{**short, "weight": {0: 1, 0.9: 0}}, {**long, "weight": {0: 0, 0.9: 1}}])
+    )
+    assert both.tokens > 4 * early.tokens
 
 
 def test_reading_with_phi4_mini_takes_the_bytes_of_its_weights_and_128_kb_a_token() -> None:

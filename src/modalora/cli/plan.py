@@ -134,7 +134,8 @@ def _training(
 def _stage(
     title: str, run: RunConfig, shapes: list[str], size: str | None, where: tuple[str, int, float, float], as_json: bool
 ) -> None:
-    from modalora.training.plan import estimate, plan_run
+    from modalora.training.estimate import estimate
+    from modalora.training.plan import plan_run
 
     if not as_json and sys.stderr.isatty():
         print("carrying out one step without memory ...", file=sys.stderr)
@@ -156,7 +157,8 @@ def _stage(
     print(f"memory     {sized(cost.memory)}{among}: {split}{shared}, the step itself {sized(found.step)}")
     if cost.process:
         print(f"           and {sized(cost.process)} for the process")
-    print(f"work       {found.flops / 1e12:.3g} TFLOP a step; {cost.rate / 1e12:.3g} TFLOP/s: {cost.assumption}")
+    print(f"work       {found.flops / 1e12:.3g} TFLOP a step and {sized(found.moved)} read and written; "
+          f"{cost.rate / 1e12:.3g} TFLOP/s: {cost.assumption}")  # fmt: skip
     price = f", price {cost.price:,.2f}" if hourly else ""
     speed = f"{cost.step_seconds:.3g} s a step, {found.tokens / cost.step_seconds:,.0f} tokens/s"
     print(f"time       {speed}, {_hours(cost.run_seconds)} for {run.steps:,} steps{price}")
@@ -175,7 +177,7 @@ def _mend(found: Plan, run: RunConfig, capacity: float) -> str:
 
 
 def _reading(model: str, machine: str, as_json: bool) -> None:
-    from modalora.training.plan import plan_reading
+    from modalora.training.estimate import plan_reading
 
     found = plan_reading(model, machine)
     if as_json:

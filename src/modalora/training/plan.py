@@ -9,9 +9,8 @@ kernels take for themselves. Bytes are bytes, FLOPs count a multiply-add as two.
 from __future__ import annotations
 
 import re
-import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -23,32 +22,32 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import flop_registry
 
 from modalora import modality
 from modalora.assistant import find_model
 from modalora.checkpoint.store import describe, read_card
 from modalora.config import MediaConfig, MeshConfig, RunConfig
 from modalora.contracts import IGNORED, Batch, Media, Route
+from modalora.data.sources import Context
 from modalora.errors import CheckpointError, ConfigError, InputError
-from modalora.models.multimodal import ModelConfig, Multimodal, parameter_counts, part_of
+from modalora.models.multimodal import ModelConfig, Multimodal, part_of
 from modalora.models.recompute import recompute
 from modalora.models.router import route
 from modalora.models.sizes import SIZES
 from modalora.nn.lora import LoraConfig
-from modalora.nn.shown import factor, few_stand_for_all
+from modalora.nn.shown import few_stand_for_all
 from modalora.parallel.engine import step_and_clear
 from modalora.parallel.sequence import split_tokens
 from modalora.quantize import quantize
 from modalora.training.dropout import add_dropout
-from modalora.training.machines import machine_of, machine_rate, measured_bandwidth, measured_rate, own_memory, resident
+from modalora.training.meter import Meter, size_of
 from modalora.training.objectives import OBJECTIVES
 from modalora.training.optimizer import Optimizer, freeze
 from modalora.training.run import grown, limited, make_mixture, open_context
+
+LOOKED_AT = 4  # steps of each phase of a mixture
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +66,7 @@ class Part:
 class Plan:
     """What one training step needs. Sizes in bytes; step: what lives beside weights, gradients and optimiser.
 
-    Where processes share tokens (mesh.sequence), step and peak are of one of them, and flops of all.
+    Where processes share tokens (mesh.sequence), step and peak are of one of them, flops and moved of all.
     """
 
     parts: tuple[Part, ...]
@@ -81,6 +80,7 @@ class Plan:
     step: int
     peak: int
     flops: int
+    moved: int  # bytes that operations read and write
 
     @property
     def trained(self) -> int:
@@ -91,57 +91,6 @@ class Plan:
     def numbers(self) -> int:
         """Numbers in all."""
         return sum(part.numbers for part in self.parts)
-
-
-class Meter(TorchDispatchMode):
-    """Counts what lives and what is computed while operations run on fake tensors."""
-
-    def __init__(self, fake: FakeTensorMode) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.fake, self.now, self.peak, self.flops = fake, 0, 0, 0
-        self.known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-
-    def hold(self, tensor: Tensor) -> None:
-        """Count the storage of a tensor until it is released; a storage counts once."""
-        storage = tensor.untyped_storage()
-        if storage in self.known:
-            return
-        size = storage.nbytes()
-        self.known.add(storage)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._drop, size)
-
-    def _drop(self, size: int) -> None:
-        self.now -= size
-
-    def __torch_dispatch__(
-        self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Run one operation; small real tensors, such as ids and masks, become fake where they meet fake ones."""
-        kwargs = dict(kwargs or {})
-        given = list(_tensors((*args, *kwargs.values())))
-        ctc = _ctc(*args) if operation is torch.ops.aten._ctc_loss.Tensor else None  # of lengths with values
-        if len(given) > 1 and len({isinstance(tensor, FakeTensor) for tensor in given}) == 2:
-            args, kwargs = tree_map(self._to_fake, (args, kwargs))
-        out = operation(*args, **kwargs) if ctc is None else ctc
-        formula = flop_registry.get(operation._overloadpacket)
-        if formula is not None:
-            self.flops += round(formula(*args, **kwargs, out_val=out) * factor())
-        for tensor in _tensors((out,)):
-            self.hold(tensor)
-        return out
-
-    def _to_fake(self, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or isinstance(leaf, FakeTensor):
-            return leaf
-        return self.fake.from_tensor(leaf.detach())  # else its .grad is looked at, and torch warns of that
-
-
-def _ctc(scores: Tensor, targets: Tensor, lengths: Tensor, sizes: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    """Return what CTC gives by shape, for which fake tensors have no rule: losses, and scores of its paths."""
-    time, rows = scores.shape[:2]
-    return scores.new_empty(rows), scores.new_empty(rows, time, 2 * int(sizes.max()) + 1)
 
 
 def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype: torch.dtype = torch.float32) -> Plan:
@@ -181,11 +130,12 @@ def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype
             if mean.requires_grad:
                 mean.backward()
             del losses, mean
-        gradients = {name: _size(parameter.grad) for name, parameter in trained.items() if parameter.grad is not None}
+        gradients = {name: size_of(parameter.grad) for name, parameter in trained.items() if parameter.grad is not None}
         torch.nn.utils.clip_grad_norm_(list(trained.values()), run.optim.clip_norm)
         step_and_clear(optimizer)
     states = _state_sizes(optimizer)
     parts = _parts(model, objective, gradients, states)
+    times = len(micro) / min(2, len(micro))
     total_gradients, total_states = sum(gradients.values()), sum(states.values())
     return Plan(
         parts=parts,
@@ -198,7 +148,8 @@ def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype
         optimizer=total_states,
         step=meter.peak - weights - total_gradients - total_states,
         peak=meter.peak,
-        flops=meter.flops * len(micro) // min(2, len(micro)) * run.mesh.sequence,
+        flops=round(meter.flops * times) * run.mesh.sequence,
+        moved=round(meter.moved * times) * run.mesh.sequence,
     )
 
 
@@ -276,27 +227,15 @@ def _dtype(name: str, run: RunConfig, stored: torch.dtype) -> torch.dtype:
     return torch.float32 if any(fnmatchcase(part_of(name), pattern) for pattern in run.train) else stored
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
-
-
 def _labels(batch: Batch) -> int:
     return 0 if batch.labels is None else int((batch.labels[:, 1:] != IGNORED).sum())
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _state_sizes(optimizer: Optimizer) -> dict[str, int]:
     sizes: dict[str, int] = defaultdict(int)
     for part in optimizer.parts:
         for parameter, moments in part.state.items():
-            sizes[optimizer.names[id(parameter)]] += sum(_size(value) for value in moments.values())
+            sizes[optimizer.names[id(parameter)]] += sum(size_of(value) for value in moments.values())
     return sizes
 
 
@@ -316,58 +255,6 @@ def _parts(
     return tuple(Part(name, *numbers) for name, numbers in totals.items())
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """Time and memory of a run on a machine. memory: bytes of the fullest of the machines, process left out."""
-
-    memory: int
-    process: int
-    capacity: float
-    fits: bool | None  # None: unknown
-    rate: float  # FLOP/s of all machines together
-    step_seconds: float
-    run_seconds: float
-    price: float
-    assumption: str
-
-
-def estimate(plan: Plan, run: RunConfig, machine: str, count: int, share: float, hourly: float) -> Estimate:
-    """Return what a planned run takes on `count` machines of a kind, "this" or a name of MACHINES.
-
-    share: of a GPU's peak rate that a step reaches; this machine's rate is measured. Under FSDP weights, gradients and
-    optimiser are shared evenly, and the step itself, told by the rows of one process, is not. Raises ConfigError where
-    so many machines cannot share the tokens as the run says.
-    """
-    if count % run.mesh.sequence:
-        raise ConfigError(
-            f"mesh.sequence={run.mesh.sequence} processes share the tokens of a row; plan for a multiple of so many, "
-            f"--count {run.mesh.sequence}"
-        )
-    shared = plan.weights + plan.gradients + plan.optimizer
-    memory = plan.step + shared // count
-    one = machine_rate(machine, run.precision, share)
-    if machine == "this":
-        assumption = f"measured here, {run.precision} matrix products"
-        capacity, process = own_memory(), resident()
-    else:
-        peak, capacity, _ = machine_of(machine)
-        process = 0
-        assumption = f"{share:.0%} of {count} x {peak / 1e12:.0f} TFLOP/s, an assumption"
-    seconds = plan.flops / one  # every one of `count` computes rows of its own
-    total = seconds * run.steps
-    return Estimate(
-        memory=memory,
-        process=process,
-        capacity=capacity,
-        fits=memory + process <= capacity if capacity else None,
-        rate=one * count,
-        step_seconds=seconds / count,
-        run_seconds=total / count,
-        price=hourly * total / 3600,
-        assumption=assumption,
-    )
-
-
 def plan_run(run: RunConfig, shapes: Sequence[str] = (), size: str | None = None) -> tuple[Plan, str]:
     """Plan a step of a run, and tell where its rows come from.
 
@@ -382,8 +269,7 @@ def plan_run(run: RunConfig, shapes: Sequence[str] = (), size: str | None = None
     try:
         if size not in (None, run.init):
             raise CheckpointError(f"{size} stands in for {run.init}")
-        mixture = make_mixture(run, open_context(run))
-        micro, source = mixture.take(), "the first of its data"
+        micro, source = _fullest(run, open_context(run)), "the fullest of a few steps of its data"
     except InputError as error:
         shape = f"text={min(run.tokens or run.window, config.decoder.rope.window)}"
         if run.objective != "next_token":  # texts cannot stand in
@@ -392,6 +278,22 @@ def plan_run(run: RunConfig, shapes: Sequence[str] = (), size: str | None = None
             ) from None
         micro, source = _filled(config, run, [shape]), f"rows of {shape}, as its data were not opened: {error}"
     return plan_step(config, run, micro, dtype), source
+
+
+def _fullest(run: RunConfig, context: Context) -> list[Batch]:
+    """Return the micro-batches of a step, the one with most in a micro-batch of the first few of each phase."""
+    starts = {start for own in run.mixture if isinstance(own.weight, dict) for start in own.weight}
+    steps: list[list[Batch]] = []
+    for start in sorted({0.0, *starts}):
+        phase = [own.model_copy(update={"weight": own.weight_at(start)}) for own in run.mixture if own.weight_at(start)]
+        mixture = make_mixture(run.model_copy(update={"mixture": phase}), context)
+        steps += [micro for _ in range(LOOKED_AT) if (micro := mixture.take())]
+    return max(steps, key=lambda micro: max(_numbers(batch) for batch in micro), default=[])
+
+
+def _numbers(batch: Batch) -> int:
+    features = (tensor.numel() for item in batch.media for tensor in item.features.values())
+    return batch.input_ids.numel() + sum(features)
 
 
 def _filled(config: ModelConfig, run: RunConfig, shapes: Sequence[str]) -> list[Batch]:
@@ -423,58 +325,3 @@ def read_size(init: str) -> tuple[ModelConfig, torch.dtype]:
     adapters = {name: LoraConfig(**fields) for name, fields in found["adapters"].items()}
     kind = torch.bfloat16 if "BF16" in found["dtypes"] else torch.float32
     return replace(read_card(folder).config, adapters=adapters), kind
-
-
-@dataclass(frozen=True, slots=True)
-class ReadingLine:
-    """What reading a prompt of so many tokens takes."""
-
-    tokens: int
-    cache: int
-    memory: int
-    read_seconds: float
-    decode_rate: float  # tokens/s, as memory allows them
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """What a model needs to answer. weights: bytes by part. cache_per_token: bytes."""
-
-    weights: dict[str, int]
-    cache_per_token: int
-    lines: tuple[ReadingLine, ...]
-    assumption: str
-
-
-def plan_reading(model: str, machine: str = "this") -> Reading:
-    """Return what a model, a folder or the name of a size, needs to read prompts and to answer, one row at a time.
-
-    Reading is bound by products, 2 FLOPs a number of the decoder and token and the attention's; every further token by
-    reading all weights and the cache once.
-    """
-    config, dtype = read_size(model)
-    size = torch.empty((), dtype=dtype).element_size()
-    with torch.device("meta"):
-        built = Multimodal(config)
-    weights = {name: count * size for name, count in parameter_counts(built).items()}
-    decoder = config.decoder
-    per_token = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim * size
-    if machine == "this":
-        rate, bandwidth = measured_rate("bf16" if size == 2 else "fp32"), measured_bandwidth()
-        assumption = "rates measured here: "
-    else:
-        rate, _, bandwidth = machine_of(machine)
-        assumption = f"peak rates of a {machine}: "
-    assumption += (
-        f"{rate / 1e12:.3g} TFLOP/s, {bandwidth / 1e9:.3g} GB/s; reading takes at least, decoding reaches at most"
-    )
-    inner = sum(p.numel() for name, p in built.decoder.named_parameters() if "embed_tokens" not in name)
-    lines = []
-    window = decoder.rope.window
-    for tokens in sorted({min(window, 1024 * 4**power) for power in range(10)}):
-        cache = tokens * per_token
-        attention = 2 * decoder.num_hidden_layers * decoder.hidden_size * tokens**2  # causal: half of 4
-        read = (2 * inner * tokens + attention) / rate
-        held = weights["decoder"] + cache
-        lines.append(ReadingLine(tokens, cache, sum(weights.values()) + cache, read, bandwidth / held))
-    return Reading(weights, per_token, tuple(lines), assumption)
