@@ -23,8 +23,10 @@ from modalora.checkpoint.adapters import CONFIG, WEIGHTS, compose, merge, save_a
 from modalora.checkpoint.files import read_json, write_json
 from modalora.config import SourceConfig
 from modalora.contracts import Rule
-from modalora.data.mixture import Context, Mixture, make_source
+from modalora.data.mixture import Mixture
 from modalora.data.preview import spans
+from modalora.data.reader import make_source
+from modalora.data.sources import Context
 from modalora.errors import CheckpointError, ConfigError, InputError, ModaloraError, PromptError, RouteError
 from modalora.modality import Modality
 from modalora.models.multimodal import ModelConfig, Multimodal, part_of

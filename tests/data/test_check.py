@@ -27,8 +27,8 @@ from modalora.contracts import IGNORED
 from modalora.data.check import check_data, check_row
 from modalora.data.corpus import Corpus, Passages, Volume
 from modalora.data.forms import Options, read_record
-from modalora.data.mixture import make_source
 from modalora.data.preview import as_page, as_terminal, preview
+from modalora.data.reader import make_source
 from modalora.data.sources import Context
 from modalora.errors import DataError, InputError, PromptError
 from modalora.models.multimodal import Multimodal

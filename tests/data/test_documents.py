@@ -9,7 +9,8 @@ from modalora.assistant import make_processor
 from modalora.config import SourceConfig
 from modalora.data.check import check_data
 from modalora.data.documents import LongRows, ShortRows, open_rows, passages, texts
-from modalora.data.mixture import Mixture, make_source
+from modalora.data.mixture import Mixture
+from modalora.data.reader import make_source
 from modalora.data.sources import Context
 from modalora.errors import ConfigError, DataError
 from modalora.models.sizes import tiny

@@ -22,10 +22,11 @@ from pyarrow import parquet
 from modalora.assistant import make_processor
 from modalora.config import RunConfig, SourceConfig, parse
 from modalora.contracts import BLANK, IGNORED, Batch
-from modalora.data.mixture import Mixture, make_source
+from modalora.data.mixture import Mixture
 from modalora.data.order import shuffled
 from modalora.data.packing import fill
 from modalora.data.quarantine import Quarantine
+from modalora.data.reader import make_source
 from modalora.data.sources import Context
 from modalora.errors import ConfigError, DataError, TrainingError
 from modalora.models.sizes import tiny

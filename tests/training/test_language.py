@@ -13,7 +13,8 @@ from PIL import Image
 import modalora
 from modalora.assistant import Assistant, make_processor, question_messages
 from modalora.config import SourceConfig, load_run
-from modalora.data.mixture import Context, Mixture
+from modalora.data.mixture import Mixture
+from modalora.data.sources import Context
 from modalora.errors import ConfigError, RouteError
 from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import tiny

@@ -17,7 +17,7 @@ from modalora.contracts import IGNORED
 from modalora.data.corpus import Corpus, Passages
 from modalora.data.documents import LongRows, ShortRows
 from modalora.data.forms import control_tokens
-from modalora.data.mixture import make_source, source_names
+from modalora.data.reader import make_source, source_names
 from modalora.data.sources import Bad, Context, Source, bad_row
 from modalora.errors import DataError, InputError
 from modalora.processing.processor import Row

@@ -7,133 +7,29 @@ only its own micro-batches. The plan's state is small: counters, and the names o
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, replace
-from multiprocessing import get_context, parent_process
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, cast
 
 import numpy as np
-import torch
 
-from modalora import modality
 from modalora.config import SourceConfig
 from modalora.contracts import BLANK, IGNORED, Batch
-from modalora.data.corpus import Passages, open_corpus, open_documents
 from modalora.data.packing import fill
 from modalora.data.quarantine import Quarantine
-from modalora.data.sources import SOURCES, WINDOWED, Bad, Context, Drawn, Key, Source, bad_row
-from modalora.errors import ConfigError, DataError, InputError, TrainingError
+from modalora.data.reader import Made, Name, mean_tokens, open_reader
+from modalora.data.sources import Bad, Context
+from modalora.data.workers import WORKER_ENDED, landed, look_there, make_there, start_workers
+from modalora.errors import ConfigError, DataError
 from modalora.processing.processor import Row
 from modalora.processing.tokenizer import END_OF_TEXT
 
-Name = tuple[int, int]  # place of the source in the mixture, number of the row in the source
-Made = Row | Bad
-
 POOL = 64  # rows that a packed micro-batch is chosen from, at least
-MEASURED = 64  # rows of a source that tell how long its rows are
 AHEAD = 2  # steps that workers are ahead
-
-
-def make_source(context: Context, config: SourceConfig, key: Key = (0, 0)) -> Source:
-    """Return the source that a recipe names. Raises ConfigError for an unknown name or option, DataError."""
-    if config.window:
-        if config.window > context.processor.window:
-            raise ConfigError(
-                f"window={config.window} of source {config.name or config.source!r}: the model reads at most "
-                f"{context.processor.window} tokens; lower it, or give the run a rope with a longer window"
-            )
-        context = replace(context, window=config.window)
-    try:
-        if config.source == "files":
-            return _windowed(config, open_corpus(context, key, **config.options))
-        if config.source == "documents":
-            return open_documents(context, key, **config.options)
-        maker = SOURCES.get(config.source) or modality.source(config.source)
-        if maker is None:
-            known = ", ".join(sorted(("documents", "files", *SOURCES)))
-            raise ConfigError(f"unknown source {config.source!r}; known are {known}, and MODALITY.SOURCE")
-        if config.window and config.source not in WINDOWED:
-            raise _no_window(config)
-        return Drawn(maker(context, **config.options), key)
-    except TypeError as error:
-        raise ConfigError(f"source {config.source!r} does not take these options: {error}") from None
-
-
-def _windowed(config: SourceConfig, source: Source) -> Source:
-    if config.window and not isinstance(source, Passages):
-        raise _no_window(config)
-    return source
-
-
-def _no_window(config: SourceConfig) -> ConfigError:
-    return ConfigError(
-        f"window={config.window} of source {config.source!r}: its rows are as long as what is in them; leave it out"
-    )
-
-
-def source_names(sources: Sequence[SourceConfig]) -> list[str]:
-    """Return what each source is called in the names of samples: its own name, numbered where that is not unique."""
-    names = [source.name or source.source for source in sources]
-    return [name if names.count(name) == 1 else f"{name}.{place}" for place, name in enumerate(names)]
-
-
-@dataclass
-class Reader:
-    """The open sources of a mixture. Rows that cannot be used come back as what is wrong with them."""
-
-    sources: list[Source]
-    names: list[str]
-    routes: list[str | None]  # that the rows of each source ask for; None: by their media
-    most: int  # tokens of a row, 0: whatever the model reads
-
-    def sample(self, name: Name) -> str:
-        """Return what a row is called: SOURCE:NUMBER."""
-        return f"{self.names[name[0]]}:{name[1]}"
-
-    def look(self, name: Name) -> int | Made:
-        """Return the tokens of a row, or the row itself where that is how they become known."""
-        source, number = self.sources[name[0]], name[1]
-        try:
-            tokens = source.measure(number)
-        except InputError as error:
-            return bad_row(error, self.sample(name), source, number)
-        return self.make(name) if tokens is None else tokens
-
-    def make(self, name: Name) -> Made:
-        """Return a row."""
-        source, number = self.sources[name[0]], name[1]
-        try:
-            row = source.row(number)
-        except InputError as error:
-            return bad_row(error, self.sample(name), source, number)
-        if self.most and len(row.ids) > self.most:
-            told = DataError(f"it is {len(row.ids)} tokens and tokens={self.most}; raise tokens, or shorten the row")
-            return bad_row(told, self.sample(name), source, number)
-        row.sample, row.route = self.sample(name), self.routes[name[0]]
-        return row
-
-
-def open_reader(context: Context, sources: Sequence[SourceConfig], seed: int, most: int = 0) -> Reader:
-    """Open every source. Raises ConfigError, DataError."""
-    context = replace(context, most=most)
-    opened = [make_source(context, source, (seed, place)) for place, source in enumerate(sources)]
-    return Reader(opened, source_names(sources), [source.route for source in sources], most)
-
-
-def _mean_tokens(reader: Reader, place: int) -> float:
-    """Return the mean tokens of the first rows of a source. Raises DataError when none of them is good."""
-    rows = reader.sources[place].rows
-    seen = [reader.look((place, number)) for number in range(min(MEASURED, rows or MEASURED))]
-    sizes = [len(one.ids) if isinstance(one, Row) else one for one in seen if not isinstance(one, Bad)]
-    if not sizes:
-        raise DataError(f"none of the first {len(seen)} rows of {reader.names[place]!r} can be used; see `data check`")
-    return float(np.mean(sizes))
 
 
 @dataclass
@@ -200,13 +96,13 @@ class Mixture:
                 raise ConfigError(f"from {share:.0%} of the run on no source has a weight; give one a weight above 0")
         self._sizes = [1.0] * len(self.configs)  # what a row of each source counts for
         if weigh == "tokens":
-            self._sizes = [_mean_tokens(self.reader, place) for place in range(len(self.configs))]
+            self._sizes = [mean_tokens(self.reader, place) for place in range(len(self.configs))]
         self._position = Position(numbers=[0] * len(self.configs))
         self._taken = deepcopy(self._position)
         self._lengths: dict[Name, int] = {}
         self._rows: dict[Name, Row] = {}  # made already, as measuring needed them
         self._ahead: deque[Future[Planned]] = deque()
-        self._pool = _start_workers(context, sources, seed, tokens, workers) if workers else None
+        self._pool = start_workers(context, sources, seed, tokens, workers) if workers else None
         self._planner = ThreadPoolExecutor(1, "plan") if workers else None
 
     def take(self) -> list[Batch]:
@@ -287,7 +183,7 @@ class Mixture:
         try:
             return self._ahead.popleft().result()
         except BrokenProcessPool:
-            raise _WORKER_ENDED from None
+            raise WORKER_ENDED from None
 
     def _forget_ahead(self) -> None:
         for future in self._ahead:
@@ -387,7 +283,7 @@ class Mixture:
     def _look(self, names: Sequence[Name]) -> list[int | Made]:
         if self._pool is None:
             return [self.reader.look(name) for name in names]
-        return [_landed(seen) for seen in self._pool.map(_look, names, chunksize=max(1, len(names) // 16))]
+        return [landed(seen) for seen in self._pool.map(look_there, names, chunksize=max(1, len(names) // 16))]
 
     def _getter(self, name: Name) -> Callable[[], Made]:
         if name in self._rows:
@@ -395,13 +291,13 @@ class Mixture:
             return lambda: row
         if self._pool is None:
             return lambda: self.reader.make(name)
-        future = self._pool.submit(_make, name)
+        future = self._pool.submit(make_there, name)
 
         def arrived() -> Made:
             try:
-                return cast(Made, _landed(future.result()))
+                return cast(Made, landed(future.result()))
             except BrokenProcessPool:
-                raise _WORKER_ENDED from None
+                raise WORKER_ENDED from None
 
         return arrived
 
@@ -412,64 +308,3 @@ class Mixture:
     def _put_aside(self, bad: Bad, step: int, drawn: int, written: bool = True) -> None:
         self.quarantine.add(bad, step, written)
         self.quarantine.check(drawn, bad)
-
-
-# --------------------------------------------------------------------------------------------------- workers
-
-_WORKER_ENDED = TrainingError(
-    "a worker that prepares rows ended by itself, most likely for want of memory; set fewer workers, or smaller media"
-)
-_READER: list[Reader] = []  # of a worker process
-
-
-def _start_workers(
-    context: Context, sources: Sequence[SourceConfig], seed: int, tokens: int, workers: int
-) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(
-        workers,
-        mp_context=get_context("spawn"),  # a fork would inherit torch's threads in an unknown state
-        initializer=_begin,
-        initargs=(context, tuple(sources), seed, tokens),
-    )
-
-
-def _begin(context: Context, sources: Sequence[SourceConfig], seed: int, tokens: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
-    torch.set_num_threads(1)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-    _READER.append(open_reader(context, sources, seed, tokens))
-
-
-def _leave_with_parent() -> None:
-    """End this worker when the main process was killed and cannot tell it to."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        signal.raise_signal(signal.SIGKILL)
-
-
-def _look(name: Name) -> Any:
-    return _shipped(_READER[0].look(name))
-
-
-def _make(name: Name) -> Any:
-    return _shipped(_READER[0].make(name))
-
-
-def _shipped(made: int | Made) -> Any:
-    """Turn tensors into arrays: between processes torch would send tensors as open files, of which there are few."""
-    if isinstance(made, Row):
-        made.media = [
-            (kind, cast(Any, {name: value.numpy() for name, value in features.items()}), start, tokens)
-            for kind, features, start, tokens in made.media
-        ]
-    return made
-
-
-def _landed(made: Any) -> int | Made:
-    if isinstance(made, Row):
-        made.media = [
-            (kind, {name: torch.from_numpy(np.asarray(value)) for name, value in features.items()}, start, tokens)
-            for kind, features, start, tokens in made.media
-        ]
-    return made

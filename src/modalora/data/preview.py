@@ -16,7 +16,7 @@ from rich.text import Text
 
 from modalora.config import SourceConfig
 from modalora.contracts import IGNORED, Message
-from modalora.data.mixture import make_source, source_names
+from modalora.data.reader import make_source, source_names
 from modalora.data.sources import Bad, Context, bad_row
 from modalora.errors import InputError
 from modalora.processing.audio import open_audio

@@ -1,0 +1,116 @@
+"""The open sources of a mixture, and their rows by name: measured, or made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from modalora import modality
+from modalora.config import SourceConfig
+from modalora.data.corpus import Passages, open_corpus, open_documents
+from modalora.data.sources import SOURCES, WINDOWED, Bad, Context, Drawn, Key, Source, bad_row
+from modalora.errors import ConfigError, DataError, InputError
+from modalora.processing.processor import Row
+
+Name = tuple[int, int]  # place of the source in the mixture, number of the row in the source
+Made = Row | Bad
+
+MEASURED = 64  # rows of a source that tell how long its rows are
+
+
+def make_source(context: Context, config: SourceConfig, key: Key = (0, 0)) -> Source:
+    """Return the source that a recipe names. Raises ConfigError for an unknown name or option, DataError."""
+    if config.window:
+        if config.window > context.processor.window:
+            raise ConfigError(
+                f"window={config.window} of source {config.name or config.source!r}: the model reads at most "
+                f"{context.processor.window} tokens; lower it, or give the run a rope with a longer window"
+            )
+        context = replace(context, window=config.window)
+    try:
+        if config.source == "files":
+            return _windowed(config, open_corpus(context, key, **config.options))
+        if config.source == "documents":
+            return open_documents(context, key, **config.options)
+        maker = SOURCES.get(config.source) or modality.source(config.source)
+        if maker is None:
+            known = ", ".join(sorted(("documents", "files", *SOURCES)))
+            raise ConfigError(f"unknown source {config.source!r}; known are {known}, and MODALITY.SOURCE")
+        if config.window and config.source not in WINDOWED:
+            raise _no_window(config)
+        return Drawn(maker(context, **config.options), key)
+    except TypeError as error:
+        raise ConfigError(f"source {config.source!r} does not take these options: {error}") from None
+
+
+def _windowed(config: SourceConfig, source: Source) -> Source:
+    if config.window and not isinstance(source, Passages):
+        raise _no_window(config)
+    return source
+
+
+def _no_window(config: SourceConfig) -> ConfigError:
+    return ConfigError(
+        f"window={config.window} of source {config.source!r}: its rows are as long as what is in them; leave it out"
+    )
+
+
+def source_names(sources: Sequence[SourceConfig]) -> list[str]:
+    """Return what each source is called in the names of samples: its own name, numbered where that is not unique."""
+    names = [source.name or source.source for source in sources]
+    return [name if names.count(name) == 1 else f"{name}.{place}" for place, name in enumerate(names)]
+
+
+@dataclass
+class Reader:
+    """The open sources of a mixture. Rows that cannot be used come back as what is wrong with them."""
+
+    sources: list[Source]
+    names: list[str]
+    routes: list[str | None]  # that the rows of each source ask for; None: by their media
+    most: int  # tokens of a row, 0: whatever the model reads
+
+    def sample(self, name: Name) -> str:
+        """Return what a row is called: SOURCE:NUMBER."""
+        return f"{self.names[name[0]]}:{name[1]}"
+
+    def look(self, name: Name) -> int | Made:
+        """Return the tokens of a row, or the row itself where that is how they become known."""
+        source, number = self.sources[name[0]], name[1]
+        try:
+            tokens = source.measure(number)
+        except InputError as error:
+            return bad_row(error, self.sample(name), source, number)
+        return self.make(name) if tokens is None else tokens
+
+    def make(self, name: Name) -> Made:
+        """Return a row."""
+        source, number = self.sources[name[0]], name[1]
+        try:
+            row = source.row(number)
+        except InputError as error:
+            return bad_row(error, self.sample(name), source, number)
+        if self.most and len(row.ids) > self.most:
+            told = DataError(f"it is {len(row.ids)} tokens and tokens={self.most}; raise tokens, or shorten the row")
+            return bad_row(told, self.sample(name), source, number)
+        row.sample, row.route = self.sample(name), self.routes[name[0]]
+        return row
+
+
+def open_reader(context: Context, sources: Sequence[SourceConfig], seed: int, most: int = 0) -> Reader:
+    """Open every source. Raises ConfigError, DataError."""
+    context = replace(context, most=most)
+    opened = [make_source(context, source, (seed, place)) for place, source in enumerate(sources)]
+    return Reader(opened, source_names(sources), [source.route for source in sources], most)
+
+
+def mean_tokens(reader: Reader, place: int) -> float:
+    """Return the mean tokens of the first rows of a source. Raises DataError when none of them is good."""
+    rows = reader.sources[place].rows
+    seen = [reader.look((place, number)) for number in range(min(MEASURED, rows or MEASURED))]
+    sizes = [len(one.ids) if isinstance(one, Row) else one for one in seen if not isinstance(one, Bad)]
+    if not sizes:
+        raise DataError(f"none of the first {len(seen)} rows of {reader.names[place]!r} can be used; see `data check`")
+    return float(np.mean(sizes))

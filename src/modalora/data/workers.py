@@ -1,0 +1,81 @@
+"""Processes that measure and make the rows of a mixture ahead."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context, parent_process
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from modalora.config import SourceConfig
+from modalora.data.reader import Made, Name, Reader, open_reader
+from modalora.data.sources import Context
+from modalora.errors import TrainingError
+from modalora.processing.processor import Row
+
+WORKER_ENDED = TrainingError(
+    "a worker that prepares rows ended by itself, most likely for want of memory; set fewer workers, or smaller media"
+)
+_READER: list[Reader] = []  # of a worker process
+
+
+def start_workers(
+    context: Context, sources: Sequence[SourceConfig], seed: int, tokens: int, count: int
+) -> ProcessPoolExecutor:
+    """Start so many processes that open the sources of a mixture."""
+    return ProcessPoolExecutor(
+        count,
+        mp_context=get_context("spawn"),  # a fork would inherit torch's threads in an unknown state
+        initializer=_begin,
+        initargs=(context, tuple(sources), seed, tokens),
+    )
+
+
+def _begin(context: Context, sources: Sequence[SourceConfig], seed: int, tokens: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
+    torch.set_num_threads(1)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    _READER.append(open_reader(context, sources, seed, tokens))
+
+
+def _leave_with_parent() -> None:
+    """End this worker when the main process was killed and cannot tell it to."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        signal.raise_signal(signal.SIGKILL)
+
+
+def look_there(name: Name) -> Any:
+    """`Reader.look` in a worker; `landed` reads what comes back."""
+    return _shipped(_READER[0].look(name))
+
+
+def make_there(name: Name) -> Any:
+    """`Reader.make` in a worker; `landed` reads what comes back."""
+    return _shipped(_READER[0].make(name))
+
+
+def _shipped(made: int | Made) -> Any:
+    """Turn tensors into arrays: between processes torch would send tensors as open files, of which there are few."""
+    if isinstance(made, Row):
+        made.media = [
+            (kind, cast(Any, {name: value.numpy() for name, value in features.items()}), start, tokens)
+            for kind, features, start, tokens in made.media
+        ]
+    return made
+
+
+def landed(made: Any) -> int | Made:
+    """Return what a worker sent, arrays as tensors again."""
+    if isinstance(made, Row):
+        made.media = [
+            (kind, {name: torch.from_numpy(np.asarray(value)) for name, value in features.items()}, start, tokens)
+            for kind, features, start, tokens in made.media
+        ]
+    return made
