@@ -1,9 +1,11 @@
-"""How near does `modalora plan` come to the memory that a step takes?
+"""How near does `modalora plan` come to the memory and the time that a step takes?
 
-Six runs, each in a process of its own through the real training loop: the most that the process held beyond what it
-held before the model was made (resident, as the system counts it), beside what the plan said without allocating.
+Six runs, each in two processes of its own through the real training loop. Memory: the most that the process held beyond
+what it held before the model was made (resident, as the system counts it), beside what the plan said without
+allocating; freed memory goes back at once. Time: the quickest of the steps, buffers kept, beside what `estimate` says
+of this machine's rates, measured before and after.
 
-    python benchmarks/plan.py [NAME]
+    python benchmarks/plan.py [memory|time NAME]
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from modalora.models.multimodal import ModelConfig, Multimodal
 from modalora.models.recompute import recompute
 from modalora.models.sizes import nano, phi4_multimodal
 from modalora.nn.lora import LoraConfig
+from modalora.training.estimate import estimate
 from modalora.training.loop import train
 from modalora.training.optimizer import freeze
 from modalora.training.plan import plan_step, shaped_batch
@@ -36,6 +39,12 @@ LAUNCH = {
     "MALLOC_MMAP_THRESHOLD_": "65536",  # what is freed goes back at once, so that the system counts what is in use
     "MALLOC_TRIM_THRESHOLD_": "65536",
     "MALLOC_ARENA_MAX": "1",
+}
+TIMED = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_MAX_": "0",  # as `make nano` runs: what is freed is kept
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "268435456",
 }
 
 
@@ -113,7 +122,7 @@ def resident(key: str) -> int:
     raise SystemExit(f"/proc/self/status has no {key}; this benchmark needs Linux")
 
 
-def measure(name: str) -> dict[str, float]:
+def measure(what: str, name: str) -> dict[str, float]:
     case = CASES[name]
     torch.set_num_threads(1)
     settings = dict(case.settings)
@@ -121,7 +130,7 @@ def measure(name: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         fields = {
             "init": "x", "output": folder, "mixture": [{"source": "books"}], "steps": 3, "save_every": 1000,
-            "optim": {"warmup_steps": 0}, **settings,
+            "log_every": 1, "optim": {"warmup_steps": 0}, **settings,
         }  # fmt: skip
         run = parse(RunConfig, fields, name)
         config = case.config()
@@ -131,6 +140,7 @@ def measure(name: str) -> dict[str, float]:
         plan = plan_step(config, run, [batch], case.dtype)
         torch.ones(64, 64) @ torch.ones(64, 64)
         torch.optim.AdamW([torch.zeros(1)])  # imports what it needs
+        told = [estimate(plan, run, "this", 1, 1.0, 0).step_seconds] if what == "time" else []
         before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts anew
         torch.manual_seed(0)
@@ -139,8 +149,12 @@ def measure(name: str) -> dict[str, float]:
             parameter.data = parameter.data.float()
         if run.recompute:
             recompute(model)
-        train(run, model, Same(batch))
-        return {"plan": plan.peak, "seen": resident("VmHWM") - before}
+        rates: list[float] = []
+        train(run, model, Same(batch), lambda metrics: rates.append(metrics["tokens_per_second"]))
+        if what == "memory":
+            return {"plan": plan.peak, "seen": resident("VmHWM") - before}
+        told.append(estimate(plan, run, "this", 1, 1.0, 0).step_seconds)
+        return {"plan": sum(told) / 2, "seen": plan.tokens / max(rates)}
 
 
 def build(config: ModelConfig, dtype: torch.dtype) -> Multimodal:
@@ -152,18 +166,21 @@ def build(config: ModelConfig, dtype: torch.dtype) -> Multimodal:
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        print(json.dumps(measure(sys.argv[1])))
+    if len(sys.argv) > 2:
+        print(json.dumps(measure(*sys.argv[1:3])))
         return
-    print(f"{date.today()}, {platform.machine()}, torch {torch.__version__}, 1 thread\n")
-    print("| run | plan MB | seen MB | plan / seen |\n|---|---|---|---|")
-    for name in CASES:
-        command = [sys.executable, __file__, name]
-        done = subprocess.run(command, env=os.environ | LAUNCH, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"{name}: {done.stderr[-2000:]}")
-        told = json.loads(done.stdout.splitlines()[-1])
-        print(f"| {name} | {told['plan'] / 1e6:,.0f} | {told['seen'] / 1e6:,.0f} | {told['plan'] / told['seen']:.3f} |")
+    print(f"{date.today()}, {platform.machine()}, torch {torch.__version__}, 1 thread")
+    for what, unit, size in (("memory", "MB", 1e6), ("time", "s", 1)):
+        print(f"\n| run | plan {unit} | seen {unit} | plan / seen |\n|---|---|---|---|", flush=True)
+        for name in CASES:
+            command = [sys.executable, __file__, what, name]
+            settings = os.environ | (LAUNCH if what == "memory" else TIMED)
+            done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(f"{name}: {done.stderr[-2000:]}")
+            told, seen = (json.loads(done.stdout.splitlines()[-1])[key] / size for key in ("plan", "seen"))
+            digits = ",.0f" if what == "memory" else ".2f"
+            print(f"| {name} | {told:{digits}} | {seen:{digits}} | {told / seen:.3f} |", flush=True)
 
 
 if __name__ == "__main__":
