@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from modalora.cli.main import app
 from modalora.cli.train import RECIPES
-from modalora.config import RunConfig, load_run, parse
+from modalora.config import RunConfig, load_run, load_stages, parse
 from modalora.contracts import IGNORED, Batch, Route
 from modalora.errors import CheckpointError, ConfigError, InputError
 from modalora.models.multimodal import ModelConfig, Multimodal, part_of
@@ -104,6 +104,15 @@ def test_stages_that_train_an_encoder_alone_are_planned(recipe: str, labels: boo
     assert plan.rows == 2
     assert bool(plan.labels) == labels
     assert {part.name for part in plan.parts if part.trained} > {"objective"}
+
+
+@pytest.mark.data
+def test_every_stage_of_a_chain_is_planned_with_rows_of_its_own(data_folder: Path, tmp_path: Path) -> None:
+    small = [f"data={data_folder}", f"output={tmp_path}", "tokens=0", "rows=2"]
+    for title, run in load_stages(RECIPES / "chain-nano.yaml", RECIPES, small).items():
+        plan, source = plan_run(run, size="bundled/nano")  # none of the models before it is there
+        assert source == "the fullest of a few steps of its data", title
+        assert plan.rows == 2
 
 
 @pytest.mark.parametrize("rows", [["text=700"], ["text=700", "text=90", "text=1"]])

@@ -258,18 +258,25 @@ def _parts(
 def plan_run(run: RunConfig, shapes: Sequence[str] = (), size: str | None = None) -> tuple[Plan, str]:
     """Plan a step of a run, and tell where its rows come from.
 
-    shapes: rows as `shaped_batch` takes them; without them the first rows of the run's own data, or where these cannot
-    be opened, texts that fill the micro-batch. size: what stands in for run.init, such as phi4-multimodal. Raises
-    ConfigError, CheckpointError.
+    shapes: rows as `shaped_batch` takes them; without them the run's own data, or where these cannot be opened, texts
+    that fill the micro-batch. size: what stands in for run.init while that is not there, such as phi4-multimodal for
+    the stages of a chain. Raises ConfigError, CheckpointError.
     """
-    config, dtype = read_size(size or run.init)
+    start = run.init
+    try:
+        config, dtype = read_size(start)
+    except CheckpointError:
+        if size is None:
+            raise
+        start, (config, dtype) = size, read_size(size)
     config = grown(config, run)
     if shapes:
         return plan_step(config, run, _filled(config, run, shapes), dtype), "rows of " + " and ".join(shapes)
     try:
-        if size not in (None, run.init):
-            raise CheckpointError(f"{size} stands in for {run.init}")
-        micro, source = _fullest(run, open_context(run)), "the fullest of a few steps of its data"
+        if start != run.init and start in SIZES:  # without a tokenizer
+            raise CheckpointError(f"{start} stands in for {run.init}")
+        context = open_context(run.model_copy(update={"init": start}))
+        micro, source = _fullest(run, context), "the fullest of a few steps of its data"
     except InputError as error:
         shape = f"text={min(run.tokens or run.window, config.decoder.rope.window)}"
         if run.objective != "next_token":  # texts cannot stand in
