@@ -272,7 +272,7 @@ def test_small_text_questions_have_one_right_answer() -> None:
     source = instruct(np.array(TOKENIZER.encode(STORY)), TOKENIZER)
     rng = np.random.default_rng(0)
     pairs: list[tuple[str, str]] = []
-    for _ in range(1500):
+    for _ in range(2500):
         turns = source(rng)
         texts = [turn["content"] if isinstance(turn["content"], str) else turn["content"][0]["text"] for turn in turns]
         if not texts[0].startswith(("Picture: ", "Digits: ", "Remember: ")):

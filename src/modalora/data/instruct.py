@@ -59,8 +59,9 @@ _VALUES = (*COLORS, *KINDS, *SIZES, *DIGITS)  # what recall says of things
 def instruct(stream: np.ndarray, tokenizer: TextTokenizer) -> Callable[[Rng], Conversation]:
     """Return a source of text conversations. stream: token ids of running text, as token_stream gives them."""
     makers: tuple[tuple[float, Callable[[Rng], Conversation]], ...] = (
-        (0.57, described_scene),
-        (0.12, described_digits),
+        (0.47, described_scene),
+        (0.11, described_digits),
+        (0.11, sums),
         (0.06, lambda rng: repetition(stream, tokenizer, rng)),
         (0.10, lambda rng: recall(stream, tokenizer, rng)),
         (0.03, lambda rng: story(stream, tokenizer, rng)),
@@ -108,6 +109,11 @@ def described_digits(rng: Rng) -> Conversation:
     rng.shuffle(pairs)
     (question, answer), *rest = pairs[:8]
     return conversation([], [(f"Digits: {' '.join(words)}\n{question}", answer), *rest])
+
+
+def sums(rng: Rng) -> Conversation:
+    """Return sums and differences up to forty: among other small questions a model meets too few to learn them."""
+    return conversation([], [_sum(rng) for _ in range(int(rng.integers(4, 13)))])
 
 
 _REPEAT = ("Repeat: ", "Copy this: ", "Say this again: ")
