@@ -10,6 +10,7 @@ from modalora.checkpoint.store import load_model
 from modalora.cli.train import find_recipe
 from modalora.config import load_run
 from modalora.data.check import check_data
+from modalora.errors import DataError
 from modalora.models.multimodal import part_of
 from modalora.training.run import open_context, run_recipe
 
@@ -50,3 +51,13 @@ def test_a_recipe_for_own_rows_trains_its_adapters_and_nothing_else(
     }
     assert moved == parts
     assert not (folder.parent / "quarantine.jsonl").exists()
+
+
+def test_a_frozen_decoder_of_random_weights_is_pointed_out(small: list[str], tmp_path: Path) -> None:
+    told: list[str] = []
+    run = load_run(find_recipe("finetune-text"), [*small, "init=nano", f"data={tmp_path}"])
+    with pytest.raises(DataError, match=r"books/train.parquet is missing"):
+        run_recipe(run, say=told.append)
+    (line,) = told
+    assert line.startswith("init=nano names a size, so the decoder is random, and frozen")
+    assert line.endswith("the trained one is bundled/nano")

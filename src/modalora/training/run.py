@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modalora.assistant import find_model, make_processor
+from modalora.assistant import BUNDLED, find_model, make_processor
 from modalora.checkpoint.adapters import fingerprint, save_adapter
 from modalora.checkpoint.preserve import preservation
 from modalora.checkpoint.store import load_model, read_texts, rounded_by_int8, save_model
@@ -77,6 +77,12 @@ def _carry_out(
 ) -> None:
     if engine.rank:  # one process speaks
         report, say = lambda metrics: None, lambda line: None
+    parts = (*run.train, *run.take)
+    if run.init in SIZES and run.objective == "next_token" and not any(fnmatchcase("decoder", own) for own in parts):
+        trained = f", and the trained one is bundled/{run.init}" if (BUNDLED / run.init).is_dir() else ""
+        say(
+            f"init={run.init} names a size, so the decoder is random, and frozen; a folder has trained weights{trained}"
+        )
     model, tokenizer, chat = open_start(run)
     context = _context(run, model.config, tokenizer, chat)
     _widen(model, run.train)
