@@ -247,6 +247,8 @@ def test_the_fullest_rows_of_all_phases_are_planned(tmp_path: Path) -> None:
         run_of(**basis, mixture=[{**short, "weight": {0: 1, 0.9: 0}}, {**long, "weight": {0: 0, 0.9: 1}}])
     )
     assert both.tokens > 4 * early.tokens
+    _, source = plan_run(run_of(**basis, mixture=[{**short, "weight": {0: 1, 0.9: 0}}]))
+    assert "from 90% of the run on no source has a weight" in source
 
 
 def test_reading_with_phi4_mini_takes_the_bytes_of_its_weights_and_128_kb_a_token() -> None:

@@ -293,7 +293,8 @@ def _fullest(run: RunConfig, context: Context) -> list[Batch]:
     steps: list[list[Batch]] = []
     for start in sorted({0.0, *starts}):
         phase = [own.model_copy(update={"weight": own.weight_at(start)}) for own in run.mixture if own.weight_at(start)]
-        mixture = make_mixture(run.model_copy(update={"mixture": phase}), context)
+        # without any source, the whole mixture is what says so
+        mixture = make_mixture(run.model_copy(update={"mixture": phase or run.mixture}), context)
         steps += [micro for _ in range(LOOKED_AT) if (micro := mixture.take())]
     return max(steps, key=lambda micro: max(_numbers(batch) for batch in micro), default=[])
 
