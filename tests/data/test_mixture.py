@@ -215,7 +215,10 @@ def test_too_many_bad_rows_stop_the_run_and_are_named(context: Context, tmp_path
     source = write_pairs(tmp_path / "pairs.jsonl", 50, bad=(1, 2, 3, 4, 5, 6))
     aside = Quarantine(tmp_path / "quarantine.jsonl", most=0.005)
     mixture = Mixture(context, [source], rows=50, quarantine=aside)
-    told = r"6 of 5\d rows are bad, more than q.*=0.005 .* pairs:\d+ \(.*pairs.jsonl:\d\): the .*; .* See"
+    told = (
+        r"6 of 5\d rows are bad, more than quarantine_most=0.005 .* pairs:\d+ \(.*pairs.jsonl:\d\): the answer is m.*; "
+        r"write a string\. See"
+    )
     with pytest.raises(TrainingError, match=told):
         mixture.take()
 
