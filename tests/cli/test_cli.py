@@ -266,3 +266,15 @@ def test_a_missing_data_folder_is_named(run: Callable[..., tuple[int, str, str]]
     )
     assert code == 2
     assert "train.parquet" in err
+
+
+@pytest.mark.parametrize("verb", ["train", "plan", "extend"])
+def test_data_in_place_of_a_recipe_are_told_apart(
+    verb: str, run: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "Hi", "output": "Hello"}\n')
+    code, out, err = run(verb, str(rows))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"{rows} holds data" in err
+    assert "finetune-text" in err

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from modalora.errors import InputError
+
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
@@ -38,7 +40,6 @@ def train(
 
 def _train(recipe: str, overrides: list[str], gpus: int, processes: int) -> None:
     from modalora.config import load_stages
-    from modalora.errors import InputError
 
     if gpus and processes > 1:
         raise InputError("--gpus N starts N processes by itself; leave --processes out")
@@ -46,7 +47,6 @@ def _train(recipe: str, overrides: list[str], gpus: int, processes: int) -> None
         overrides = [*overrides, "device=cuda"]
 
     try:
-        from modalora.data.files import is_data
         from modalora.parallel.launch import launch
         from modalora.parallel.ranks import is_first, is_one_of_many, tell_stopped
         from modalora.training.run import run_recipe
@@ -54,12 +54,6 @@ def _train(recipe: str, overrides: list[str], gpus: int, processes: int) -> None
     except ModuleNotFoundError as missing:
         raise InputError(f"training needs {missing.name}; pip install 'modalora[train]'") from None
 
-    if is_data(Path(recipe)):
-        raise InputError(
-            f"{recipe} holds data, and a recipe says what learns from them: `modalora train finetune-text "
-            f"mixture.0.options.path={recipe}`, or finetune-media where rows have pictures or sounds; "
-            f"`modalora data check {recipe}` looks at it"
-        )
     runs = load_stages(find_recipe(recipe), RECIPES, overrides)
     if max(gpus, processes) > 1 and not is_one_of_many():
         for title, run in runs.items():
@@ -119,9 +113,25 @@ def bundled_recipes() -> list[str]:
 
 
 def find_recipe(name: str) -> Path:
-    """Return the file of a recipe: a bundled one by its name, else a path."""
+    """Return the file of a recipe: a bundled one by its name, else a path. Raises InputError for a data file."""
     bundled = RECIPES / f"{name}.yaml"
-    return bundled if bundled.exists() else Path(name)
+    if bundled.exists():
+        return bundled
+    if not name.endswith((".yaml", ".yml")) and _is_data(Path(name)):
+        raise InputError(
+            f"{name} holds data, and a recipe is asked for; give finetune-text "
+            f"mixture.0.options.path={name}, or finetune-media where rows have pictures or sounds; "
+            f"`modalora data check {name}` looks at it"
+        )
+    return Path(name)
+
+
+def _is_data(path: Path) -> bool:
+    try:
+        from modalora.data.files import is_data
+    except ModuleNotFoundError:  # without the extra that reads data, it is a path like any other
+        return False
+    return is_data(path)
 
 
 def _line(metrics: dict[str, Any]) -> None:
