@@ -14,7 +14,7 @@ from torch import Tensor
 
 from modalora.contracts import IGNORED, Message
 from modalora.data.instruct import instruct, recall, repetition
-from modalora.data.questions import NUMBERS
+from modalora.data.picks import NUMBERS
 from modalora.data.rows import COUNTED, cells, conversation, frames, number_and_picture
 from modalora.data.scenes import BOX_NAMES, COLORS, KINDS, SIZES, Scene, Shape, free_scene, nlvr_like
 from modalora.data.speech import DIGITS, Clip, number_words

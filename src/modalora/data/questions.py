@@ -8,33 +8,31 @@ unique, and places and sizes differ clearly. Yes and no, and the values of what 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import NamedTuple
 
 import numpy as np
 
-from modalora.data.scenes import (
-    BOX_NAMES,
-    BOX_SIDE,
-    BOX_STEP,
-    COLORS,
-    KINDS,
-    NLVR_COLORS,
-    NLVR_KINDS,
-    SIZES,
-    Scene,
-    Shape,
-    caption,
-    dice,
-    listing,
+from modalora.data.picks import (
+    MANY_TRIES,
+    NUMBERS,
+    PLAIN,
+    Pick,
+    attribute,
+    box_shapes,
+    noun_of,
+    palette,
+    random_pick,
+    refer,
+    references,
+    wall_gaps,
+    with_article,
 )
+from modalora.data.scenes import BOX_NAMES, BOX_SIDE, KINDS, NLVR_COLORS, Scene, Shape, caption, dice, listing
 
 QUESTION_KINDS = ("count", "color", "position", "size", "presence", "comparison", "shape", "touch", "list", "tally")
 DESCRIBE = ("Describe the image.", "What is in the picture?", "List the shapes.")
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-_LIFTS = ("bottom", "second", "third", "fourth")  # blocks of a tower, from the base
-_MANY_TRIES = 6
 
 
 class Question(NamedTuple):
@@ -43,33 +41,6 @@ class Question(NamedTuple):
     kind: str
     question: str
     answer: str
-
-
-class Pick(NamedTuple):
-    """Which shapes are meant: those that agree with everything that is not None."""
-
-    size: str | None = None
-    color: str | None = None
-    kind: str | None = None
-    box: int | None = None
-
-    def fits(self, shape: Shape) -> bool:
-        """Return whether the shape is one of those meant."""
-        return (
-            (self.box is None or shape.box == self.box)
-            and (self.color is None or shape.color == self.color)
-            and (self.kind is None or shape.kind == self.kind)
-            and (self.size is None or shape.size == self.size)
-        )
-
-    def count(self, shapes: Iterable[Shape]) -> int:
-        """Return how many of the shapes are meant."""
-        return sum(map(self.fits, shapes))
-
-    def words(self, noun: str, many: bool = False) -> str:
-        """Return the shapes in words, without the box; noun stands in for a kind that is left open."""
-        end = "s" if many else ""
-        return " ".join(word for word in (self.size, self.color, (self.kind or noun) + end) if word)
 
 
 def kind_questions(
@@ -96,7 +67,7 @@ def kind_questions(
             found[pair[0]] = Question(kind, pair[0], pair[1])
             continue
         failures[kind] += 1
-        if failures[kind] > 2 * _MANY_TRIES:
+        if failures[kind] > 2 * MANY_TRIES:
             open_kinds.remove(kind)
     return list(found.values())
 
@@ -112,36 +83,10 @@ def questions(
 
 
 Pair = tuple[str, str]
-_PLAIN = ("object", "object", "object", "thing", "item", "shape")
-
-
-def _noun(roll: Random, scene: Scene) -> str:
-    return "block" if scene.towers and roll.random() < 0.5 else roll.choice(_PLAIN)
-
-
-def _a(words: str) -> str:
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def _yes(true: bool) -> str:
     return "yes" if true else "no"
-
-
-def _palette(scene: Scene) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    return (NLVR_COLORS, NLVR_KINDS) if scene.boxes > 1 else (COLORS, KINDS)
-
-
-def _random_pick(roll: Random, scene: Scene, boxed: float = 0.4) -> Pick:
-    """Return shapes to ask after: often such as are there, else any."""
-    colors, kinds = _palette(scene)
-    like = roll.choice(scene.shapes) if roll.random() < 0.6 else None
-    color = (like.color if like else roll.choice(colors)) if roll.random() < 0.6 else None
-    kind = (like.kind if like else roll.choice(kinds)) if roll.random() < 0.5 else None
-    size = (like.size if like else roll.choice(SIZES)) if roll.random() < 0.15 else None
-    if scene.towers:
-        kind, size = ("square" if roll.random() < 0.15 else None), None
-    box = roll.randrange(scene.boxes) if scene.boxes > 1 and roll.random() < boxed else None
-    return Pick(size, color, kind, box)
 
 
 def _even(roll: Random, made: Sequence[tuple[Pick, str]]) -> tuple[Pick, str]:
@@ -157,15 +102,15 @@ def _count(scene: Scene, roll: Random) -> Pair | None:
         colors = len({shape.color for shape in scene.shapes})
         return f"How many {roll.choice(('different ', ''))}colors are there?", NUMBERS[colors]
     made = []
-    for _ in range(_MANY_TRIES):
-        pick = _random_pick(roll, scene)
+    for _ in range(MANY_TRIES):
+        pick = random_pick(roll, scene)
         total = pick.count(scene.shapes)
         if total < len(NUMBERS):
             made.append((pick, NUMBERS[total]))
     if not made:
         return None
     pick, answer = _even(roll, made)
-    many = pick.words(_noun(roll, scene), many=True)
+    many = pick.words(noun_of(roll, scene), many=True)
     if pick.box is None:
         forms: tuple[str, ...] = ("How many {} are there?",) * 4 + (
             "How many {} can you see?", "How many {} are in the picture?", "How many {} does the image show?",
@@ -184,88 +129,10 @@ def _count(scene: Scene, roll: Random) -> Pair | None:
 
 
 def _count_boxes(scene: Scene, roll: Random) -> Pair:
-    pick = _random_pick(roll, scene, boxed=0.0)
+    pick = random_pick(roll, scene, boxed=0.0)
     total = len({shape.box for shape in scene.shapes if pick.fits(shape)})
     verb = roll.choice(("contain", "have"))
-    return f"How many boxes {verb} {_a(pick.words(_noun(roll, scene)))}?", NUMBERS[total]
-
-
-def _references(scene: Scene, shape: Shape, noun: str, hidden: str = "", boxed: bool = True) -> list[str]:
-    """Return the ways to name this shape and no other, without the hidden attribute ("color", "kind" or "size")."""
-    found = []
-    for box in (None, shape.box) if boxed and scene.boxes > 1 else (None,):
-        for color in (None, shape.color):
-            for kind in (None, shape.kind):
-                for size in (None,) if scene.towers or hidden == "size" else (None, shape.size):
-                    if (color and hidden == "color") or (kind and hidden == "kind"):
-                        continue
-                    pick = Pick(size, color, kind, box)
-                    if pick.count(scene.shapes) == 1:
-                        where = "" if box is None else f" in the {BOX_NAMES[box]}"
-                        found.append(pick.words(noun) + where)
-    return found
-
-
-def _refer(scene: Scene, shape: Shape, roll: Random, hidden: str = "", boxed: bool = True) -> str | None:
-    """Return a way to name the shape, the short ones more often, or None where there is none."""
-    found = _references(scene, shape, _noun(roll, scene), hidden, boxed)
-    found.sort(key=lambda words: words.count(" "))
-    return found[min(roll.randrange(len(found)), roll.randrange(len(found)))] if found else None
-
-
-def _box_shapes(scene: Scene, box: int) -> list[Shape]:
-    """Return the shapes of a box, the lowest first."""
-    return sorted((shape for shape in scene.shapes if shape.box == box), key=lambda shape: -shape.y)
-
-
-def _block(scene: Scene, roll: Random) -> tuple[str, Shape]:
-    """Return a block of a tower by its place in it."""
-    box = roll.choice(scene.shapes).box
-    blocks = _box_shapes(scene, box)
-    lift = roll.randrange(len(blocks))
-    name = "top" if lift == len(blocks) - 1 and roll.random() < 0.7 else _LIFTS[lift]
-    if name in _LIFTS[1:]:
-        return f"{name} block from the bottom in the {BOX_NAMES[box]}", blocks[lift]
-    return f"{name} block in the {BOX_NAMES[box]}", blocks[lift]
-
-
-_EXTREMES: tuple[tuple[str, Callable[[Shape], float], float], ...] = (
-    ("biggest", lambda one: -one.width, 0.06),  # the last number: by how much of the box it must be so
-    ("smallest", lambda one: one.width, 0.06),
-    ("leftmost", lambda one: one.x, 0.08),
-    ("rightmost", lambda one: -one.x, 0.08),
-    ("highest", lambda one: one.y, 0.08),
-    ("lowest", lambda one: -one.y, 0.08),
-)
-
-
-def _extreme(scene: Scene, roll: Random) -> tuple[str, Shape] | None:
-    """Return a scattered or free shape by being the largest or the outermost, where that is clear."""
-    if scene.towers:
-        return None
-    box = roll.randrange(scene.boxes)
-    shapes = _box_shapes(scene, box)
-    if len(shapes) < 2:
-        return None
-    side = BOX_SIDE if scene.boxes > 1 else min(scene.image.size)
-    word, key, least = roll.choice(_EXTREMES)
-    shapes.sort(key=key)
-    if key(shapes[1]) - key(shapes[0]) < least * side:
-        return None
-    where = f" in the {BOX_NAMES[box]}" if scene.boxes > 1 else ""
-    return f"{word} {roll.choice(_PLAIN)}{where}", shapes[0]
-
-
-def _attribute(scene: Scene, roll: Random, hidden: str, placed: float) -> tuple[str, Shape] | None:
-    """Return a way to name a shape without the attribute that is asked for; its values are equally likely."""
-    if roll.random() < placed:
-        return _block(scene, roll) if scene.towers else _extreme(scene, roll)
-    value = roll.choice(sorted({str(getattr(shape, hidden)) for shape in scene.shapes}))
-    for _ in range(_MANY_TRIES):
-        shape = roll.choice(scene.shapes)
-        if getattr(shape, hidden) == value and (words := _refer(scene, shape, roll, hidden)):
-            return words, shape
-    return None
+    return f"How many boxes {verb} {with_article(pick.words(noun_of(roll, scene)))}?", NUMBERS[total]
 
 
 def _color(scene: Scene, roll: Random) -> Pair | None:
@@ -276,8 +143,8 @@ def _color(scene: Scene, roll: Random) -> Pair | None:
         if place is None or None in places or places.count(place) > 1:
             return None
         where = "at the center" if place == "center" else f"in the {place}"
-        return f"What color is the {roll.choice(_PLAIN)} {where}?", scene.shapes[chosen].color
-    named = _attribute(scene, roll, "color", 0.8 if scene.towers else 0.15)
+        return f"What color is the {roll.choice(PLAIN)} {where}?", scene.shapes[chosen].color
+    named = attribute(scene, roll, "color", 0.8 if scene.towers else 0.15)
     if named is None:
         return None
     forms = ("What color is the {}?",) * 4 + (
@@ -289,7 +156,7 @@ def _color(scene: Scene, roll: Random) -> Pair | None:
 def _shape(scene: Scene, roll: Random) -> Pair | None:
     if scene.towers:
         return None
-    named = _attribute(scene, roll, "kind", 0.15)
+    named = attribute(scene, roll, "kind", 0.15)
     if named is None or any(kind in named[0].split() for kind in KINDS):
         return None
     words = named[0].replace("shape", "object")
@@ -317,13 +184,13 @@ def _position(scene: Scene, roll: Random) -> Pair | None:
         return _tower_place(scene, roll)
     if draw > (0.55 if scene.towers else 0.7):
         return _relation(scene, roll)
-    boxes = [shape for shape in scene.shapes if _refer(scene, shape, roll, boxed=False)]
+    boxes = [shape for shape in scene.shapes if refer(scene, shape, roll, boxed=False)]
     places = sorted({place for shape in boxes if (place := _place(scene, shape))})
     if not places:
         return None
     place = roll.choice(places)
     shape = roll.choice([shape for shape in boxes if _place(scene, shape) == place])
-    words = _refer(scene, shape, roll, boxed=False)
+    words = refer(scene, shape, roll, boxed=False)
     if words is None:
         return None
     if scene.boxes > 1:
@@ -334,7 +201,7 @@ def _position(scene: Scene, roll: Random) -> Pair | None:
 
 
 def _tower_place(scene: Scene, roll: Random) -> Pair | None:
-    towers = [_box_shapes(scene, box) for box in range(scene.boxes)]
+    towers = [box_shapes(scene, box) for box in range(scene.boxes)]
     kind, color, height = roll.randrange(3), roll.choice(NLVR_COLORS), roll.randint(1, 4)
     if kind == 2:
         fits = [len(tower) == height for tower in towers]
@@ -350,7 +217,7 @@ def _tower_place(scene: Scene, roll: Random) -> Pair | None:
 def _relation(scene: Scene, roll: Random) -> Pair | None:
     """Return a yes/no question on how two shapes of one box lie."""
     box = roll.randrange(scene.boxes)
-    shapes = _box_shapes(scene, box)
+    shapes = box_shapes(scene, box)
     if len(shapes) < 2:
         return None
     first, second = roll.sample(shapes, 2)
@@ -362,8 +229,8 @@ def _relation(scene: Scene, roll: Random) -> Pair | None:
     if abs(gap) < 0.12 * side:
         return None
     part = Scene(scene.image, tuple(shapes), 1) if scene.boxes > 1 else scene
-    noun = "block" if scene.towers else roll.choice(_PLAIN)
-    one, other = _references(part, first, noun, boxed=False), _references(part, second, noun, boxed=False)
+    noun = "block" if scene.towers else roll.choice(PLAIN)
+    one, other = references(part, first, noun, boxed=False), references(part, second, noun, boxed=False)
     if not one or not other:
         return None
     where = f" in the {BOX_NAMES[box]}" if scene.boxes > 1 else ""
@@ -375,7 +242,7 @@ def _size(scene: Scene, roll: Random) -> Pair | None:
     if scene.towers:
         return _heights(scene, roll)
     if roll.random() < 0.25:
-        named = _attribute(scene, roll, "size", 0.0)
+        named = attribute(scene, roll, "size", 0.0)
         form = roll.choice(("What size is the {}?", "How big is the {}?"))
         return None if named is None else (form.format(named[0]), named[1].size)
     if len(scene.shapes) < 2:
@@ -384,9 +251,9 @@ def _size(scene: Scene, roll: Random) -> Pair | None:
     if first.size == second.size:
         return None
     boxed = scene.boxes > 1 and first.box == second.box and roll.random() < 0.5
-    part = Scene(scene.image, tuple(_box_shapes(scene, first.box)), 1) if boxed else scene
-    noun = roll.choice(_PLAIN)
-    one = [_references(part, shape, noun, hidden="size", boxed=False) for shape in (first, second)]
+    part = Scene(scene.image, tuple(box_shapes(scene, first.box)), 1) if boxed else scene
+    noun = roll.choice(PLAIN)
+    one = [references(part, shape, noun, hidden="size", boxed=False) for shape in (first, second)]
     if not all(one):
         return None
     names = [min(words, key=len) for words in one]
@@ -401,7 +268,7 @@ def _size(scene: Scene, roll: Random) -> Pair | None:
 
 def _heights(scene: Scene, roll: Random) -> Pair | None:
     first, second = roll.sample(range(scene.boxes), 2)
-    tall = [len(_box_shapes(scene, box)) for box in (first, second)]
+    tall = [len(box_shapes(scene, box)) for box in (first, second)]
     if tall[0] == tall[1]:
         return None
     names = [BOX_NAMES[box].split()[0] for box in (first, second)]
@@ -415,14 +282,14 @@ def _heights(scene: Scene, roll: Random) -> Pair | None:
 def _presence(scene: Scene, roll: Random) -> Pair | None:
     target = roll.random() < 0.5
     every = scene.boxes > 1 and roll.random() < 0.25
-    for _ in range(2 * _MANY_TRIES):
-        pick = _random_pick(roll, scene, boxed=0.0 if every else 0.4)
+    for _ in range(2 * MANY_TRIES):
+        pick = random_pick(roll, scene, boxed=0.0 if every else 0.4)
         if pick.color is None and pick.kind is None and pick.size is None:
             continue
         held = {shape.box for shape in scene.shapes if pick.fits(shape)}
         if (len(held) == scene.boxes if every else bool(held)) != target:
             continue
-        words = _a(pick.words(_noun(roll, scene)))
+        words = with_article(pick.words(noun_of(roll, scene)))
         if every:
             forms = ("Do all boxes contain {}?", "Does every box contain {}?", "Does each box have {}?")
             return roll.choice(forms).format(words), _yes(target)
@@ -436,17 +303,17 @@ def _presence(scene: Scene, roll: Random) -> Pair | None:
 
 def _comparison(scene: Scene, roll: Random) -> Pair | None:
     if scene.boxes > 1 and roll.random() < 0.6:
-        pick = _random_pick(roll, scene, boxed=0.0)
+        pick = random_pick(roll, scene, boxed=0.0)
         counts = [Pick(pick.size, pick.color, pick.kind, box).count(scene.shapes) for box in range(scene.boxes)]
         word, best = roll.choice((("most", max(counts)), ("most", max(counts)), ("fewest", min(counts))))
         if counts.count(best) > 1:
             return None
         verb = roll.choice(("has", "has", "contains"))
-        many = pick.words(_noun(roll, scene), many=True)
+        many = pick.words(noun_of(roll, scene), many=True)
         return f"Which box {verb} the {word} {many}?", BOX_NAMES[counts.index(best)]
-    colors, kinds = _palette(scene)
+    colors, kinds = palette(scene)
     if scene.towers or roll.random() < 0.5:
-        noun = _noun(roll, scene)
+        noun = noun_of(roll, scene)
         first, second = (Pick(color=color) for color in roll.sample(colors, 2))
     else:
         noun = ""
@@ -463,12 +330,6 @@ def _comparison(scene: Scene, roll: Random) -> Pair | None:
     return f"Are there {word} {names[0]} than {names[1]}?", _yes(gap > 0)
 
 
-def wall_gaps(shape: Shape) -> tuple[float, float, float, float]:
-    """Return the pixels between an NLVR shape and its box's walls: left, top, right, bottom."""
-    left, top = shape.x - shape.width / 2 - shape.box * BOX_STEP, shape.y - shape.width / 2
-    return left, top, BOX_SIDE - left - shape.width, BOX_SIDE - top - shape.width
-
-
 def _touch(scene: Scene, roll: Random) -> Pair | None:
     if scene.boxes == 1 or scene.towers:
         return None
@@ -478,8 +339,8 @@ def _touch(scene: Scene, roll: Random) -> Pair | None:
     asked = roll.random() < 0.5
     target = roll.random() < 0.5
     made = []
-    for _ in range(_MANY_TRIES):
-        pick = _random_pick(roll, scene)
+    for _ in range(MANY_TRIES):
+        pick = random_pick(roll, scene)
         near = [gap for gap, shape in zip(gaps, scene.shapes, strict=True) if pick.fits(shape)]
         if any(0 < gap < 3 for gap in near):
             continue  # a pixel or two of air: too close to call
@@ -492,9 +353,9 @@ def _touch(scene: Scene, roll: Random) -> Pair | None:
         return None
     pick, answer = _even(roll, made)
     where = "" if pick.box is None else f" in the {BOX_NAMES[pick.box]}"
-    noun = roll.choice(_PLAIN)
+    noun = roll.choice(PLAIN)
     if asked:
-        return f"Is there {_a(pick.words(noun))} touching {wall}{where}?", answer
+        return f"Is there {with_article(pick.words(noun))} touching {wall}{where}?", answer
     return f"How many {pick.words(noun, many=True)} are touching {wall}{where}?", answer
 
 
@@ -506,18 +367,18 @@ def _list(scene: Scene, roll: Random) -> Pair | None:
     if draw < 0.4 and scene.boxes > 1:
         box = roll.randrange(scene.boxes)
         form = roll.choice(("What is in the {}?", "List the {}.", "Describe the {}."))
-        return form.format(BOX_NAMES[box]), listing(scene, _box_shapes(scene, box))
-    pick = _random_pick(roll, scene)
+        return form.format(BOX_NAMES[box]), listing(scene, box_shapes(scene, box))
+    pick = random_pick(roll, scene)
     if pick.box is None and pick == Pick():
         return None
     where = "" if pick.box is None else f" in the {BOX_NAMES[pick.box]}"
-    words = pick.words(_noun(roll, scene), many=True)
+    words = pick.words(noun_of(roll, scene), many=True)
     return f"List the {words}{where}.", listing(scene, filter(pick.fits, scene.shapes))
 
 
 def _tally(scene: Scene, roll: Random) -> Pair | None:
     """Return a request for all counts at once: many numbers to learn from in few words."""
-    colors, kinds = _palette(scene)
+    colors, kinds = palette(scene)
     by_color = scene.towers or roll.random() < 0.5
     each = "color" if by_color else "kind"
     picks = [Pick(color=color) for color in colors] if by_color else [Pick(kind=kind) for kind in kinds]
@@ -535,9 +396,9 @@ def _tally(scene: Scene, roll: Random) -> Pair | None:
     if scene.boxes == 1 or roll.random() < 0.4:
         return f"How many of each {each}?", row(scene.shapes, name)
     if roll.random() < 0.25:
-        boxes = [f"{NUMBERS[len(_box_shapes(scene, box))]} {BOX_NAMES[box].split()[0]}" for box in range(scene.boxes)]
+        boxes = [f"{NUMBERS[len(box_shapes(scene, box))]} {BOX_NAMES[box].split()[0]}" for box in range(scene.boxes)]
         return "How many in each box?", ", ".join(boxes)
-    boxes = [f"{BOX_NAMES[box].split()[0]}: {row(_box_shapes(scene, box), name)}" for box in range(scene.boxes)]
+    boxes = [f"{BOX_NAMES[box].split()[0]}: {row(box_shapes(scene, box), name)}" for box in range(scene.boxes)]
     return f"How many of each {each} in each box?", "; ".join(boxes)
 
 

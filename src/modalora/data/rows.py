@@ -16,8 +16,9 @@ from torch import Tensor
 
 from modalora.contracts import IGNORED, Message
 from modalora.data.nlvr import NlvrRow
+from modalora.data.picks import NUMBERS
 from modalora.data.pictures import chart_picture, word_picture
-from modalora.data.questions import DESCRIBE, NUMBERS, questions
+from modalora.data.questions import DESCRIBE, questions
 from modalora.data.scenes import COLORS, KINDS, SIZES, Scene, Shape, caption, cell_labels, free_scene, nlvr_like
 from modalora.data.speech import DIGITS, TRANSCRIBE, Clip, digit_string, speech_questions
 from modalora.data.statements import nlvr_case, statement

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from modalora.data.questions import NUMBERS, Pick, wall_gaps
+from modalora.data.picks import NUMBERS, Pick, wall_gaps
 from modalora.data.scenes import NLVR_COLORS, NLVR_KINDS, Shape
 from modalora.data.statements.words import Amount, Boxes, Statement, colors_of, draw_amount, draw_number, plural, repeat
 
