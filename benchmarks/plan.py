@@ -56,6 +56,7 @@ class Case:
     dtype: torch.dtype
     settings: dict[str, Any]
     shapes: list[str]
+    route: str = "auto"
 
 
 def wide() -> ModelConfig:
@@ -85,9 +86,9 @@ CASES = {
         nano, SINGLE, {"train": ["adapter.*"], "rows": 12},
         ["text=150,image=400x100", "text=120,audio=4", "text=300", "text=80,image=300x300,audio=3"],
     ),
-    "text, width 3072, rank 320": Case(wide, HALF, {"train": ["adapter.*"], "rows": 1, "route": True}, ["text=1024"]),
+    "text, width 3072, rank 320": Case(wide, HALF, {"train": ["adapter.*"], "rows": 1}, ["text=1024"], "vision"),
     "the same, recomputed": Case(
-        wide, HALF, {"train": ["adapter.*"], "rows": 1, "recompute": True, "route": True}, ["text=2048"]
+        wide, HALF, {"train": ["adapter.*"], "rows": 1, "recompute": True}, ["text=2048"], "vision"
     ),
     "picture of 1344 x 1344, encoder": Case(
         seeing, SINGLE, {"train": ["image.*", "adapter.vision"], "rows": 1}, ["text=64,image=1344x1344"]
@@ -125,18 +126,14 @@ def resident(key: str) -> int:
 def measure(what: str, name: str) -> dict[str, float]:
     case = CASES[name]
     torch.set_num_threads(1)
-    settings = dict(case.settings)
-    routed = settings.pop("route", False)
     with tempfile.TemporaryDirectory() as folder:
         fields = {
             "init": "x", "output": folder, "mixture": [{"source": "books"}], "steps": 3, "save_every": 1000,
-            "log_every": 1, "optim": {"warmup_steps": 0}, **settings,
+            "log_every": 1, "optim": {"warmup_steps": 0}, **case.settings,
         }  # fmt: skip
         run = parse(RunConfig, fields, name)
         config = case.config()
-        batch = shaped_batch(config, case.shapes, run.rows)
-        if routed:
-            batch = replace(batch, route=replace(batch.route, adapters=tuple(config.adapters) * run.rows))
+        batch = shaped_batch(config, case.shapes, run.rows, routes=[case.route])
         plan = plan_step(config, run, [batch], case.dtype)
         torch.ones(64, 64) @ torch.ones(64, 64)
         torch.optim.AdamW([torch.zeros(1)])  # imports what it needs

@@ -15,6 +15,7 @@ from modalora.contracts import Batch
 from modalora.errors import ShapeError
 from modalora.models.multimodal import ModelConfig, Multimodal, parameter_counts, part_of
 from modalora.models.sizes import phi4_multimodal, tiny
+from modalora.nn.attend import BACKENDS
 
 KINDS = ("text", "image + speech", "speech", "image", "text", "speech", "image")
 # float32 over the whole tiny model; worst seen 4e-7 in logits, 2e-7 in gradients; a bf16 slip (1e-2) must fail
@@ -234,6 +235,22 @@ def test_losses_are_computed_for_real_tokens_alone(make_model: Model, make_batch
     alone = [model.loss(batch.select([row]))[0] for row in range(len(KINDS))]
     torch.testing.assert_close(values, torch.cat(alone), **TOLERANCE)
     assert rows.tolist() == [row for row, own in enumerate(alone) for _ in own]
+
+
+def test_rows_of_one_length_are_one_call_of_attention(
+    make_model: Model, make_batch: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the batch they lie apart: 9, 7, 5, 9, 7, 5 ... tokens."""
+    model, batch = make_model(), make_batch(["text"] * 9)
+    calls: list[tuple[int, int]] = []
+    run = BACKENDS["eager"].run
+    monkeypatch.setitem(
+        BACKENDS, "eager", replace(BACKENDS["eager"], run=lambda call: calls.append(call.q.shape[:2]) or run(call))
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        model.loss(batch)
+    filler = -int(batch.lengths.sum()) % 8
+    assert calls == [(3, 7), (3, 9), (3, 11), (1, filler)] * len(model.decoder.layers)
 
 
 def test_each_row_of_a_loss_has_its_own_table_of_angles(make_model: Model, make_batch: Rows) -> None:

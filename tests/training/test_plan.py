@@ -50,6 +50,16 @@ def test_weights_gradients_and_moments_are_four_bytes_a_number_each() -> None:
     assert 2 * decoder.weights <= decoder.optimizer <= 2.01 * decoder.weights  # and a step count per tensor
 
 
+def test_blank_rows_take_the_route_of_the_runs_sources() -> None:
+    """Rows of text use no adapter by themselves: nothing would be counted for one that learns from text."""
+    sources = [{"source": "books", "route": "speech"}, {"source": "books"}]
+    plan, _ = plan_run(run_of(train=["adapter.speech"], mixture=sources, rows=4), ["text=30"])
+    (adapter,) = [part for part in plan.parts if part.name == "adapter.speech"]
+    assert adapter.gradients == adapter.weights
+    batch = shaped_batch(tiny(), ["text=30"], 3, routes=["speech", "auto"])
+    assert batch.route.adapters == ("speech", None, "speech")
+
+
 def pictures_with_cells() -> Batch:
     batch = shaped_batch(tiny(), ["text=8,image=100x80"], 4)
     media = []
@@ -92,7 +102,7 @@ def test_rows_by_shape_are_refused_where_an_objective_needs_more(objective: str)
     run = run_of(train=["audio.encoder"], objective=objective, data="/nowhere")
     with pytest.raises(ConfigError, match=f"objective={objective} learns from what its own sources write"):
         plan_run(run, ["text=20,audio=2"])
-    with pytest.raises(ConfigError, match=r"not opened: /nowhere/books/train.parquet is missing"):
+    with pytest.raises(ConfigError, match=r"not opened: init=tiny has no tokenizer.* /nowhere/books/train.parquet is missing"):
         plan_run(run)
 
 

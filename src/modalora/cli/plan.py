@@ -150,8 +150,10 @@ def _stage(
         sizes = "".join(f" {sized(size):>10}" for size in (part.weights, part.gradients, part.optimizer))
         print(f"{part.name:<26} {part.numbers:>15,} {part.trained:>15,}{sizes}")
     print(f"{found.trained:,} of {found.numbers:,} numbers train ({found.trained / found.numbers:.1%})")
+    if idle := [part.name for part in found.parts if part.trained and not part.gradients]:
+        print(f"no row of this step trains {', '.join(idle)}: without gradients here; --row takes rows that do")
     media = f"{found.tokens:,} tokens, {found.media_tokens:,} of them media; {found.labels:,} labels"
-    print(f"a step     {found.rows} rows ({source}), {media}")
+    print(f"a step     {found.rows} row{'s' if found.rows > 1 else ''} ({source}), {media}")
     split = f"weights {sized(found.weights)}, gradients {sized(found.gradients)}, optimizer {sized(found.optimizer)}"
     among, shared = (f" of each of {count}", f" over all {count}") if count > 1 else ("", "")
     print(f"memory     {sized(cost.memory)}{among}: {split}{shared}, the step itself {sized(found.step)}")

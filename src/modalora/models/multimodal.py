@@ -261,7 +261,8 @@ class Multimodal(nn.Module):
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the next-token losses of the labelled tokens and the row that each belongs to, both (labelled,).
 
-        The rows lie end to end in one sequence, those of one adapter together: nothing is computed for padding.
+        The rows lie end to end in one sequence, those of one adapter together and among these those of one length,
+        which attention takes as one: nothing is computed for padding.
         Only labelled positions go through the output projection, which makes no logits. Where processes share the
         tokens, each returns the losses of its own: a label is the token behind, whoever holds that.
         """
@@ -291,7 +292,7 @@ class Multimodal(nn.Module):
         A last row of a few tokens that nobody reads makes the number of tokens even for products.
         """
         lengths, device = batch.lengths.tolist(), batch.input_ids.device
-        order = sorted(range(len(lengths)), key=lambda row: str(batch.route.adapters[row]))
+        order = sorted(range(len(lengths)), key=lambda row: (str(batch.route.adapters[row]), lengths[row]))
         spans, adapters = [lengths[row] for row in order], [batch.route.adapters[row] for row in order]
         ids = [batch.input_ids[row, : lengths[row]] for row in order]
         starts = torch.zeros(len(lengths), dtype=torch.long, device=device)

@@ -172,8 +172,14 @@ def _shared(model: Multimodal, mesh: MeshConfig) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def shaped_batch(config: ModelConfig, shapes: Sequence[str], rows: int, limits: MediaConfig | None = None) -> Batch:
-    """Return a batch of blank rows of given shapes, taken in turn, every text token labelled.
+def shaped_batch(
+    config: ModelConfig,
+    shapes: Sequence[str],
+    rows: int,
+    limits: MediaConfig | None = None,
+    routes: Sequence[str] = ("auto",),
+) -> Batch:
+    """Return a batch of blank rows of given shapes and routes, each taken in turn, every text token labelled.
 
     A shape is text=TOKENS, image=WIDTHxHEIGHT and audio=SECONDS, in any number, with commas: "text=200,image=1344x896".
     Raises ConfigError for another shape, RouteError where the model has no route for the media.
@@ -182,8 +188,8 @@ def shaped_batch(config: ModelConfig, shapes: Sequence[str], rows: int, limits: 
     lengths = torch.tensor([sum(item[2] for item in media) + text for media, text in blanks])
     labels = torch.full((rows, int(lengths.max())), IGNORED)
     found, adapters = [], []
-    for row, (media, text) in enumerate(blanks):
-        rule = route({kind for kind, *_ in media}, adapters=tuple(config.adapters), routes=modality.routes(config))
+    for row, ((media, text), asked) in enumerate(zip(blanks, cycle(routes), strict=False)):
+        rule = route({kind for kind, *_ in media}, asked, tuple(config.adapters), modality.routes(config))
         adapters.append(rule.adapter)
         at = 0
         for kind, features, tokens in media:
@@ -311,11 +317,11 @@ def _filled(config: ModelConfig, run: RunConfig, shapes: Sequence[str]) -> list[
             f"objective={run.objective} learns from what its own sources write beside a sound or picture, and rows of "
             f"{' and '.join(shapes)} have none of that; leave --row out, and the rows are made from data={run.data}"
         )
-    rows = run.rows
+    rows, routes = run.rows, [source.route or "auto" for source in run.mixture]
     if run.tokens:
         lengths = shaped_batch(config, shapes, len(shapes), run.media).lengths.tolist()
         rows = max(1, round(len(lengths) * run.tokens / sum(lengths)))
-    return [shaped_batch(config, shapes, rows, run.media)] * run.accumulate
+    return [shaped_batch(config, shapes, rows, run.media, routes)] * run.accumulate
 
 
 def read_size(init: str) -> tuple[ModelConfig, torch.dtype]:

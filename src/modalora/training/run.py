@@ -22,7 +22,7 @@ from modalora.data.mixture import Mixture
 from modalora.data.quarantine import Quarantine
 from modalora.data.sources import Context
 from modalora.data.text import tokenizer_corpus
-from modalora.errors import CheckpointError, ConfigError
+from modalora.errors import CheckpointError, ConfigError, DataError
 from modalora.modality import add as add_modality
 from modalora.modality import load_file
 from modalora.models.multimodal import ModelConfig, Multimodal, part_of
@@ -227,7 +227,10 @@ def _fresh_tokenizer(run: RunConfig, vocab_size: int) -> TextTokenizer:
     cache = Path(run.cache)
     path = cache / f"bpe-{vocab_size}.json"
     if not path.exists():
-        tokenizer = TextTokenizer.train(tokenizer_corpus(Path(run.data)), vocab_size)
+        try:
+            tokenizer = TextTokenizer.train(tokenizer_corpus(Path(run.data)), vocab_size)
+        except DataError as error:
+            raise DataError(f"init={run.init} has no tokenizer, and learns one from books: {error}") from None
         cache.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(f".{os.getpid()}.draft")
         draft.write_text(tokenizer.definition, encoding="utf-8")
