@@ -102,7 +102,7 @@ def test_rows_by_shape_are_refused_where_an_objective_needs_more(objective: str)
     run = run_of(train=["audio.encoder"], objective=objective, data="/nowhere")
     with pytest.raises(ConfigError, match=f"objective={objective} learns from what its own sources write"):
         plan_run(run, ["text=20,audio=2"])
-    with pytest.raises(ConfigError, match=r"not opened: init=tiny has no tokenizer.* /nowhere/books/train.parquet is missing"):
+    with pytest.raises(ConfigError, match=r"not opened: init=tiny has no tokenizer.* /nowhere/books/train.par"):
         plan_run(run)
 
 

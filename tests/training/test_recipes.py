@@ -12,13 +12,15 @@ import soundfile
 import torch
 from PIL import Image
 
-from modalora.checkpoint.store import load_model
+from modalora.checkpoint.store import load_model, save_model
 from modalora.cli.train import RECIPES
 from modalora.config import RunConfig, is_extension, load_extension, load_run, load_stages
 from modalora.data.sources import SOURCES
+from modalora.errors import CheckpointError
 from modalora.models.multimodal import Multimodal, part_of
-from modalora.models.sizes import SIZES, nano
-from modalora.training.run import run_recipe
+from modalora.models.sizes import SIZES, nano, tiny
+from modalora.processing.tokenizer import TextTokenizer
+from modalora.training.run import open_start, run_recipe
 
 PATHS = sorted(RECIPES.glob("*.yaml"))
 EXTENSIONS = [path for path in PATHS if is_extension(path)]
@@ -180,3 +182,13 @@ def test_the_base_recipe_runs_from_books_to_a_model_folder(tmp_path: Path) -> No
     assert loaded.notes["last"]["step"] == 2
     assert (folder.parent / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert run_recipe(run) == folder  # a finished run is not run again
+
+
+def test_a_decoder_is_not_taken_from_a_model_of_other_tokens(tmp_path: Path) -> None:
+    for name, letters in (("one", "the quick brown fox jumps over the lazy dog. "), ("two", "seven blue boxes, 77. ")):
+        save_model(Multimodal(tiny()), TextTokenizer.train([letters * 8], 320), tmp_path / name)
+    run = RUNS["finetune-text/finetune-text"].model_copy(update={"init": str(tmp_path / "one"), "adapters": {}})
+    open_start(run.model_copy(update={"take": {"decoder": str(tmp_path / "one")}}))
+    with pytest.raises(CheckpointError, match="the decoder of .*two was trained on other tokens than those of `init`"):
+        open_start(run.model_copy(update={"take": {"decoder": str(tmp_path / "two")}}))
+    open_start(run.model_copy(update={"take": {"image.*": str(tmp_path / "two")}}))

@@ -216,7 +216,7 @@ def open_start(run: RunConfig) -> tuple[Multimodal, TextTokenizer, ChatFormat]:
         loaded = load_model(find_model(run.init))
         model, tokenizer, chat = loaded.model, loaded.tokenizer, loaded.chat
     _grow(model, run)
-    _take_parts(model, run.take)
+    _take_parts(model, tokenizer, run.take)
     _copy_parts(model, run.copy_parts)
     return model, tokenizer, chat
 
@@ -238,15 +238,20 @@ def _fresh_tokenizer(run: RunConfig, vocab_size: int) -> TextTokenizer:
     return TextTokenizer(path.read_text(encoding="utf-8"))
 
 
-def _take_parts(model: Multimodal, take: dict[str, str]) -> None:
+def _take_parts(model: Multimodal, tokenizer: TextTokenizer, take: dict[str, str]) -> None:
     """Copy the parts that match a pattern from other model folders."""
     tensors = model.state_dict()
     for pattern, folder in take.items():
-        other = load_model(find_model(folder)).model
-        given = other.state_dict()
+        loaded = load_model(find_model(folder))
+        other, given = loaded.model, loaded.model.state_dict()
         chosen = [name for name in given if fnmatchcase(part_of(name), pattern)]
         if not chosen:
             raise CheckpointError(f"take: {folder} has no part that matches {pattern!r}")
+        if fnmatchcase("decoder", pattern) and loaded.tokenizer.definition != tokenizer.definition:
+            raise CheckpointError(
+                f"take: the decoder of {folder} was trained on other tokens than those of `init`; "
+                f"give init={folder}, or another with its tokenizer"
+            )
         if any(part_of(name).startswith("adapter.") for name in chosen) and "decoder" not in take:
             _check_base(model, other, pattern, folder)
         for name in chosen:
