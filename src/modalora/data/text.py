@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as parquet
 
+from modalora.data.files import cached
 from modalora.errors import DataError
 from modalora.processing.tokenizer import END_OF_TEXT, TextTokenizer
 
 
 def books(folder: Path, split: str) -> Iterator[str]:
     """Yield the whole texts of folder/books/SPLIT.parquet (columns name, title, text). Raises DataError when absent."""
+    for batch in parquet.ParquetFile(books_file(folder, split)).iter_batches(batch_size=1, columns=["text"]):
+        yield from batch.column(0).to_pylist()
+
+
+def books_file(folder: Path, split: str) -> Path:
+    """Return the file of a split. Raises DataError when it is absent."""
     path = folder / "books" / f"{split}.parquet"
     if not path.is_file():
         raise DataError(f"{path} is missing; `data` must name a folder with books/{split}.parquet (see docs/nano.md)")
-    for batch in parquet.ParquetFile(path).iter_batches(batch_size=1, columns=["text"]):
-        yield from batch.column(0).to_pylist()
+    return path
 
 
 def token_stream(folder: Path, split: str, tokenizer: TextTokenizer, cache: Path) -> np.ndarray:
     """Return all books of a split as one row of ids, each book ended by <|endoftext|>; kept in cache."""
-    key = hashlib.sha256(tokenizer.definition.encode()).hexdigest()[:12]
-    path = cache / f"books-{split}-{key}.npy"
-    if not path.exists():
+
+    def make(path: Path, draft: Path) -> None:
+        del path
         end = tokenizer.control(END_OF_TEXT)
         kind = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
         parts: list[np.ndarray] = []
@@ -37,11 +42,10 @@ def token_stream(folder: Path, split: str, tokenizer: TextTokenizer, cache: Path
             for ids in tokenizer.encode_many(whole):
                 parts.append(np.array(ids, dtype=kind))
             parts.append(np.array([end], dtype=kind))
-        cache.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(f".{os.getpid()}.draft.npy")
         np.save(draft, np.concatenate(parts))
-        draft.replace(path)
-    return np.asarray(np.load(path, mmap_mode="r"))
+
+    key = hashlib.sha256(tokenizer.definition.encode()).hexdigest()[:12]
+    return np.asarray(np.load(cached(books_file(folder, split), cache, f"-{key}.npy", make), mmap_mode="r"))
 
 
 def windows(stream: np.ndarray, length: int, rows: int, rng: np.random.Generator) -> list[list[int]]:
@@ -78,9 +82,19 @@ ANSWER_WORDS = (
 ).split()
 
 
-def tokenizer_corpus(folder: Path) -> Iterator[str]:
-    """Yield what the bundled model's BPE is learnt from: the books, and often enough the words that its answers
-    need."""
+def learnt_tokenizer(folder: Path, vocab_size: int, cache: Path) -> TextTokenizer:
+    """Return a BPE learnt from the books of a folder; kept in cache. Raises DataError when there are none."""
+
+    def make(path: Path, draft: Path) -> None:
+        del path
+        draft.write_text(TextTokenizer.train(_corpus(folder), vocab_size).definition, encoding="utf-8")
+
+    path = cached(books_file(folder, "train"), cache, f"-bpe-{vocab_size}.json", make)
+    return TextTokenizer(path.read_text(encoding="utf-8"))
+
+
+def _corpus(folder: Path) -> Iterator[str]:
+    """Yield the books, and often enough the words that the bundled model's answers need."""
     yield from books(folder, "train")
     for word in ANSWER_WORDS:
         yield f"{word}\n {word}\n" * 2000

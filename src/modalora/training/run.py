@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -21,7 +20,7 @@ from modalora.contracts import IGNORED, Batches
 from modalora.data.mixture import Mixture
 from modalora.data.quarantine import Quarantine
 from modalora.data.sources import Context
-from modalora.data.text import tokenizer_corpus
+from modalora.data.text import learnt_tokenizer
 from modalora.errors import CheckpointError, ConfigError, DataError
 from modalora.modality import add as add_modality
 from modalora.modality import load_file
@@ -224,18 +223,10 @@ def open_start(run: RunConfig) -> tuple[Multimodal, TextTokenizer, ChatFormat]:
 def _fresh_tokenizer(run: RunConfig, vocab_size: int) -> TextTokenizer:
     if vocab_size == codons.VOCAB_SIZE:  # BPE needs more for its letters alone
         return TextTokenizer(codons.definition())
-    cache = Path(run.cache)
-    path = cache / f"bpe-{vocab_size}.json"
-    if not path.exists():
-        try:
-            tokenizer = TextTokenizer.train(tokenizer_corpus(Path(run.data)), vocab_size)
-        except DataError as error:
-            raise DataError(f"init={run.init} has no tokenizer, and learns one from books: {error}") from None
-        cache.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(f".{os.getpid()}.draft")
-        draft.write_text(tokenizer.definition, encoding="utf-8")
-        draft.replace(path)
-    return TextTokenizer(path.read_text(encoding="utf-8"))
+    try:
+        return learnt_tokenizer(Path(run.data), vocab_size, Path(run.cache))
+    except DataError as error:
+        raise DataError(f"init={run.init} has no tokenizer, and learns one from books: {error}") from None
 
 
 def _take_parts(model: Multimodal, tokenizer: TextTokenizer, take: dict[str, str]) -> None:
