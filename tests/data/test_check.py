@@ -324,7 +324,7 @@ def test_a_file_of_data_is_looked_at_without_a_recipe_and_not_taken_for_one(reci
     assert "blue" in out or "noise" in out or "a & <b>" in out
     code, _, err = run("train", str(rows))
     assert code == 2
-    assert f"modalora train finetune-text mixture.0.options.path={rows}" in err
+    assert f"give finetune-text mixture.0.options.path={rows}" in err
 
 
 class Links(HTMLParser):
