@@ -390,9 +390,9 @@ def test_what_is_saved_in_the_background_is_of_its_own_step(tmp_path: Path, rank
         for path in [*state.rglob("weights*/*"), *state.rglob("optimizer*/*"), *state.glob("[wo]*.safetensors")]:
             if path.suffix != ".safetensors":
                 continue
-            there = tmp_path / "True" / path.relative_to(tmp_path / "False")
+            there = load_file(tmp_path / "True" / path.relative_to(tmp_path / "False"))
             for tensor_name, tensor in load_file(path).items():
-                assert torch.equal(tensor, load_file(there)[tensor_name]), (path, tensor_name)
+                assert torch.equal(tensor, there[tensor_name]), (path, tensor_name)
 
 
 def no_room(settings: RunConfig) -> str:
