@@ -46,19 +46,22 @@ check: .venv/.ready  ## format, lint, types, layers, spelling
 	@.venv/bin/codespell
 
 nano: $(STAGES)  ## train the bundled model from DATA=../shared/data (docs/nano.md)
-	@rm -rf src/modalora/bundled/nano && cp -r runs/nano/6b-vision/model src/modalora/bundled/nano
+	@echo "== nano: once more through the stages of the paper, chain-nano"
+	@$(KEEP_BUFFERS) .venv/bin/modalora train chain-nano language-1-pretrain.init=runs/nano/6b-vision/model data=$(DATA) \
+		threads=$(THREADS)
+	@rm -rf src/modalora/bundled/nano && cp -r runs/chain-nano/joint-asked-aloud/model src/modalora/bundled/nano
 	@echo "== nano: all stages are done; the last model is now src/modalora/bundled/nano"
 
 SPEAKERS := george jackson lucas nicolas
 
-folds: nano-2b-instruct  ## speech once per left-out speaker, for the table of make bench
+folds: .venv/.ready  ## speech once per left-out speaker, for the table of make bench
 	@for speaker in $(SPEAKERS); do \
 		echo "== folds: without $$speaker"; \
 		$(KEEP_BUFFERS) .venv/bin/modalora train $(RECIPES)/fold-1-ears.yaml data=$(DATA) threads=$(THREADS) \
 			mixture.0.options.without=$$speaker mixture.1.options.without=$$speaker \
 			output=runs/folds/$$speaker/ears && \
 		$(KEEP_BUFFERS) .venv/bin/modalora train $(RECIPES)/fold-2-speech.yaml data=$(DATA) threads=$(THREADS) \
-			mixture.0.options.without=$$speaker take="{audio.encoder: runs/folds/$$speaker/ears/model}" \
+			mixture.0.options.without=$$speaker take="{decoder: bundled/nano, audio.encoder: runs/folds/$$speaker/ears/model}" \
 			output=runs/folds/$$speaker/speech || exit 1; \
 	done
 

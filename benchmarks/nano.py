@@ -28,11 +28,13 @@ from modalora.data.rows import conversation
 from modalora.data.scenes import nlvr_like
 from modalora.data.speech import digit_string, spoken_digits
 from modalora.data.text import books
+from modalora.data.voices import sentence_voices
 from modalora.evaluation import tasks
 from modalora.evaluation.mixed import worst_differences
 from modalora.evaluation.perplexity import bits_per_byte
 
 DATA = Path(os.environ.get("MODALORA_DATA", "../shared/data"))
+CACHE = Path("runs/cache")  # of training: voices take minutes to make
 
 
 @dataclass
@@ -97,10 +99,34 @@ def main() -> None:
         add("NLVR human sentences, true/false", "report", "66 %", *percent(found))
         groups(found)
 
+    def others() -> None:
+        found = tasks.score(assistant, tasks.generated_questions(600 // share))
+        wrong["generated pictures"] = found.wrong
+        add("generated pictures of other shapes, questions", "report", "", *percent(found))
+        groups(found)
+
+    def series() -> None:
+        found = tasks.score(assistant, tasks.frame_questions(DATA, 300 // share))
+        wrong["several pictures"] = found.wrong
+        add("two or three NLVR pictures, questions", "report", "", *percent(found))
+
     def together() -> None:
         found = tasks.score(assistant, tasks.numbers_and_pictures(DATA, 600 // share))
         wrong["image + speech"] = found.wrong
         add("image + speech: spoken number vs. picture", "85 %", "97 %", *percent(found))
+
+    def asked_aloud() -> None:
+        for split, name in (("train", "questions heard in training"), ("validation", "new questions")):
+            found = tasks.score(assistant, tasks.spoken_questions(DATA, sentence_voices(CACHE, split), 300 // share))
+            wrong[f"spoken {name}"] = found.wrong
+            add(f"NLVR pictures, asked by espeak-ng: {name}", "report", "", *percent(found))
+
+    def words() -> None:
+        cases = tasks.text_questions(next(books(DATA, "validation")), assistant.processor.tokenizer, 200 // share)
+        found = tasks.score(assistant, cases, max_tokens=120)
+        wrong["words"] = found.wrong
+        add("text: sums, copying, recall of a list", "report", "", *percent(found))
+        groups(found)
 
     def exact() -> None:
         add("text logits changed by adapters", "0 bits", "", "0 bits" if text_is_unchanged(assistant) else "CHANGED")
@@ -111,7 +137,7 @@ def main() -> None:
         for group, (right, count) in sorted(found.groups.items()):
             add(f"  of which {group}", "", "", f"{100 * right / count:.1f} %", f"{count}")
 
-    sections = (text, digits, folds, strings, questions, sentences, together, exact)
+    sections = (text, words, digits, folds, strings, questions, others, series, sentences, together, asked_aloud, exact)
     known = [section.__name__ for section in sections]
     if options.only and not set(options.only) <= set(known):
         parser.error(f"--only takes {', '.join(known)}")

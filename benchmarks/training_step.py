@@ -1,11 +1,11 @@
 """How long does a LoRA training step take, and in how much memory, beside transformers + PEFT on the same weights?
 
 A model of Phi-4-mini's width (3,072; 200,064 words; 4 layers), rank 320 on all Linears of the decoder, bf16, every
-token labelled: forward, backward and AdamW. Before any time is taken, gradients of all A and B must agree. `loss`
-measures the cross-entropy alone, 4,096 tokens, beside logits and torch's. Each side runs in a process of its own, on
-one thread; times are CPU seconds, the best of several; memory is the peak of resident memory above what it was before
-the first of two steps, with the allocator's defaults: adapters are weights, their gradients and moments are not. The
-matrix products alone are the limit: no step can be faster than they are.
+token labelled, or the last --labelled of them, as answers are: forward, backward and AdamW. Before any time is taken,
+gradients of all A and B must agree. `loss` measures the cross-entropy alone, 4,096 tokens, beside logits and torch's.
+Each side runs in a process of its own, on one thread; times are CPU seconds, the best of several; memory is the peak of
+resident memory above what it was before the first of two steps, with the allocator's defaults: adapters are weights,
+their gradients and moments are not. The matrix products alone are the limit: no step can be faster than they are.
 
     python benchmarks/training_step.py step            # 2 GB of weights in --folder, about 15 minutes
     python benchmarks/training_step.py loss            # the peer needs 14 GB
@@ -35,7 +35,7 @@ from full_size import TUNED, draw, words
 from modalora.checkpoint import configs, names
 from modalora.checkpoint.files import write_json, write_tensors
 from modalora.checkpoint.store import load_model
-from modalora.contracts import Batch, Route
+from modalora.contracts import IGNORED, Batch, Route
 from modalora.models.multimodal import ModelConfig, Multimodal
 from modalora.models.recompute import recompute
 from modalora.models.sizes import phi4_mini
@@ -46,12 +46,13 @@ from timing import best
 
 LAYERS, RANK = 4, 320
 OURS = ("ours", "recompute", "8-bit moments")
+HEAD = "embed_tokens.weight"  # tied
 LORA = LoraConfig(r=RANK, lora_alpha=2 * RANK)
 # Distances of gradients, |ours - theirs| / |theirs| of the worst matrix. float32: sums in another order, 1e-6 seen.
 # bf16: both sides round every product and sum to 2^-9 of it, at other places; 0.034 seen.
 CLOSE = {"float32": 1e-5, "bfloat16": 0.06}
 
-Loss = Callable[[Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]  # of ids and labels
 Parameters = dict[str, torch.nn.Parameter]
 
 
@@ -87,7 +88,7 @@ def build(folder: Path) -> None:
 
 
 def ours(folder: Path, dtype: torch.dtype, adapters: torch.dtype, again: bool) -> tuple[Loss, Parameters]:
-    """Return a function from ids to the mean loss, and the trained parameters by name."""
+    """Return a function from ids and labels to the mean loss, and the trained parameters by name."""
     model = load_model(folder).model.to(dtype).requires_grad_(False).train()
     model.decoder.add_adapter("new", LORA)
     given, trained = load_file(folder / "adapter.st"), {}
@@ -98,8 +99,8 @@ def ours(folder: Path, dtype: torch.dtype, adapters: torch.dtype, again: bool) -
     if again:
         recompute(model)
 
-    def loss(ids: Tensor) -> Tensor:
-        batch = Batch(ids, torch.tensor([ids.shape[1]]), Route(("new",)), labels=ids)
+    def loss(ids: Tensor, labels: Tensor) -> Tensor:
+        batch = Batch(ids, torch.tensor([ids.shape[1]]), Route(("new",)), labels=labels)
         return model.loss(batch)[0].mean()
 
     return loss, trained
@@ -122,7 +123,7 @@ def theirs(folder: Path, dtype: torch.dtype, adapters: torch.dtype) -> tuple[Los
             parameter.data.copy_(given[place])
             trained[place] = parameter
     assert trained.keys() == given.keys()
-    return lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss, trained
+    return lambda ids, labels: model(input_ids=ids, labels=labels, use_cache=False).loss, trained
 
 
 def measure(given: argparse.Namespace) -> dict[str, float]:
@@ -134,8 +135,10 @@ def measure(given: argparse.Namespace) -> dict[str, float]:
     else:
         loss, trained = ours(given.folder, dtype, adapters, given.side == "recompute")
     ids = torch.randint(0, 199_000, (1, given.tokens), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:, : given.tokens - round(given.labelled * given.tokens)] = IGNORED
     if given.gradients:
-        value = loss(ids)
+        value = loss(ids, labels)
         value.backward()
         save_file({name: parameter.grad.float() for name, parameter in trained.items()}, given.gradients)
         return {"loss": float(value.detach())}
@@ -145,10 +148,10 @@ def measure(given: argparse.Namespace) -> dict[str, float]:
     else:
         optimizer = torch.optim.AdamW(trained.values(), lr=1e-5, betas=(0.9, 0.95))
     with torch.no_grad():
-        loss(ids[:, :16])  # weights are read from their file
+        loss(ids[:, :16], ids[:, :16])  # weights are read from their file
 
     def step() -> None:
-        loss(ids).backward()
+        loss(ids, labels).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -167,7 +170,8 @@ def measure_products(given: argparse.Namespace) -> dict[str, float]:
         model.decoder.add_adapter("new", LORA)
     shapes = {name: tensor.numel() for name, tensor in model.decoder.named_parameters() if tensor.ndim == 2}
     # each frozen matrix once each way, those of adapters twice on the way back
-    sizes = [(size, 2 if ".lora_" in name else 1) for name, size in shapes.items()]
+    sizes = [(size, 2 if ".lora_" in name else 1) for name, size in shapes.items() if name != HEAD]
+    sizes.append((given.labelled * shapes[HEAD], 1))
     seconds = sum(size * (forward + ways * backward) for size, ways in sizes) / weight.numel()
     return {"seconds": seconds, "peak_gb": 0.0}
 
@@ -239,8 +243,9 @@ def run_step(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for dtype, adapters, tokens in (("float32", "float32", 64), ("bfloat16", "bfloat16", given.tokens[0])):
             files = {side: Path(folder) / f"{side}-{dtype}" for side in ("ours", "recompute", "peft")}
+            options = {"dtype": dtype, "adapters": adapters, "tokens": tokens, "labelled": given.labelled}
             for side, file in files.items():
-                ask(given, "measure", side, tuned=True, dtype=dtype, adapters=adapters, tokens=tokens, gradients=file)
+                ask(given, "measure", side, tuned=True, gradients=file, **options)
             apart = distance(files["ours"], files["peft"])
             print(
                 f"gradients of A and B, {dtype}, {tokens} tokens: {apart:.1e} apart (at most {CLOSE[dtype]})",
@@ -248,14 +253,16 @@ def run_step(given: argparse.Namespace) -> None:
             )
             if apart > CLOSE[dtype] or distance(files["recompute"], files["ours"]):
                 raise SystemExit("gradients differ: no time is taken")
-    print(f"\n{machine()}\n\n| tokens | adapters | side | step, CPU s | tuned allocator | peak GB above weights |")
+    print(f"\n{machine()}, labelled {given.labelled:.0%}\n")
+    print("| tokens | adapters | side | step, CPU s | tuned allocator | peak GB above weights |")
     print("|---|---|---|---|---|---|")
     for tokens in given.tokens:
-        floor = ask(given, "measure-products", "ours", tuned=False, tokens=tokens)["seconds"]
+        floor = ask(given, "measure-products", "ours", tuned=False, tokens=tokens, labelled=given.labelled)["seconds"]
         print(f"| {tokens} | bfloat16 | matrix products alone | {floor:.2f} | | |", flush=True)
         for adapters in ("bfloat16", "float32"):
             rows: dict[str, tuple[float, ...]] = {}
             options = {"dtype": "bfloat16", "adapters": adapters, "tokens": tokens, "times": given.times}
+            options["labelled"] = given.labelled
             for side in given.rounds * ("peft", *given.sides):
                 plain, tuned = (ask(given, "measure", side, tuned=tuned, **options) for tuned in (False, True))
                 found = plain["seconds"], tuned["seconds"], plain["peak_gb"]
@@ -296,6 +303,13 @@ def run_loss(given: argparse.Namespace) -> None:
     print("| ours / logits | " + " | ".join(f"{x:.3f}x" for x in ratios) + " |")
 
 
+def share(word: str) -> float:
+    value = float(word)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError("must lie above 0 and not above 1")
+    return value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/training-step"))
@@ -306,6 +320,7 @@ def main() -> None:
         sub.set_defaults(run=run)
     step = verbs.choices["step"]
     step.add_argument("--rounds", type=int, default=1, help="how often each side is asked, in turn; the best is told")
+    step.add_argument("--labelled", type=share, default=1.0, help="share of the tokens that have labels, the last ones")
     step.add_argument("--sides", nargs="+", choices=OURS, default=OURS)
     for verb, run, sides in (
         ("measure", measure, (*OURS, "peft")),
@@ -317,6 +332,7 @@ def main() -> None:
         sub.add_argument("--tokens", type=int, required=True)
         sub.add_argument("--dtype", default="bfloat16")
         sub.add_argument("--adapters", default="bfloat16")
+        sub.add_argument("--labelled", type=share, default=1.0)
         sub.add_argument("--gradients", type=Path)
         sub.set_defaults(run=lambda given, run=run: print(json.dumps(run(given))))
     for sub in verbs.choices.values():

@@ -58,6 +58,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(command: list[str], tmp_path:
     assert (tmp_path / "run" / "resume" / f"{stopped:08d}" / "manifest.json").exists()
     again = subprocess.run([*command, f"steps={stopped + 3}"], capture_output=True, text=True, check=True, timeout=120)
     assert f"goes on after step {stopped}" in again.stderr
+    assert f"wrote {tmp_path / 'run' / 'model'}" in again.stdout
+    third = subprocess.run(again.args, capture_output=True, text=True, check=True, timeout=120)
+    assert third.stdout.startswith(f"finished before, kept {tmp_path / 'run' / 'model'}")
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
     for name in ("metrics.jsonl", "ledger.jsonl"):
         assert lines_of(tmp_path / "run" / name) == list(range(1, stopped + 4))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from math import log
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -13,11 +14,21 @@ import torch
 from PIL import Image
 
 from modalora.assistant import Answer, Assistant, make_processor
+from modalora.data.picks import NUMBERS
 from modalora.data.rows import conversation
+from modalora.data.speech import Clip
 from modalora.errors import DataError
 from modalora.evaluation.mixed import worst_differences
 from modalora.evaluation.perplexity import bits_per_byte
-from modalora.evaluation.tasks import Case, Score, score
+from modalora.evaluation.tasks import (
+    Case,
+    Score,
+    frame_questions,
+    generated_questions,
+    score,
+    spoken_questions,
+    text_questions,
+)
 from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import tiny
 from modalora.processing.processor import Row
@@ -76,6 +87,57 @@ def test_cases_are_asked_in_batches_and_in_order() -> None:
 def test_the_interval_is_wilsons(right: int, count: int, low: float, high: float) -> None:
     # published tables have four digits
     assert Score(right=right, count=count).interval == pytest.approx((low, high), abs=6e-5)
+
+
+def asked(case: Case) -> tuple[list[str], str]:
+    """Return the kinds of media of a case, and its words."""
+    content = case.messages[0]["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+    return [part["type"] for part in parts if part["type"] != "text"], "".join(part.get("text", "") for part in parts)
+
+
+def test_text_questions_have_the_answer_that_follows_from_the_question() -> None:
+    text = 30 * "the quick brown fox jumps over our lazy dog and sleeps "
+    cases = text_questions(text, TextTokenizer.train([text], 320), 8)
+    assert [one.group for one in cases] == 8 * ["sum"] + 8 * ["copy"] + 8 * ["recall"]
+    judged = 0
+    for one in cases:
+        media, words = asked(one)
+        assert (media, one.messages[0]["role"], len(one.messages)) == ([], "user", 1)
+        if one.group == "copy":
+            assert words.endswith(f": {one.answer}")
+        elif one.group == "recall":
+            name = words.rpartition("What is ")[2].rstrip("?")
+            assert f"{name} {one.answer}" in words.partition("\n")[0]
+        elif words[8].isdigit():
+            left, sign, right = words.removeprefix("What is ").rstrip("?").split()
+            assert int(one.answer) == (int(left) + int(right) if sign == "+" else int(left) - int(right))
+            judged += 1
+    assert judged
+
+
+def test_generated_pictures_follow_their_seed() -> None:
+    first, again, other = (
+        [(*asked(one), one.answer) for one in generated_questions(6, seed=seed)] for seed in (0, 0, 1)
+    )
+    assert first == again != other
+    assert {one.group for one in generated_questions(40)} == {"count", "color", "position"}
+    assert all(media == ["image"] for media, _, _ in first)
+
+
+@pytest.mark.data
+def test_questions_about_several_pictures_and_spoken_ones(data_folder: Path) -> None:
+    for one in frame_questions(data_folder, 5):
+        media, words = asked(one)
+        assert media in (["image"] * 2, ["image"] * 3)
+        assert words.startswith(("In picture ", "Which picture has the most "))
+    texts = ("how many black circles are there", "how many boxes are there", "how many squares are there")
+    clips = [Clip(np.zeros(8_000, np.float32), 16_000, tuple(text.split())) for text in texts]
+    cases = spoken_questions(data_folder, clips, 4)
+    assert len(cases) == 4
+    for one in cases:
+        assert asked(one) == (["image", "audio"], "")
+        assert one.answer in NUMBERS
 
 
 def test_a_score_of_nothing_is_zero() -> None:

@@ -70,6 +70,7 @@ def _train(recipe: str, overrides: list[str], gpus: int, processes: int) -> None
     for number, (title, run) in enumerate(runs.items(), 1):
         if len(runs) > 1 and is_first():
             print(f"stage {number} of {len(runs)}: {title}")
+        told = "finished before, kept" if (Path(run.output) / "model").exists() else "wrote"
         try:
             with _shown(run.steps) as (show, say):
                 folder = run_recipe(run, show, say)
@@ -79,7 +80,7 @@ def _train(recipe: str, overrides: list[str], gpus: int, processes: int) -> None
                 print(f"modalora: {stopped}", file=sys.stderr)
             raise typer.Exit(stopped.exit_code) from None
         if is_first():
-            print(f"wrote {folder}; curves: {folder.parent / 'loss.png'}")
+            print(f"{told} {folder}; curves: {folder.parent / 'loss.png'}")
 
 
 def _end(number: int, frame: FrameType | None) -> None:

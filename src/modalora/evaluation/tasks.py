@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ import numpy as np
 
 from modalora.assistant import Assistant, question_messages
 from modalora.contracts import Message
+from modalora.data.instruct import recall, repetition, sums
 from modalora.data.nlvr import nlvr_scenes
 from modalora.data.questions import kind_questions
-from modalora.data.rows import TRUE_OR_FALSE, number_and_picture
+from modalora.data.rows import TRUE_OR_FALSE, Conversation, frames, number_and_picture, spoken_question
+from modalora.data.scenes import free_scene
 from modalora.data.speech import TRANSCRIBE, Clip, digit_string, spoken_digits
 from modalora.evaluation.intervals import wilson
+from modalora.processing.tokenizer import TextTokenizer
 
 
 @dataclass(frozen=True)
@@ -119,8 +123,49 @@ def numbers_and_pictures(folder: Path, count: int, seed: int = 0) -> list[Case]:
     cases = []
     for number in range(count):
         messages = number_and_picture(scenes[number % len(scenes)], digits, rng, augmented=False)
-        cases.append(Case(messages[:1], str(messages[1]["content"])))
+        cases.append(_first(messages))
     return cases
+
+
+def spoken_questions(folder: Path, clips: Sequence[Clip], count: int, seed: int = 0) -> list[Case]:
+    """A real picture and a clip that asks something about it, with no word of text; fewer where few clips fit."""
+    rng = np.random.default_rng(seed)
+    bank: dict[str, list[Clip]] = {}
+    for clip in clips:
+        bank.setdefault(clip.text, []).append(clip)
+    rows = nlvr_scenes(folder, "validation")
+    made = (spoken_question(rows[place % len(rows)].scene, bank, rng) for place in range(20 * count))
+    return list(islice((_first(messages) for messages in made if messages), count))
+
+
+def generated_questions(count: int, kinds: Sequence[str] = ("count", "color", "position"), seed: int = 0) -> list[Case]:
+    """Questions about drawn pictures of other shapes, sizes and backgrounds than NLVR's."""
+    rng = np.random.default_rng(seed)
+    return list(islice((case for _ in range(count) for case in _questions(free_scene(rng), rng, kinds)), count))
+
+
+def frame_questions(folder: Path, count: int, seed: int = 0) -> list[Case]:
+    """Two or three real pictures in a row and a question about one of them, or about which has the most of a colour."""
+    rng = np.random.default_rng(seed)
+    scenes = [row.scene for row in nlvr_scenes(folder, "validation")]
+    asked = [[scenes[index] for index in rng.integers(len(scenes), size=rng.integers(2, 4))] for _ in range(count)]
+    return [_first(frames(shown, rng, 3)) for shown in asked]
+
+
+def text_questions(text: str, tokenizer: TextTokenizer, count: int, seed: int = 0) -> list[Case]:
+    """Count each of: sums up to forty, words of a passage to be said again, one of a list of things to be recalled."""
+    rng = np.random.default_rng(seed)
+    stream = np.array(tokenizer.encode(text))
+    made = [
+        *(("sum", sums(rng)) for _ in range(count)),
+        *(("copy", repetition(stream, tokenizer, rng)) for _ in range(count)),
+        *(("recall", recall(stream, tokenizer, rng)) for _ in range(count)),
+    ]
+    return [_first(messages, group) for group, messages in made]
+
+
+def _first(messages: Conversation, group: str = "") -> Case:
+    return Case(messages[:1], str(messages[1]["content"]).lower(), group)
 
 
 def _heard(question: str, clip: Clip) -> list[Message]:
