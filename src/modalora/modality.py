@@ -173,7 +173,8 @@ def find(name: str, package: str = "") -> Modality:
     entries = list(importlib.metadata.entry_points(group=GROUP, name=name))
     if not entries:
         file = package.removeprefix("the file ")
-        named = f"name {'its Python file' if file == package else file} with --modality-file, or load(..., modalities=)"
+        ways = "--modality-file, modality_files=[FILE] in a recipe, or load(..., modalities=)"
+        named = f"name {'its Python file' if file == package else file} with {ways}"
         mend = f"pip install {package}, or {named}" if package and file == package else named
         raise ConfigError(f"the modality {name!r} is not installed (there are {', '.join(known())}); {mend}")
     origins = [entry.dist.name if entry.dist else entry.value for entry in entries]
