@@ -111,7 +111,7 @@ def main() -> None:
         add("two or three NLVR pictures, questions", "report", "", *percent(found))
 
     def together() -> None:
-        found = tasks.score(assistant, tasks.numbers_and_pictures(DATA, 600 // share))
+        found = tasks.score(assistant, tasks.numbers_and_pictures(DATA, 1800 // share))
         wrong["image + speech"] = found.wrong
         add("image + speech: spoken number vs. picture", "85 %", "97 %", *percent(found))
 

@@ -75,10 +75,48 @@ def test_one_flipped_bit_is_found_and_its_tensor_named(
 
 
 def test_a_model_without_a_certificate_says_so(run: Run, base: tuple[Path, Path]) -> None:
-    code, _, err = run("adapter", "verify", "nano")
+    for folder in base:
+        (folder / CERTIFICATE).unlink()
+    (base[0] / MANIFEST).unlink()
+    seal(base[0])
+    code, _, err = run("adapter", "verify", str(base[0]))
     assert (code, CERTIFICATE in err) == (2, True)
-    (base[1] / CERTIFICATE).unlink()
     assert "not certified" in run("adapter", "verify", str(base[0]), str(base[1]))[1]
+
+
+def test_the_bundled_model_is_as_its_last_stage_found_it(run: Run) -> None:
+    code, out, _ = run("adapter", "verify", "nano")  # logits are compared on the processor that certified them alone
+    assert (code, "371 frozen tensors" in out, "as certified" in out) == (0, True, True)
+
+
+@pytest.mark.parametrize("field", ["torch", "device"])
+def test_logits_summed_elsewhere_are_not_compared_and_this_is_told(
+    run: Run, base: tuple[Path, Path], field: str
+) -> None:
+    model = base[0]
+    certificate = json.loads((model / CERTIFICATE).read_text())
+    certificate["logits"] = ["0" * 64] * len(certificate["logits"])
+
+    def verified() -> tuple[int, str, str]:
+        (model / CERTIFICATE).write_text(json.dumps(certificate))
+        (model / MANIFEST).unlink()
+        seal(model)
+        return run("adapter", "verify", str(model))
+
+    assert "the text logits of probe 0 differ" in verified()[2]
+    certificate[field] = "another"
+    code, out, _ = verified()
+    assert (code, "logits are not compared" in out, "another" in out) == (0, True, True)
+
+
+def test_logits_are_compared_on_as_many_threads_as_were_certified(run: Run, base: tuple[Path, Path]) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert "logits of 4 texts are as certified" in run("adapter", "verify", str(base[0]))[1]
+        assert torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_what_trained_is_no_part_of_the_certificate() -> None:

@@ -7,7 +7,9 @@ model and its adapters as preservation.json.
 from __future__ import annotations
 
 import hashlib
+import platform
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,13 +33,19 @@ class Preservation:
     """What a model was when it was certified.
 
     frozen: SHA-256 of each tensor that did not train. logits: SHA-256 of the text logits of each probe, empty when the
-    decoder trained. threads, torch: logits are the same bits only where sums are taken in the same order.
+    decoder trained. torch, threads, device: logits are the same bits only where sums are taken in the same order.
     """
 
     frozen: Mapping[str, str]
     logits: tuple[str, ...]
     torch: str
     threads: int
+    device: str = ""  # certificates up to 2026-11-22 do not tell
+
+    @property
+    def sums(self) -> str:
+        """Return in words what the order of sums depends on."""
+        return f"torch {self.torch}, threads: {self.threads}, {self.device or 'a device it does not name'}"
 
     def fields(self) -> dict[str, Any]:
         """Return the certificate as JSON."""
@@ -49,6 +57,18 @@ class Preservation:
         return hashlib.sha256(
             "".join(f"{name}{told}" for name, told in sorted(self.frozen.items())).encode()
         ).hexdigest()[:16]
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or of the processor with its family, model and the widest vectors torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    told = {"model name": platform.processor() or platform.machine()}
+    with suppress(OSError):  # Linux tells more; each field as it is for the first core
+        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+        told |= {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    family = [f"{key} {told[key]}" for key in ("cpu family", "model") if key in told]
+    return " ".join([told["model name"], *family, torch.backends.cpu.get_cpu_capability()])
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -68,6 +88,7 @@ def preservation(model: Multimodal, trained: Collection[str]) -> Preservation:
         logits=probe_logits(model) if whole else (),
         torch=torch.__version__,
         threads=torch.get_num_threads(),
+        device=device_name(model.decoder.embed_tokens.weight.device),
     )
 
 
@@ -88,15 +109,17 @@ def probe_logits(model: Multimodal) -> tuple[str, ...]:
 
 
 def differences(certified: Preservation, found: Preservation) -> list[str]:
-    """Return what differs from the certificate, tensors first, in words; empty: nothing moved."""
+    """Return what differs from the certificate, tensors first, in words; empty: nothing moved.
+
+    Logits are compared where both were summed in one order (`sums`).
+    """
     told = []
     for name, before in certified.frozen.items():
         if name not in found.frozen:
             told.append(f"{name} is missing")
         elif found.frozen[name] != before:
             told.append(f"{name} is not what it was: its SHA-256 differs")
-    same_sums = (certified.torch, certified.threads) == (found.torch, found.threads)
-    if not told and same_sums and certified.logits and found.logits:
+    if not told and certified.sums == found.sums and certified.logits and found.logits:
         pairs = zip(certified.logits, found.logits, strict=True)
         told += [f"the text logits of probe {n} differ" for n, (one, other) in enumerate(pairs) if one != other]
     return told

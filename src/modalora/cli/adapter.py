@@ -66,7 +66,8 @@ def verify(
     """Load an adapter and tell what was found: tensors, base, idle Linears, which logits change and which do not.
 
     Where training left a certificate beside the adapter or the model, every tensor that was frozen is compared with
-    it, and the logits of fixed texts: one bit that differs ends with an error that names the tensor.
+    it: one bit that differs ends with an error that names the tensor. So are the logits of fixed texts, where the
+    certificate is of this version of torch and this kind of processor.
 
     Example: modalora adapter verify nano my-lora
     """
@@ -103,6 +104,8 @@ def _preserved(model: Path, adapter: Path | None) -> str:
 
     Raises CheckpointError naming what differs, or when the model has no certificate of its own.
     """
+    import torch
+
     from modalora.checkpoint.files import MANIFEST, check_manifest
     from modalora.checkpoint.preserve import CERTIFICATE, differences, preservation, read_certificate
     from modalora.checkpoint.store import load_model
@@ -113,12 +116,21 @@ def _preserved(model: Path, adapter: Path | None) -> str:
     certified = read_certificate(adapter or model)
     network = load_model(model, check=False).model  # so that a tensor can be named, not only the file that holds it
     trained = set(network.state_dict()) - set(certified.frozen)
-    if wrong := differences(certified, preservation(network, trained)):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(certified.threads)  # the last bits of logits depend on it
+    found = preservation(network, trained)
+    torch.set_num_threads(threads)
+    if wrong := differences(certified, found):
         more = f" (and {len(wrong) - 8} more)" if len(wrong) > 8 else ""
         raise CheckpointError(f"{model} is not the base that was certified: {'; '.join(wrong[:8])}{more}")
     if (model / MANIFEST).exists():
         check_manifest(model)
-    return f"{len(certified.frozen)} frozen tensors and the logits of {len(certified.logits)} texts are as certified"
+    tensors = f"{len(certified.frozen)} frozen tensors"
+    if certified.sums == found.sums:
+        return f"{tensors} and the logits of {len(certified.logits)} texts are as certified"
+    return (
+        f"{tensors} are as certified; logits are not compared, theirs were of {certified.sums}, these of {found.sums}"
+    )
 
 
 @adapters.command()
