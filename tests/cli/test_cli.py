@@ -244,6 +244,30 @@ def test_a_model_that_is_not_there_names_the_bundled_ones(run: Callable[..., tup
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
+        ("train finetune-txt", "neither a file nor a bundled recipe; did you mean finetune-text?"),
+        ("plan finetune-txt", "nor a model; did you mean finetune-text?"),
+        ("plan phi4-mimi", "did you mean phi4-mini?"),
+        ("plan zzz", "sizes are phi4-mini"),
+        ("data check zzz", "zzz is neither a file"),
+        ("adapter verify nano zzz", "zzz is not a folder; an adapter is a PEFT folder"),
+        ("inspect .", "config.json is missing"),
+    ],
+)
+def test_what_is_not_there_is_told_with_what_could_be_meant(
+    run: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: str,
+    named: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*arguments.split())
+    assert (code, out, named in err) == (2, "", True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
         (("no-such-recipe",), "no-such-recipe"),
         (("nano-1-base", "stepz=3"), "did you mean 'steps'"),
         (("nano-1-base", "steps"), "key=value"),

@@ -139,7 +139,7 @@ def load_adapter(model: Multimodal, folder: Path, name: str, *, idle: bool = Fal
     or of another shape, or, unless idle, the whole adapter changes nothing; the model is then as before.
     """
     _check_name(model, name)
-    path = inside(folder, CONFIG)
+    path = _config_path(folder)
     fields = read_json(path)
     linears = model.decoder.routed()
     config = _read_config(path, fields, linears)
@@ -207,9 +207,17 @@ def load_adapter(model: Multimodal, folder: Path, name: str, *, idle: bool = Fal
 
 def peek(model: Multimodal, folder: Path) -> tuple[LoraConfig, int]:
     """Return the size of the adapter in a PEFT folder and how many numbers it has; the model may be without memory."""
-    path = inside(folder, CONFIG)
+    path = _config_path(folder)
     config = _read_config(path, read_json(path), model.decoder.routed())
     return config, sum(prod(entry.shape) for entry in _weights(folder).entries.values())
+
+
+def _config_path(folder: Path) -> Path:
+    path = inside(folder, CONFIG)
+    if not path.exists():
+        lacks = f"has no {CONFIG}" if folder.is_dir() else "is not a folder"
+        raise CheckpointError(f"{folder} {lacks}; an adapter is a PEFT folder of {CONFIG} and {WEIGHTS}")
+    return path
 
 
 def _weights(folder: Path) -> Weights:

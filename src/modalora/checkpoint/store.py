@@ -76,8 +76,8 @@ def read_card(folder: Path, *, check: bool = True) -> Card:
     """Return layout and config of a model folder; check: compare the files with the manifest first, if there is one."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give a model folder or the name of a bundled model")
-    path = inside(folder, CONFIG)
-    if check and ((folder / MANIFEST).exists() or not path.exists()):
+    path, sealed = inside(folder, CONFIG), (folder / MANIFEST).exists()
+    if check and sealed:
         check_manifest(folder, (CONFIG, WEIGHTS, TOKENIZER))
     fields = read_json(path)
     layout = fields.get("model_type")
@@ -86,8 +86,8 @@ def read_card(folder: Path, *, check: bool = True) -> Card:
     if layout != "modalora":
         config = configs.read_config(layout, fields, str(path))
         return Card(layout, _with_crops(folder, config), {}, None)
-    if check:
-        check_manifest(folder, (CONFIG, WEIGHTS, TOKENIZER))
+    if check and not sealed:
+        check_manifest(folder)  # which says that it is missing
     fields.pop("model_type")
     if fields.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path} is not of format {FORMAT}; load it with the version that wrote it")

@@ -54,16 +54,18 @@ def plan(
     from modalora.errors import InputError
     from modalora.models.sizes import SIZES
 
-    recipe = find_recipe(what)
+    if what == "evoformer":
+        raise typer.BadParameter("an evoformer is planned over lengths, such as --lengths 512,1024")
+    if what in SIZES or Path(what).is_dir() or what.startswith("bundled/"):
+        if overrides or row or count > 1 or hourly:
+            raise InputError(f"{what} is a model: settings, --row, --count and --hourly are for planning a recipe")
+        _reading(what, machine, as_json)
+        return
+    recipe = find_recipe(what, SIZES)
     if is_extension(recipe):
         if row or hourly:
             raise InputError(f"{what} extends a window: --row and --hourly are for planning a training")
         _extension(recipe, overrides or [], (machine, count, share), as_json)
-        return
-    if not recipe.is_file() and (what in SIZES or Path(what).is_dir() or "." not in what):
-        if overrides or row or count > 1 or hourly:
-            raise InputError(f"{what} is a model: settings, --row, --count and --hourly are for planning a recipe")
-        _reading(what, machine, as_json)
         return
     _training(recipe, overrides or [], row or [], (machine, count, share, hourly), as_json)
 

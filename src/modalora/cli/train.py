@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -113,11 +114,19 @@ def bundled_recipes() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def find_recipe(name: str) -> Path:
-    """Return the file of a recipe: a bundled one by its name, else a path. Raises InputError for a data file."""
+def find_recipe(name: str, sizes: Iterable[str] = ()) -> Path:
+    """Return the file of a recipe: a bundled one by its name, else a path.
+
+    sizes: what else the caller would have taken. Raises InputError for a data file, and where there is no file.
+    """
     bundled = RECIPES / f"{name}.yaml"
     if bundled.exists():
         return bundled
+    if not Path(name).exists():
+        close = get_close_matches(name, [*bundled_recipes(), *sizes], n=1)
+        named = "`modalora train --help` names the recipes" + (f", sizes are {', '.join(sizes)}" if sizes else "")
+        hint = f"did you mean {close[0]}?" if close else named
+        raise InputError(f"{name} is neither a file nor a bundled recipe{' nor a model' * bool(sizes)}; {hint}")
     if not name.endswith((".yaml", ".yml")) and _is_data(Path(name)):
         raise InputError(
             f"{name} holds data, and a recipe is asked for; give finetune-text "

@@ -17,7 +17,6 @@ import numpy as np
 import soundfile
 import soxr
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -294,17 +293,18 @@ def log_mel(wave: Wave, rate: int, *, mels: int = 80) -> Tensor:
     bank = mel_matrix(mels)
     bank = bank if rate == WIDE else bank[:128]  # the bins of 8 kHz below its top one: the others are zero
     size = 512 if rate == WIDE else 256
-    window = 32768 * np.hamming(length)  # samples as 16-bit numbers; a power of two rounds nothing
+    # samples as 16-bit numbers; a power of two rounds nothing
+    window = torch.from_numpy(32768 * np.hamming(length))
     emphasised = wave.copy()
     emphasised[1:] -= np.float32(EMPHASIS) * wave[:-1]
-    cuts = sliding_window_view(emphasised, length)[::hop]
+    cuts = torch.from_numpy(emphasised).unfold(0, length, hop)
     firsts = wave[: len(cuts) * hop : hop]  # each frame starts afresh: its first sample is its own predecessor
-    firsts = firsts - np.float32(EMPHASIS) * firsts
+    firsts = torch.from_numpy(firsts - np.float32(EMPHASIS) * firsts)
     result = np.empty((len(cuts), mels), dtype=np.float32)
     # buffers are made once: the system clears large ones anew each time they are asked for
     most = min(BLOCK, len(cuts))
-    windowed = np.zeros((most, size), dtype=np.float64)
-    exact = np.empty((most, size // 2 + 1), dtype=np.complex128)
+    windowed = torch.zeros(most, size, dtype=torch.float64)
+    exact = torch.empty(most, size // 2 + 1, dtype=torch.complex128)
     spectrum = np.empty((most, len(bank)), dtype=np.complex64)
     power = np.empty((most, len(bank)), dtype=np.float32)
     for start in range(0, len(cuts), BLOCK):
@@ -313,8 +313,8 @@ def log_mel(wave: Wave, rate: int, *, mels: int = 80) -> Tensor:
         windowed[own, :length] = frames
         windowed[own, 0] = firsts[start : start + BLOCK]
         windowed[own, :length] *= window
-        torch.fft.rfft(torch.from_numpy(windowed[own]), out=torch.from_numpy(exact[own]))  # MKL's: half of numpy's time
-        spectrum[own] = exact[own, : len(bank)]
+        torch.fft.rfft(windowed[own], out=exact[own])  # MKL's, as the window: half of numpy's time
+        spectrum[own] = exact[own, : len(bank)].numpy()
         np.abs(spectrum[own], out=power[own])
         np.square(power[own], out=power[own])
         part = result[start : start + BLOCK]
