@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 from collections.abc import Callable
 from copy import deepcopy
-from datetime import date
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
@@ -30,7 +28,7 @@ from modalora.models.speech import SpeechEncoder
 from modalora.models.vision import ImageEmbedder
 from modalora.nn.dense import Product
 from modalora.nn.products import wide_products
-from timing import in_turn
+from timing import in_turn, where
 
 PREFIX = {"image": "model.embed_tokens_extend.image_embed.", "audio": "model.embed_tokens_extend.audio_embed."}
 
@@ -108,7 +106,7 @@ def main() -> None:
         for module in (*tower.modules(), *encoder.modules()):
             if isinstance(module, Product):
                 module.pack(lambda weight: None)
-    print(f"{date.today()}, {platform.machine()}, torch {torch.__version__}, 1 thread, {dtype}\n")
+    print(f"{where()}, {dtype}\n")
     print("| work | ours s | transformers eager s | ratio | transformers sdpa s | ratio | largest difference |")
     print("|---|---|---|---|---|---|---|")
 

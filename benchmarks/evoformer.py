@@ -15,7 +15,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from modalora.nn.attend import attend
 from modalora.nn.mask import Mask
 from modalora.training.meter import Meter
-from timing import best
+from timing import best, where
 
 LAUNCH = {  # what is freed goes back at once, so that the system counts what is in use
     "OMP_NUM_THREADS": "1",
@@ -312,7 +311,7 @@ def main() -> None:
     commands = {"memory": memory, "time": cpu_time, "growth": growth, "gpu": gpu}
     if what not in commands:
         raise SystemExit(__doc__)
-    print(f"torch {torch.__version__}, {platform.machine()}")
+    print(where(torch.get_num_threads()))
     commands[what]()
 
 

@@ -13,13 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ from modalora.checkpoint.files import write_json, write_tensors
 from modalora.models.multimodal import ModelConfig, Multimodal
 from modalora.models.sizes import SIZES
 from modalora.processing.tokenizer import CONTROL_TOKENS, TextTokenizer
-from timing import best
+from timing import best, where
 
 LAYOUT = {"phi4-mini": "phi3", "phi4-multimodal": "phi4mm"}
 # What the launcher sets: freed buffers are kept and large ones lie in huge pages.
@@ -165,9 +163,7 @@ def run(name: str, folder: Path, prompt: int, tokens: int) -> None:
             raise SystemExit(f"{side} failed:\n{done.stderr[-3000:]}")
         rows[side] = json.loads(done.stdout.splitlines()[-1])
         print(side, {key: round(value, 3) for key, value in rows[side].items()}, flush=True)
-    print(
-        f"\n{date.today()}, {platform.processor() or platform.machine()}, torch {torch.__version__}, 1 thread, {name},"
-    )
+    print(f"\n{where()}, {name},")
     print(f"{size:.2f} GB of bf16, prompt {prompt}, {tokens} tokens decoded after it; the launcher sets {TUNED}")
     print("\n| side | open s | peak GB (of file) | prefill tokens/s | decode tokens/s | GB/s of weights (limit) |")
     print("|---|---|---|---|---|---|")

@@ -12,10 +12,8 @@ Phi-4-Mini's width (4 layers, adapters of Phi-4-Multimodal's ranks, random) behi
 from __future__ import annotations
 
 import argparse
-import platform
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import date
 
 import numpy as np
 import torch
@@ -30,7 +28,7 @@ from modalora.parallel.engine import Single
 from modalora.processing.processor import Processor, Row
 from modalora.training.objectives import NextToken
 from modalora.training.optimizer import freeze
-from timing import best
+from timing import best, where
 
 
 def make_rows(processor: Processor, count: int) -> list[list[Row]]:
@@ -61,7 +59,7 @@ def main() -> None:
     parser.add_argument("--size", nargs="+", default=["nano"], choices=["nano", "phi4"])
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{date.today()}, {platform.machine()}, torch {torch.__version__}, 1 thread; aim 0.95, limit 1\n")
+    print(f"{where()}; aim 0.95, limit 1\n")
     print("| size | rows | tokens | s, one modality each | s, mixed | mixed / one modality | gradients apart |")
     print("|---|---|---|---|---|---|---|")
     for size in asked.size:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from modalora.data.voices import sentence_voices
 from modalora.evaluation import tasks
 from modalora.evaluation.mixed import worst_differences
 from modalora.evaluation.perplexity import bits_per_byte
+from timing import where
 
 DATA = Path(os.environ.get("MODALORA_DATA", "../shared/data"))
 CACHE = Path("runs/cache")  # of training: voices take minutes to make
@@ -147,13 +147,10 @@ def main() -> None:
 
     print()
     print(table(figures))
-    where = (
-        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads"
-    )
-    spent = time.perf_counter() - started
-    print(f"\n{time.strftime('%Y-%m-%d')}, {where}: {' '.join(['python', *sys.argv])}, {spent:.0f} s")
+    place, spent = where(torch.get_num_threads()), time.perf_counter() - started
+    print(f"\n{place}: {' '.join(['python', *sys.argv])}, {spent:.0f} s")
     if options.out:
-        record = {"date": time.strftime("%Y-%m-%d"), "machine": where, "command": sys.argv}
+        record = {"machine": place, "command": sys.argv}
         record |= {"figures": [vars(figure) for figure in figures], "wrong": wrong}
         options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

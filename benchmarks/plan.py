@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ from modalora.training.estimate import estimate
 from modalora.training.loop import train
 from modalora.training.optimizer import freeze
 from modalora.training.plan import plan_step, shaped_batch
+from timing import where
 
 LAUNCH = {
     "OMP_NUM_THREADS": "1",
@@ -166,7 +165,7 @@ def main() -> None:
     if len(sys.argv) > 2:
         print(json.dumps(measure(*sys.argv[1:3])))
         return
-    print(f"{date.today()}, {platform.machine()}, torch {torch.__version__}, 1 thread")
+    print(where())
     for what, unit, size in (("memory", "MB", 1e6), ("time", "s", 1)):
         print(f"\n| run | plan {unit} | seen {unit} | plan / seen |\n|---|---|---|---|", flush=True)
         for name in CASES:

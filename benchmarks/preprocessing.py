@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import io
 import os
-import platform
-from datetime import date
 from functools import partial
 
 os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -24,7 +22,7 @@ from transformers import Phi4MultimodalFeatureExtractor
 
 from modalora.processing.audio import log_mel
 from modalora.processing.image import ImageConfig, grid, read_image
-from timing import best, in_turn
+from timing import best, in_turn, where
 
 
 def photo() -> bytes:
@@ -64,7 +62,7 @@ def recipe(data: bytes) -> torch.Tensor:
 
 def main() -> None:
     torch.set_num_threads(1)
-    print(f"{date.today()}, {platform.machine()}, torch {torch.__version__}, 1 thread\n")
+    print(f"{where()}\n")
     print("| work | ours ms | peer ms | ratio | largest difference | limit: decoding alone ms |")
     print("|---|---|---|---|---|---|")
     data = photo()

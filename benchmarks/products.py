@@ -20,7 +20,7 @@ from modalora.contracts import Batch, Route
 from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import SIZES
 from modalora.nn.products import gains, wide_products
-from timing import best
+from timing import best, where
 
 
 def by_turns(work: Callable[[], Any]) -> tuple[float, float]:
@@ -80,8 +80,7 @@ def models() -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    where = torch.cpu.get_capabilities()["cpu_name"]
-    print(f"torch {torch.__version__}, {where}, {'oneDNN is used' if gains() else 'the default stands here'}\n")
+    print(f"{where()}, {'oneDNN is used' if gains() else 'the default stands here'}\n")
     products()
     models()
 

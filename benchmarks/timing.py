@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
+from datetime import date
 from typing import Any
+
+import torch
+
+from modalora.checkpoint.preserve import device_name
+
+
+def where(threads: int = 1) -> str:
+    """Return day, processor, torch and threads, for the head of a table."""
+    plural = "s" if threads > 1 else ""
+    name = device_name(torch.device("cpu"))
+    return f"{date.today()}, {name}, {os.cpu_count()} cores, torch {torch.__version__}, {threads} thread{plural}"
 
 
 def best(work: Callable[[], Any], times: int = 3) -> float:

@@ -17,13 +17,11 @@ import argparse
 import gc
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -42,7 +40,7 @@ from modalora.models.sizes import phi4_mini
 from modalora.nn.lora import LoraConfig
 from modalora.nn.loss import cross_entropy
 from modalora.training.moments import SmallAdamW
-from timing import best
+from timing import best, where
 
 LAYERS, RANK = 4, 320
 OURS = ("ours", "recompute", "8-bit moments")
@@ -226,10 +224,6 @@ def ask(given: argparse.Namespace, verb: str, side: str, *, tuned: bool, **optio
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def machine() -> str:
-    return f"{date.today()}, {platform.processor() or platform.machine()}, torch {torch.__version__}, 1 thread"
-
-
 def distance(one: Path, other: Path) -> float:
     """Return |one - other| / |other| of the worst matrix."""
     found, told = load_file(one), load_file(other)
@@ -253,7 +247,7 @@ def run_step(given: argparse.Namespace) -> None:
             )
             if apart > CLOSE[dtype] or distance(files["recompute"], files["ours"]):
                 raise SystemExit("gradients differ: no time is taken")
-    print(f"\n{machine()}, labelled {given.labelled:.0%}\n")
+    print(f"\n{where()}, labelled {given.labelled:.0%}\n")
     print("| tokens | adapters | side | step, CPU s | tuned allocator | peak GB above weights |")
     print("|---|---|---|---|---|---|")
     for tokens in given.tokens:
@@ -294,7 +288,7 @@ def run_loss(given: argparse.Namespace) -> None:
     print(f"losses {plain['ours']['loss']:.5f} and {plain['logits']['loss']:.5f}; gradients {apart:.1e} apart")
     if apart > 0.01:  # each is rounded to bf16 once, 2^-9
         raise SystemExit("gradients differ: no time is taken")
-    print(f"\n{machine()}, {tokens} tokens\n\n| side | CPU s | tuned allocator | peak GB above weights |")
+    print(f"\n{where()}, {tokens} tokens\n\n| side | CPU s | tuned allocator | peak GB above weights |")
     print("|---|---|---|---|")
     rows = {side: (plain[side]["seconds"], tuned[side]["seconds"], plain[side]["peak_gb"]) for side in plain}
     for side, row in rows.items():

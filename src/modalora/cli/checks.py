@@ -55,10 +55,12 @@ def checks() -> list[Check]:
 def _cpu() -> str:
     import torch
 
+    from modalora.checkpoint.preserve import device_name
     from modalora.nn.products import gains
 
+    name = device_name(torch.device("cpu"))
     by = "; float32 products by oneDNN, but for single tokens" if gains() else ""
-    return f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads{by}"
+    return f"{name}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads{by}"
 
 
 def _package(name: str, mend: str, *, needed: bool = True) -> Check:

@@ -298,8 +298,8 @@ def log_mel(wave: Wave, rate: int, *, mels: int = 80) -> Tensor:
     emphasised = wave.copy()
     emphasised[1:] -= np.float32(EMPHASIS) * wave[:-1]
     cuts = torch.from_numpy(emphasised).unfold(0, length, hop)
-    firsts = wave[: len(cuts) * hop : hop]  # each frame starts afresh: its first sample is its own predecessor
-    firsts = torch.from_numpy(firsts - np.float32(EMPHASIS) * firsts)
+    heads = wave[: len(cuts) * hop : hop]  # each frame starts afresh: its first sample is its own predecessor
+    firsts = torch.from_numpy(heads - np.float32(EMPHASIS) * heads)
     result = np.empty((len(cuts), mels), dtype=np.float32)
     # buffers are made once: the system clears large ones anew each time they are asked for
     most = min(BLOCK, len(cuts))
