@@ -287,10 +287,10 @@ def _every(ratio: int, levels: Tensor) -> Tensor:
     """Return what _whole makes along the last axis, bar rounding: samples lie on a pixel or halfway between two."""
     if ratio % 2:
         return levels[..., ratio // 2 :: ratio]
-    count, first = levels.shape[-1] // ratio, ratio // 2 - 1
-    edged = torch.cat((levels[..., :1], levels, levels[..., -1:]), -1)
-    taps = [edged[..., first + tap :: ratio][..., :count].float() for tap in range(4)]
-    return (taps[1] + taps[2]) * 0.59375 - (taps[0] + taps[3]) * 0.09375  # cubic convolution, a = -0.75
+    if ratio == 2:  # the outer two of four neighbours lie in the next blocks
+        levels = torch.cat((levels[..., :1], levels, levels[..., -1:]), -1)
+    fours = levels[..., max(0, ratio // 2 - 2) :].unfold(-1, 4, ratio)
+    return fours.float() @ torch.tensor([-0.09375, 0.59375, 0.59375, -0.09375])  # cubic convolution, a = -0.75
 
 
 # Three pairs, across and down: crops, pixels of the scaled picture, patches that hold some of it.
@@ -368,7 +368,9 @@ def _features(levels: Tensor, layout: Layout, config: ImageConfig) -> tuple[dict
     padded = levels
     if levels.shape[1:] != (height, width):
         size = (height, width)
-        padded = functional.interpolate(levels[None], size, mode="bilinear", antialias=True, align_corners=False)[0]
+        # by these strides PyTorch sees that channels are last, by those of levels[None] it does not and takes longer
+        one = levels.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+        padded = functional.interpolate(one, size, mode="bilinear", antialias=True, align_corners=False)[0].contiguous()
     if padded.shape[1:] != (crop * rows, crop * columns):
         padded = functional.pad(padded, (0, crop * columns - width, 0, crop * rows - height), value=255)
     tiles = padded.unflatten(1, (rows, crop)).unflatten(3, (columns, crop)).permute(1, 3, 0, 2, 4)
