@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from modalora.data.scenes import free_scene
+from modalora.data.scenes import nlvr_like
 from modalora.data.speech import DIGITS, resample
 from modalora.data.voices import espeak, trim
 
@@ -22,12 +22,10 @@ def main(folder: Path) -> None:
     """Write scene.png, digits.wav, number.wav and question.wav."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(7)
-    while True:
-        scene = free_scene(rng)
+    kinds: list[str] = []
+    while (kinds.count("circle"), kinds.count("triangle")) != (3, 1):
+        scene = nlvr_like(rng, towers=0)
         kinds = [shape.kind for shape in scene.shapes]
-        light = min(scene.image.getpixel((0, 0))) > 200
-        if light and max(scene.image.size) <= 240 and kinds.count("circle") == 3 and kinds.count("star") == 1:
-            break
     scene.image.save(folder / "scene.png", optimize=True)
     gap = np.zeros(RATE // 5, dtype=np.float32)
     words = [said(word) for word in ("three", "seven", "one")]
