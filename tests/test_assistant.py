@@ -571,7 +571,9 @@ def test_a_name_that_is_taken_or_none_is_refused(assistant: Assistant, tmp_path:
 
 
 def test_a_folder_that_is_none_is_refused(assistant: Assistant, tmp_path: Path) -> None:
-    refuse(assistant, tmp_path / "absent", "style", "adapter_config.json is missing")
+    refuse(assistant, tmp_path / "absent", "style", "absent is not a folder; an adapter is a PEFT folder")
+    (tmp_path / "empty").mkdir()
+    refuse(assistant, tmp_path / "empty", "style", "empty has no adapter_config.json")
     save_adapter(assistant.model, "vision", tmp_path / "sight")
     (tmp_path / "sight" / WEIGHTS).write_bytes(b"not safetensors")
     refuse(assistant, tmp_path / "sight", "style", "is not a readable safetensors file")
