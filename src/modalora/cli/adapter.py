@@ -117,7 +117,7 @@ def _preserved(model: Path, adapter: Path | None) -> str:
     network = load_model(model, check=False).model  # so that a tensor can be named, not only the file that holds it
     trained = set(network.state_dict()) - set(certified.frozen)
     threads = torch.get_num_threads()
-    torch.set_num_threads(certified.threads)  # the last bits of logits depend on it
+    torch.set_num_threads(min(max(certified.threads, 1), 256))  # the last bits of logits depend on it
     found = preservation(network, trained)
     torch.set_num_threads(threads)
     if wrong := differences(certified, found):
