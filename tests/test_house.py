@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,15 @@ def public(tree: ast.Module) -> list[ast.FunctionDef | ast.AsyncFunctionDef | as
             if isinstance(node, ast.ClassDef):
                 waiting += node.body
     return found
+
+
+def test_the_rooms_are_drawn_as_the_linter_has_them() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    drawing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("```\ncli ")[2].partition("```")[0]
+    drawn = [line.split("  ")[0].strip() for line in f"cli {drawing}".splitlines()]
+    assert drawn == contracts[0]["layers"]
 
 
 def test_the_error_tree_is_drawn_as_it_is() -> None:

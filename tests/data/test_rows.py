@@ -15,7 +15,7 @@ from torch import Tensor
 from modalora.contracts import IGNORED, Message
 from modalora.data.instruct import instruct, recall, repetition
 from modalora.data.picks import NUMBERS
-from modalora.data.rows import COUNTED, cells, conversation, frames, number_and_picture
+from modalora.data.rows import ASKED, COUNTED, cells, conversation, frames, number_and_picture, spoken_question
 from modalora.data.scenes import BOX_NAMES, COLORS, KINDS, SIZES, Scene, Shape, free_scene, nlvr_like
 from modalora.data.speech import DIGITS, Clip, number_words
 from modalora.data.text import recurring_window
@@ -312,10 +312,10 @@ def test_small_text_questions_have_one_right_answer() -> None:
 
 def test_questions_about_several_pictures_are_answered_by_the_one_they_name() -> None:
     rng = np.random.default_rng(0)
-    most = named = 0
-    for _ in range(60):
+    most = named = tallied = 0
+    for turn in range(60):
         scenes = [free_scene(rng) for _ in range(int(rng.integers(2, 5)))]
-        first, *rest = frames(scenes, rng, 4)
+        first, *rest = frames(scenes, rng, 4, tallies=turn % 2 == 1)
         assert [part["image"] for part in first["content"][:-1]] == [scene.image for scene in scenes]
         turns = [first["content"][-1]["text"], *(turn["content"] for turn in rest)]
         texts = [turn if isinstance(turn, str) else turn[-1]["text"] for turn in turns]
@@ -325,6 +325,12 @@ def test_questions_about_several_pictures_are_answered_by_the_one_they_name() ->
                 assert answer == f"picture {NUMBERS[1 + int(np.argmax(counts))]}"
                 assert counts.count(max(counts)) == 1
                 most += 1
+            elif match := re.fullmatch(r"How many (\w+) shapes are in each picture\?", question):
+                counts = [sum(shape.color == match[1] for shape in scene.shapes) for scene in scenes]
+                told = [f"picture {NUMBERS[place + 1]}: {NUMBERS[count]}" for place, count in enumerate(counts)]
+                assert answer == ", ".join(told)
+                assert any(counts)
+                tallied += 1
             elif match := re.fullmatch(
                 r"In picture (\w+): How many (\w+) (?:shapes|objects|things|items) are there\?", question
             ):
@@ -334,3 +340,26 @@ def test_questions_about_several_pictures_are_answered_by_the_one_they_name() ->
                 named += 1
     assert most > 20
     assert named > 5
+    assert tallied == 30
+
+
+def test_a_spoken_question_goes_on_with_its_words_and_more_about_the_picture() -> None:
+    rng = np.random.default_rng(0)
+    spoken = ("how", "many", "objects", "are", "there")
+    bank = {" ".join(spoken): [Clip(np.zeros(800, np.float32), 8000, spoken)]}
+    lengths = []
+    for _ in range(40):
+        scene = nlvr_like(rng)
+        alone, turns = (spoken_question(scene, bank, np.random.default_rng(len(lengths)), count) for count in (1, 5))
+        if turns is None:
+            assert alone is None
+            continue
+        assert alone == turns[:2]
+        assert [part["type"] for part in turns[0]["content"]] == ["image", "audio"]
+        assert turns[1]["content"] == NUMBERS[len(scene.shapes)]
+        assert [
+            message["content"] if n % 2 else message["content"][-1]["text"] for n, message in enumerate(turns[2:4])
+        ] == [ASKED, " ".join(spoken)]
+        lengths.append(len(turns))
+    assert len(lengths) > 5
+    assert set(lengths) == {10}

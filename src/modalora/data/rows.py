@@ -140,10 +140,10 @@ def number_and_picture(
     return conversation([("image", scene.image), ("audio", (clip.wave, clip.rate))], pairs)
 
 
-def frames(scenes: Sequence[Scene], rng: Rng, turns: int) -> Conversation:
+def frames(scenes: Sequence[Scene], rng: Rng, turns: int, *, tallies: bool = False) -> Conversation:
     """Return several pictures with questions about one of them, by its number, or about which has the most of a colour.
 
-    Scenes in the manner of NLVR or free, at least two.
+    Scenes in the manner of NLVR or free, at least two. With tallies one turn counts a colour in each of them.
     """
     pairs: list[tuple[str, str]] = []
     for color in rng.permutation(COLORS).tolist():
@@ -155,19 +155,43 @@ def frames(scenes: Sequence[Scene], rng: Rng, turns: int) -> Conversation:
     for number in rng.integers(len(scenes), size=turns).tolist():
         for question, answer in questions(scenes[number], rng, 1, ("count", "color", "presence")):
             pairs.append((f"In picture {NUMBERS[number + 1]}: {question}", answer))
+    if tallies:
+        pairs[:0] = _tally(scenes, rng)
     asked = list(dict(pairs).items())[:turns]  # a question once
     rng.shuffle(asked)
     return conversation([("image", scene.image) for scene in scenes], [(str(q), str(a)) for q, a in asked])
 
 
-def spoken_question(scene: Scene, bank: dict[str, list[Clip]], rng: Rng) -> Conversation | None:
-    """Return a picture with a question that is only spoken, or None when the bank has no question for the scene."""
+def _tally(scenes: Sequence[Scene], rng: Rng) -> Pairs:
+    """Return a request to count a colour that is shown in each picture; none where there are too many of all."""
+    by_color = {
+        color: [sum(shape.color == color for shape in scene.shapes) for scene in scenes]
+        for color in COLORS
+        if any(shape.color == color for scene in scenes for shape in scene.shapes)
+    }
+    fit = [color for color, counts in by_color.items() if max(counts) < len(NUMBERS)]
+    if not fit:
+        return []
+    color = str(rng.choice(fit))
+    told = [f"picture {NUMBERS[place]}: {NUMBERS[count]}" for place, count in enumerate(by_color[color], 1)]
+    return [(f"How many {color} shapes are in each picture?", ", ".join(told))]
+
+
+ASKED = "What was asked?"
+
+
+def spoken_question(scene: Scene, bank: dict[str, list[Clip]], rng: Rng, turns: int = 1) -> Conversation | None:
+    """Return a picture with a question that is only spoken, or None when the bank has no question for the scene.
+
+    Further turns ask for the words that were spoken, and about the picture.
+    """
     pairs = list(questions(scene, rng, 24, ("count", "color", "position")))
     for question, answer in pairs:
         clips = bank.get(question.lower().rstrip("?"))
         if clips:
             clip = clips[int(rng.integers(len(clips)))]
-            return conversation([("image", scene.image), ("audio", (clip.wave, clip.rate))], [("", answer)])
+            rest = [(ASKED, clip.text), *pairs[: turns - 2]][: turns - 1]
+            return conversation([("image", scene.image), ("audio", (clip.wave, clip.rate))], [("", answer), *rest])
     return None
 
 

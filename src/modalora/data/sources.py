@@ -237,7 +237,7 @@ def _nlvr(context: Context, turns: int = 6, ask: Sequence[str] | None = None) ->
     return _conversations(context, _asking(ask, lambda rng: real_scene(rows[rng.integers(len(rows))], rng, turns, ask)))
 
 
-def _frames(context: Context, turns: int = 4, most: int = 3) -> Draw:
+def _frames(context: Context, turns: int = 4, most: int = 3, tallies: bool = False) -> Draw:
     if not 2 <= most <= 12:
         raise ConfigError(f"most={most} pictures of source 'frames' must lie in 2 .. 12")
     real = nlvr_scenes(context.folder, "train")
@@ -245,7 +245,7 @@ def _frames(context: Context, turns: int = 4, most: int = 3) -> Draw:
     def converse(rng: np.random.Generator) -> Conversation:
         count = int(rng.integers(2, most + 1))
         scenes = [real[rng.integers(len(real))].scene if rng.random() < 0.5 else free_scene(rng) for _ in range(count)]
-        return frames(scenes, rng, turns)
+        return frames(scenes, rng, turns, tallies=tallies)
 
     return _conversations(context, converse)
 
@@ -292,7 +292,7 @@ def _seen_and_heard(context: Context, spoken: float = 0.25, turns: int = 1, with
     def converse(rng: np.random.Generator) -> Conversation:
         draw = rng.random()
         scene = real[rng.integers(len(real))].scene if draw < 0.4 else nlvr_like(rng) if draw < 0.8 else free_scene(rng)
-        asked = spoken_question(scene, bank, rng) if rng.random() < spoken else None
+        asked = spoken_question(scene, bank, rng, turns) if rng.random() < spoken else None
         return asked or number_and_picture(scene, digits, rng, turns=turns)
 
     return _conversations(context, converse)
