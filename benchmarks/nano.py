@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from modalora.data.rows import conversation
 from modalora.data.scenes import nlvr_like
 from modalora.data.speech import digit_string, spoken_digits
 from modalora.data.text import books
-from modalora.data.voices import sentence_voices
+from modalora.data.voices import question_voices, sentence_voices
 from modalora.evaluation import tasks
 from modalora.evaluation.mixed import worst_differences
 from modalora.evaluation.perplexity import bits_per_byte
@@ -116,10 +116,13 @@ def main() -> None:
         add("image + speech: spoken number vs. picture", "85 %", "97 %", *percent(found))
 
     def asked_aloud() -> None:
-        for split, name in (("train", "questions heard in training"), ("validation", "new questions")):
-            found = tasks.score(assistant, tasks.spoken_questions(DATA, sentence_voices(CACHE, split), 300 // share))
-            wrong[f"spoken {name}"] = found.wrong
-            add(f"NLVR pictures, asked by espeak-ng: {name}", "report", "", *percent(found))
+        for bank, kind in ((sentence_voices, "questions"), (question_voices, "many questions")):
+            for split, name in (("train", f"{kind} heard in training"), ("validation", f"new {kind}")):
+                cases = tasks.spoken_questions(DATA, bank(CACHE, split), 300 // share)
+                found = tasks.score(assistant, cases)
+                wrong[f"spoken {name}"] = found.wrong
+                measured, interval = percent(found)
+                add(f"NLVR pictures, asked by espeak-ng: {name}", "report", "", measured, f"{interval}, {clips(cases)}")
 
     def words() -> None:
         cases = tasks.text_questions(next(books(DATA, "validation")), assistant.processor.tokenizer, 200 // share)
@@ -181,6 +184,12 @@ def mixed_rows() -> list[list[Message]]:
     media = ([], [picture], [sound], [picture, sound])
     answers = ("one", "two three", "four", "five six seven")
     return [conversation(own, [("How many are there?", answer)]) for own, answer in zip(media, answers, strict=True)]
+
+
+def clips(cases: Sequence[tasks.Case]) -> str:
+    """Return how many recordings the cases share: an interval over cases tells nothing of other recordings."""
+    waves = {id(part["audio"][0]) for case in cases for part in case.messages[0]["content"] if part["type"] == "audio"}
+    return f"{len(waves)} clips"
 
 
 def percent(found: tasks.Score) -> tuple[str, str]:

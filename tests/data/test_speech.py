@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from numpy.random import default_rng
 
+from modalora.data.questions import questions
+from modalora.data.scenes import nlvr_like
 from modalora.data.speech import (
     DIGITS,
     TRANSCRIBE,
@@ -24,7 +26,7 @@ from modalora.data.speech import (
     spoken_digits,
     stretch,
 )
-from modalora.data.voices import Voice, draw_voices, espeak, sentences, trim, voice_bank
+from modalora.data.voices import Voice, draw_voices, espeak, picture_questions, sentences, trim, voice_bank
 from modalora.errors import DataError
 
 needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
@@ -282,6 +284,24 @@ def test_sentences_are_plain_lower_case_words_and_the_splits_are_apart():
     assert len(validation) > 25
     assert not set(train) & set(validation)
     assert all(text.replace(" ", "").isalpha() and text == text.lower() for text in train + validation)
+
+
+def test_questions_to_be_spoken_are_such_as_pictures_are_asked_and_the_splits_are_apart():
+    train, validation = picture_questions(), picture_questions("validation")
+    assert len(train) == 226
+    assert len(validation) == 22
+    assert not set(train) & {*validation, *sentences("validation")}
+    assert not set(validation) & set(sentences())
+    rng = np.random.default_rng(0)
+    asked = {
+        question.lower().rstrip("?")
+        for _ in range(600)
+        for question, _ in questions(nlvr_like(rng), rng, 24, ("count", "color", "position"))
+    }
+    # red and green are asked after in other pictures alone
+    assert len(asked & {*train, *validation}) > 150
+    with pytest.raises(DataError, match="split='test'"):
+        picture_questions("test")
 
 
 @pytest.mark.data

@@ -34,7 +34,7 @@ from modalora.data.rows import (
 from modalora.data.scenes import free_scene, nlvr_like
 from modalora.data.speech import Clip, augment, mask_bands, spoken_digits
 from modalora.data.text import recurring_window, token_stream, windows
-from modalora.data.voices import digit_voices, sentence_voices
+from modalora.data.voices import digit_voices, question_voices, sentence_voices
 from modalora.errors import ConfigError, DataError, InputError
 from modalora.processing.processor import Processor, Row
 from modalora.science.codons import definition, targets
@@ -280,12 +280,14 @@ def _sentences(context: Context) -> Draw:
     return _conversations(context, converse)
 
 
-def _seen_and_heard(context: Context, spoken: float = 0.25, turns: int = 1, without: str | None = None) -> Draw:
+def _seen_and_heard(
+    context: Context, spoken: float = 0.25, turns: int = 1, without: str | None = None, wide: bool = False
+) -> Draw:
     digits: dict[str, list[Clip]] = defaultdict(list)
     for clip in 2 * spoken_digits(context.folder, "train", without=without) + digit_voices(context.cache):
         digits[clip.words[0]].append(clip)
     bank: dict[str, list[Clip]] = defaultdict(list)
-    for clip in sentence_voices(context.cache):
+    for clip in sentence_voices(context.cache) + (question_voices(context.cache) if wide else []):
         bank[clip.text].append(clip)
     real = nlvr_scenes(context.folder, "train")
 

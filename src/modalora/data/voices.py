@@ -166,11 +166,42 @@ def sentence_voices(folder: Path, split: str = "train") -> list[Clip]:
     return voice_bank(sentences(split), folder, seed=1, takes=3 if split == "train" else 1)
 
 
+def question_voices(folder: Path, split: str = "train") -> list[Clip]:
+    """Return the questions about pictures of a split, at 16 kHz: five voices each."""
+    return voice_bank(picture_questions(split), folder, seed=2, takes=5)
+
+
 def sentences(split: str = "train") -> tuple[str, ...]:
     """Return short lower-case sentences without punctuation; every tenth is kept for validation."""
+    return _part(_all_sentences(), split)
+
+
+def picture_questions(split: str = "train") -> tuple[str, ...]:
+    """Return questions as data.questions writes them, lower case, without their mark; every tenth for validation.
+
+    None is a sentence of the other split.
+    """
+    nouns = ("object", "thing", "item", "shape", "block", "circle", "square", "triangle")
+    colors, sizes = ("black ", "blue ", "yellow ", "red ", "green "), ("small ", "medium ", "large ")
+    boxes = ("left box", "middle box", "right box")
+    many = [f"{color}{noun}s" for color, noun in product(("", *colors), nouns)]
+    texts = [f"how many {things} are there" for things in many]
+    texts += [f"how many {things} are in the {box}" for things, box in product(many[:32], boxes)]
+    texts += [f"what color is the {size}{noun}" for size, noun in product(("", *sizes), nouns)]
+    texts += [f"what color is the {place} block in the {box}" for place, box in product(("top", "bottom"), boxes)]
+    texts += [f"where is the {pick}{noun}" for pick, noun in product((*colors, *sizes), nouns)]
+    texts += [
+        f"where is the tower with a {color}block at the {end}" for color, end in product(colors[:3], ("top", "base"))
+    ]
+    wanted = _part(texts, split)
+    taken = sentences("train" if split == "validation" else "validation")
+    return tuple(text for text in wanted if text not in taken)
+
+
+def _part(texts: Sequence[str], split: str) -> tuple[str, ...]:
+    """Every tenth for validation, the rest for training."""
     if split not in ("train", "validation"):
         raise DataError(f"split={split!r} must be train or validation")
-    texts = _all_sentences()
     return tuple(text for place, text in enumerate(texts) if (place % 10 == 9) == (split == "validation"))
 
 
