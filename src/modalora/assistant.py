@@ -57,11 +57,11 @@ class Assistant:
     model: Multimodal
     processor: Processor
     folder: Path | None = None
-    stop_ids: frozenset[int] = frozenset()  # empty: Phi's
+    stop_ids: frozenset[int] = frozenset()  # empty: the tokenizer's
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Take Phi's stop tokens where none are named."""
+        """Take the tokenizer's stop tokens where none are named."""
         self.stop_ids = self.stop_ids or self.processor.tokenizer.stop_ids
 
     def ask(
@@ -229,6 +229,7 @@ class Assistant:
 
         Raises ConfigError for a layout that cannot hold the model, CheckpointError when the folder exists.
         """
+        self.processor.tokenizer.stop_ids = self.stop_ids
         save_model(
             self.model, self.processor.tokenizer, Path(folder), layout=layout, chat=self.processor.chat,
             notes=self.notes, beside=self.folder,
@@ -344,7 +345,7 @@ def load(
     if fast_images and processor.image is not None:
         picture = processor.media["image"]
         processor.media["image"] = replace(picture, settings=replace(picture.settings, fast=True))
-    return Assistant(loaded.model, processor, folder, loaded.stop_ids, loaded.notes)
+    return Assistant(loaded.model, processor, folder, notes=loaded.notes)
 
 
 def set_regime(model: Multimodal, regime: Regime) -> None:

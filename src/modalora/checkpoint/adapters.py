@@ -26,7 +26,7 @@ from modalora.config import parse
 from modalora.contracts import Batch, Route, terms
 from modalora.errors import CheckpointError, ConfigError
 from modalora.models.multimodal import Multimodal
-from modalora.nn.lora import LoraConfig, RoutedLinear
+from modalora.nn.lora import LoraConfig, RoutedLinear, check_pattern
 from modalora.nn.rope import Plain
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -51,6 +51,7 @@ _REFUSED = {
     "arrow_config": "the adapter routes between experts",
     "corda_config": "the base weights were changed with it",
 }
+_CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # init_lora_weights that take W - s B A for W
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,7 @@ def compose(model: Multimodal, route: str, name: str) -> LoraConfig:
     route: "vision+mine@0.7". Raises RouteError for what is no sum of this model's adapters, CheckpointError for a name
     that is taken.
     """
-    parts = terms(route)
+    parts = _weighted(route)
     _needs_plain(model)
     held = {one: _held(model, one) for one, _ in parts}
     _needs_matrices_alone(model, [one for one, _ in parts])
@@ -283,7 +284,7 @@ def merge(model: Multimodal, route: str) -> Merged:
 
     The others go because they were trained on the decoder as it was. Text then changes too: nothing is routed any more.
     """
-    parts = terms(route)
+    parts = _weighted(route)
     _needs_plain(model)
     if model.decoder.is_quantised:
         raise ConfigError("this model was quantised; merge into its plain weights")
@@ -303,14 +304,23 @@ def merge(model: Multimodal, route: str) -> Merged:
             lost = float((merged.float() - exact).square().sum())
             errors[place] = (lost, float(change.square().sum()))
         linear.weight = nn.Parameter(merged)
+    if not errors:  # nor was any weight changed
+        raise CheckpointError(f"{route!r} changes no weight; there is nothing to merge")
+    for linear in model.decoder.routed().values():
         for one in list(linear.adapters):
             linear.drop_adapter(one)
     model.config = replace(model.config, adapters={})
     lost, wanted = (sum(pair[side] for pair in errors.values()) for side in (0, 1))
-    if not errors:
-        raise CheckpointError(f"{route!r} changes no weight; there is nothing to merge")
     worst = max(errors, key=lambda place: errors[place][0] / errors[place][1])
     return Merged(len(errors), sqrt(lost / wanted), worst, sqrt(errors[worst][0] / errors[worst][1]))
+
+
+def _weighted(route: str) -> tuple[tuple[str, float], ...]:
+    """Return the terms of a sum that is to be written down. Raises CheckpointError where all weights are zero."""
+    parts = terms(route)
+    if not any(weight for _, weight in parts):
+        raise CheckpointError(f"{route!r} has no weight but zero, so it changes nothing; give one, such as 0.7")
+    return parts
 
 
 def _needs_plain(model: Multimodal) -> None:
@@ -344,6 +354,12 @@ def _read_config(path: Path, fields: Mapping[str, Any], linears: Mapping[str, Ro
             raise CheckpointError(
                 f"{path} has {key}={fields[key]!r:.60}: {reason}; merge it with PEFT, or train without"
             )
+    if str(start := fields.get("init_lora_weights")).lower().startswith(_CHANGE_BASE):
+        raise CheckpointError(
+            f"{path} has init_lora_weights={start!r:.60}: the base weights were changed with it, so the adapter does "
+            "not fit the base as it was; convert it with PEFT (path_initial_model_for_weight_conversion of "
+            "save_pretrained)"
+        )
     if not {"r", "lora_alpha"} <= set(fields):
         raise CheckpointError(f"{path} has no r or no lora_alpha; PEFT writes both")
     size = {
@@ -368,14 +384,15 @@ def _targets(fields: Mapping[str, Any], linears: Mapping[str, RoutedLinear], pat
         places = list(linears)
     elif isinstance(targets, str):  # a regular expression for the whole name
         try:
+            check_pattern(targets)
             places = [place for place in linears if re.fullmatch(targets, f"model.{place}")]
-        except re.error as error:
-            raise CheckpointError(f"{path}: target_modules={targets!r:.80} is no regular expression: {error}") from None
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: target_modules: {error}") from None
     elif isinstance(targets, Sequence) and all(isinstance(one, str) for one in targets):
         places = [place for place in linears if any(f".model.{place}".endswith(f".{one}") for one in targets)]
     else:
         raise CheckpointError(f"{path}: target_modules={targets!r:.80} must be names or a regular expression")
-    if layers is not None:
+    if layers not in (None, []):  # PEFT takes an empty list for all layers
         numbers = {str(layer) for layer in (layers if isinstance(layers, list) else [layers])}
         places = [place for place in places if place.split(".")[1] in numbers]
     if not places:

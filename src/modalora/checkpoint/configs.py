@@ -193,7 +193,7 @@ def _read_decoder(reader: Reader) -> DecoderConfig:
         **sizes,
         "tie_word_embeddings": reader.get("tie_word_embeddings", False),
         "rope": asdict(rope),
-        "sliding_window": window if window is not None and window < rope.window else None,
+        "sliding_window": None if type(window) is int and window >= rope.window else window,
     }
     reader.get("num_key_value_heads")
     return parse(DecoderConfig, fields, reader.where)

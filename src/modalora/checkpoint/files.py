@@ -41,9 +41,8 @@ def inside(folder: Path, name: str) -> Path:
     """Return the path of a file named by another file. Raises CheckpointError when it leads out of the folder."""
     path = folder / name
     root = folder.resolve()
-    roots = [root]
-    if root.parent.name == "snapshots":  # a Hugging Face cache keeps the files beside, under their hashes
-        roots.append(root.parent.parent / "blobs")
+    # a Hugging Face cache keeps the files beside its snapshots, under their hashes
+    roots = [root, *(one.parent / "blobs" for one in root.parents if one.name == "snapshots")]
     if "\0" in name or not any(path.resolve().is_relative_to(one) for one in roots):
         raise CheckpointError(f"{folder} names the file {name!r}, which lies outside the folder; it was not opened")
     return path

@@ -77,6 +77,8 @@ def find_modules(
             unknown.append(key)
         else:
             stored[own] = key
+    if wanted is not None and not (isinstance(wanted, list) and all(isinstance(one, str) for one in wanted)):
+        raise CheckpointError(f"{where} has modules_to_save={wanted!r:.60}; it must be a list of module names")
     absent = [one for one in wanted or () if not any(f".{one}." in f".{_WRAPPED.sub('', key)}." for key in keys)]
     if absent:
         raise CheckpointError(f"{where} has modules_to_save={absent}, of which {folder} holds no tensor")
@@ -153,7 +155,10 @@ def modules_of(model: Multimodal, adapter: str) -> tuple[dict[str, Tensor], list
 
 def own_projectors(model: Multimodal, adapter: str) -> list[str]:
     """Return the modalities for which an adapter brought projectors of its own."""
-    return [name for name, own in model.config.branches.items() if any(one.endswith(f"-{adapter}") for one in own)]
+    held = {
+        name: (sizes.branches, model.config.branches.get(name, ())) for name, sizes in model.config.modalities.items()
+    }
+    return [name for name, (plain, own) in held.items() if any(f"{one}-{adapter}" in own for one in plain)]
 
 
 def _read_modalities(folder: Path) -> dict[str, EncoderConfig]:

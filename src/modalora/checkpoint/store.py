@@ -53,12 +53,11 @@ _BESIDE = (
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a model folder holds. stop_ids: tokens that end an answer."""
+    """What a model folder holds."""
 
     model: Multimodal
     tokenizer: TextTokenizer
     chat: ChatFormat
-    stop_ids: frozenset[int]
     notes: Mapping[str, Any]
 
 
@@ -70,6 +69,7 @@ class Card:
     config: ModelConfig
     notes: Mapping[str, Any]
     chat: ChatFormat | None  # None: by its tokenizer
+    stop_ids: tuple[int, ...] = ()  # that end an answer, besides those of the tokenizer
 
 
 def read_card(folder: Path, *, check: bool = True) -> Card:
@@ -81,19 +81,20 @@ def read_card(folder: Path, *, check: bool = True) -> Card:
         check_manifest(folder, (CONFIG, WEIGHTS, TOKENIZER))
     fields = read_json(path)
     layout = fields.get("model_type")
-    if layout not in LAYOUTS:
+    if not isinstance(layout, str) or layout not in LAYOUTS:
         raise CheckpointError(f"{path} has model_type {layout!r}; the layouts read are {', '.join(LAYOUTS)}")
     if layout != "modalora":
         config = configs.read_config(layout, fields, str(path))
-        return Card(layout, _with_crops(folder, config), {}, None)
+        return Card(layout, _with_crops(folder, config), {}, None, _stop_ids(folder))
     if check and not sealed:
         check_manifest(folder)  # which says that it is missing
     fields.pop("model_type")
     if fields.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path} is not of format {FORMAT}; load it with the version that wrote it")
     notes, chat = fields.pop("notes", {}), parse(ChatFormat, fields.pop("chat", {}), str(path))
+    stop_ids = _ids(fields.pop("stop_ids", []), f"{path}: stop_ids")
     encoders = read_encoders(fields.pop("encoders", {}), str(path))
-    return Card(layout, replace(parse(ModelConfig, fields, str(path)), encoders=encoders), notes, chat)
+    return Card(layout, replace(parse(ModelConfig, fields, str(path)), encoders=encoders), notes, chat, stop_ids)
 
 
 def read_texts(folder: Path, *, check: bool = True) -> tuple[Card, TextTokenizer, ChatFormat]:
@@ -107,6 +108,7 @@ def read_texts(folder: Path, *, check: bool = True) -> tuple[Card, TextTokenizer
             f"{card.config.decoder.vocab_size}; they are not of one model"
         )
     _check_placeholders(folder, card.layout, tokenizer)
+    tokenizer.stop_ids |= set(card.stop_ids)
     return card, tokenizer, card.chat or _chat(folder, card.layout, tokenizer)
 
 
@@ -130,7 +132,7 @@ def load_model(
         load_adapter(model, folder / f"{name}-lora", name, idle=True)
     if pack:
         model.pack(release)  # dropping is not enough: the file stays mapped
-    return Loaded(model.eval(), tokenizer, chat, _stop_ids(folder, card, tokenizer), card.notes)
+    return Loaded(model.eval(), tokenizer, chat, card.notes)
 
 
 def save_model(
@@ -245,7 +247,8 @@ def _beside(folder: Path, card: Card) -> list[str]:
     """Return the adapters that stand in folders beside the weights."""
     if card.layout in HOLDS_ADAPTERS:
         return []
-    return [name for name in NATIVE_FOLDERS if (folder / f"{name}-lora").is_dir()]
+    found = {path.name.removesuffix("-lora") for path in folder.glob("*-lora") if inside(folder, path.name).is_dir()}
+    return [*(name for name in NATIVE_FOLDERS if name in found), *sorted(found - {*NATIVE_FOLDERS})]
 
 
 def _open(folder: Path, card: Card) -> tuple[Weights, dict[str, Stored]]:
@@ -313,6 +316,8 @@ def _with_crops(folder: Path, config: ModelConfig) -> ModelConfig:
     if config.vision is None or not path.exists():
         return config
     most = read_json(path).get("dynamic_hd", config.vision.max_crops)
+    if type(most) is not int or not 1 <= most <= 10_000:
+        raise CheckpointError(f"{path}: dynamic_hd={most!r:.40} must be a number of crops; Phi-4-multimodal has 36")
     return replace(config, vision=replace(config.vision, max_crops=most))
 
 
@@ -346,13 +351,17 @@ def _chat(folder: Path, layout: str, tokenizer: TextTokenizer) -> ChatFormat:
     return replace(FORMATS["phi4"], default_system=own[1]) if own else FORMATS["phi4"]
 
 
-def _stop_ids(folder: Path, card: Card, tokenizer: TextTokenizer) -> frozenset[int]:
+def _stop_ids(folder: Path) -> tuple[int, ...]:
+    """Return the ids that end an answer by a published model's generation_config.json."""
     path = inside(folder, "generation_config.json")
-    told = read_json(path).get("eos_token_id") if card.layout != "modalora" and path.exists() else None
+    return _ids(read_json(path).get("eos_token_id"), f"{path}: eos_token_id") if path.exists() else ()
+
+
+def _ids(told: Any, where: str) -> tuple[int, ...]:
     ids = [] if told is None else told if isinstance(told, list) else [told]
     if not all(type(index) is int for index in ids):
-        raise CheckpointError(f"{path}: eos_token_id={told!r:.60} must be a token id or a list of them")
-    return frozenset(ids) | tokenizer.stop_ids
+        raise CheckpointError(f"{where}={told!r:.60} must be a token id or a list of them")
+    return tuple(ids)
 
 
 def _filler(
@@ -375,7 +384,9 @@ def _filler(
         shapes = {name: shape for name, shape in shapes.items() if not part_of(name).startswith("adapter.")}
     stored = plan(layout, shapes, config)
     if layout == "modalora":
-        own = {} if chat == ChatFormat() else {"chat": asdict(chat)}
+        own: dict[str, Any] = {} if chat == ChatFormat() else {"chat": asdict(chat)}
+        if tokenizer.stop_ids != TextTokenizer(tokenizer.definition).stop_ids:
+            own["stop_ids"] = sorted(tokenizer.stop_ids)
         sizes = asdict(config) | {"encoders": write_encoders(config)}
         sizes = {key: value for key, value in sizes.items() if value != {} or key == "adapters"}
         fields = {"model_type": "modalora", "format": FORMAT, **sizes, **own, "notes": dict(notes)}
@@ -420,6 +431,11 @@ def _write_beside(draft: Path, tokenizer: TextTokenizer, config: ModelConfig, be
         if beside is not None and (path := inside(beside, name)).is_file():
             (draft / name).write_bytes(path.read_bytes())
     ends = sorted(tokenizer.stop_ids)
+    if (taken := draft / "generation_config.json").exists() and not {*ends} <= {
+        *_stop_ids(draft),
+        *TextTokenizer(tokenizer.definition).stop_ids,
+    }:
+        write_json(taken, {**read_json(taken), "eos_token_id": ends})
     defaults = {
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",

@@ -148,8 +148,9 @@ def compose(
     from modalora.checkpoint.adapters import save_adapter
 
     assistant = open_model(model, adapter)
-    config = add_up(assistant.model, route, "composed")
-    save_adapter(assistant.model, "composed", target)
+    name = "-".join(("sum", *assistant.model.adapters))  # of none there is
+    config = add_up(assistant.model, route, name)
+    save_adapter(assistant.model, name, target)
     print(f"wrote {target}: {route} as one adapter of rank {config.r}")
 
 

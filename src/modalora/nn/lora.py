@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from math import sqrt
+from math import isfinite, sqrt
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from modalora.contracts import Route
 from modalora.errors import ConfigError
 from modalora.nn import packed, products
-from modalora.nn.quantised import KINDS, Kept
+from modalora.nn.quantised import KINDS, Kept, check_bits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,13 +45,12 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if self.r < 1:
             raise ConfigError(f"r={self.r} must be at least 1; Phi-4-Multimodal uses 256 and 320")
+        if not all(isfinite(alpha) for alpha in (self.lora_alpha, *self.alpha_pattern.values())):
+            raise ConfigError(f"lora_alpha={self.lora_alpha}, alpha_pattern={dict(self.alpha_pattern)} must be finite")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout={self.lora_dropout} must lie in [0, 1); Phi-4-Multimodal uses 0 and 0.01")
         for key in (*self.rank_pattern, *self.alpha_pattern):
-            try:
-                re.compile(key)
-            except re.error as error:
-                raise ConfigError(f"the pattern {key!r} of an adapter is no regular expression: {error}") from None
+            check_pattern(key)
 
     @property
     def scaling(self) -> float:
@@ -67,6 +66,28 @@ class LoraConfig:
         r = _pattern(self.rank_pattern, name, self.r)
         alpha = _pattern(self.alpha_pattern, name, self.lora_alpha)
         return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=self.lora_dropout, use_rslora=self.use_rslora)
+
+
+_REPEAT = r"(?:[*+]|\{\d*,\d*\}|\{\d+\})"  # of what stands before it
+_REPEATS = 5  # of a pattern: names have some 40 letters, and each repeat multiplies the tries by nearly as much
+
+
+def check_pattern(text: str) -> None:
+    """Refuse what is no regular expression, or one that could take for ever to match a name. Raises ConfigError."""
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConfigError(f"the pattern {text!r:.80} of an adapter is no regular expression: {error}") from None
+    bare = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", text)  # escapes and sets, each one letter
+    while (inner := re.sub(rf"\((?:\?[:=!]|\?<[=!]|\?P<\w+>)?([^()]*)\)(?!{_REPEAT})", r"\1", bare)) != bare:
+        bare = inner  # groups that are not repeated
+    repeated = re.search(rf"\([^()]*(?:{_REPEAT}|[?|])[^()]*\){_REPEAT}|\([^()]*\(", bare)
+    repeats, options = len(re.findall(_REPEAT, bare)), len(re.findall(r"(?<![*+?}(|])\?", bare))
+    if len(text) > 4000 or repeated or repeats > _REPEATS or options > 2 * _REPEATS:
+        raise ConfigError(
+            f"the pattern {text!r:.80} of an adapter repeats what repeats or branches, or has more than {_REPEATS} "
+            f"repeats or {2 * _REPEATS} options, which could take for ever to match; name the modules one by one"
+        )
 
 
 def _pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -169,8 +190,9 @@ class RoutedLinear(nn.Module):
 
     def quantize(self, bits: int) -> None:
         """Keep the matrix in 16, 8 or 4 bits only; adapters stay as they are. Raises ConfigError for other bits."""
-        if bits not in KINDS:
-            raise ConfigError(f"bits={bits} must be 16, 8 or 4")
+        check_bits(bits, self.weight.shape)
+        if self.quantised is not None:
+            raise ConfigError("this matrix is quantised already; restore it first")
         self._some = self.some_rows()
         self.quantised = KINDS[bits](self.weight)
         self.weight.requires_grad_(False)

@@ -6,6 +6,8 @@ of a row (QLoRA, arXiv:2305.14314, section 3), 4.25 bits a number. A matrix is (
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -46,10 +48,6 @@ class Nf4(nn.Module):
 
     def __init__(self, matrix: Tensor) -> None:
         super().__init__()
-        if matrix.shape[1] % BLOCK:
-            raise ConfigError(
-                f"4 bits take rows of a multiple of {BLOCK} numbers; this matrix is {tuple(matrix.shape)}"
-            )
         blocks = matrix.detach().float().reshape(-1, BLOCK)
         scales = blocks.abs().amax(1, keepdim=True).clamp(min=1e-12).bfloat16()
         levels = torch.tensor(LEVELS, device=matrix.device)
@@ -82,6 +80,14 @@ class Half(nn.Module):
 
 Kept = Half | Int8 | Nf4
 KINDS: dict[int, type[Kept]] = {16: Half, 8: Int8, 4: Nf4}
+
+
+def check_bits(bits: int, shape: Sequence[int]) -> None:
+    """Refuse a matrix that cannot be kept in so many bits. Raises ConfigError."""
+    if bits not in KINDS:
+        raise ConfigError(f"bits={bits} must be 16, 8 or 4")
+    if bits == 4 and shape[1] % BLOCK:
+        raise ConfigError(f"4 bits take rows of a multiple of {BLOCK} numbers; this matrix is {tuple(shape)}")
 
 
 def to_int8(tensor: Tensor) -> tuple[Tensor, Tensor]:

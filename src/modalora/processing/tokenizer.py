@@ -73,6 +73,8 @@ class TextTokenizer:
             later = {**fields, **off, "pre_tokenizer": {**split, "prepend_scheme": "never"}}
             self._later = Tokenizer.from_str(json.dumps(later))
         self.definition = definition
+        ends = (END, END_OF_TEXT)
+        self.stop_ids = frozenset(self._control[token] for token in ends if token in self._control)
 
     @classmethod
     def from_folder(cls, folder: Path) -> TextTokenizer:
@@ -143,11 +145,6 @@ class TextTokenizer:
     def has_control(self, token: str) -> bool:
         """Tell whether there is a control token of this name."""
         return token in self._control
-
-    @property
-    def stop_ids(self) -> frozenset[int]:
-        """Ids that end an answer."""
-        return frozenset(self._control[token] for token in (END, END_OF_TEXT) if token in self._control)
 
     @property
     def controls(self) -> frozenset[str]:
