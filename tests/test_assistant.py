@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,7 +28,8 @@ from modalora.generation import engine
 from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import tiny
 from modalora.nn.cache import KVCache
-from modalora.processing.chat import as_text, render
+from modalora.nn.lora import LoraConfig
+from modalora.processing.chat import as_text, render, render_raw
 from modalora.processing.tokenizer import END, TextTokenizer
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 100, 3), dtype=np.uint8))
@@ -591,3 +594,72 @@ def refuse(assistant: Assistant, folder: Path, name: str, told: str) -> None:
     assert list(after) == list(before)
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
     assert assistant.model.adapters == ("vision", "speech")
+
+
+def test_media_beside_messages_and_twice_named_media_are_not_dropped(assistant: Assistant) -> None:
+    messages = [{"role": "user", "content": "How many boxes?"}]
+    with pytest.raises(PromptError, match="image was given beside a list of messages; put it into the content of one"):
+        assistant.ask(messages, image=PICTURE, max_tokens=1)
+    parts = question_messages("Hi", image=[PICTURE], media={"image": PICTURE})[0]["content"]
+    assert [part["type"] for part in parts] == ["image", "image", "text"]
+    wave, rate = SOUND
+    (sound, _) = question_messages("Hi", audio=(wave, float(rate)))[0]["content"]
+    assert sound["audio"] == (wave, rate)
+    with pytest.raises(PromptError, match=r"a\(b"):
+        assistant.ask("Hi", media={"a(b": "x"}, max_tokens=1)
+
+
+WRONG_KINDS = """
+import sys, modalora
+from modalora.errors import InputError
+model = modalora.load(sys.argv[1])
+for settings in ({"route": None}, {"seed": None}, {"top_k": 5.0}, {"temperature": "hot"}, {"stop": 5}):
+    try:
+        print(model.ask("Hi", max_tokens=1, **settings).text)
+    except InputError as error:
+        print(error)
+"""
+
+
+def test_settings_of_another_kind_are_told(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="device='nonsense' cannot be used: .*; 'cpu' always can"):
+        modalora.load(folder, device="nonsense")
+    # in a process of its own, where no type is checked as it is in tests
+    done = subprocess.run([sys.executable, "-c", WRONG_KINDS, str(folder)], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "route=None must be 'auto', 'none' or an adapter's name",
+        "seed=None must be a whole number",
+        "top_k=5.0 must be a whole number",
+        "temperature='hot' must be a number",
+        "stop=5 must be a string or a list of strings",
+    ]
+
+
+def test_the_scale_is_what_the_matrices_are_multiplied_by(assistant: Assistant) -> None:
+    size = LoraConfig(r=4, lora_alpha=8, target_modules=("o_proj",), alpha_pattern={"o_proj": 1.0})
+    assistant.model.add_adapter("mine", size)
+    assistant = Assistant(assistant.model, make_processor(assistant.model.config, assistant.processor.tokenizer))
+    (linear, *_) = [own for own in assistant.model.decoder.routed().values() if "mine" in own.adapters]
+    assert assistant.ask("Hi", route="mine", max_tokens=1).route["scale"] == linear.adapters["mine"].scaling == 0.25
+
+
+def test_raw_prompts_take_control_tokens_of_any_form_and_no_bare_placeholder(assistant: Assistant) -> None:
+    tokenizer = assistant.processor.tokenizer
+    batch = assistant.raw_batch("<|user|>the fox<|end|><|assistant|>")
+    assert [tokenizer.control(f"<|{name}|>") in batch.input_ids[0] for name in ("user", "end", "assistant")] == [
+        True
+    ] * 3
+    with pytest.raises(
+        PromptError, match=r"holds <\|endoftext10\|>, which stands for tokens of image; write <\|image_1"
+    ):
+        assistant.ask("<|user|><|endoftext10|>Hi<|end|><|assistant|>", raw=True, max_tokens=1)
+    with pytest.raises(PromptError, match="the raw prompt is empty"):
+        assistant.ask("", raw=True, max_tokens=1)
+    pieces = render_raw("<s>a</s>b<|image_1|>", {"image": [PICTURE]}, {"<s>", "</s>"})
+    assert [(piece.kind, piece.value) for piece in pieces][:4] == [
+        ("control", "<s>"),
+        ("text", "a"),
+        ("control", "</s>"),
+        ("text", "b"),
+    ]
+    assert pieces[4].kind == "image"

@@ -382,6 +382,15 @@ def test_a_projector_of_its_own_is_lost_in_no_sum_and_no_merge(tmp_path: Path) -
             refused()
 
 
+def test_a_projector_is_its_adapters_alone_whatever_the_names_end_in(tmp_path: Path) -> None:
+    assistant = base()
+    old = assistant.model.projectors.get_submodule("image.vision").up.weight.detach()
+    assistant.load_adapter(with_module(tmp_path, {UP: -old}, ["img_projection_up"]), "a-mine")
+    save_adapter(assistant.model, "vision", tmp_path / "plain")
+    assistant.load_adapter(tmp_path / "plain", "mine")
+    assert compose(assistant.model, "mine+vision@0.5", "both").r > 0
+
+
 def test_another_adapters_projector_does_not_go_with_the_modality(tmp_path: Path) -> None:
     assistant = smelling()
     save_adapter(assistant.model, "nose", tmp_path / "nose")

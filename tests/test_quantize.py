@@ -12,6 +12,7 @@ from modalora.checkpoint.store import save_model
 from modalora.contracts import Batch, Route
 from modalora.errors import ConfigError
 from modalora.models.multimodal import Multimodal, part_of
+from modalora.models.sizes import tiny
 from modalora.nn.quantised import KINDS
 from modalora.quantize import quantize, restore
 
@@ -46,6 +47,18 @@ def test_a_model_stored_as_int8_computes_the_same_bits_in_int8() -> None:
     others = gradients(assistant.model, given)
     assert grads.keys() == others.keys()
     assert all(torch.equal(grad, others[name]) for name, grad in grads.items())
+
+
+def test_a_model_is_quantised_once_and_whole_or_not_at_all() -> None:
+    model = nano().model
+    quantize(model, 8)
+    for bits in (8, 4):
+        with pytest.raises(ConfigError, match="quantised already"):
+            quantize(model, bits)
+    narrow = Multimodal(tiny())  # rows of 96 numbers: no multiple of 64
+    with pytest.raises(ConfigError, match=r"4 bits take rows of a multiple of 64 numbers; this matrix is \(64, 96\)"):
+        quantize(narrow, 4)
+    assert not narrow.decoder.is_quantised
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])

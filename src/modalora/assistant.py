@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from numbers import Integral
+from numbers import Real
 from pathlib import Path
 from typing import Any, get_args
 
@@ -82,6 +83,7 @@ class Assistant:
 
         image, audio: one or several (paths, bytes, PIL images, (samples, rate)); they stand before the text unless it
         has tags such as <|image_1|>. media: the same for further modalities, {name: one payload or a list of them}.
+        Messages hold their media themselves, as parts.
         route: "auto", "none" or an adapter. sampling: fields of generation.sampling.Sampling.
         raw: the question is a whole prompt in the model's own format, whose control tokens count as such; else they are
         text. switch: when a row changes to the rotary table of longer rows (generation.windows.Switch): "crossing",
@@ -91,7 +93,15 @@ class Assistant:
         if raw:
             batch = self.raw_batch(question, image=image, audio=audio, media=media, route=route)
             return self._answers(batch, max_tokens, stop, switch, sampling)[0]
-        messages = question_messages(question, image, audio, media) if isinstance(question, str) else list(question)
+        if isinstance(question, str):
+            messages = question_messages(question, image, audio, media)
+        elif given := [kind for kind, own in _by_kind(image, audio, media).items() if own]:
+            raise PromptError(
+                f"{', '.join(given)} was given beside a list of messages; put it into the content of one, as the part "
+                f"{{'type': '{given[0]}', '{given[0]}': ...}}"
+            )
+        else:
+            messages = list(question)
         return self.ask_many([messages], max_tokens=max_tokens, route=route, stop=stop, switch=switch, **sampling)[0]
 
     def raw_batch(
@@ -264,18 +274,21 @@ class Assistant:
         known = Sampling.__dataclass_fields__
         if unknown := sorted(set(sampling) - set(known)):
             raise ConfigError(f"unknown sampling setting {', '.join(unknown)}; known are {', '.join(known)}")
-        try:
-            chosen = Sampling(**sampling)
-        except TypeError:
-            raise ConfigError(f"sampling settings must be numbers; got {dict(sampling)}") from None
+        chosen = Sampling(**sampling)
         return generate(
             self.model, batch, sampling=chosen, max_tokens=max_tokens, stop_ids=self.stop_ids, stops=stops,
             switch=switch,
         )  # fmt: skip
 
     def _scale(self, route: str) -> float | list[float]:
-        """What an adapter's B A x is multiplied by; of a sum, one number per term."""
-        scales = [weight * self.model.config.adapters[name].scaling for name, weight in terms(route)]
+        """What an adapter's B A x is multiplied by; of a sum, one number per term.
+
+        Where patterns give a module another rank or alpha, the factor that most modules have.
+        """
+        scales = []
+        for name, weight in terms(route):
+            held = [own.adapters[name].scaling for own in self.model.decoder.routed().values() if name in own.adapters]
+            scales.append(weight * Counter(held).most_common(1)[0][0])
         return scales[0] if len(scales) == 1 else scales
 
     def _explain(self, batch: Batch, row: int, max_tokens: int, switch: Switch) -> dict[str, Any]:
@@ -336,6 +349,7 @@ def load(
         raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
     if compat not in ("official", None):
         raise ConfigError(f"compat={compat!r} must be 'official' or None")
+    _check_device(device)
     for path in modalities:
         modality.load_file(path)
     folder = find_model(model)
@@ -346,6 +360,14 @@ def load(
         picture = processor.media["image"]
         processor.media["image"] = replace(picture, settings=replace(picture.settings, fast=True))
     return Assistant(loaded.model, processor, folder, notes=loaded.notes)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's builds without a kind of device assert
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"device={device!r} cannot be used: {reason:.160}; 'cpu' always can") from None
 
 
 def set_regime(model: Multimodal, regime: Regime) -> None:
@@ -403,7 +425,7 @@ def question_messages(
     Raises PromptError when the text has tags of a kind and their number is not that of the media.
     """
     by_kind = _by_kind(image, audio, media)
-    tag = re.compile(rf"<\|({'|'.join(by_kind)})_\d+\|>")
+    tag = re.compile(rf"<\|({'|'.join(map(re.escape, by_kind))})_\d+\|>")
     tags = [match.group(1) for match in tag.finditer(question)]
     parts: list[dict[str, Any]] = []
     for kind, given in by_kind.items():
@@ -430,7 +452,10 @@ def question_messages(
 
 
 def _by_kind(image: Any, audio: Any, media: Mapping[str, Any] | None) -> dict[str, list[Any]]:
-    return {kind: _listed(given) for kind, given in {"image": image, "audio": audio, **(media or {})}.items()}
+    found = {"image": _listed(image), "audio": _listed(audio)}
+    for kind, given in (media or {}).items():
+        found[kind] = [*found.get(kind, ()), *_listed(given)]
+    return found
 
 
 def _listed(media: Media | Sequence[Media]) -> list[Media]:
@@ -438,15 +463,17 @@ def _listed(media: Media | Sequence[Media]) -> list[Media]:
         return media
     if isinstance(media, tuple):
         # (samples, rate) is one sound; any other tuple is several media
-        return [media] if len(media) == 2 and isinstance(media[1], Integral) else list(media)
+        return [media] if len(media) == 2 and isinstance(media[1], Real) else list(media)
     return [] if media is None else [media]
 
 
 def _stops(stop: str | Sequence[str]) -> list[str]:
-    words = [stop] if isinstance(stop, str) else list(stop)  # OpenAI takes both; a str is no list of its letters
+    words = [stop] if isinstance(stop, str) else stop  # OpenAI takes both; a str is no list of its letters
+    if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
+        raise ConfigError(f"stop={stop!r:.60} must be a string or a list of strings")
     if not all(words):
         raise ConfigError("stop holds an empty string, which every answer begins with; leave it out")
-    return words
+    return list(words)
 
 
 def _cut(text: str, stop: Sequence[str]) -> str:

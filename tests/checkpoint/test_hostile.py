@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 
 from modalora.checkpoint.files import Weights
 from modalora.checkpoint.store import load_model, save_model
-from modalora.errors import CheckpointError, InputError
+from modalora.errors import CheckpointError, ConfigError, InputError
 from modalora.models.multimodal import ModelConfig, Multimodal
 from modalora.models.sizes import tiny
 from modalora.processing.tokenizer import TextTokenizer
@@ -158,6 +159,68 @@ def test_the_links_of_a_hugging_face_cache_are_followed(folder: Path, tmp_path: 
         path.rename(blobs / path.name.upper())
         (snapshot / path.name).symlink_to(Path("..") / ".." / "blobs" / path.name.upper())
     load_model(snapshot)
+
+
+@pytest.fixture
+def native(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    words = TextTokenizer.train(["the quick brown fox " * 9], 320)
+    sizes = tiny()
+    assert sizes.speech is not None
+    sizes = replace(sizes, speech=replace(sizes.speech, segment=500))
+    save_model(Multimodal(sizes), words, tmp_path / "m", layout="phi4_multimodal")
+    return tmp_path / "m"
+
+
+def test_adapters_in_folders_of_a_hugging_face_cache_are_followed(native: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--phi" / "snapshots" / "abc", tmp_path / "models--phi" / "blobs"
+    blobs.mkdir(parents=True)
+    for number, path in enumerate(path for path in sorted(native.rglob("*")) if path.is_file()):
+        path.rename(blobs / str(number))
+        place = snapshot / path.relative_to(native)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(blobs / str(number))
+    assert load_model(snapshot).model.adapters == ("vision", "speech")
+    (tmp_path / "secret.json").write_text("{}")
+    (snapshot / "vision-lora" / "adapter_config.json").unlink()
+    (snapshot / "vision-lora" / "adapter_config.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(CheckpointError, match="lies outside the folder; it was not opened"):
+        load_model(snapshot)
+
+
+def test_an_adapter_folder_that_is_a_link_out_is_not_followed(native: Path) -> None:
+    link(native, "vision-lora")
+    with pytest.raises(CheckpointError, match="names the file 'vision-lora', which lies outside the folder"):
+        load_model(native)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        ("preprocessor_config.json", {"dynamic_hd": "36"}, "dynamic_hd='36' must be a number of crops"),
+        ("preprocessor_config.json", {"dynamic_hd": None}, "dynamic_hd=None must be"),
+        ("preprocessor_config.json", {"dynamic_hd": True}, "dynamic_hd=True must be"),
+        ("config.json", {"sliding_window": "a"}, "sliding_window='a'"),
+        ("config.json", {"model_type": []}, r"has model_type \[\]"),
+        ("vision-lora/adapter_config.json", {"modules_to_save": 5}, "modules_to_save=5; it must be a list"),
+        ("vision-lora/adapter_config.json", {"modules_to_save": "norm"}, "modules_to_save='norm'; it must be a list"),
+        ("vision-lora/adapter_config.json", {"lora_alpha": float("nan")}, "lora_alpha=nan.* must be finite"),
+        ("vision-lora/adapter_config.json", {"lora_alpha": float("inf")}, "lora_alpha=inf.* must be finite"),
+        ("vision-lora/adapter_config.json", {"alpha_pattern": {"o_proj": float("inf")}}, "must be finite"),
+        ("vision-lora/adapter_config.json", {"target_modules": "(([a-z_.0-9]+)+)+!"}, "could take for ever to match"),
+        ("vision-lora/adapter_config.json", {"rank_pattern": {"(.|..)*!": 4}}, "could take for ever to match"),
+        ("vision-lora/adapter_config.json", {"target_modules": ".*" * 20 + "!"}, "could take for ever to match"),
+    ],
+)
+def test_a_value_of_another_kind_is_told_at_once(native: Path, name: str, change: dict[str, object], told: str) -> None:
+    path = native / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+    def load() -> None:
+        with pytest.raises((CheckpointError, ConfigError), match=told):
+            load_model(native)
+
+    assert seconds(load) < 1
 
 
 @pytest.mark.parametrize(

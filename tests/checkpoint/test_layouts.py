@@ -21,6 +21,7 @@ from modalora.models.decoder import DecoderConfig, Phi3Small
 from modalora.models.multimodal import ModelConfig, Multimodal
 from modalora.models.sizes import phi4_mini, phi4_multimodal, tiny
 from modalora.nn.dense import Product
+from modalora.nn.lora import LoraConfig
 from modalora.nn.mask import BlockSparse
 from modalora.nn.rope import LongRope, Plain
 from modalora.processing.chat import FORMATS
@@ -178,6 +179,26 @@ def test_a_layout_that_cannot_hold_a_model_is_refused_and_nothing_written(words:
         with pytest.raises(ConfigError, match=told):
             save_model(moved(tiny()), words, tmp_path / "other", layout=layout)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_third_adapter_and_further_stop_ids_survive_every_way(words: TextTokenizer, tmp_path: Path) -> None:
+    model = moved(sizes(tiny()))
+    model.add_adapter("mine", LoraConfig(r=2, lora_alpha=4))
+    with torch.no_grad():
+        for linear in model.decoder.routed().values():
+            linear.lora_B["mine"].normal_()
+    save_model(model, words, tmp_path / "native", layout="phi4_multimodal")
+    ends = [words.control("<|endoftext|>"), words.control("<|assistant|>"), words.control("<|end|>")]
+    write_json(tmp_path / "native" / "generation_config.json", {"eos_token_id": ends})
+    convert(tmp_path / "native", tmp_path / "own", "modalora")
+    convert(tmp_path / "own", tmp_path / "back", "phi4_multimodal")
+    for folder in ("native", "own", "back"):
+        found = load_model(tmp_path / folder)
+        assert found.model.adapters == ("vision", "speech", "mine")
+        assert found.tokenizer.stop_ids == set(ends)
+        again = found.model.state_dict()
+        assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+    assert read_json(tmp_path / "back" / "generation_config.json")["eos_token_id"] == sorted(ends)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -116,6 +117,50 @@ def test_chat_answers_and_survives_bad_lines(
     assert "adapter    vision" in out
     roles = [message["role"] for message in json.loads(saved.read_text())["messages"]]
     assert roles == ["user", "assistant", "user", "assistant"]
+
+
+def test_chat_loses_nothing_when_an_answer_fails(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    picture, saved = tmp_path / "s.png", tmp_path / "chat.jsonl"
+    shutil.copy(SCENE, picture)
+    steps: list[str | Callable[[], None]] = [
+        *(f"/image {picture}", "What is it?", picture.unlink, "/retry", f"/save {saved}"),
+        *("/reset", "Hello!", f"/audio {DIGITS}", "/retry", "Transcribe it.", "/route"),
+        *(
+            "/route vision+speech@0.5",
+            "Hello!",
+            "/route",
+            "/image ~nobody-of-this-name/x.png",
+            "/save ~nobody-of-this-name/x",
+        ),
+    ]
+
+    def line(prompt: str = "") -> str:
+        while steps:
+            step = steps.pop(0)
+            if isinstance(step, str):
+                return step
+            step()
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", line)
+    code, out, _ = run("chat", "nano", "--max-tokens", "2")
+    assert code == 0
+    assert [message["role"] for message in json.loads(saved.read_text())["messages"]] == ["user", "assistant"]
+    assert "adapter    speech" in out  # what was attached before /retry goes with the next message
+    assert "adapter    vision+speech@0.5" in out
+    assert out.count("! '~nobody-of-this-name/x") == 2
+
+
+def test_a_piped_question_is_the_same_without_the_newline_of_echo(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("--max-tokens", "4", "--json")
+    told = json.loads(run("ask", "nano", "What is two plus two?", *asked)[1])
+    for piped in ("What is two plus two?", "What is two plus two?\n", "What is two plus two?\r\n"):
+        monkeypatch.setattr("sys.stdin", io.StringIO(piped))
+        assert json.loads(run("ask", "nano", "-", *asked)[1])["tokens"] == told["tokens"]
 
 
 def _picture(path: Path, width: int, height: int) -> str:

@@ -105,3 +105,23 @@ def test_a_raw_prompt_is_taken_as_it_is(run: Run) -> None:
     assert (code, "has 1 <|audio_N|> tags and 0 audio(s) were given" in err) == (2, True)
     code, _, err = run("ask", "nano", "Hi", "--rope", "long")
     assert (code, "this model has no long and short table" in err) == (2, True)
+
+
+def test_a_name_that_a_command_uses_itself_is_free_for_adapters(run: Run, style: Path, tmp_path: Path) -> None:
+    given = ("--adapter", f"composed={style}")
+    code, out, _ = run("adapter", "compose", "nano", "composed+vision", str(tmp_path / "both"), *given)
+    assert code == 0, out
+    code, _, err = run("adapter", "compose", "nano", "vision@0", str(tmp_path / "none"))
+    assert code == 2
+    assert "has no weight but zero" in err
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_target_that_cannot_be_made_is_told(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, _, err = run("convert", "nano", str(tmp_path / "file" / "out"), "--layout", "modalora")
+    assert code == 2
+    assert f"{tmp_path / 'file' / 'out'} cannot be made: " in err
+    code, _, err = run("convert", "nano", str(tmp_path / "out"), "--layout", "modalora", "--shard-gb", "inf")
+    assert code == 2
+    assert "--shard-gb inf must be above 0 and below a million" in err

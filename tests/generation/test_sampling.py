@@ -47,6 +47,7 @@ def test_tokens_are_drawn_as_often_as_the_tempered_softmax_says(temperature: flo
 
 def test_a_very_low_temperature_is_greedy() -> None:
     assert kept(SHARES, temperature=0.01) == [0]
+    assert kept(SHARES, temperature=1e-40) == [0]
 
 
 @pytest.mark.parametrize(("top_k", "places"), [(1, [0]), (2, [0, 1]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])])
@@ -133,6 +134,10 @@ def test_a_row_draws_what_it_draws_alone() -> None:
     [
         ("temperature", -0.1, "at least 0; 0 is greedy"),
         ("temperature", float("nan"), "at least 0"),
+        ("temperature", float("inf"), "at least 0"),
+        ("top_k", True, "a whole number"),
+        ("seed", 2**64, "a whole number of 64 bits"),
+        ("repetition_penalty", float("inf"), "above 0"),
         ("top_k", -1, "at least 0; 0 keeps all"),
         ("top_p", 0.0, r"in \(0, 1\]; 1 keeps all"),
         ("top_p", 1.01, r"in \(0, 1\]"),

@@ -107,6 +107,34 @@ def test_sums_compositions_and_merges_agree(rng: np.random.Generator, tmp_path: 
     assert found.error < 1e-6  # float32 keeps 24 bits of a change near one
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_adapters_that_changed_their_base_are_refused(start: str, rng: np.random.Generator, tmp_path: Path) -> None:
+    reference, ours = base(rng, tmp_path / "base")
+    trained(reference, {**PLAIN, "init_lora_weights": start}).save_pretrained(tmp_path / "lora")
+    with pytest.raises(CheckpointError, match=f"init_lora_weights='{start}': the base weights were changed with it"):
+        ours.load_adapter(tmp_path / "lora", "mine")
+
+
+@torch.no_grad()
+def test_sums_of_nothing_are_refused_and_the_adapters_stay(rng: np.random.Generator, tmp_path: Path) -> None:
+    reference, ours = base(rng, tmp_path / "base")
+    trained(
+        reference,
+        {**PLAIN, "target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], "layers_to_transform": []},
+    ).save_pretrained(tmp_path / "lora")
+    verdict = ours.load_adapter(tmp_path / "lora", "a")
+    assert verdict.linears == (12, 12)  # an empty list is all layers, as in PEFT
+    ours.load_adapter(tmp_path / "lora", "b")
+    weights = {name: tensor.clone() for name, tensor in ours.model.state_dict().items()}
+    for change in (lambda: compose(ours.model, "a@0", "c"), lambda: merge(ours.model, "a@0")):
+        with pytest.raises(CheckpointError, match="has no weight but zero"):
+            change()
+    with pytest.raises(CheckpointError, match="changes no weight; there is nothing to merge"):
+        merge(ours.model, "a+b@-1")
+    assert ours.model.adapters == ("a", "b")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in ours.model.state_dict().items())
+
+
 @torch.no_grad()
 def test_four_broken_adapters_give_four_errors(rng: np.random.Generator, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file

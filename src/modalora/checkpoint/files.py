@@ -55,10 +55,14 @@ def write_folder(folder: Path, fill: Callable[[Path], None], *, manifest: bool =
     """
     if folder.exists():
         raise CheckpointError(f"{folder} exists; give a new folder, nothing was written")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.draft")
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
+    try:
+        draft.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} cannot be made: {error.strerror} ({error.filename}); give a folder that can be written"
+        ) from None
     try:
         fill(draft)
         seal(draft, manifest=manifest)

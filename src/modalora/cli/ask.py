@@ -49,7 +49,10 @@ def ask(
 
     Example: modalora ask nano "How many circles are there?" --image scene.png
     """
-    text = sys.stdin.read() if question == "-" else question
+    text = question
+    if question == "-":
+        text = sys.stdin.read()
+        text = text if raw else text.removesuffix("\n").removesuffix("\r")  # that of echo is no part of a question
     answer = open_model(model, adapter, modality_file, dtype=dtype, rope=cast(Any, rope), pack=pack).ask(
         text,
         raw=raw,

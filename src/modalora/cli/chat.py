@@ -66,7 +66,9 @@ class Session:
             if word.startswith("/"):
                 self._command(word, rest.strip())
             elif line.strip() or self.waiting:
-                self._say([*self.waiting, *([{"type": "text", "text": line.strip()}] if line.strip() else [])])
+                text = [{"type": "text", "text": line.strip()}] if line.strip() else []
+                self._say(self.messages, [*self.waiting, *text])
+                self.waiting = []
         except ModaloraError as error:
             print(f"! {error}")
 
@@ -89,37 +91,39 @@ class Session:
             print(f"! unknown command {word}; /help lists the commands")
 
     def _attach(self, kind: str, name: str) -> None:
-        part = {"type": kind, kind: str(Path(name).expanduser())}
+        part = {"type": kind, kind: str(_path(name))}
         self.assistant.processor([[{"role": "user", "content": [part]}]])  # a bad file is refused here
         self.waiting.append(part)
         print(f"[{kind} {name} goes with your next message]")
 
-    def _say(self, parts: list[dict[str, Any]]) -> None:
-        asked = [*self.messages, {"role": "user", "content": parts}]
+    def _say(self, before: list[dict[str, Any]], parts: list[dict[str, Any]]) -> None:
+        asked = [*before, {"role": "user", "content": parts}]
         answer = ""
         for piece in self.assistant.stream(asked, route=self.route, **self.settings):
             print(piece, end="", flush=True)
             answer += piece
         print()
-        self.messages, self.waiting = [*asked, {"role": "assistant", "content": answer}], []
+        self.messages = [*asked, {"role": "assistant", "content": answer}]
 
     def _retry(self) -> None:
+        from modalora.errors import ModaloraError
+
         if not self.messages or self.messages[-1]["role"] != "assistant":
             print("! nothing to retry yet")
             return
-        asked = self.messages[-2]["content"]
-        self.messages = self.messages[:-2]
+        seed = self.settings["seed"]
         self.settings["seed"] += 1
-        self._say(asked)
+        try:
+            self._say(self.messages[:-2], self.messages[-2]["content"])
+        except ModaloraError:
+            self.settings["seed"] = seed
+            raise
 
     def _route(self, name: str) -> None:
         from modalora.cli.route import lines
 
         if name:
-            held = {"auto", "none", *self.assistant.model.adapters}
-            if name not in held:
-                print(f"! unknown route {name!r}; use one of {', '.join(sorted(held))}")
-                return
+            self.assistant.processor.router((), name)  # an unknown one is refused here
             self.route = name
         elif self.messages:
             batch = self.assistant.processor([self.messages], route=self.route)
@@ -130,10 +134,21 @@ class Session:
         if not name:
             print("! give a file: /save chat.jsonl")
             return
+        path = _path(name)
         try:
-            with Path(name).expanduser().open("a", encoding="utf-8") as file:
+            with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
         except OSError as error:
             print(f"! {name} cannot be written: {error.strerror}")
             return
         print(f"[saved to {name}]")
+
+
+def _path(name: str) -> Path:
+    """Return the path that a line names, ~ for one's own folder. Raises PromptError for a user there is none of."""
+    from modalora.errors import PromptError
+
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise PromptError(f"{name!r} is no path: {error}") from None

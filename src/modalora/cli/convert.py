@@ -22,8 +22,8 @@ def convert(
     from modalora.checkpoint.store import convert as rewrite
     from modalora.errors import ConfigError
 
-    if not shard_gb > 0:
-        raise ConfigError(f"--shard-gb {shard_gb:g} must be above 0; 5 works")
+    if not 0 < shard_gb < 1e6:
+        raise ConfigError(f"--shard-gb {shard_gb:g} must be above 0 and below a million; 5 works")
     found = rewrite(find_model(source), target, layout, shard_bytes=int(shard_gb * 1e9))
     print(f"wrote {target}: layout {layout}, {found['tensors']:,} tensors, {found['parameters']:,} parameters")
     for name, lora in found["adapters"].items():

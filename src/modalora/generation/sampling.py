@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from math import inf
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -23,12 +25,17 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value, whole = getattr(self, field.name), field.name in ("top_k", "seed")
+            if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+                raise ConfigError(f"{field.name}={value!r:.40} must be a {'whole ' * whole}number")
         rules = (
-            ("temperature", self.temperature >= 0, "at least 0; 0 is greedy"),
+            ("temperature", 0 <= self.temperature < inf, "at least 0; 0 is greedy"),
+            ("seed", -(2**63) <= self.seed < 2**63, "a whole number of 64 bits"),
             ("top_k", self.top_k >= 0, "at least 0; 0 keeps all"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]; 1 keeps all"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]; 0 keeps all"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0; 1 is none"),
+            ("repetition_penalty", 0 < self.repetition_penalty < inf, "above 0; 1 is none"),
         )
         for name, kept, rule in rules:
             if not kept:
@@ -53,6 +60,7 @@ def sample(
             )
     if sampling.temperature == 0:
         return logits.argmax(-1)
+    logits = logits - logits.amax(-1, keepdim=True)  # so that no temperature makes them infinite
     shares = torch.softmax(_filtered(logits / sampling.temperature, sampling), dim=-1).cpu()
     drawn = [torch.multinomial(own, 1, generator=generator) for own, generator in zip(shares, generators, strict=True)]
     return torch.cat(drawn).to(logits.device)

@@ -33,6 +33,8 @@ def route(
     "BRANCH-ADAPTER": rows of the adapter use them in place of BRANCH. Raises RouteError for an unknown route or a
     combination without a rule.
     """
+    if not isinstance(requested, str):
+        raise RouteError(f"route={requested!r:.60} must be 'auto', 'none' or an adapter's name")
     rule = routes.get(frozenset(modalities))
     if rule is None:
         known = ", ".join(" + ".join(sorted(names)) or "text" for names in routes)

@@ -88,9 +88,6 @@ def render(
     return _joined(pieces)
 
 
-_MARKS = re.compile(r"(<\|[\w/]+\|>)")
-
-
 def render_raw(
     prompt: str,
     media: Mapping[str, Sequence[Any]],
@@ -100,13 +97,17 @@ def render_raw(
     """Return the pieces of a prompt that is already in its model's format: here text does become control tokens.
 
     media: payloads by modality, used in reading order at <|image_N|>, <|audio_N|> and so on for all kinds. known: the
-    control tokens there are; any other mark stays text. Raises PromptError when tags and media differ in number.
+    control tokens there are; any other mark stays text. Raises PromptError for an empty prompt, and when tags and media
+    differ in number.
     """
+    if not prompt:
+        raise PromptError("the raw prompt is empty; give at least one token")
     kinds = tuple(dict.fromkeys((*kinds, *media)))
     waiting = {kind: iter(media.get(kind, ())) for kind in kinds}
     counts = dict.fromkeys(kinds, 0)
     pieces: list[Piece] = []
-    for part in _MARKS.split(prompt):
+    marks = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
+    for part in re.split(rf"(<\|\w+_\d+\|>|{marks})" if marks else r"(<\|\w+_\d+\|>)", prompt):
         tag = re.fullmatch(r"<\|(\w+)_\d+\|>", part)
         if tag and (kind := tag[1]) in counts:
             counts[kind] += 1

@@ -104,7 +104,15 @@ class Processor:
 
     def raw_row(self, prompt: str, media: Mapping[str, Sequence[Any]]) -> Row:
         """Return a prompt that is already in the model's format, control tokens and all, as tokens."""
-        return self._row(render_raw(prompt, media, self.tokenizer.controls, self.kinds))
+        pieces = render_raw(prompt, media, self.tokenizer.controls, self.kinds)
+        fillers = {medium.placeholder[0]: kind for kind, medium in self.media.items()}
+        if wrong := [piece.value for piece in pieces if piece.kind == "control" and piece.value in fillers]:
+            kind = fillers[wrong[0]]
+            raise PromptError(
+                f"the raw prompt holds {wrong[0]}, which stands for tokens of {kind}; write <|{kind}_1|> and give the "
+                f"{kind}"
+            )
+        return self._row(pieces)
 
     def measure(self, messages: Sequence[Message], *, answer: bool = True) -> int:
         """Return how many tokens a conversation has, beyond the window or not, reading only the headers of its media.
