@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modalora.errors import ConfigError
-from modalora.nn.quantised import BLOCK, LEVELS, Int8, Nf4
+from modalora.nn.quantised import BLOCK, LEVELS, Int8, Nf4, check_bits
 
 
 def matrix(rows: int = 96, columns: int = 256) -> torch.Tensor:
@@ -50,4 +50,4 @@ def test_bits_are_what_they_are_called() -> None:
 
 def test_rows_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ConfigError, match="multiple of 64 numbers; this matrix is"):
-        Nf4(matrix(columns=100))
+        check_bits(4, (96, 100))
