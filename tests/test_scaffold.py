@@ -135,6 +135,28 @@ def test_a_time_series_becomes_a_modality_by_changing_the_scaffold_alone(
     assert (code, "--media 'motion' must be NAME=FILE, such as dna=gene.fasta" in err) == (2, True)
 
 
+def test_a_modality_of_a_file_is_read_by_other_processes_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    new_package("motion", tmp_path / "package")
+    monkeypatch.chdir(tmp_path)
+    file = "package/modalora_motion.py"
+    settings = ["steps=2", "rows=2", "threads=1", "optim.warmup_steps=0", f"modality_files=[{file}]", "workers=1"]
+    code, out, err = run("train", "package/recipe.yaml", *settings)
+    assert (code, "wrote runs/motion/model" in out) == (0, True), err
+    modality._given.clear()
+    code, out, err = run("adapter", "verify", "runs/motion/model", "--modality-file", file)
+    assert (code, "frozen tensors" in out) == (0, True), err
+    modality._given.clear()
+    code, _, err = run("adapter", "verify", "runs/motion/model")
+    assert (code, "the modality 'motion' is not installed" in err) == (2, True)
+
+    own = Path(file)
+    own.write_text(own.read_text().replace("    features=features,", "    features=lambda *both: features(*both),"))
+    code, _, err = run("train", "package/recipe.yaml", *settings, "output=runs/again")
+    assert (code, "workers=1: what reads the rows cannot be sent to other processes" in err) == (2, True)
+
+
 @pytest.mark.parametrize("name", ["image", "Motion", "text", "a-b"])
 def test_a_name_that_is_taken_or_none_writes_nothing(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="is shipped with modalora|cannot name a modality"):

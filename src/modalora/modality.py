@@ -7,8 +7,10 @@ or a user names its modality. docs/modality.md shows how to write one.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -126,6 +128,7 @@ AUDIO = Modality(
 )
 SHIPPED = {"image": IMAGE, "audio": AUDIO}
 _given: dict[str, Modality] = {}  # those of files, which go before packages
+_files: dict[str, tuple[Path, Modality]] = {}  # that were run, by name and content
 
 
 def register(row: Modality) -> Modality:
@@ -141,7 +144,12 @@ def load_file(path: str | Path) -> Modality:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"the modality file {str(path)!r} does not exist; give a Python file that sets MODALITY")
-    name = f"modalora_file_{path.stem}"
+    path = path.resolve()
+    digest = hashlib.sha256(os.fsencode(path) + b"\0" + path.read_bytes()).hexdigest()
+    if digest in _files:  # a second run would make other functions of one name
+        return register(_files[digest][1])
+    # one for each file, and the same in every process: rows are made in others too
+    name = f"modalora_file_{path.stem}_{digest[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"the modality file {str(path)!r} is no Python file; its name must end in .py")
@@ -154,7 +162,13 @@ def load_file(path: str | Path) -> Modality:
     row = module.__dict__.get("MODALITY")
     if not isinstance(row, Modality):
         raise ConfigError(f"the modality file {str(path)!r} must set MODALITY = Modality(...); it has {row!r:.60}")
-    return register(replace(row, package=f"the file {path.name}"))
+    _files[digest] = path, register(replace(row, package=f"the file {path.name}"))
+    return _files[digest][1]
+
+
+def files() -> list[Path]:
+    """Return the files whose modalities are in use, for another process to load."""
+    return [path for path, row in _files.values() if _given.get(row.name) is row]
 
 
 def known() -> list[str]:

@@ -7,7 +7,7 @@ import io
 import json
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,15 +23,17 @@ from PIL import Image
 
 from modalora.assistant import make_processor
 from modalora.config import SourceConfig
-from modalora.contracts import IGNORED
+from modalora.contracts import IGNORED, Rule
 from modalora.data.check import check_data, check_row
 from modalora.data.corpus import Corpus, Passages, Volume
 from modalora.data.forms import Options, read_record
+from modalora.data.mixture import Mixture
 from modalora.data.preview import as_page, as_terminal, preview
 from modalora.data.reader import make_source
 from modalora.data.sources import Context
-from modalora.errors import DataError, InputError, PromptError
+from modalora.errors import DataError, InputError, PromptError, RouteError
 from modalora.models.multimodal import Multimodal
+from modalora.models.router import route
 from modalora.models.sizes import tiny
 from modalora.processing.tokenizer import PLACEHOLDERS, TextTokenizer
 
@@ -98,7 +100,7 @@ def conversation(turns: list[tuple[list[Any], str]]) -> dict[str, Any]:
 class Held:
     """A file of one record."""
 
-    path, unit = Path(__file__), "record"
+    path, unit, identity = Path(__file__), "record", ""
 
     def __init__(self, record: dict[str, Any]) -> None:
         self.record = record
@@ -177,6 +179,30 @@ def test_a_conversation_that_is_too_long_is_bad_unless_turns_may_be_dropped(cont
     assert 1500 < source.measure(0) <= 2048
     assert len(source.row(0).ids) == source.measure(0)
     assert check_data(context, [cut])[0].truncated == 1
+    silent = [{**turn, "loss": False} if turn["role"] == "assistant" else turn for turn in turns[:-1]]
+    write(tmp_path / "a.jsonl", {"messages": [*silent, turns[-1]]})
+    (found,) = check_data(context, [cut])
+    assert "cut to fit 2048 tokens it has no answer left that is trained" in found.bad[0].reason
+
+
+def test_a_row_whose_media_have_no_route_is_bad(context: Context, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture())
+    config = write(tmp_path / "a.jsonl", pair(), pair(images=["a.png"]))
+
+    def deaf(kinds: Collection[str], asked: str) -> Rule:
+        return route(kinds, asked, adapters=("speech",))
+
+    context.processor.router = deaf
+    (found,) = check_data(context, [config])
+    assert [(bad.line, bad.mend) for bad in found.bad] == [(2, "load one with load_adapter, or use --route none")]
+    mixture = Mixture(context, [config], rows=2)
+    assert (len(mixture.take()[0].samples), mixture.quarantine.count) == (1, 1)
+    shown = list(preview(context, [config], rows=2))
+    assert ["image needs the adapter 'vision'" in one.bad.reason for one in shown if one.bad] == [True]
+    asked = config.model_copy(update={"route": "none"})
+    assert check_data(context, [asked])[0].bad == []
+    with pytest.raises(RouteError, match="unknown route 'gone'; use one of auto, none, speech"):
+        check_data(context, [config.model_copy(update={"route": "gone"})])
 
 
 def test_plain_text_becomes_windows_that_hold_each_token_once(context: Context, tmp_path: Path) -> None:
@@ -213,9 +239,10 @@ def test_every_bad_row_is_listed_with_its_place_and_what_mends_it(context: Conte
         pair(), pair(images=["a.png"]), "", pair(images=["gone.png"]), "{", pair(answer=""), pair("<image>"),
         pair(audio="cut.wav"), pair("x\ud800"), pair("fox " * 3000), pair("<|end|>", extra=1), pair(audio="a.png"),
         pair(images=["../a.png"]), '{"instruction": ' + "[" * 5000, '{"instruction": "a\0"}',
+        pair(audio={"array": [0.0] * 9000, "sampling_rate": 10**30}),
     )  # fmt: skip
     (found,) = check_data(context, [source])
-    assert found.rows == 14
+    assert found.rows == 15
     assert len(found.tokens) == 3
     assert found.media == {"image": 1}
     assert found.control == 1
@@ -224,6 +251,7 @@ def test_every_bad_row_is_listed_with_its_place_and_what_mends_it(context: Conte
     expected = {
         4: "does not exist", 5: "not JSON", 6: "is empty", 7: "1 <image> places and 0 images", 8: "cut short",
         9: "Unicode", 10: "tokens", 12: "not a sound file", 13: "lies outside", 14: "not JSON|nested", 15: "NUL",
+        16: "a sample rate of 1000000",
     }  # fmt: skip
     assert told.keys() == expected.keys()
     for line, words in expected.items():
@@ -372,3 +400,8 @@ def test_what_is_trained_is_green_in_a_terminal(recipe: Path, context: Context, 
     assert code == 0
     assert "blue<|end|>" in out
     assert as_page(shown, "x", context.processor).count("<article>") == 4
+
+
+def test_a_terminal_is_not_driven_by_what_a_row_says(context: Context, tmp_path: Path) -> None:
+    (shown,) = preview(context, [write(tmp_path / "a.jsonl", pair("a\x1b[2J\x07 b\nc"))], rows=1)
+    assert "a\\x1b[2J\\x07 b\nc" in as_terminal(shown).plain

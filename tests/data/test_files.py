@@ -17,10 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from modalora.assistant import make_processor
+from modalora.data.corpus import open_corpus
 from modalora.data.files import find_files, open_records, texts
 from modalora.data.files.limits import MOST_BYTES
 from modalora.data.files.texts import parse_json
+from modalora.data.sources import Context
 from modalora.errors import DataError
+from modalora.models.sizes import tiny
+from modalora.processing.tokenizer import TextTokenizer
 
 RECORDS: list[dict[str, Any]] = [
     {"instruction": f'Ask "{number}" [{{,', "output": "é\\\n" * number, "n": [{"a": None, "b": number}]}
@@ -154,6 +159,7 @@ def test_members_of_one_key_are_one_record(tmp_path: Path) -> None:
         for name, data in (
             ("x/1.json", b'{"messages": [], "images": ["2.png", "jpg"]}'), ("x/1.jpg", b"J"), ("x/1.2.png", b"P"),
             ("x/2.jpg", b"K"), ("x/2.txt", b"a cat"), ("y/2.txt", b"other"), ("y/2.wav", b"W"),
+            ("z.json", b'{"text": "a", "image": "jpg"}'), ("z.jpg", b"J"), ("z.png", b"P"),
         ):  # fmt: skip
             info = tarfile.TarInfo(name)
             info.size = len(data)
@@ -164,6 +170,8 @@ def test_members_of_one_key_are_one_record(tmp_path: Path) -> None:
         {"text": "a cat", "images": [b"K"]},
         {"text": "other", "audios": [b"W"]},
     ]
+    with pytest.raises(DataError, match="1 of its 2 images in the tar are not named by 'image' of its JSON; name each"):
+        records.read(3)
 
 
 def test_folders_that_datasets_saved_are_read_with_media_as_they_were(tmp_path: Path) -> None:
@@ -188,6 +196,19 @@ def test_folders_that_datasets_saved_are_read_with_media_as_they_were(tmp_path: 
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no folder that `datasets` reads"):
         open_records(tmp_path / "empty", tmp_path)
+
+
+def test_the_splits_of_one_folder_share_no_cache(tmp_path: Path) -> None:
+    import datasets
+
+    said = {"train": ["what is learnt from"] * 5, "test": ["zzz"] * 3}
+    splits = {name: datasets.Dataset.from_dict({"text": own}) for name, own in said.items()}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
+    words = TextTokenizer.train(["what is learnt from zzz " * 9], 320)
+    context = Context(tmp_path, tmp_path / "cache", make_processor(tiny(), words), window=40)
+    for name, own in said.items():
+        corpus = open_corpus(context, (0, 0), str(tmp_path / "saved"), split=name, shuffle=False)
+        assert [corpus.row(number).text for number in range(corpus.rows)] == own
 
 
 # ----------------------------------------------------------------------------------------------------- poison

@@ -165,6 +165,7 @@ def test_arrays_keep_their_rate() -> None:
         ("file:///etc/passwd", "on the network"),
         ("data:image/png;base64,@@", "not base64"),
         ("a\0b", "the path of an image is"),
+        ("a\ud800.png", "the path of an image is"),
         ("", "the path of an image is"),
         ({"url": None}, "give a path, bytes, or a data URL"),
         (None, "give a path"),
@@ -193,10 +194,15 @@ def test_a_link_that_leads_out_of_the_root_is_refused(tmp_path: Path) -> None:
         ("alpaca", {"instruction": "a", "response": "b"},
          "not of the form alpaca .* its keys are instruction, response;"),
         ("alpaca", pair(history=[["a"]]), r"history 1 is \['a'\]"),
+        ("alpaca", pair(history=5), "history is 5; write a list"),
         ("alpaca", pair(videos=["a.mp4"]), "'videos', which is not read"),
         ("alpaca", pair(instruction="<image>", images=["1", "2"]), "1 <image> places and 2 images"),
         ("alpaca", pair(instruction="<|image_2|><|image_1|>", images=["1", "2"]), "number tags in order"),
+        ("alpaca", pair(instruction=f"<|image_{'9' * 5000}|>", images=["1"]), "number tags in order"),
         ("alpaca", pair(image="1", images=["1"]), "both 'image' and 'images'; keep one"),
+        ("alpaca", pair(audio={"array": "abc", "sampling_rate": 8000}), "array of an audio is 'abc'; give one number"),
+        ("alpaca", pair(audio={"array": [[1], [1, 2]]}), "array of an audio is"),
+        ("alpaca", pair(audio={"array": [10**400]}), "array of an audio is"),
         ("messages", {"messages": []}, "must be a list of turns"),
         ("messages", {"messages": "text"}, "must be a list of turns"),
         ("messages", {"messages": [{"role": "bot", "content": "a"}]}, "role 'bot'; use one of system"),
@@ -210,8 +216,14 @@ def test_a_link_that_leads_out_of_the_root_is_refused(tmp_path: Path) -> None:
         ("messages", {"messages": [SAID[1], SAID[0], SAID[2]]}, "message 2 is a system message"),
         ("messages", {"messages": [{"role": "tool", "content": "a"}, SAID[2]]}, "no user's message"),
         ("messages", {"messages": [SAID[1], {**SAID[2], "loss": False}]}, "loss is false for every"),
+        ("messages", {"messages": [SAID[1], {**SAID[2], "weight": 0}]}, "loss is false for every"),
+        ("messages", {"messages": [SAID[1], {**SAID[2], "loss": "false"}]}, "has loss='false'; write loss as"),
+        ("messages", {"messages": [SAID[1], {**SAID[2], "loss": True, "weight": 0}]}, "has loss=True, weight=0; write"),
+        ("messages", {"messages": [SAID[1], {"role": "assistant", "content": [{"type": "text", "text": ""}]}]},
+         "the assistant's, is empty"),
         ("messages", {"messages": [SAID[1], {"role": "assistant", "tool_calls": [1]}]}, "tool_calls, which are not"),
         ("sharegpt", {"conversations": [{"from": "chatbot", "value": "a"}]}, "turn 1 is from 'chatbot'"),
+        ("sharegpt", {"conversations": [{"from": ["human"], "value": "a"}]}, r"turn 1 is from \['human'\]; use"),
         ("sharegpt", {"conversations": [{"from": "human"}]}, "the value of turn 1 is missing"),
         ("sharegpt", {"conversations": 3}, "must be a list of turns"),
     ],
@@ -233,4 +245,15 @@ def test_control_tokens_in_texts_are_seen() -> None:
 
 def test_every_form_lists_the_fields_it_reads() -> None:
     for form, record in SAME.items():
-        assert set(record) <= FORMS[form].fields
+        assert not FORMS[form].unread(record)
+    turns = [{**SAID[1], "name": "Ann", "id": None}, {**SAID[2], "weight": 1, "train": False}]
+    assert FORMS["messages"].unread({"messages": turns, "id": 7}) == ["id", "messages[].name", "messages[].train"]
+
+
+def test_answers_are_left_out_of_the_loss_as_openai_writes_it() -> None:
+    turns = [SAID[1], {**SAID[2], "weight": 0}, SAID[3], {**SAID[4], "weight": 1}]
+    assert [turn.get("loss") for turn in read_record({"messages": turns}, "messages", OPTIONS)] == [None, 0, None, 1]
+    talk = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "loss": False}] * 2
+    talk[3] = {"from": "gpt", "value": "b", "loss": None}
+    made = read_record({"conversations": talk}, "sharegpt", OPTIONS)
+    assert [turn.get("loss", True) for turn in made] == [True, False, True, True]

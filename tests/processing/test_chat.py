@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import datetime
 from typing import Any
 
 import pytest
@@ -163,6 +164,12 @@ def test_openai_audio_parts_hold_base64() -> None:
 def test_an_error_names_the_message_and_the_part(messages: Any, told: str) -> None:
     with pytest.raises(PromptError, match=told):
         render(messages)
+
+
+def test_tools_that_json_cannot_hold_are_refused() -> None:
+    system = {"role": "system", "content": "", "tools": [{"since": datetime.date(2026, 1, 1)}]}
+    with pytest.raises(PromptError, match=r"message 1 has tools that JSON cannot hold .*; write them as a string"):
+        render([system, *user("Hi")])
 
 
 @pytest.mark.parametrize(

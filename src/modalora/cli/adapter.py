@@ -72,12 +72,15 @@ def verify(
     Example: modalora adapter verify nano my-lora
     """
     from modalora.assistant import find_model
+    from modalora.modality import load_file
 
+    for file in modality_file or []:
+        load_file(file)
     preserved = _preserved(find_model(model), folder)
     if folder is None:
         print(json.dumps({"preserved": preserved}) if as_json else f"base       {preserved}")
         return
-    assistant = open_model(model, files=modality_file)
+    assistant = open_model(model)
     probe = "The quick brown fox jumps over the lazy dog."
     before = assistant.logits(probe)
     found = asdict(assistant.load_adapter(folder, "verified"))

@@ -17,7 +17,7 @@ from modalora.contracts import IGNORED
 from modalora.data.corpus import Corpus, Passages
 from modalora.data.documents import LongRows, ShortRows
 from modalora.data.forms import control_tokens
-from modalora.data.reader import make_source, source_names
+from modalora.data.reader import check_route, make_source, source_names
 from modalora.data.sources import Bad, Context, Source, bad_row
 from modalora.errors import DataError, InputError
 from modalora.processing.processor import Row
@@ -88,17 +88,18 @@ def check_data(
         if isinstance(source, ShortRows | LongRows):
             one.dropped, one.left_out = source.dropped, source.left_out
         for number in sorted(range(one.rows), key=source.place):
-            _look(one, source, number, labelled)
+            _look(one, source, number, context, config.route, labelled)
         found.append(one)
     return found
 
 
-def _look(found: Found, source: Source, number: int, labelled: bool) -> None:
+def _look(found: Found, source: Source, number: int, context: Context, route: str | None, labelled: bool) -> None:
     sample = f"{found.source}:{number}"
     try:
         measured = source.measure(number)
         row = source.row(number)
         check_row(row, measured, labelled)
+        check_route(row, route, context.processor)
         if isinstance(source, Corpus):
             record = source.shelf.ordered(number, source.rows)
             messages, dropped = source.conversation(record)

@@ -19,7 +19,7 @@ import numpy as np
 from modalora.contracts import Message
 from modalora.data.documents import LongRows, Shelf, ShortRows, open_rows, passages, texts
 from modalora.data.files import Fields, Records, cached, find_files, open_records
-from modalora.data.forms import FORMS, Options, detect, read_record, read_text
+from modalora.data.forms import FORMS, Options, detect, read_record, read_text, renamed
 from modalora.data.order import shuffled
 from modalora.data.sources import Context, Key
 from modalora.data.text import token_stream
@@ -218,12 +218,17 @@ class Corpus:
         if self.truncate is None:
             return messages, 0
         kept = self._fitting(messages)
+        if not any(message.get("loss", message["role"] == "assistant") for message in messages[:kept]):
+            raise DataError(
+                f"cut to fit {self.most} tokens it has no answer left that is trained; shorten it, or drop the record"
+            )
         return messages[:kept], len(messages) - kept
 
     def unread(self, record: int) -> list[str]:
         """Return the fields of a record that its form does not read."""
         volume, fields = self.shelf.read(record)
-        return [name for name in fields if volume.options.rename.get(name, name) not in FORMS[volume.form].fields]
+        own = {name: before for before, name in volume.options.rename.items()}
+        return [own.get(name, name) for name in FORMS[volume.form].unread(renamed(fields, volume.options))]
 
     def _fitting(self, messages: Sequence[Message]) -> int:
         """Return how many messages from the start, up to an answer, fit; media are kept or dropped with theirs."""
@@ -241,11 +246,13 @@ class Corpus:
 def _lengths(context: Context, volumes: Sequence[Volume], how: str, rows: int) -> np.ndarray:
     """Return tokens per record, 0 = not known yet; a file of the cache that all processes write known lengths to."""
     made = context.processor
-    parts: list[Any] = [made.tokenizer.definition, made.image, made.audio, made.window, made.chat, how]
+    parts: list[Any] = [made.tokenizer.definition, made.window, made.chat, how]
+    parts += [(name, medium.settings) for name, medium in sorted(made.media.items())]
     for volume in volumes:
         status = volume.records.path.stat()
         parts += [
             volume.records.path.resolve(),
+            volume.records.identity,
             status.st_size,
             status.st_mtime_ns,
             volume.form,
@@ -320,6 +327,8 @@ def _tokenised(volume: Volume, context: Context) -> tuple[np.ndarray, np.ndarray
     tokenizer = context.processor.tokenizer
     kind = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     how = f"{hashlib.sha256(tokenizer.definition.encode()).hexdigest()[:12]}{_renaming(volume.options)}"
+    if volume.records.identity:
+        how += hashlib.sha256(volume.records.identity.encode()).hexdigest()[:8]
 
     def write(path: Path, target: Path) -> None:
         end = tokenizer.control(END_OF_TEXT)

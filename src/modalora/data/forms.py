@@ -34,17 +34,25 @@ UNREAD = ("video", "videos", "chosen", "rejected")  # fields that change what a 
 
 @dataclass(frozen=True)
 class Form:
-    """One shape of records. fits: whether a record has its keys. read: record to messages. keys: all it reads."""
+    """One shape of records.
+
+    fits: whether a record has its keys. read: record to messages. keys: all it reads. turns: all it reads of a turn.
+    """
 
     fits: Callable[[Fields], bool]
     read: Callable[[Fields, Options], Messages]
     because: str
     keys: tuple[str, ...]
+    turns: tuple[str, ...] = ()
 
-    @property
-    def fields(self) -> frozenset[str]:
-        """Fields of a record that are read, media included."""
-        return frozenset((*self.keys, *MEDIA_FIELDS))
+    def unread(self, fields: Fields) -> list[str]:
+        """Return the fields of a record that are not read, those of its turns as messages[].NAME."""
+        found = [name for name in fields if name not in (*self.keys, *MEDIA_FIELDS)]
+        if not self.turns:
+            return found
+        listed = self.keys[0]
+        names = dict.fromkeys(name for turn in fields[listed] for name, own in turn.items() if own is not None)
+        return found + [f"{listed}[].{name}" for name in names if name not in self.turns]
 
 
 @dataclass(frozen=True)
@@ -166,9 +174,18 @@ def _messages(fields: Fields, options: Options) -> Messages:
             content = [_part(part, f"{what}, part {place}", options) for place, part in enumerate(content, start=1)]
         else:
             content = _string(content, f"the content of {what}")
-        extra = {key: turn[key] for key in ("loss", "tools") if turn.get(key) is not None}
-        made.append({"role": turn["role"], "content": content, **extra})
+        tools = {"tools": turn["tools"]} if turn.get("tools") is not None else {}
+        made.append({"role": turn["role"], "content": content, **tools, **_loss(turn, what)})
     return made
+
+
+def _loss(turn: Fields, what: str) -> dict[str, bool]:
+    """Return whether an answer is trained: "loss", or "weight" as OpenAI's fine-tuning has it."""
+    told = {key: turn[key] for key in ("loss", "weight") if turn.get(key) is not None}
+    if not all(value in (0, 1) for value in told.values()) or len(set(told.values())) > 1:
+        given = ", ".join(f"{key}={value!r:.40}" for key, value in told.items())
+        raise DataError(f"{what} has {given}; write loss as true or false, or weight as 0 or 1")
+    return {"loss": all(told.values())} if told else {}
 
 
 def _part(part: Any, what: str, options: Options) -> dict[str, Any]:
@@ -208,12 +225,11 @@ def _sharegpt(fields: Fields, options: Options) -> Messages:
         made = [*made, {"role": "system", "content": ""}][:1]
         made[0]["tools"] = fields["tools"]
     for number, turn in enumerate(_list(fields["conversations"], "conversations"), start=1):
-        if not isinstance(turn, Mapping) or turn.get("from") not in SPEAKERS:
+        if not isinstance(turn, Mapping) or str(turn.get("from")) not in SPEAKERS:
             speaker = turn.get("from") if isinstance(turn, Mapping) else turn
             raise DataError(f"turn {number} is from {speaker!r:.40}; use one of {', '.join(SPEAKERS)}")
-        made.append(
-            {"role": SPEAKERS[turn["from"]], "content": _string(turn.get("value"), f"the value of turn {number}")}
-        )
+        content = _string(turn.get("value"), f"the value of turn {number}")
+        made.append({"role": SPEAKERS[turn["from"]], "content": content, **_loss(turn, f"turn {number}")})
     return made
 
 
@@ -221,7 +237,10 @@ def _alpaca(fields: Fields, options: Options) -> Messages:
     made: Messages = []
     if fields.get("system"):
         made.append({"role": "system", "content": _string(fields["system"], "system")})
-    for number, pair in enumerate(fields.get("history") or [], start=1):
+    history = fields.get("history") or []
+    if not isinstance(history, list):
+        raise DataError(f"history is {history!r:.60}; write a list of [question, answer]")
+    for number, pair in enumerate(history, start=1):
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             raise DataError(f"history {number} is {pair!r:.60}; write [question, answer]")
         made += _pair(pair[0], pair[1], f"of history {number}")
@@ -261,12 +280,14 @@ FORMS: dict[str, Form] = {
         _messages,
         "'messages' of role and content, as OpenAI's",
         ("messages",),
+        ("role", "content", "tools", "tool_calls", "loss", "weight"),
     ),
     "sharegpt": Form(
         _has_turns,
         _sharegpt,
         "'conversations' of from and value",
         ("conversations", "system", "tools"),
+        ("from", "value", "loss", "weight"),
     ),
     "alpaca": Form(
         lambda fields: "instruction" in fields and "output" in fields,
@@ -297,7 +318,7 @@ def _check_turns(messages: Messages) -> None:
             raise DataError(f"message {number} is a system message, which stands first or not at all; move it there")
         if role == "assistant" and number > 1 and messages[number - 2]["role"] == "assistant":
             raise DataError(f"messages {number - 1} and {number} are both the assistant's; join them")
-        if role == "assistant" and message["content"] in ("", []):
+        if role == "assistant" and _is_empty(message["content"]):
             raise DataError(f"message {number}, the assistant's, is empty; give an answer or drop the record")
     spoken = [message for message in messages if message["role"] == "assistant"]
     if not spoken:
@@ -308,6 +329,12 @@ def _check_turns(messages: Messages) -> None:
         raise DataError("it has no user's message; put the question before the answer")
     if not any(message.get("loss", True) for message in spoken):
         raise DataError("loss is false for every assistant's message, so nothing in it is trained; train at least one")
+
+
+def _is_empty(content: Any) -> bool:
+    return not content or (
+        not isinstance(content, str) and all(part["type"] == "text" and not part["text"] for part in content)
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- media
@@ -376,9 +403,9 @@ def _filled(content: Any, waiting: Mapping[str, list[Any]], used: dict[str, int]
         for piece in pieces:
             if options.tags and _TAG.fullmatch(piece):
                 kind, _, place = piece.strip("<|>").partition("_")
-                if place and int(place) != used[kind] + 1:
+                if place and place != str(used[kind] + 1):
                     raise DataError(
-                        f"the tag {piece} stands where {kind} {used[kind] + 1} belongs; number tags in order"
+                        f"the tag {piece:.40} stands where {kind} {used[kind] + 1} belongs; number tags in order"
                     )
                 made.append({"type": kind, kind: _next(kind, waiting, used, options)})
             elif piece:
@@ -401,7 +428,7 @@ def resolve(value: Any, kind: str, options: Options) -> Any:
         if value.get("bytes") is not None:
             return resolve(value["bytes"], kind, options)
         if value.get("array") is not None and kind == "audio":
-            return np.asarray(value["array"], dtype=np.float32), value.get("sampling_rate")
+            return _numbers(value["array"], kind), value.get("sampling_rate")
         inner = value.get("path") or value.get("url")
         if inner is None:
             raise DataError(f"an {kind} is {{{', '.join(map(repr, value))}}}; give a path, bytes, or a data URL")
@@ -414,7 +441,7 @@ def resolve(value: Any, kind: str, options: Options) -> Any:
         return _bare_base64(value.partition(",")[2], f"the data URL of an {kind}")
     if "://" in value:
         raise DataError(f"the {kind} {value!r:.60} is on the network, and nothing is fetched; download it beforehand")
-    if "\0" in value or not value:
+    if "\0" in value or not value or value.encode(errors="ignore").decode() != value:  # half of a surrogate pair
         raise DataError(f"the path of an {kind} is {value!r:.60}; give the path of a file")
     path = options.root / value
     if not path.resolve().is_relative_to(options.root.resolve()):
@@ -422,6 +449,13 @@ def resolve(value: Any, kind: str, options: Options) -> Any:
             f"the {kind} {value!r:.80} lies outside {str(options.root)!r}; write paths from there, or set media_root"
         )
     return path
+
+
+def _numbers(array: Any, kind: str) -> np.ndarray:
+    try:
+        return np.asarray(array, dtype=np.float32)
+    except (OverflowError, TypeError, ValueError):
+        raise DataError(f"the array of an {kind} is {array!r:.60}; give one number per sample") from None
 
 
 def _bare_base64(data: Any, what: str) -> bytes:

@@ -283,7 +283,10 @@ class Mixture:
     def _look(self, names: Sequence[Name]) -> list[int | Made]:
         if self._pool is None:
             return [self.reader.look(name) for name in names]
-        return [landed(seen) for seen in self._pool.map(look_there, names, chunksize=max(1, len(names) // 16))]
+        try:
+            return [landed(seen) for seen in self._pool.map(look_there, names, chunksize=max(1, len(names) // 16))]
+        except BrokenProcessPool:
+            raise WORKER_ENDED from None
 
     def _getter(self, name: Name) -> Callable[[], Made]:
         if name in self._rows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from rich.text import Text
 
 from modalora.config import SourceConfig
 from modalora.contracts import IGNORED, Message
-from modalora.data.reader import make_source, source_names
+from modalora.data.reader import check_route, make_source, source_names
 from modalora.data.sources import Bad, Context, bad_row
 from modalora.errors import InputError
 from modalora.processing.audio import open_audio
@@ -71,6 +72,7 @@ def preview(context: Context, sources: Sequence[SourceConfig], rows: int, seed: 
             try:
                 source.measure(number)
                 row = source.row(number)
+                check_route(row, config.route, context.processor)
                 media = _payloads(source.messages(number) or ())
             except InputError as error:
                 yield Shown(sample, where, bad=bad_row(error, sample, source, number))
@@ -111,13 +113,18 @@ def as_terminal(shown: Shown) -> Text:
     """Return a row for a terminal: trained text green, control tokens dim, media as boxes."""
     text = Text(shown.heading + "\n", style="bold")
     if shown.bad is not None:
-        text.append(f"{shown.bad.reason}\n", style="red")
-        text.append(f"{shown.bad.mend}\n")
+        text.append(f"{_harmless(shown.bad.reason)}\n", style="red")
+        text.append(f"{_harmless(shown.bad.mend)}\n")
     for span in shown.spans:
-        words = f"[{span.kind}: {span.tokens} tokens]" if span.is_medium else span.text
+        words = f"[{span.kind}: {span.tokens} tokens]" if span.is_medium else _harmless(span.text)
         style = "cyan" if span.is_medium else "dim" if span.kind == "control" else ""
         text.append(words, style="bold green" if span.trained else style or None)
     return text.append("\n")
+
+
+def _harmless(text: str) -> str:
+    """Show the characters that would drive a terminal: escape sequences may move the cursor, or worse."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 _PAGE = """<!doctype html>

@@ -12,7 +12,7 @@ from modalora.config import SourceConfig
 from modalora.data.corpus import Passages, open_corpus, open_documents
 from modalora.data.sources import SOURCES, WINDOWED, Bad, Context, Drawn, Key, Source, bad_row
 from modalora.errors import ConfigError, DataError, InputError
-from modalora.processing.processor import Row
+from modalora.processing.processor import Processor, Row
 
 Name = tuple[int, int]  # place of the source in the mixture, number of the row in the source
 Made = Row | Bad
@@ -21,7 +21,7 @@ MEASURED = 64  # rows of a source that tell how long its rows are
 
 
 def make_source(context: Context, config: SourceConfig, key: Key = (0, 0)) -> Source:
-    """Return the source that a recipe names. Raises ConfigError for an unknown name or option, DataError."""
+    """Return the source that a recipe names. Raises ConfigError (unknown name or option), RouteError, DataError."""
     if config.window:
         if config.window > context.processor.window:
             raise ConfigError(
@@ -29,6 +29,8 @@ def make_source(context: Context, config: SourceConfig, key: Key = (0, 0)) -> So
                 f"{context.processor.window} tokens; lower it, or give the run a rope with a longer window"
             )
         context = replace(context, window=config.window)
+    if config.route is not None:
+        context.processor.router((), config.route)
     try:
         if config.source == "files":
             return _windowed(config, open_corpus(context, key, **config.options))
@@ -57,6 +59,11 @@ def _no_window(config: SourceConfig) -> ConfigError:
     )
 
 
+def check_route(row: Row, asked: str | None, processor: Processor) -> None:
+    """Refuse a row whose media no route of the model takes. Raises RouteError."""
+    processor.router({kind for kind, *_ in row.media}, asked or "auto")
+
+
 def source_names(sources: Sequence[SourceConfig]) -> list[str]:
     """Return what each source is called in the names of samples: its own name, numbered where that is not unique."""
     names = [source.name or source.source for source in sources]
@@ -71,6 +78,7 @@ class Reader:
     names: list[str]
     routes: list[str | None]  # that the rows of each source ask for; None: by their media
     most: int  # tokens of a row, 0: whatever the model reads
+    processor: Processor
 
     def sample(self, name: Name) -> str:
         """Return what a row is called: SOURCE:NUMBER."""
@@ -90,6 +98,7 @@ class Reader:
         source, number = self.sources[name[0]], name[1]
         try:
             row = source.row(number)
+            check_route(row, self.routes[name[0]], self.processor)
         except InputError as error:
             return bad_row(error, self.sample(name), source, number)
         if self.most and len(row.ids) > self.most:
@@ -103,7 +112,7 @@ def open_reader(context: Context, sources: Sequence[SourceConfig], seed: int, mo
     """Open every source. Raises ConfigError, DataError."""
     context = replace(context, most=most)
     opened = [make_source(context, source, (seed, place)) for place, source in enumerate(sources)]
-    return Reader(opened, source_names(sources), [source.route for source in sources], most)
+    return Reader(opened, source_names(sources), [source.route for source in sources], most, context.processor)
 
 
 def mean_tokens(reader: Reader, place: int) -> float:

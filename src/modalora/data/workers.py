@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import pickle
 import signal
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context, parent_process
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 
+from modalora import modality
 from modalora.config import SourceConfig
 from modalora.data.reader import Made, Name, Reader, open_reader
 from modalora.data.sources import Context
-from modalora.errors import TrainingError
+from modalora.errors import ConfigError, TrainingError
 from modalora.processing.processor import Row
 
 WORKER_ENDED = TrainingError(
@@ -27,20 +30,32 @@ _READER: list[Reader] = []  # of a worker process
 def start_workers(
     context: Context, sources: Sequence[SourceConfig], seed: int, tokens: int, count: int
 ) -> ProcessPoolExecutor:
-    """Start so many processes that open the sources of a mixture."""
+    """Start so many processes that open the sources of a mixture.
+
+    Raises ConfigError when a modality's functions cannot be told to another process.
+    """
+    try:
+        told = pickle.dumps((context, tuple(sources), seed, tokens))
+    except (AttributeError, TypeError, pickle.PicklingError) as error:
+        raise ConfigError(
+            f"workers={count}: what reads the rows cannot be sent to other processes ({error}); a modality's features "
+            "and count must be functions at the top of its file, or set workers: 0"
+        ) from None
     return ProcessPoolExecutor(
         count,
         mp_context=get_context("spawn"),  # a fork would inherit torch's threads in an unknown state
         initializer=_begin,
-        initargs=(context, tuple(sources), seed, tokens),
+        initargs=(modality.files(), told),
     )
 
 
-def _begin(context: Context, sources: Sequence[SourceConfig], seed: int, tokens: int) -> None:
+def _begin(files: Sequence[Path], told: bytes) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
     torch.set_num_threads(1)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    _READER.append(open_reader(context, sources, seed, tokens))
+    for file in files:  # before what is told names their functions
+        modality.load_file(file)
+    _READER.append(open_reader(*pickle.loads(told)))  # noqa: S301  (from the main process)
 
 
 def _leave_with_parent() -> None:

@@ -148,7 +148,10 @@ def _from_array(name: str, source: tuple[Any, ...], config: AudioConfig) -> tupl
     if len(source) != 2 or isinstance(source[1], bool) or not isinstance(source[1], number):
         given = ", ".join(type(part).__name__ for part in source)
         raise MediaError(f"{name} is a tuple of ({given}), and it must be (array, rate), such as (samples, 16000)")
-    rate = int(source[1]) if np.isfinite(source[1]) else -1
+    try:
+        rate = int(source[1])
+    except (OverflowError, ValueError):  # infinite, NaN
+        rate = -1
     if rate != source[1]:
         raise MediaError(f"{name} has a sample rate of {source[1]}, and it must be a whole number of Hz, such as 16000")
     try:

@@ -80,7 +80,7 @@ def render(
         pieces.extend(_content(message.get("content"), where, trained, kinds))
         if role == "system" and message.get("tools"):
             tools = message["tools"]
-            text = tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)
+            text = tools if isinstance(tools, str) else _as_json(tools, where)
             pieces += [Piece("control", "<|tool|>"), Piece("text", text), Piece("control", "<|/tool|>")]
         pieces += [Piece("control", END, trained), Piece("text", chat.after_end)]
     if answer:
@@ -179,6 +179,13 @@ def _part(part: Any, where: str, trained: bool, kinds: Collection[str]) -> Piece
         data = payload.get("data") if isinstance(payload, Mapping) else payload
         return Piece("audio", _inline(data, where, bare=True))
     return Piece(kind, payload)
+
+
+def _as_json(tools: Any, where: str) -> str:
+    try:
+        return json.dumps(tools, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PromptError(f"{where} has tools that JSON cannot hold ({error}); write them as a string") from None
 
 
 def _inline(url: Any, where: str, *, bare: bool = False) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from modalora.assistant import BUNDLED, find_model, make_processor
 from modalora.checkpoint.adapters import fingerprint, save_adapter
-from modalora.checkpoint.preserve import preservation
+from modalora.checkpoint.preserve import CERTIFICATE, preservation
 from modalora.checkpoint.store import load_model, read_texts, rounded_by_int8, save_model
 from modalora.config import MediaConfig, RunConfig, load_run, parse
 from modalora.contracts import IGNORED, Batches
@@ -85,7 +86,7 @@ def _carry_out(
     model, tokenizer, chat = open_start(run)
     context = _context(run, model.config, tokenizer, chat)
     _widen(model, run.train)
-    if "audio.encoder" in run.train:
+    if any(fnmatchcase("audio.encoder", own) for own in run.train):
         _set_mel_statistics(model, make_mixture(run, context))
     said = _said(make_mixture(run, context), model.config.decoder.vocab_size) if run.objective == "ctc" else None
     for modality in run.whiten:
@@ -200,8 +201,14 @@ def _write(
         certificate = None
     for part in sorted(parts):
         kind, _, name = part.partition(".")
-        if kind == "adapter" and certificate and not (folder := target.parent / f"{name}-lora").exists():
-            save_adapter(model, name, folder, certificate)
+        if kind == "adapter" and certificate:
+            folder = target.parent / f"{name}-lora"
+            if (folder / CERTIFICATE).exists():  # of a model that was removed to train on
+                shutil.rmtree(folder)
+            if folder.exists():
+                say(f"{folder} is none that training wrote, and stays; the adapter is in {target} alone")
+            else:
+                save_adapter(model, name, folder, certificate)
     save_model(model, tokenizer, target, int8=run.int8, chat=chat, notes=notes, certificate=certificate)
 
 

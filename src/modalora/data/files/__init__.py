@@ -29,6 +29,7 @@ class Records(Protocol):
 
     path: Path
     unit: str  # what `line` counts: "line", "row" or "record"
+    identity: str  # tells apart what one path may hold: splits of a folder
 
     def __len__(self) -> int:
         """Return how many there are."""

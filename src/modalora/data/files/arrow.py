@@ -16,6 +16,7 @@ class Rows:
     """Rows of a table, mapped from an Arrow file."""
 
     unit = "row"
+    identity = ""
 
     def __init__(self, path: Path, table: Path) -> None:
         """path: what messages name. table: the Arrow file that is read."""

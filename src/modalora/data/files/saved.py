@@ -32,6 +32,7 @@ class Saved:
             found = found[split]
         elif split is not None:
             raise DataError(f"{path} holds no splits; leave split={split!r} out")
+        self.identity = f"{split}-{found._fingerprint}"
         raw = {"Image": datasets.Image(decode=False), "Audio": datasets.Audio(decode=False)}
         for name, feature in found.features.items():
             inner = feature.feature if isinstance(feature, datasets.List) else feature

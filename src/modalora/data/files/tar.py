@@ -23,6 +23,7 @@ class Tar:
     """
 
     unit = "record"
+    identity = ""
 
     def __init__(self, path: Path, plain: Path, members: Lines) -> None:
         """path: what messages name. plain: the tar file that is read. members: offset and size of each member."""
@@ -74,6 +75,11 @@ def _with_members(fields: Fields, media: Mapping[str, list[bytes]], named: Mappi
             if isinstance(given := fields.get(key), str | list):
                 names = [given] if isinstance(given, str) else given
                 fields[key] = [named.get(name, name) if isinstance(name, str) else name for name in names]
+                if over := sum(not any(data is used for used in fields[key]) for data in found):
+                    raise DataError(
+                        f"{over} of its {len(found)} {plural} in the tar are not named by {key!r} of its JSON; name "
+                        f"each by its ending or file name, or leave {key!r} out and all are read"
+                    )
                 break
         else:
             if found:

@@ -65,6 +65,7 @@ class Document:
     """A text file, which is one record."""
 
     unit = "record"
+    identity = ""
 
     def __init__(self, path: Path, plain: Path) -> None:
         """path: what messages name. plain: the file that is read."""
@@ -95,6 +96,7 @@ class Lines:
     """JSON records of a text file. Index: offset in bytes, length in bytes, line, for each."""
 
     unit = "line"
+    identity = ""
 
     def __init__(self, path: Path, plain: Path, index: Path) -> None:
         """path: what messages name. plain: the file that is read."""
