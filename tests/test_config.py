@@ -184,6 +184,14 @@ def test_a_stage_of_a_chain_starts_where_the_one_before_ended(tmp_path: Path) ->
     assert [run.optim.lr for run in runs.values()] == [0.25, 0.001]
 
 
+def test_start_and_folder_of_a_chain_are_set_for_the_chain(tmp_path: Path) -> None:
+    runs = load_stages(chain_files(tmp_path), tmp_path, ["init=nano", "output=there", "other.output=elsewhere"])
+    assert [(run.init, run.output) for run in runs.values()] == [
+        ("nano", "there/one"),
+        ("there/one/model", "elsewhere"),
+    ]
+
+
 def test_a_plain_recipe_is_a_chain_of_one(tmp_path: Path) -> None:
     chain_files(tmp_path)
     assert list(load_stages(tmp_path / "one.yaml", tmp_path)) == ["one"]

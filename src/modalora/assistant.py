@@ -349,7 +349,7 @@ def load(
         raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
     if compat not in ("official", None):
         raise ConfigError(f"compat={compat!r} must be 'official' or None")
-    _check_device(device)
+    check_device(device)
     for path in modalities:
         modality.load_file(path)
     folder = find_model(model)
@@ -362,7 +362,8 @@ def load(
     return Assistant(loaded.model, processor, folder, notes=loaded.notes)
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Refuse a device that this machine does not have. Raises ConfigError."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch's builds without a kind of device assert

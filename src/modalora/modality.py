@@ -35,7 +35,11 @@ from modalora.processing.tokenizer import PLACEHOLDERS, TextTokenizer
 
 GROUP = "modalora.modalities"
 SPARE = "<|endofprompt|>"  # a control token of Phi's vocabularies that no chat format writes
-_TAKEN = ("text", "control", "image_url", "input_audio")
+_TAKEN = (
+    "text", "control", "image_url", "input_audio",  # kinds of pieces and parts
+    "vision", "speech", "auto", "none", "adapter", "decoder", "objective",  # routes and parts of a model
+    "yes", "no", "on", "off", "y", "n", "true", "false", "null",  # what YAML reads as something else
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +99,10 @@ class Modality:
 
 def check_name(name: str) -> None:
     """Refuse what cannot name a modality. Raises ConfigError."""
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in _TAKEN or name in dir(nn.ModuleDict):
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", name) or name in _TAKEN or name in dir(nn.ModuleDict):
         raise ConfigError(
-            f"{name!r} cannot name a modality; use small letters, digits and _, such as 'time_series', and no word "
-            f"that is taken ({', '.join(_TAKEN)}, or a method of torch's modules)"
+            f"{name!r:.100} cannot name a modality; use small letters, digits and _, such as 'time_series', and no "
+            f"word that is taken ({', '.join(_TAKEN)}, or a method of torch's modules)"
         )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as arrow
@@ -14,6 +16,7 @@ import pytest
 
 from modalora.checkpoint.resume import locked
 
+Run = Callable[..., tuple[int, str, str]]
 SAVED_WITHIN_SECONDS = 5  # at nano size; this model is smaller, the machine may be busy
 
 
@@ -78,3 +81,88 @@ def test_a_second_process_may_not_train_into_the_same_folder(command: list[str],
     with locked(tmp_path / "run"):
         refused = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert (refused.returncode, "another process trains into" in refused.stderr) == (2, True)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> list[str]:
+    """What trains bundled nano on two rows of text."""
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "One?", "output": "two"}\n' * 2)
+    given = f"mixture.0.options.path={tmp_path / 'rows.jsonl'}"
+    more = ["steps=2", "optim.warmup_steps=0", "threads=1", "rows=2", "tokens=0"]
+    return ["train", "finetune-text", given, f"output={tmp_path / 'out'}", f"cache={tmp_path / 'cache'}", *more]
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("device=cuda:99", "device='cuda:99' cannot be used"),
+        ("device=foo", "device='foo' cannot be used"),
+        ("seed=-1", "seed=-1: Input should be greater"),
+        ("optim.betas=[1.5,2]", "optim.betas.0=1.5: Input should be less than 1"),
+        ("optim.lr=.inf", "optim.lr=inf: Input should be a finite number"),
+        ("optim.fitted={lr: 1, tokens: .inf}", "Input should be a finite number"),
+        ("optim.lr_scale={decoder: -1}", "optim.lr_scale.decoder=-1: Input should be greater"),
+        ("threads=100000", "threads=100000: Input should be less"),
+        ("output=FILE", "FILE: File exists; give a path that can be used"),
+        ("cache=FILE", "FILE/files: Not a directory; give a path that can be used"),
+        ("mixture.0.options.path=[]", "path: [] names no file"),
+        ("mixture.0.options.rename=abc", "source 'files', rename"),
+        ("mixture.0.options.shuffle=perhaps", "source 'files', shuffle"),
+        ("adapters={a.b: {r: 4, lora_alpha: 8}}", "'a.b' cannot name an adapter"),
+        ("adapters={keys: {r: 4, lora_alpha: 8}}", "'keys' cannot name an adapter"),
+        ("adapters={none: {r: 4, lora_alpha: 8}}", "the adapter name 'none' is taken"),
+        ("preserve=[no-such-part]", "preserve: 'no-such-part' matches no part"),
+        ("objective=ctc", "objective=ctc learns from one sound and what is said in it, and the row holds text alone"),
+        ("objective=cells", "objective=cells learns what lies in the cells"),
+        ("window=4096", "window=4096: the model reads at most 1024 tokens"),
+        ("whiten=[audio]", "whiten: 'audio' needs a projector that trains"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_one_line(
+    tmp_path: Path, run: Run, rows: list[str], setting: str, told: str
+) -> None:
+    (tmp_path / "file").touch()
+    setting, told = (text.replace("FILE", str(tmp_path / "file")) for text in (setting, told))
+    code, _, err = run(*rows, setting)
+    assert (code, told in err.splitlines()[-1]) == (2, True), err
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_a_model_whose_start_was_trained_anew_is_not_taken_for_finished(
+    tmp_path: Path, run: Run, rows: list[str]
+) -> None:
+    first, second = tmp_path / "one", tmp_path / "two"
+    stages = [f"output={first}", "train=[adapter.*]"], [f"output={second}", f"init={first}/model", "adapters={}"]
+    for stage in stages:
+        assert run(*rows, *stage)[0] == 0
+    assert "finished before, kept" in run(*rows, *stages[1])[1]
+    shutil.rmtree(first)
+    assert run(*rows, *stages[0])[0] == 0
+    assert "finished before, kept" in run(*rows, *stages[1])[1]  # the same weights
+    shutil.rmtree(first)
+    assert run(*rows, *stages[0], "seed=3")[0] == 0
+    code, _, err = run(*rows, *stages[1])
+    assert (code, f"was trained from {first}/model as it was" in err) == (2, True)
+    shutil.rmtree(first)
+    assert "finished before, kept" in run(*rows, *stages[1])[1]  # the stage before was removed when it was done with
+
+
+def test_the_adapters_folder_is_that_of_the_model_beside_it(tmp_path: Path, run: Run, rows: list[str]) -> None:
+    assert run(*rows)[0] == 0
+    own = tmp_path / "out" / "mine-lora" / "adapter_model.safetensors"
+    before = own.read_bytes()
+    shutil.rmtree(tmp_path / "out" / "model")
+    assert run(*rows, "steps=4")[0] == 0
+    assert own.read_bytes() != before
+    code, _, err = run(*rows, "steps=2")
+    assert (code, "is the finished model of a run with other settings (steps)" in err) == (2, True)
+    shutil.rmtree(tmp_path / "out" / "model")
+    code, _, err = run(*rows, "steps=2")
+    assert (code, "beyond steps=2; raise steps" in err) == (2, True)
+
+    shutil.rmtree(own.parent)
+    own.parent.mkdir()
+    (own.parent / "note.txt").write_text("mine")
+    _, _, err = run(*rows, "steps=4")
+    assert "mine-lora is none that training wrote, and stays" in err
+    assert [path.name for path in own.parent.iterdir()] == ["note.txt"]

@@ -171,7 +171,7 @@ def broken(tmp_path: Path, **changes: Any) -> Path:
         ({"long": [1.0, 2.0]}, "short has 32 factors for 2 pairs"),
         ({"long": [2.0] + [1.0] * 31}, "long must not decrease"),
         ({"long": [0.0] * 32}, "long holds 0.0; a factor divides"),
-        ({"long": [float("inf")] * 32}, "long holds inf"),
+        ({"long": [float("inf")] * 32}, "factors.long.0=inf: Input should be a finite number"),
         ({"long": "8"}, "factors.long='8'"),
         ({"anchor": 32}, "anchor=32 must be one of the pairs 0 .. 31"),
         ({"target": 128}, "window=128 must be 8 tokens or more, and less than target=128"),

@@ -15,7 +15,7 @@ from modalora.cli.main import app
 from modalora.cli.train import RECIPES
 from modalora.config import RunConfig, load_run, load_stages, parse
 from modalora.contracts import IGNORED, Batch, Route
-from modalora.errors import CheckpointError, ConfigError, InputError
+from modalora.errors import CheckpointError, ConfigError, InputError, TrainingError
 from modalora.models.multimodal import ModelConfig, Multimodal, part_of
 from modalora.models.sizes import nano, phi4_multimodal, tiny
 from modalora.nn import blockwise, loss, shown
@@ -24,6 +24,7 @@ from modalora.training.meter import Meter
 from modalora.training.objectives import OBJECTIVES, Cells
 from modalora.training.optimizer import freeze
 from modalora.training.plan import plan_run, plan_step, shaped_batch
+from modalora.training.run import make_mixture, open_context
 
 MIXED = ["text=40,image=100x80", "text=30", "text=20,audio=1.5"]
 
@@ -257,6 +258,19 @@ def test_the_fullest_rows_of_all_phases_are_planned(tmp_path: Path) -> None:
         run_of(**basis, mixture=[{**short, "weight": {0: 1, 0.9: 0}}, {**long, "weight": {0: 0, 0.9: 1}}])
     )
     assert both.tokens > 4 * early.tokens
+    for steps in (5, 80):
+        assert plan_run(run_of(**basis, mixture=[{**short, "epochs": 2}], steps=steps))[0].steps == min(steps, 40)
+    packed = {**basis, "tokens": 100, "rows": 16, "mixture": [{**short, "epochs": 2}], "steps": 800}
+    run = run_of(**packed)
+    mixture = make_mixture(run, open_context(run))
+    taken = sum(1 for _ in iter(mixture.take, []))
+    assert plan_run(run)[0].steps == pytest.approx(taken, rel=0.1)
+    (tmp_path / "short.jsonl").write_text('{"text": ""}\n')
+    bad = {**short, "epochs": 1, "options": {**short["options"], "form": "text"}}
+    assert "they hold no row that can be used" in plan_run(run_of(**basis, mixture=[bad]))[1]
+    with pytest.raises(TrainingError, match="1 of 1 rows are bad, more than quarantine_most=0 of them"):
+        plan_run(run_of(**basis, mixture=[bad], quarantine_most=0))
+    (tmp_path / "short.jsonl").write_text("\n".join([json.dumps({"text": "a few words"})] * 40))
     _, source = plan_run(run_of(**basis, mixture=[{**short, "weight": {0: 1, 0.9: 0}}]))
     assert "from 90% of the run on no source has a weight" in source
 

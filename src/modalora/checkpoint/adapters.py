@@ -26,14 +26,13 @@ from modalora.config import parse
 from modalora.contracts import Batch, Route, terms
 from modalora.errors import CheckpointError, ConfigError
 from modalora.models.multimodal import Multimodal
-from modalora.nn.lora import LoraConfig, RoutedLinear, check_pattern
+from modalora.nn.lora import LoraConfig, RoutedLinear, check_name, check_pattern
 from modalora.nn.rope import Plain
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NATIVE_FOLDERS = ("vision", "speech")  # NAME-lora beside the weights of transformers' Phi-4-Multimodal
 _LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 _BASE = "modalora.base"  # metadata of the weights: the fingerprint of the model they were trained on
-_NAME = re.compile(r"[A-Za-z0-9][\w-]*", re.ASCII)
 # Published adapters differ in the prefix and in whether the adapter's name stands inside the key.
 _KEY = re.compile(
     r"(?:base_model\.model\.)?model\.(layers\.\d+\.[\w.]+?)(?:\.base_layer)?\.(lora_[AB])\.(?:[\w-]+\.)?weight"
@@ -338,10 +337,9 @@ def _needs_matrices_alone(model: Multimodal, names: Sequence[str]) -> None:
 
 
 def _check_name(model: Multimodal, name: str) -> None:
-    if name in model.config.adapters or name in ("auto", "none"):
+    check_name(name)
+    if name in model.config.adapters:
         raise CheckpointError(f"the adapter name {name!r} is taken; choose another")
-    if not _NAME.fullmatch(name) or hasattr(nn.ParameterDict(), name):
-        raise CheckpointError(f"{name!r} cannot name an adapter; use letters, digits, - and _, such as 'my-style'")
 
 
 def _read_config(path: Path, fields: Mapping[str, Any], linears: Mapping[str, RoutedLinear]) -> LoraConfig:

@@ -94,6 +94,16 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def weights_digest(folder: Path) -> str | None:
+    """Return what tells a folder's weights from others, by its manifest; None where it has none."""
+    try:
+        files: Any = read_json(folder / MANIFEST)["files"]
+        listed = sorted((name, told["sha256"]) for name, told in files.items() if name.endswith(".safetensors"))
+    except (AttributeError, CheckpointError, KeyError, TypeError):
+        return None
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest() if listed else None
+
+
 def check_manifest(folder: Path, needed: Sequence[str] = ()) -> None:
     """Compare every file that the manifest lists with it; the needed ones must be listed.
 

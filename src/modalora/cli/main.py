@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 
 import typer
@@ -48,6 +49,13 @@ def _options(
     del version
 
 
+# what is wrong with a path that a user gave, whichever file of it was asked for
+_UNUSABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG,
+    errno.ENOSPC, errno.ELOOP,
+)  # fmt: skip
+
+
 def main() -> None:
     """Run the command line; deliberate errors become one line and their exit code, Ctrl-C becomes 130."""
     try:
@@ -60,6 +68,11 @@ def main() -> None:
         raise SystemExit(130) from None
     except BrokenPipeError:
         raise SystemExit(1) from None
+    except OSError as error:
+        if error.filename is None or error.errno not in _UNUSABLE:
+            raise
+        print(f"modalora: {error.filename}: {error.strerror}; give a path that can be used", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

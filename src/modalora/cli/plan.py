@@ -165,7 +165,10 @@ def _stage(
           f"{cost.rate / 1e12:.3g} TFLOP/s: {cost.assumption}")  # fmt: skip
     price = f", price {cost.price:,.2f}" if hourly else ""
     speed = f"{cost.step_seconds:.3g} s a step, {found.tokens / cost.step_seconds:,.0f} tokens/s"
-    print(f"time       {speed}, {_hours(cost.run_seconds)} for {run.steps:,} steps{price}")
+    steps = f"{found.steps:,} step{'s' if found.steps > 1 else ''}"
+    print(f"time       {speed}, {_hours(cost.run_seconds)} for {steps}{price}")
+    if found.steps < run.steps:
+        print(f"           the data end after about so many, before steps={run.steps}; more epochs give more")
     if cost.fits is False:
         print(f"it does not fit: {machine} has {sized(cost.capacity)}; {_mend(found, run, cost.capacity)}")
 

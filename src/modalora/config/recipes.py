@@ -47,10 +47,16 @@ def load_stages(path: Path, bundled: Path, overrides: Sequence[str] = ()) -> dic
     """Read a recipe or a chain of recipes: the runs by name, in order. bundled: the folder of named recipes.
 
     An override holds for every stage, or for one of a chain where its name comes first: "vision-2-joint.steps=10".
+    init and output are the chain's: where its first stage starts from, and the folder of all stages' folders.
     """
     fields = _read(path)
     if "stages" not in fields:
         return {path.stem: load_run(path, overrides)}
+    own_keys = ("init=", "output=")
+    for override in overrides:
+        if override.startswith(own_keys):
+            _set(fields, *_override(override))
+    overrides = [override for override in overrides if not override.startswith(own_keys)]
     chain = parse(ChainConfig, fields, str(path))
     titles = [stage.title for stage in chain.stages]
     if len(set(titles)) < len(titles):

@@ -41,14 +41,14 @@ class OptimConfig(Settings):
     name: Literal["adamw", "muon"] = "adamw"  # muon: hidden matrices by Muon, the rest by AdamW
     lr: float = Field(1e-3, gt=0)
     fitted: FittedRate | None = None  # gives lr from the tokens of the run
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = Field(50, ge=0)
     final_lr_ratio: float = Field(0.1, ge=0, le=1)
     clip_norm: float = Field(1.0, gt=0)
-    lr_scale: dict[str, float] = Field(default_factory=dict)  # part -> factor on lr
+    lr_scale: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)  # part -> factor on lr
     state_bits: Literal[8, 16, 32] = 32  # of each of AdamW's two moments; 8 and 16 are for name: adamw
 
     @model_validator(mode="after")
@@ -162,7 +162,7 @@ class RunConfig(Settings):
     base_bits: Literal[4, 8, 16] | None = None  # of the frozen decoder's Linears in training; None: as they are
     # layers run again in the backward pass instead of keeping what they computed; offload: their inputs lie on the CPU
     recompute: bool | Literal["offload"] = False
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     log_every: int = Field(10, ge=1)
     save_every: int = Field(200, ge=1)
     keep: int = Field(2, ge=1)  # resume checkpoints kept
@@ -177,7 +177,7 @@ class RunConfig(Settings):
     mesh: MeshConfig = Field(default_factory=MeshConfig)
     offload: bool = False  # keep parameters and moments of many processes on the CPU
     patience_seconds: int = Field(600, ge=1)  # how long a process waits for another
-    threads: int = Field(0, ge=0)  # 0: torch's default
+    threads: int = Field(0, ge=0, le=1024)  # 0: torch's default
     data: str = "../shared/data"  # the folder of docs/nano.md
     cache: str = "runs/cache"
     optim: OptimConfig = Field(default_factory=OptimConfig)

@@ -11,12 +11,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from modalora.errors import ConfigError
 
 T = TypeVar("T")
+_TOLD = 8  # faults in one message
 
 
 class Settings(BaseModel):
-    """Base of every group of settings: frozen, no unknown keys."""
+    """Base of every group of settings: frozen, no unknown keys, finite numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class _Strict(Settings, Generic[T]):
@@ -70,7 +71,8 @@ def _explain(error: ValidationError, kind: Any) -> list[str]:
     # Of a union, the member that was meant is the one that knows the most of the keys.
     members = [own for taken, own in lines.items() if taken]
     members.sort(key=lambda own: (sum(line.startswith("unknown") for line in own), len(own)))
-    return lines.get((), []) + (members[0] if members else [])
+    told = lines.get((), []) + (members[0] if members else [])
+    return told if len(told) <= _TOLD else [*told[:_TOLD], f"and {len(told) - _TOLD} more"]
 
 
 def _groups(kind: Any) -> list[type]:

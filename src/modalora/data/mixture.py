@@ -134,6 +134,19 @@ class Mixture:
         self._taken = planned.position
         return batches
 
+    def lasts(self) -> int | None:
+        """Return about how many steps the data last for, by the first rows of each source; None: without end."""
+        rows = [
+            (source.epochs or 0) * (own.rows or 0)
+            for source, own in zip(self.configs, self.reader.sources, strict=True)
+        ]
+        if not all(rows):
+            return None
+        if not self.tokens:
+            return -(-sum(rows) // (self.rows * self.accumulate))
+        tokens = sum(count * mean_tokens(self.reader, place) for place, count in enumerate(rows))
+        return max(1, round(tokens / (self.tokens * self.accumulate)))
+
     def state(self) -> dict[str, Any]:
         """Return what `restore` needs to go on behind the last step taken, as JSON holds it."""
         return {

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, get_type_hints
 
 import numpy as np
 
 from modalora import modality
-from modalora.config import SourceConfig
+from modalora.config import SourceConfig, parse
 from modalora.data.corpus import Passages, open_corpus, open_documents
 from modalora.data.sources import SOURCES, WINDOWED, Bad, Context, Drawn, Key, Source, bad_row
 from modalora.errors import ConfigError, DataError, InputError
@@ -33,18 +34,30 @@ def make_source(context: Context, config: SourceConfig, key: Key = (0, 0)) -> So
         context.processor.router((), config.route)
     try:
         if config.source == "files":
-            return _windowed(config, open_corpus(context, key, **config.options))
+            return _windowed(config, open_corpus(context, key, **_options(config, open_corpus)))
         if config.source == "documents":
-            return open_documents(context, key, **config.options)
+            return open_documents(context, key, **_options(config, open_documents))
         maker = SOURCES.get(config.source) or modality.source(config.source)
         if maker is None:
             known = ", ".join(sorted(("documents", "files", *SOURCES)))
             raise ConfigError(f"unknown source {config.source!r}; known are {known}, and MODALITY.SOURCE")
         if config.window and config.source not in WINDOWED:
             raise _no_window(config)
-        return Drawn(maker(context, **config.options), key)
+        return Drawn(maker(context, **_options(config, maker)), key)
     except TypeError as error:
         raise ConfigError(f"source {config.source!r} does not take these options: {error}") from None
+
+
+def _options(config: SourceConfig, maker: Callable[..., Any]) -> dict[str, Any]:
+    """Return the options of a source as the types that its maker declares. Raises ConfigError naming key and value."""
+    try:
+        kinds = get_type_hints(maker)
+    except NameError:  # someone else's, whose types are known to a type checker alone
+        return config.options
+    return {
+        key: parse(kinds[key], value, f"source {config.source!r}, {key}") if key in kinds else value
+        for key, value in config.options.items()
+    }
 
 
 def _windowed(config: SourceConfig, source: Source) -> Source:

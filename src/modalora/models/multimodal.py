@@ -22,7 +22,7 @@ from modalora.models.speech import SpeechConfig
 from modalora.models.vision import VisionConfig
 from modalora.nn.cache import KVCache
 from modalora.nn.dense import Product
-from modalora.nn.lora import LoraConfig
+from modalora.nn.lora import LoraConfig, check_name
 from modalora.nn.loss import EVEN
 from modalora.nn.mlp import Projector
 from modalora.nn.packed import can_pack
@@ -130,7 +130,8 @@ class Multimodal(nn.Module):
             module.to(self.decoder.embed_tokens.weight)
 
     def add_adapter(self, name: str, lora: LoraConfig) -> None:
-        """Add a LoRA adapter that starts as no change. Raises ConfigError when there is one of that name."""
+        """Add a LoRA adapter that starts as no change. Raises ConfigError when it cannot have that name, or one has."""
+        check_name(name)
         if name in self.config.adapters:
             raise ConfigError(f"this model has the adapter {name!r} already; train it, or choose another name")
         self.decoder.add_adapter(name, lora)

@@ -68,6 +68,17 @@ class LoraConfig:
         return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=self.lora_dropout, use_rslora=self.use_rslora)
 
 
+def check_name(name: str) -> None:
+    """Refuse what cannot name an adapter. Raises ConfigError."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w-]{0,99}", name, re.ASCII) or hasattr(nn.ParameterDict(), name):
+        raise ConfigError(
+            f"{name!r:.120} cannot name an adapter; use letters, digits, - and _, such as 'my-style', and no name that "
+            "torch's ParameterDict has for itself, such as 'keys'"
+        )
+    if name in ("auto", "none"):
+        raise ConfigError(f"the adapter name {name!r} is taken; choose another")
+
+
 _REPEAT = r"(?:[*+]|\{\d*,\d*\}|\{\d+\})"  # of what stands before it
 _REPEATS = 5  # of a pattern: names have some 40 letters, and each repeat multiplies the tries by nearly as much
 

@@ -43,7 +43,7 @@ def parts_reached(batch: Batch, rows: Iterable[int]) -> set[str]:
 
 
 def check_settings(run: RunConfig) -> None:
-    """Refuse settings under which nothing is learnt, or what is to be preserved is trained. Raises ConfigError."""
+    """Refuse settings under which nothing is learnt. Raises ConfigError."""
     optim = run.optim
     if optim.warmup_steps >= run.steps > AUDITED:
         raise ConfigError(
@@ -52,6 +52,14 @@ def check_settings(run: RunConfig) -> None:
         )
     if zero := [pattern for pattern, factor in optim.lr_scale.items() if factor == 0]:
         raise ConfigError(f"optim.lr_scale: {zero[0]!r} learns at a rate of 0; leave the part out of train: instead")
+
+
+def check_preserved(model: nn.Module, run: RunConfig) -> None:
+    """Refuse what is to be preserved and is no part of the model. Raises ConfigError."""
+    parts = _parts(name for name, _ in model.named_parameters())
+    for pattern in run.preserve:
+        if not any(fnmatchcase(part, pattern) for part in parts):
+            raise ConfigError(f"preserve: {pattern!r} matches no part of this model; its parts are {', '.join(parts)}")
 
 
 def check_trained(declared: Mapping[str, nn.Parameter], trained: Mapping[str, nn.Parameter], run: RunConfig) -> None:

@@ -54,7 +54,7 @@ def estimate(plan: Plan, run: RunConfig, machine: str, count: int, share: float,
         peak, capacity, _ = machine_of(machine)
         process = 0
         assumption = f"{share:.0%} of {count} x {peak / 1e12:.0f} TFLOP/s, an assumption"
-    total = seconds * run.steps
+    total = seconds * plan.steps
     return Estimate(
         memory=memory,
         process=process,

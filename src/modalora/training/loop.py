@@ -29,7 +29,7 @@ from modalora.models.multimodal import Multimodal
 from modalora.nn.products import wide_products
 from modalora.nn.rope import is_long
 from modalora.parallel.engine import Engine, Single
-from modalora.training.audit import Audit, check_settings, check_trained, parts_reached, trained_part
+from modalora.training.audit import Audit, check_preserved, check_settings, check_trained, parts_reached, trained_part
 from modalora.training.dropout import add_dropout
 from modalora.training.flops import StepFlops
 from modalora.training.journal import Journal
@@ -125,6 +125,7 @@ class _Loop:
         if said is not None and isinstance(self.objective, Ctc):
             self.objective.start_from(said)
         declared = freeze(model, run.train)
+        check_preserved(model, run)
         for handle in add_dropout(model, run.dropout):
             stack.callback(handle.remove)
         self.preserved = preservation(model, declared)

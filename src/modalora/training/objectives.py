@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from modalora.contracts import IGNORED, Batch
+from modalora.contracts import BLANK, IGNORED, Batch
+from modalora.errors import ConfigError, DataError
 from modalora.models.multimodal import Multimodal
 
 
@@ -53,7 +54,8 @@ class Ctc(nn.Module):
     def __init__(self, model: Multimodal) -> None:
         super().__init__()
         config = model.config
-        assert config.speech is not None
+        if config.speech is None:
+            raise ConfigError("objective=ctc trains a sound encoder, and this model has none; leave objective out")
         self.blank = config.decoder.vocab_size
         self.head = nn.Linear(config.speech.hidden_size, self.blank + 1)
 
@@ -68,7 +70,14 @@ class Ctc(nn.Module):
         self.head.bias.copy_(torch.cat((shares, torch.ones(1))).log())
 
     def count(self, batch: Batch) -> int:
-        """Return how many losses a batch has."""
+        """Return how many losses a batch has. Raises DataError for a row that does not hold one sound."""
+        for row, sample in enumerate(batch.samples):
+            held = [item.modality for item in batch.media if item.row == row]
+            if held != ["audio"] and sample != BLANK:
+                raise DataError(
+                    f"row {sample}: objective=ctc learns from one sound and what is said in it, and the row holds "
+                    f"{', '.join(held) or 'text alone'}; give it other rows, or leave objective out"
+                )
         return len(batch.media)
 
     def forward(self, model: Multimodal, batch: Batch) -> Losses:
@@ -99,13 +108,21 @@ class Cells(nn.Module):
 
     def __init__(self, model: Multimodal) -> None:
         super().__init__()
-        assert model.config.vision is not None
+        if model.config.vision is None:
+            raise ConfigError("objective=cells trains a picture encoder, and this model has none; leave objective out")
         width = model.config.vision.hidden_size
         self.cells = nn.Linear(width, self.ATTRIBUTES * self.CLASSES)
         self.counts = nn.Linear(width, self.COUNTS * self.MOST)
 
     def count(self, batch: Batch) -> int:
-        """Return how many losses a batch has."""
+        """Return how many losses a batch has. Raises DataError for a row without cells."""
+        told = {item.row for item in batch.media if "cells" in item.features}
+        for row, sample in enumerate(batch.samples):
+            if sample != BLANK and (row not in told or any("cells" not in item.features for item in batch.media)):
+                raise DataError(
+                    f"row {sample}: objective=cells learns what lies in the cells of a picture, which rows of the "
+                    "source 'cells' tell alone; give it that source, or leave objective out"
+                )
         return 2 * sum(int((item.features["cells"][:, 0] != IGNORED).sum()) for item in batch.media)
 
     def forward(self, model: Multimodal, batch: Batch) -> Losses:

@@ -31,7 +31,7 @@ from modalora.checkpoint.store import describe, read_card
 from modalora.config import MediaConfig, MeshConfig, RunConfig
 from modalora.contracts import IGNORED, Batch, Media, Route
 from modalora.data.sources import Context
-from modalora.errors import CheckpointError, ConfigError, InputError
+from modalora.errors import CheckpointError, ConfigError, DataError, InputError
 from modalora.models.multimodal import ModelConfig, Multimodal, part_of
 from modalora.models.recompute import recompute
 from modalora.models.router import route
@@ -81,6 +81,7 @@ class Plan:
     peak: int
     flops: int
     moved: int  # bytes that operations read and write
+    steps: int  # of the run: about as many as the data last for, where these end before
 
     @property
     def trained(self) -> int:
@@ -150,6 +151,7 @@ def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype
         peak=meter.peak,
         flops=round(meter.flops * times) * run.mesh.sequence,
         moved=round(meter.moved * times) * run.mesh.sequence,
+        steps=run.steps,
     )
 
 
@@ -283,6 +285,7 @@ def plan_run(run: RunConfig, shapes: Sequence[str] = (), size: str | None = None
             raise CheckpointError(f"{start} stands in for {run.init}")
         context = open_context(run.model_copy(update={"init": start}))
         micro, source = _fullest(run, context), "the fullest of a few steps of its data"
+        steps = min(run.steps, make_mixture(run, context).lasts() or run.steps)
     except InputError as error:
         shape = f"text={min(run.tokens or run.window, config.decoder.rope.window)}"
         if run.objective != "next_token":  # texts cannot stand in
@@ -290,7 +293,8 @@ def plan_run(run: RunConfig, shapes: Sequence[str] = (), size: str | None = None
                 f"objective={run.objective} is planned from its own data, and they were not opened: {error}"
             ) from None
         micro, source = _filled(config, run, [shape]), f"rows of {shape}, as its data were not opened: {error}"
-    return plan_step(config, run, micro, dtype), source
+        steps = run.steps
+    return replace(plan_step(config, run, micro, dtype), steps=steps), source
 
 
 def _fullest(run: RunConfig, context: Context) -> list[Batch]:
@@ -302,7 +306,9 @@ def _fullest(run: RunConfig, context: Context) -> list[Batch]:
         # without any source, the whole mixture is what says so
         mixture = make_mixture(run.model_copy(update={"mixture": phase or run.mixture}), context)
         steps += [micro for _ in range(LOOKED_AT) if (micro := mixture.take())]
-    return max(steps, key=lambda micro: max(_numbers(batch) for batch in micro), default=[])
+    if not steps:
+        raise DataError("they hold no row that can be used; `modalora data check` tells why")
+    return max(steps, key=lambda micro: max(_numbers(batch) for batch in micro))
 
 
 def _numbers(batch: Batch) -> int:

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modalora.assistant import BUNDLED, find_model, make_processor
+from modalora.assistant import BUNDLED, check_device, find_model, make_processor
 from modalora.checkpoint.adapters import fingerprint, save_adapter
+from modalora.checkpoint.files import weights_digest
 from modalora.checkpoint.preserve import CERTIFICATE, preservation
-from modalora.checkpoint.store import load_model, read_texts, rounded_by_int8, save_model
+from modalora.checkpoint.store import load_model, read_card, read_texts, rounded_by_int8, save_model
 from modalora.config import MediaConfig, RunConfig, load_run, parse
 from modalora.contracts import IGNORED, Batches
 from modalora.data.mixture import Mixture
@@ -56,6 +57,7 @@ def run_recipe(
     beside it as a PEFT folder, run.output/NAME-lora. A finished run is returned as it is. Raises ConfigError when it
     was one of other settings.
     """
+    check_device(run.device)
     target = Path(run.output) / "model"
     if target.exists():
         _check_finished(run, target)
@@ -83,6 +85,7 @@ def _carry_out(
         say(
             f"init={run.init} names a size, so the decoder is random, and frozen; a folder has trained weights{trained}"
         )
+    start = _start(run)
     model, tokenizer, chat = open_start(run)
     context = _context(run, model.config, tokenizer, chat)
     _widen(model, run.train)
@@ -104,7 +107,7 @@ def _carry_out(
         metrics = train(run, model, batches, report, engine=engine, say=say, said=said)
     finally:
         batches.close()
-    notes = {"trained": run.model_dump(mode="json"), "last": metrics}
+    notes = {"trained": run.model_dump(mode="json"), "start": start, "last": metrics}
     if run.base_bits is not None:  # what was trained belongs to the plain weights
         restore(model.cpu(), open_start(run)[0])
     if whole := engine.whole():
@@ -138,10 +141,16 @@ def grown(config: ModelConfig, run: RunConfig) -> ModelConfig:
 
 def _context(run: RunConfig, config: ModelConfig, tokenizer: TextTokenizer, chat: ChatFormat) -> Context:
     processor = make_processor(config, tokenizer, chat)
+    if run.window > processor.window and "window" in run.model_fields_set:
+        raise ConfigError(
+            f"window={run.window}: the model reads at most {processor.window} tokens; lower it, or give the run a rope "
+            "with a longer window"
+        )
     _limit_media(processor, run.media)
     return Context(
-        folder=Path(run.data), cache=Path(run.cache), processor=processor, window=run.window, most=run.tokens
-    )
+        folder=Path(run.data), cache=Path(run.cache), processor=processor, window=min(run.window, processor.window),
+        most=run.tokens,
+    )  # fmt: skip
 
 
 def _grow(model: Multimodal, run: RunConfig) -> None:
@@ -168,7 +177,8 @@ def make_mixture(
     rank, world = share
     return Mixture(
         context, run.mixture, rows=run.rows, tokens=run.tokens, accumulate=run.accumulate, seed=run.seed,
-        steps=run.steps, weigh=run.weigh, rank=rank, world=world, workers=workers, quarantine=quarantine,
+        steps=run.steps, weigh=run.weigh, rank=rank, world=world, workers=workers,
+        quarantine=quarantine or Quarantine(None, run.quarantine_most),
     )  # fmt: skip
 
 
@@ -181,6 +191,21 @@ def _check_finished(run: RunConfig, target: Path) -> None:
             f"{target} is the finished model of a run with other settings ({', '.join(changed)}); give another output, "
             f"or remove {target} to train on"
         )
+
+    start, told = _start(run), read_card(target).notes.get("start")
+    if None not in (start, told) and start != told:
+        raise ConfigError(
+            f"{target} was trained from {run.init} as it was, and that has other weights now; remove {target.parent} "
+            "to train it anew, or give another output"
+        )
+
+
+def _start(run: RunConfig) -> str | None:
+    """Return what tells the weights that a run starts from; None where nothing does."""
+    try:
+        return None if run.init in SIZES else weights_digest(find_model(run.init))
+    except CheckpointError:  # the stage before may have been removed when it was done with
+        return None
 
 
 def _write(
@@ -238,7 +263,7 @@ def _fresh_tokenizer(run: RunConfig, vocab_size: int) -> TextTokenizer:
 
 def _take_parts(model: Multimodal, tokenizer: TextTokenizer, take: dict[str, str]) -> None:
     """Copy the parts that match a pattern from other model folders."""
-    tensors = model.state_dict()
+    tensors, decoder_too = model.state_dict(), any(fnmatchcase("decoder", own) for own in take)
     for pattern, folder in take.items():
         loaded = load_model(find_model(folder))
         other, given = loaded.model, loaded.model.state_dict()
@@ -250,7 +275,7 @@ def _take_parts(model: Multimodal, tokenizer: TextTokenizer, take: dict[str, str
                 f"take: the decoder of {folder} was trained on other tokens than those of `init`; "
                 f"give init={folder}, or another with its tokenizer"
             )
-        if any(part_of(name).startswith("adapter.") for name in chosen) and "decoder" not in take:
+        if any(part_of(name).startswith("adapter.") for name in chosen) and not decoder_too:
             _check_base(model, other, pattern, folder)
         for name in chosen:
             if name not in tensors or tensors[name].shape != given[name].shape:
@@ -355,11 +380,20 @@ def _whiten_projectors(
     media = [
         item for _ in range(steps) for batch in batches.take() for item in batch.media if item.modality == modality
     ]
+    chosen = [
+        projector
+        for branch, projector in model.projectors.get_submodule(modality).named_children()
+        if any(fnmatchcase(f"{modality}.projector.{branch}", pattern) for pattern in patterns)
+    ]
+    if not chosen or not media:
+        raise ConfigError(
+            f"whiten: {modality!r} needs a projector that trains, and rows with {modality}; "
+            + ("train: names none of its projectors" if not chosen else f"the first {steps} steps have none")
+            + ", so add it there, or leave it out of whiten:"
+        )
     features = torch.cat(model.encoders[modality]([dict(item.features) for item in media]))
     mean, deviation = features.mean(0), features.std(0).clamp(min=1e-3)
-    for branch, projector in model.projectors.get_submodule(modality).named_children():
-        if not any(fnmatchcase(f"{modality}.projector.{branch}", pattern) for pattern in patterns):
-            continue
+    for projector in chosen:
         assert isinstance(projector, Projector)
         projector.up.weight.div_(deviation)
         projector.up.bias.copy_(-projector.up.weight @ mean)

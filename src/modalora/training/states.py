@@ -184,6 +184,11 @@ class States:
         if set(fields["progress"]) != set(Progress.__dataclass_fields__):
             raise CheckpointError(f"{folder / STATE}: its progress is no whole one of this version")
         progress = parse(Progress, fields["progress"], str(folder / STATE))
+        if progress.step > self.run.steps:
+            raise ConfigError(
+                f"{folder} is of step {progress.step}, beyond steps={self.run.steps}; raise steps, or give another "
+                f"output, or remove {folder} to go on from an earlier state"
+            )
         rate = self.optimizer.rate(progress.step)
         if fields["settings"]["steps"] == self.run.steps and fields["rate"] != rate:
             raise CheckpointError(

@@ -53,10 +53,13 @@ def find_files(path: str | Sequence[str]) -> list[Path]:
     """Return the files and folders that paths and patterns (*, ?, **) name, sorted. Raises DataError for none."""
     found: list[Path] = []
     for one in [path] if isinstance(path, str) else path:
-        matches = sorted(glob(one, recursive=True))  # noqa: PTH207  (Path.glob takes no absolute pattern)
+        literal = [one] if Path(one).exists() else []  # a name may hold what a pattern is made of: b[1].jsonl
+        matches = literal or sorted(glob(one, recursive=True))  # noqa: PTH207  (Path.glob takes no absolute pattern)
         if not matches:
             raise DataError(f"path: {one!r} matches no file (seen from {str(Path.cwd())!r}); give files or patterns")
         found += [Path(match) for match in matches]
+    if not found:
+        raise DataError(f"path: {path!r} names no file; give files or patterns")
     return found
 
 
