@@ -19,6 +19,7 @@ from modalora.data.sources import SOURCES
 from modalora.errors import CheckpointError
 from modalora.models.multimodal import Multimodal, part_of
 from modalora.models.sizes import SIZES, nano, tiny
+from modalora.processing.audio import log_mel
 from modalora.processing.tokenizer import TextTokenizer
 from modalora.training.run import open_start, run_recipe
 
@@ -192,3 +193,36 @@ def test_a_decoder_is_not_taken_from_a_model_of_other_tokens(tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match="the decoder of .*two was trained on other tokens than those of `init`"):
         open_start(run.model_copy(update={"take": {"decoder": str(tmp_path / "two")}}))
     open_start(run.model_copy(update={"take": {"image.*": str(tmp_path / "two")}}))
+
+
+def test_adapters_come_along_with_the_decoder_they_were_trained_on(tmp_path: Path) -> None:
+    words = TextTokenizer.train(["the quick brown fox jumps over the lazy dog. " * 8], 320)
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        save_model(Multimodal(tiny()), words, tmp_path / name)
+    run = RUNS["finetune-text/finetune-text"].model_copy(update={"init": str(tmp_path / "one"), "adapters": {}})
+    with pytest.raises(CheckpointError, match="'adapter.vision' of .*two was trained on another base model"):
+        open_start(run.model_copy(update={"take": {"adapter.vision": str(tmp_path / "two")}}))
+    model, *_ = open_start(run.model_copy(update={"take": {"*": str(tmp_path / "two")}}))
+    given = load_model(tmp_path / "two").model.state_dict()
+    assert all(torch.equal(tensor, given[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("parts", ["audio.encoder", "audio.*"])
+def test_a_fresh_sound_encoder_that_trains_is_given_the_mean_of_its_sounds(
+    conversations: Path, tmp_path: Path, parts: str
+) -> None:
+    torch.manual_seed(0)
+    save_model(Multimodal(tiny()), TextTokenizer.train([conversations.read_text()], 320), tmp_path / "start")
+    small = [
+        f"init={tmp_path / 'start'}", f"train=[{parts}, audio.projector.*]", "steps=1", "optim.warmup_steps=0",
+        f"output={tmp_path / 'out'}", f"cache={tmp_path / 'cache'}", "adapters={}", "precision=fp32",
+        f"mixture=[{{source: files, options: {{path: {conversations}}}}}]", "threads=1",
+    ]  # fmt: skip
+    encoder = load_model(run_recipe(load_run(RECIPES / "finetune-media.yaml", small))).model.encoders["audio"]
+    waves = [soundfile.read(path)[0] for path in conversations.parent.glob("*.wav")]
+    mels = encoder.global_mean.numel()
+    means = torch.stack([log_mel(wave.astype(np.float32), 16_000, mels=mels).mean(0) for wave in waves])
+    least, most = means.amin(0) - 1e-4, means.amax(0) + 1e-4  # clips are of one length, and drawn unequally often
+    assert bool(((encoder.global_mean >= least) & (encoder.global_mean <= most)).all())
+    assert 0.5 < encoder.global_invstd.min() < encoder.global_invstd.max() <= 1
