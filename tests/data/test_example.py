@@ -12,7 +12,8 @@ from modalora.config import load_run
 from modalora.data.check import check_data
 from modalora.errors import DataError
 from modalora.models.multimodal import part_of
-from modalora.training.run import open_context, run_recipe
+from modalora.training.run import run_recipe
+from modalora.training.start import open_context
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,7 +14,7 @@ from modalora.data.genomes import Gene, GeneRows, Genome, RepeatRows, WindowRows
 from modalora.errors import ConfigError, DataError
 from modalora.science import codons
 from modalora.science.codons import END
-from modalora.training.run import make_mixture, open_context
+from modalora.training.start import make_mixture, open_context
 
 pytest.importorskip("Bio", reason="genomes are read with Biopython: pip install 'modalora[science]'")
 

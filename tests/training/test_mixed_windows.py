@@ -21,7 +21,8 @@ from modalora.contracts import Batch, Route
 from modalora.errors import ConfigError, ShapeError
 from modalora.models.multimodal import Multimodal
 from modalora.nn.rope import LongRope, Plain
-from modalora.training.run import open_context, run_recipe
+from modalora.training.run import run_recipe
+from modalora.training.start import open_context
 
 ORIGINAL, WINDOW = 32, 128
 FACTORS = (1.0, 1.5, 2.0, 3.0, 4.0, 8.0)

@@ -13,9 +13,11 @@ from modalora.cli.train import RECIPES
 from modalora.config import load_run
 from modalora.contracts import IGNORED, Batch, Media, Route
 from modalora.models.sizes import tiny
+from modalora.training.fresh import count_said
 from modalora.training.loop import train
 from modalora.training.objectives import Ctc
-from modalora.training.run import _said, make_mixture, open_context, run_recipe
+from modalora.training.run import run_recipe
+from modalora.training.start import make_mixture, open_context
 
 VOCABULARY, END = tiny().decoder.vocab_size, 3
 
@@ -91,7 +93,7 @@ def test_what_answers_say_is_counted_without_end_tags(data_folder: Path) -> None
     single = ["mixture.0.options.most=1", "mixture.1.options.most=1"]
     run = load_run(RECIPES / "fold-1-ears.yaml", [f"data={data_folder}", "rows=8", *single])
     context = open_context(run)
-    counts = _said(make_mixture(run, context), 4096, steps=3)
+    counts = count_said(make_mixture(run, context), 4096, steps=3)
     assert counts.sum() == 3 * 8
     words = {context.processor.tokenizer.decode([token]) for token in counts.nonzero().flatten().tolist()}
     assert words <= {"zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"}

@@ -24,7 +24,7 @@ from modalora.training.meter import Meter
 from modalora.training.objectives import OBJECTIVES, Cells
 from modalora.training.optimizer import freeze
 from modalora.training.plan import plan_run, plan_step, shaped_batch
-from modalora.training.run import make_mixture, open_context
+from modalora.training.start import make_mixture, open_context
 
 MIXED = ["text=40,image=100x80", "text=30", "text=20,audio=1.5"]
 

@@ -21,7 +21,8 @@ from modalora.models.multimodal import Multimodal, part_of
 from modalora.models.sizes import SIZES, nano, tiny
 from modalora.processing.audio import log_mel
 from modalora.processing.tokenizer import TextTokenizer
-from modalora.training.run import open_start, run_recipe
+from modalora.training.run import run_recipe
+from modalora.training.start import open_start
 
 PATHS = sorted(RECIPES.glob("*.yaml"))
 EXTENSIONS = [path for path in PATHS if is_extension(path)]

@@ -90,7 +90,7 @@ def _open(recipe: str, overrides: list[str] | None) -> tuple[RunConfig, Context]
 
     try:
         from modalora.data.files import is_data
-        from modalora.training.run import open_context
+        from modalora.training.start import open_context
     except ModuleNotFoundError as missing:
         raise InputError(f"training data need {missing.name}; pip install 'modalora[train]'") from None
     settings = overrides or []

@@ -37,7 +37,8 @@ from modalora.parallel import ranks
 from modalora.processing.tokenizer import TextTokenizer
 from modalora.training.audit import check_settings
 from modalora.training.loop import Metrics
-from modalora.training.run import make_mixture, open_context, open_start, run_recipe
+from modalora.training.run import run_recipe
+from modalora.training.start import make_mixture, open_context, open_start
 from modalora.training.states import FREE
 
 Say = Callable[[str], None]

@@ -45,7 +45,7 @@ from modalora.training.dropout import add_dropout
 from modalora.training.meter import Meter, size_of
 from modalora.training.objectives import OBJECTIVES
 from modalora.training.optimizer import Optimizer, freeze
-from modalora.training.run import grown, limited, make_mixture, open_context
+from modalora.training.start import grown, limited, make_mixture, open_context
 
 LOOKED_AT = 4  # steps of each phase of a mixture
 
@@ -231,7 +231,7 @@ def _blank_payload(kind: str, size: str) -> Any:
 
 
 def _dtype(name: str, run: RunConfig, stored: torch.dtype) -> torch.dtype:
-    """Return what a tensor is kept in: what trains, in float32 (training/run.py)."""
+    """Return what a tensor is kept in: what trains, in float32 (training/start.py:widen)."""
     return torch.float32 if any(fnmatchcase(part_of(name), pattern) for pattern in run.train) else stored
 
 

@@ -1,0 +1,203 @@
+"""What a run starts from: weights, tokenizer, and its data as its model reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modalora.assistant import find_model, make_processor
+from modalora.checkpoint.adapters import fingerprint
+from modalora.checkpoint.store import load_model, read_texts
+from modalora.config import MediaConfig, RunConfig, parse
+from modalora.data.mixture import Mixture
+from modalora.data.quarantine import Quarantine
+from modalora.data.sources import Context
+from modalora.data.text import learnt_tokenizer
+from modalora.errors import CheckpointError, ConfigError, DataError
+from modalora.modality import add as add_modality
+from modalora.modality import load_file
+from modalora.models.multimodal import ModelConfig, Multimodal, part_of
+from modalora.models.sizes import SIZES
+from modalora.nn.lora import LoraConfig
+from modalora.nn.rope import read_rope
+from modalora.processing.chat import FORMATS, ChatFormat
+from modalora.processing.processor import Processor
+from modalora.processing.tokenizer import TextTokenizer
+from modalora.science import codons
+
+
+def open_start(run: RunConfig) -> tuple[Multimodal, TextTokenizer, ChatFormat]:
+    """Return the weights that a run starts from, the same at each call, their tokenizer and chat format."""
+    torch.manual_seed(run.seed)
+    if run.init in SIZES:
+        model, chat = Multimodal(SIZES[run.init]()), FORMATS["phi4"]
+        tokenizer = _fresh_tokenizer(run, model.config.decoder.vocab_size)
+    else:
+        loaded = load_model(find_model(run.init))
+        model, tokenizer, chat = loaded.model, loaded.tokenizer, loaded.chat
+    _grow(model, run)
+    _take_parts(model, tokenizer, run.take)
+    _copy_parts(model, run.copy_parts)
+    return model, tokenizer, chat
+
+
+def open_context(run: RunConfig) -> Context:
+    """Return what the sources of a run are made from, without loading a weight.
+
+    Raises CheckpointError, ConfigError, DataError.
+    """
+    if run.init in SIZES:
+        config, chat = SIZES[run.init](), FORMATS["phi4"]
+        tokenizer = _fresh_tokenizer(run, config.decoder.vocab_size)
+    else:
+        card, tokenizer, chat = read_texts(find_model(run.init))
+        config = card.config
+    return context_of(run, grown(config, run), tokenizer, chat)
+
+
+def grown(config: ModelConfig, run: RunConfig) -> ModelConfig:
+    """Return the sizes that a model has once a run set its rope and added its modalities and adapters."""
+    if not run.modalities and not run.adapters and run.rope is None:
+        return config
+    with torch.device("meta"):
+        model = Multimodal(config)
+        _grow(model, run)
+    return model.config
+
+
+def context_of(run: RunConfig, config: ModelConfig, tokenizer: TextTokenizer, chat: ChatFormat) -> Context:
+    """Return what the sources of a run are made from, for a model of these sizes. Raises ConfigError."""
+    processor = make_processor(config, tokenizer, chat)
+    if run.window > processor.window and "window" in run.model_fields_set:
+        raise ConfigError(
+            f"window={run.window}: the model reads at most {processor.window} tokens; lower it, or give the run a rope "
+            "with a longer window"
+        )
+    _limit_media(processor, run.media)
+    return Context(
+        folder=Path(run.data), cache=Path(run.cache), processor=processor, window=min(run.window, processor.window),
+        most=run.tokens,
+    )  # fmt: skip
+
+
+def _grow(model: Multimodal, run: RunConfig) -> None:
+    """Set the rope, and add the modalities and adapters that a run adds."""
+    if run.rope is not None:
+        model.set_rope(read_rope(run.rope, "recipe"))
+    for file in run.modality_files:
+        load_file(file)
+    for name, sizes in run.modalities.items():
+        add_modality(model, name, sizes)
+    for name, size in run.adapters.items():
+        model.add_adapter(name, parse(LoraConfig, size, f"adapter {name!r}"))
+
+
+def _fresh_tokenizer(run: RunConfig, vocab_size: int) -> TextTokenizer:
+    if vocab_size == codons.VOCAB_SIZE:  # BPE needs more for its letters alone
+        return TextTokenizer(codons.definition())
+    try:
+        return learnt_tokenizer(Path(run.data), vocab_size, Path(run.cache))
+    except DataError as error:
+        raise DataError(f"init={run.init} has no tokenizer, and learns one from books: {error}") from None
+
+
+def _take_parts(model: Multimodal, tokenizer: TextTokenizer, take: dict[str, str]) -> None:
+    """Copy the parts that match a pattern from other model folders."""
+    tensors, decoder_too = model.state_dict(), any(fnmatchcase("decoder", own) for own in take)
+    for pattern, folder in take.items():
+        loaded = load_model(find_model(folder))
+        other, given = loaded.model, loaded.model.state_dict()
+        chosen = [name for name in given if fnmatchcase(part_of(name), pattern)]
+        if not chosen:
+            raise CheckpointError(f"take: {folder} has no part that matches {pattern!r}")
+        if fnmatchcase("decoder", pattern) and loaded.tokenizer.definition != tokenizer.definition:
+            raise CheckpointError(
+                f"take: the decoder of {folder} was trained on other tokens than those of `init`; "
+                f"give init={folder}, or another with its tokenizer"
+            )
+        if any(part_of(name).startswith("adapter.") for name in chosen) and not decoder_too:
+            _check_base(model, other, pattern, folder)
+        for name in chosen:
+            if name not in tensors or tensors[name].shape != given[name].shape:
+                raise CheckpointError(f"take: {name} of {folder} does not fit this model; both must be of one size")
+            with torch.no_grad():
+                tensors[name].copy_(given[name])
+
+
+def _check_base(model: Multimodal, other: Multimodal, pattern: str, folder: str) -> None:
+    """Refuse an adapter that was trained on another decoder: on this one it means nothing."""
+    own, told = fingerprint(model), fingerprint(other)
+    if own != told:
+        raise CheckpointError(
+            f"take: {pattern!r} of {folder} was trained on another base model: its decoder has the fingerprint {told}, "
+            f"this one {own}; start from the decoder that it was trained on, or take that too"
+        )
+
+
+def _copy_parts(model: Multimodal, copies: dict[str, str]) -> None:
+    """Let parts start as other parts of the same model."""
+    tensors = model.state_dict()
+    for part, source in copies.items():
+        own = {name: tensor for name, tensor in tensors.items() if part_of(name) == part}
+        given = [tensor for name, tensor in tensors.items() if part_of(name) == source]
+        if not own or [tensor.shape for tensor in own.values()] != [tensor.shape for tensor in given]:
+            parts = ", ".join(sorted({part_of(name) for name in tensors}))
+            raise ConfigError(
+                f"copy_parts: {part!r} cannot start as {source!r}; both must be parts of this model ({parts}), and of "
+                "one shape"
+            )
+        for tensor, start in zip(own.values(), given, strict=True):
+            tensor.copy_(start)
+
+
+def widen(model: Multimodal, patterns: Sequence[str]) -> None:
+    """Keep in float32 what trains: of bf16's eight bits, a step of the learning rate's size would be rounded away."""
+    for name, parameter in model.named_parameters():
+        if any(fnmatchcase(part_of(name), pattern) for pattern in patterns):
+            parameter.data = parameter.data.float()
+
+
+def make_mixture(
+    run: RunConfig,
+    context: Context,
+    share: tuple[int, int] = (0, 1),
+    *,
+    workers: int = 0,
+    quarantine: Quarantine | None = None,
+) -> Mixture:
+    """Return the data of a run, from its first step on. share: which share of them, of how many."""
+    rank, world = share
+    return Mixture(
+        context, run.mixture, rows=run.rows, tokens=run.tokens, accumulate=run.accumulate, seed=run.seed,
+        steps=run.steps, weigh=run.weigh, rank=rank, world=world, workers=workers,
+        quarantine=quarantine or Quarantine(None, run.quarantine_most),
+    )  # fmt: skip
+
+
+def _limit_media(processor: Processor, limits: MediaConfig) -> None:
+    """Let training media be smaller than those that the model may read."""
+    for modality, medium in processor.media.items():
+        processor.media[modality] = replace(medium, settings=limited(modality, medium.settings, limits))
+    for modality in LIMITS:
+        if modality not in processor.media and (told := _limits(modality, limits)):
+            raise ConfigError(f"media: {told} is for a model that takes {modality}; leave it out")
+
+
+LIMITS = {"image": "max_crops", "audio": "max_seconds"}
+
+
+def _limits(modality: str, limits: MediaConfig) -> dict[str, Any]:
+    key = LIMITS.get(modality, "")
+    value = getattr(limits, key, None)
+    return {} if value is None else {key: value}
+
+
+def limited(modality: str, settings: Any, limits: MediaConfig) -> Any:
+    """Return how a medium is read within the limits of a run."""
+    own = _limits(modality, limits)
+    return replace(settings, **own) if own else settings
