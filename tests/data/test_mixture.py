@@ -27,7 +27,7 @@ from modalora.data.order import shuffled
 from modalora.data.packing import fill
 from modalora.data.quarantine import Quarantine
 from modalora.data.reader import make_source
-from modalora.data.sources import Context
+from modalora.data.sources import SOURCES, Context
 from modalora.errors import ConfigError, DataError, TrainingError
 from modalora.models.sizes import tiny
 from modalora.processing.tokenizer import TextTokenizer
@@ -338,11 +338,29 @@ def test_a_window_of_running_text_is_trained_on_whole(context: Context) -> None:
         ({"source": "book"}, "unknown source 'book'; known are books, .*documents, .*files, .*pictures"),
         ({"source": "pictures", "options": {"turn": 2}}, "source 'pictures' does not take these options: .*'turn'"),
         ({"source": "files", "options": {"file": "a"}}, "source 'files' does not take these options: .*'file'"),
+        (
+            {"source": "pictures", "options": {"turns": "many"}},
+            "source 'pictures', turns: .*='many': .* a valid integer",
+        ),
     ],
 )
 def test_an_unknown_source_or_option_is_refused(context: Context, config: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         make_source(context, SourceConfig(**config))
+
+
+def test_options_of_someone_elses_source_are_given_as_the_types_that_it_declares(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    def source(context: Any, turns: int = 1, table: np.ndarray | None = None, more=None) -> Any:  # type: ignore[no-untyped-def]
+        given.extend((turns, table, more))
+
+    monkeypatch.setitem(SOURCES, "theirs", source)
+    table = np.ones(2)
+    make_source(context, SourceConfig(source="theirs", options={"turns": "3", "table": table, "more": "x"}))
+    assert given == [3, table, "x"]
 
 
 def test_kinds_of_questions_are_checked_and_scenes_without_them_drawn_again(context: Context) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, get_type_hints
 
 import numpy as np
+from pydantic import PydanticUserError
 
 from modalora import modality
 from modalora.config import SourceConfig, parse
@@ -54,10 +56,12 @@ def _options(config: SourceConfig, maker: Callable[..., Any]) -> dict[str, Any]:
         kinds = get_type_hints(maker)
     except NameError:  # someone else's, whose types are known to a type checker alone
         return config.options
-    return {
-        key: parse(kinds[key], value, f"source {config.source!r}, {key}") if key in kinds else value
-        for key, value in config.options.items()
-    }
+    made = dict(config.options)
+    for key, value in made.items():
+        if key in kinds:
+            with suppress(PydanticUserError):  # a type of someone else's, which nothing is known of
+                made[key] = parse(kinds[key], value, f"source {config.source!r}, {key}")
+    return made
 
 
 def _windowed(config: SourceConfig, source: Source) -> Source:
