@@ -340,7 +340,7 @@ def test_a_window_of_running_text_is_trained_on_whole(context: Context) -> None:
         ({"source": "files", "options": {"file": "a"}}, "source 'files' does not take these options: .*'file'"),
         (
             {"source": "pictures", "options": {"turns": "many"}},
-            "source 'pictures', turns: .*='many': .* a valid integer",
+            "source 'pictures', turns: 'many': .* a valid integer",
         ),
     ],
 )

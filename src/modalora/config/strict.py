@@ -66,7 +66,7 @@ def _explain(error: ValidationError, kind: Any) -> list[str]:
         elif item["type"] in ("missing", "missing_argument"):
             line = f"{key} is missing"
         else:
-            line = f"{key or 'the whole'}={item['input']!r:.60}: {item['msg']}"
+            line = f"{key}{'=' if key else ''}{item['input']!r:.60}: {item['msg']}"
         lines.setdefault(tuple(taken), []).append(line)
     # Of a union, the member that was meant is the one that knows the most of the keys.
     members = [own for taken, own in lines.items() if taken]
