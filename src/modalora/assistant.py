@@ -453,6 +453,8 @@ def question_messages(
 
 
 def _by_kind(image: Any, audio: Any, media: Mapping[str, Any] | None) -> dict[str, list[Any]]:
+    if media is not None and not isinstance(media, Mapping):
+        raise PromptError(f"media={media!r:.60} must be {{modality: payload}}, such as {{'motion': 'wrist.csv'}}")
     found = {"image": _listed(image), "audio": _listed(audio)}
     for kind, given in (media or {}).items():
         found[kind] = [*found.get(kind, ()), *_listed(given)]
@@ -460,6 +462,8 @@ def _by_kind(image: Any, audio: Any, media: Mapping[str, Any] | None) -> dict[st
 
 
 def _listed(media: Media | Sequence[Media]) -> list[Media]:
+    if isinstance(media, list | tuple) and len(media) > 0 and all(isinstance(one, Real) for one in media):
+        return [media]  # one series of numbers
     if isinstance(media, list):
         return media
     if isinstance(media, tuple):

@@ -166,6 +166,9 @@ def load_file(path: str | Path) -> Modality:
     row = module.__dict__.get("MODALITY")
     if not isinstance(row, Modality):
         raise ConfigError(f"the modality file {str(path)!r} must set MODALITY = Modality(...); it has {row!r:.60}")
+    for other, held in _files.values():
+        if held.name == row.name and other != path and _given.get(row.name) is held:
+            raise ConfigError(f"the modality {row.name!r} is in {path} and in {other}, loaded before; name one of them")
     _files[digest] = path, register(replace(row, package=f"the file {path.name}"))
     return _files[digest][1]
 

@@ -62,6 +62,26 @@ def test_genes_are_read_on_both_strands_and_what_has_no_frame_is_counted(made: P
     assert (found.organism, found.skipped, found.sequences) == ("Made up", 2, (letters,))
 
 
+def test_a_gene_that_begins_in_a_codon_is_read_in_its_frame(made: Path) -> None:
+    letters = random_letters(135)
+    for start, wanted in (("2", letters[1:100]), ("3", None), ("4", None)):
+        told = GENBANK.replace('/gene="no frame"', f"/codon_start={start}").replace('/gene="one"', "/codon_start=9")
+        made.with_name(f"{start}.gb").write_text(told.format(letters=letters))
+        found = read_genome(made.with_name(f"{start}.gb"))
+        assert [gene.letters for gene in found.genes] == [codons.reverse_complement(letters[33:132])] + [wanted] * bool(
+            wanted
+        )
+
+
+def test_a_gene_that_ends_behind_its_sequence_is_counted_and_a_cut_file_refused(made: Path) -> None:
+    made.write_text(GENBANK.replace("1..99", "37..159").format(letters=random_letters(135)))
+    assert [gene.name for gene in read_genome(made).genes] == ["two"]
+    cut = made.with_name("cut.gb")
+    cut.write_text(GENBANK.format(letters=random_letters(100)))
+    with pytest.raises(DataError, match="cut.gb is cut short or altered: .*135.*100.*; copy or fetch it again"):
+        read_genome(cut)
+
+
 def test_a_fasta_record_gives_its_longest_open_frame(tmp_path: Path) -> None:
     gene = "ATG" + "GCC" * 40 + "TAA"
     (tmp_path / "made.fasta").write_text(f">one Felis catus, a gene\nCC{gene}CATGAAATAG\n")
@@ -69,6 +89,7 @@ def test_a_fasta_record_gives_its_longest_open_frame(tmp_path: Path) -> None:
     assert (found.letters, found.organism) == (gene, "Felis catus")
     assert genomes.longest_frame("CCATGAAATAGATGCCCCCCTGACC") == "ATGCCCCCCTGA"
     assert genomes.longest_frame("CCC") == ""
+    assert genomes.longest_frame("ATGGCCGNAGCCTAAATGTAA") == "ATGTAA"
 
 
 def test_a_gene_that_comes_nearly_twice_is_kept_once() -> None:
@@ -87,8 +108,24 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has the sha256 [0-9a-f]{64}, not f11a45"):
         read_genome(tmp_path / "NC_005816.gb")
     (tmp_path / "words.fasta").write_text("no record at all\n")
-    with pytest.raises(DataError, match="words.fasta"):
+    with pytest.raises(DataError, match="words.fasta") as error:
         read_genome(tmp_path / "words.fasta")
+    assert "\n" not in str(error.value)
+    (tmp_path / "protein.fasta").write_text(">one\nMSTEYKLVVVGAGGVGKSALTIQLIQ\n")
+    with pytest.raises(DataError, match="protein.fasta: one holds E, I, L, P?.*which are no nucleotides; give DNA"):
+        read_genome(tmp_path / "protein.fasta")
+    empty = GENBANK.partition("ORIGIN")[0] + "CONTIG      join(OTHER.1:1..135)\n//\n"
+    (tmp_path / "empty.gb").write_text(empty)
+    with pytest.raises(DataError, match="empty.gb: MADE comes without its sequence; fetch it with it"):
+        read_genome(tmp_path / "empty.gb")
+
+
+def test_shares_lie_between_none_and_all() -> None:
+    many = genome(random_letters(3000))
+    with pytest.raises(ConfigError, match="made=7 is a share of the rows"):
+        GeneRows([many], 20, made=7)
+    with pytest.raises(ConfigError, match="inverted=-3 is a share of the rows"):
+        RepeatRows([many], 64, inverted=-3)
 
 
 def test_the_genetic_code_is_biopythons() -> None:

@@ -144,6 +144,69 @@ def test_ctrl_c_saves_in_every_process_and_exits_with_130(place: Path) -> None:
     assert int(state.name) == len(losses(place / "stopped"))
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+@pytest.mark.parametrize("moment", ["started", "joined"])
+def test_a_signal_before_the_first_step_has_nothing_to_save(
+    place: Path, number: signal.Signals, code: int, moment: str
+) -> None:
+    run = command(place, f"early {moment} {code}", 100_000, "--processes", "2")
+    until = time.monotonic() + SECONDS
+    while len(by_rank(run)) < 2 or not all("libtorch" in _maps(pid) for pid in by_rank(run).values()):
+        assert time.monotonic() < until
+    time.sleep(0.0 if moment == "started" else 1.0)
+    run.send_signal(number)
+    found, _, err = end(run)
+    assert found == code, err
+    assert "Traceback" not in err.replace("KeyboardInterrupt", "")
+
+
+def _maps(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return ""
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("mesh.shard=5", "do not make up 2 processes"),
+        ("offload=true", "offload moves what a GPU holds to the CPU"),
+        ("optim.state_bits=8", "base_bits and optim.state_bits save memory in one process"),
+        ("accumulate=3", "accumulate=3 micro-batches cannot be shared by 2 processes"),
+    ],
+)
+def test_what_many_processes_cannot_do_is_told_before_they_start(place: Path, setting: str, told: str) -> None:
+    code, _, err = end(command(place, "refused", 1, "--processes", "2", setting))
+    assert (code, err.count("\n")) == (2, 1), err
+    assert told in err
+    alone = [setting for setting in ("offload=true", "engine=zero2") if told.startswith("offload")]
+    for one in alone:
+        code, _, err = end(command(place, "refused", 1, one))
+        assert (code, "is for several processes, and this is one" in err) == (2, True)
+
+
+def test_a_process_that_fails_first_gives_its_exit_code_though_others_are_ended(place: Path) -> None:
+    assert end(command(place, "two", 1, "--processes", "2"))[0] == 0
+    code, _, err = end(command(place, "two", 1, "--processes", "2", "seed=5"))
+    assert (code, "is the finished model of a run with other settings (seed)" in err) == (2, True), err
+    assert "out of memory" not in err
+
+
+def test_processes_end_when_the_one_that_started_them_is_killed(place: Path) -> None:
+    run = command(place, "orphans", 100_000, "--processes", "2")
+    wait_for_steps(run, place / "orphans", 2)
+    workers = by_rank(run)
+    run.kill()
+    run.communicate()
+    until = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in workers.values()):
+        assert time.monotonic() < until, "they train on"
+        time.sleep(0.1)
+    (state,) = (place / "orphans" / "resume").iterdir()
+    assert int(state.name) == len(losses(place / "orphans"))
+
+
 def test_a_dead_process_ends_the_run_within_seconds_and_is_named(place: Path) -> None:
     run = command(place, "killed", 100_000, "--processes", "2")
     wait_for_steps(run, place / "killed", 2)

@@ -167,7 +167,7 @@ def test_ranks_share_rows_and_not_the_bias() -> None:
 def test_lengths_are_listed_or_doubled() -> None:
     assert parse_lengths("2k:16k") == [2048, 4096, 8192, 16384]
     assert parse_lengths("100,1M") == [100, 2**20]
-    for text in ("", "2k:1k", "many", "0", "1:2:3"):
+    for text in ("", "2k:1k", "many", "0", "1:2:3", "0:4", "-1:5", "9" * 400, f"1,{2**40 + 1}"):
         with pytest.raises(ConfigError, match="must be whole numbers"):
             parse_lengths(text)
 

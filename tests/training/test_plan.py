@@ -202,6 +202,21 @@ def test_a_row_shape_that_is_none_is_refused(shape: str) -> None:
         shaped_batch(ModelConfig(decoder=tiny().decoder), ["image=100x100"], 1)
 
 
+@pytest.mark.parametrize(
+    ("shape", "told"),
+    [
+        ("text=100000000", "a row of 100,000,000 tokens: the model reads at most"),
+        (f"text={'9' * 5000}", "the model reads at most"),
+        ("image=60000x60000", "at most 50,000,000 pixels are read"),
+        (f"image=1x{'9' * 400}", "at most 50,000,000 pixels are read"),
+        ("audio=99999999999", "at most 1,800 s are read"),
+    ],
+)
+def test_a_row_that_no_model_reads_is_refused_before_it_is_made(shape: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        shaped_batch(tiny(), [shape], 1)
+
+
 def test_shares_of_a_plan_fall_with_the_machines_and_a_step_does_not() -> None:
     run = run_of(train=["decoder"])
     plan = plan_step(tiny(), run, [shaped_batch(tiny(), ["text=30"], 2)])
@@ -213,6 +228,17 @@ def test_shares_of_a_plan_fall_with_the_machines_and_a_step_does_not() -> None:
     assert one.price == pytest.approx(2.0 * one.run_seconds / 3600)
     assert one.fits
     assert not estimate(replace(plan, step=10**12), run, "h100", 4, 0.5, 0).fits
+    moments, gradients, weights = plan.optimizer, plan.gradients, plan.weights
+    for more, kept in (
+        ({"mesh": {"replicate": 4}}, weights + gradients + moments),
+        ({"mesh": {"replicate": 2}}, (weights + gradients + moments) // 2),
+        ({"engine": "zero1"}, weights + gradients + moments // 4),
+        ({"engine": "zero2"}, weights + (gradients + moments) // 4),
+        ({"engine": "zero3"}, (weights + gradients + moments) // 4),
+    ):
+        assert estimate(plan, run_of(train=["decoder"], **more), "h100", 4, 0.5, 0).memory == plan.step + kept
+    with pytest.raises(ConfigError, match="do not make up 4 processes"):
+        estimate(plan, run_of(train=["decoder"], mesh={"replicate": 3}), "h100", 4, 0.5, 0)
     with pytest.raises(ConfigError, match="rtx4090"):
         estimate(plan, run, "h1000", 1, 0.5, 0)
 

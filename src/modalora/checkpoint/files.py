@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from modalora.errors import CheckpointError
+from modalora.errors import CheckpointError, WorkError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -68,6 +68,8 @@ def write_folder(folder: Path, fill: Callable[[Path], None], *, manifest: bool =
         seal(draft, manifest=manifest)
         draft.rename(folder)
         sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise WorkError(f"{folder} could not be written: {error}; make room, and do the same again") from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

@@ -161,7 +161,7 @@ def plan(layout: str, shapes: Mapping[str, Sequence[int]], config: ModelConfig) 
         parts = sorted({name.rsplit(".", 1)[0] for name in homeless})
         raise ConfigError(
             f"the layout {layout!r} has no place for {len(homeless)} tensors, among them {', '.join(parts[:3])}; "
-            f"choose a layout that holds them ({', '.join(LAYOUTS)})"
+            f"choose another layout ({', '.join(other for other in LAYOUTS if other != layout)}; modalora holds all)"
         )
     if len({stored.name for stored in found.values()}) != len(found):
         raise ConfigError(f"the layout {layout!r} gives two tensors one name; its table is wrong")

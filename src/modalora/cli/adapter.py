@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from modalora.cli.loading import Adapters, ModalityFiles, open_model
+from modalora.cli.loading import Adapters, ModalityFiles, load_files, open_model
 
 Model = Annotated[str, typer.Argument(help="A model folder, or a bundled model such as nano.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -35,7 +35,7 @@ def new(
 
 
 @adapters.command("list")
-def list_adapters(model: Model, as_json: Json = False) -> None:
+def list_adapters(model: Model, modality_file: ModalityFiles = None, as_json: Json = False) -> None:
     """List a model's adapters with their sizes.
 
     Example: modalora adapter list nano
@@ -43,6 +43,7 @@ def list_adapters(model: Model, as_json: Json = False) -> None:
     from modalora.assistant import find_model
     from modalora.checkpoint.store import describe
 
+    load_files(modality_file)
     found = describe(find_model(model))["adapters"]
     if as_json:
         print(json.dumps(found))
@@ -72,10 +73,8 @@ def verify(
     Example: modalora adapter verify nano my-lora
     """
     from modalora.assistant import find_model
-    from modalora.modality import load_file
 
-    for file in modality_file or []:
-        load_file(file)
+    load_files(modality_file)
     preserved = _preserved(find_model(model), folder)
     if folder is None:
         print(json.dumps({"preserved": preserved}) if as_json else f"base       {preserved}")
@@ -142,6 +141,7 @@ def compose(
     route: Annotated[str, typer.Argument(help="A weighted sum, such as vision+mine@0.7.")],
     target: Annotated[Path, typer.Argument(help="The PEFT folder to write; it must not exist.")],
     adapter: Adapters = None,
+    modality_file: ModalityFiles = None,
 ) -> None:
     """Write one adapter that is the sum of several, exactly: their ranks side by side.
 
@@ -150,7 +150,7 @@ def compose(
     from modalora.checkpoint.adapters import compose as add_up
     from modalora.checkpoint.adapters import save_adapter
 
-    assistant = open_model(model, adapter)
+    assistant = open_model(model, adapter, modality_file)
     name = "-".join(("sum", *assistant.model.adapters))  # of none there is
     config = add_up(assistant.model, route, name)
     save_adapter(assistant.model, name, target)
@@ -163,6 +163,7 @@ def merge(
     route: Annotated[str, typer.Argument(help="An adapter or a weighted sum, such as mine@0.7.")],
     target: Annotated[Path, typer.Argument(help="The model folder to write; it must not exist.")],
     adapter: Adapters = None,
+    modality_file: ModalityFiles = None,
     layout: Annotated[str, typer.Option(help="Layout of the result.")] = "modalora",
 ) -> None:
     """Add an adapter to the decoder's own weights, for good; the model's other adapters are left out.
@@ -171,7 +172,7 @@ def merge(
     """
     from modalora.checkpoint.adapters import merge as add_for_good
 
-    assistant = open_model(model, adapter)
+    assistant = open_model(model, adapter, modality_file)
     dropped = set(assistant.model.adapters) - {part.partition("@")[0] for part in route.split("+")}
     found = add_for_good(assistant.model, route)
     assistant.save(target, layout)

@@ -7,11 +7,14 @@ from typing import Annotated
 
 import typer
 
+from modalora.cli.loading import ModalityFiles, load_files
+
 
 def convert(
     source: Annotated[str, typer.Argument(help="A model folder, or a bundled model such as nano.")],
     target: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
     layout: Annotated[str, typer.Option(help="modalora, phi3, phi3small, phi4mm or phi4_multimodal.")],
+    modality_file: ModalityFiles = None,
     shard_gb: Annotated[float, typer.Option("--shard-gb", help="Most gigabytes of one weights file.")] = 5.0,
 ) -> None:
     """Rewrite a model in another layout; every tensor keeps its bits, and none is left out.
@@ -24,6 +27,7 @@ def convert(
 
     if not 0 < shard_gb < 1e6:
         raise ConfigError(f"--shard-gb {shard_gb:g} must be above 0 and below a million; 5 works")
+    load_files(modality_file)
     found = rewrite(find_model(source), target, layout, shard_bytes=int(shard_gb * 1e9))
     print(f"wrote {target}: layout {layout}, {found['tensors']:,} tensors, {found['parameters']:,} parameters")
     for name, lora in found["adapters"].items():

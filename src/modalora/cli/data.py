@@ -128,8 +128,8 @@ def _print(found: list[dict[str, Any]]) -> None:
                 "mere text; if a chat template rendered the records, give the words alone"
             )
         if one["dropped_tokens"] or one["texts_left_out"]:
-            print(f"{one['source']}: {one['dropped_tokens']:,} tokens of an epoch fill no whole row; "
-                  f"{one['texts_left_out']:,} texts have another length than least .. most")  # fmt: skip
+            print(f"{one['source']}: {one['dropped_tokens']:,} tokens of an epoch are in no row; "
+                  f"{one['texts_left_out']:,} texts or paragraphs are empty or of another length")  # fmt: skip
         if one["unread_fields"]:
             listed = ", ".join(f"{name} ({count:,})" for name, count in one["unread_fields"].items())
             print(f"{one['source']}: fields that are not read: {listed}")

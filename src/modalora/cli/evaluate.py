@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from modalora.cli.loading import open_model
+from modalora.cli.loading import ModalityFiles, open_model
 
 if TYPE_CHECKING:
     from modalora.evaluation.needle import Cell, Grid
@@ -48,6 +48,7 @@ def evaluate(
     threshold: Annotated[float, typer.Option(help="Average of ruler that a length must reach to be effective.")] = (
         0.856
     ),
+    modality_file: ModalityFiles = None,
     seed: Annotated[int, typer.Option(help="Same seed, same questions.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.")] = "auto",
     device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
@@ -64,9 +65,11 @@ def evaluate(
     from modalora.evaluation.perplexity import bits_by_length
     from modalora.evaluation.ruler import TASKS, Report, run_tasks
 
-    _check(context, tasks, samples)
-    assistant = open_model(model, dtype=dtype, device=device)
+    _check(context, tasks, samples, threshold)
+    assistant = open_model(model, files=modality_file, dtype=dtype, device=device)
     window, tokenizer = assistant.processor.window, assistant.processor.tokenizer
+    if not depths:
+        raise ConfigError("--depths '' must be numbers with commas between, such as 0,0.5,1")
     chosen = _numbers(lengths, int, "--lengths") or [window // 4, window // 2, window]
     check_lengths(chosen, window)
     texts = [one for path in text or [] for one in load_texts(path)]
@@ -78,9 +81,9 @@ def evaluate(
             tokenizer, texts, chosen, samples, part="evaluation", style=style, needles=needles,
             depths=_numbers(depths, float, "--depths"), distractors=distractors, seed=seed,
         )  # fmt: skip
-    names = only or [name for name, task in TASKS.items() if texts or not task.needs_text]
+    names = [*dict.fromkeys(only or [])] or [name for name, task in TASKS.items() if texts or not task.needs_text]
     found: dict[str, Any] = {"model": model, "seed": seed, "lengths": chosen, "results": []}
-    for regime in rope or ["reference"]:
+    for regime in dict.fromkeys(rope or ["reference"]):
         set_regime(assistant.model, cast(Any, regime))
         result: dict[str, Any] = {"rope": regime}
         found["results"].append(result)
@@ -108,7 +111,7 @@ def evaluate(
         print(json.dumps(found, ensure_ascii=False))
 
 
-def _check(context: typer.Context, tasks: list[str], samples: int) -> None:
+def _check(context: typer.Context, tasks: list[str], samples: int, threshold: float) -> None:
     from modalora.errors import ConfigError
 
     known = ("needle", "ruler", "perplexity")
@@ -122,13 +125,17 @@ def _check(context: typer.Context, tasks: list[str], samples: int) -> None:
                 raise ConfigError(f"--{option} is a setting of {task}, which is not among the tasks; leave it out")
     if samples < 1:
         raise ConfigError(f"--samples {samples} must be at least 1")
+    if samples < 2 and "perplexity" in tasks:
+        raise ConfigError(f"--samples {samples}: perplexity compares passages and needs at least 2")
+    if not 0 < threshold <= 1:
+        raise ConfigError(f"--threshold {threshold} must lie above 0, and at 1 at most, such as 0.856")
 
 
 def _numbers(text: str, kind: type[int] | type[float], option: str) -> list[Any]:
     from modalora.errors import ConfigError
 
     try:
-        return [kind(part) for part in text.split(",")] if text else []
+        return [*dict.fromkeys(kind(part) for part in text.split(","))] if text else []  # each once
     except ValueError:
         raise ConfigError(f"{option} {text!r} must be numbers with commas between, such as 256,1024") from None
 

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from modalora.parallel.stops import end_with_launcher, is_first, is_one_of_many, tell_stopped
+
 
 def extend(
     recipe: Annotated[str, typer.Argument(help="A YAML file of kind extend, or a bundled one such as extend-study.")],
@@ -31,12 +33,12 @@ def extend(
 
     if gpus and processes > 1:
         raise InputError("--gpus N starts N processes by itself; leave --processes out")
+    end_with_launcher()
     changes = [*(overrides or []), *(["device=cuda"] if gpus else [])]
     config = load_extension(find_recipe(recipe), changes)
     try:
         from modalora.longrope2.extend import extend as carry_out
         from modalora.parallel.launch import launch
-        from modalora.parallel.ranks import is_first, is_one_of_many, tell_stopped
         from modalora.training.signals import Interrupted
     except ModuleNotFoundError as missing:
         raise InputError(f"extending needs {missing.name}; pip install 'modalora[train]'") from None
@@ -53,6 +55,9 @@ def extend(
         if is_first():
             print(f"modalora: {stopped}", file=sys.stderr)
         raise typer.Exit(stopped.exit_code) from None
+    except KeyboardInterrupt:
+        tell_stopped()
+        raise
     if not is_first():
         return
     print(json.dumps(found, ensure_ascii=False) if as_json else _told(found))

@@ -7,9 +7,12 @@ from typing import Annotated
 
 import typer
 
+from modalora.cli.loading import ModalityFiles, load_files
+
 
 def inspect(
     model: Annotated[str, typer.Argument(help="A model folder, or a bundled model such as nano.")],
+    modality_file: ModalityFiles = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show layout, sizes, parameters by part, adapters, window and integrity; runs no code from the folder.
@@ -19,6 +22,7 @@ def inspect(
     from modalora.assistant import find_model
     from modalora.checkpoint.store import describe
 
+    load_files(modality_file)
     found = describe(find_model(model))
     if as_json:
         print(json.dumps(found, ensure_ascii=False))

@@ -23,6 +23,14 @@ ModalityFiles = Annotated[
 ]
 
 
+def load_files(files: Sequence[Path] | None) -> None:
+    """Run the Python files of modalities, before a model that may have them is looked at. Raises ConfigError."""
+    from modalora.modality import load_file
+
+    for file in files or []:
+        load_file(file)
+
+
 def open_model(
     model: str, adapters: Sequence[str] | None = None, files: Sequence[Path] | None = None, **settings: Any
 ) -> Assistant:

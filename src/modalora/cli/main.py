@@ -52,7 +52,7 @@ def _options(
 # what is wrong with a path that a user gave, whichever file of it was asked for
 _UNUSABLE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG,
-    errno.ENOSPC, errno.ELOOP,
+    errno.ELOOP,
 )  # fmt: skip
 
 
@@ -69,6 +69,9 @@ def main() -> None:
     except BrokenPipeError:
         raise SystemExit(1) from None
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            print(f"modalora: {error.strerror}; make room, and do the same again", file=sys.stderr)
+            raise SystemExit(1) from None
         if error.filename is None or error.errno not in _UNUSABLE:
             raise
         print(f"modalora: {error.filename}: {error.strerror}; give a path that can be used", file=sys.stderr)

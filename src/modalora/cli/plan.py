@@ -126,7 +126,7 @@ def _training(
     from modalora.config import load_chain_start, load_stages
 
     runs = load_stages(path, RECIPES, overrides)
-    size = load_chain_start(path)
+    size = load_chain_start(path, overrides)
     for title, run in runs.items():
         if len(runs) > 1 and not as_json:
             print(f"\n{title}")
@@ -157,7 +157,7 @@ def _stage(
     media = f"{found.tokens:,} tokens, {found.media_tokens:,} of them media; {found.labels:,} labels"
     print(f"a step     {found.rows} row{'s' if found.rows > 1 else ''} ({source}), {media}")
     split = f"weights {sized(found.weights)}, gradients {sized(found.gradients)}, optimizer {sized(found.optimizer)}"
-    among, shared = (f" of each of {count}", f" over all {count}") if count > 1 else ("", "")
+    among, shared = (f" of each of {count}", " (before they are shared)") if count > 1 else ("", "")
     print(f"memory     {sized(cost.memory)}{among}: {split}{shared}, the step itself {sized(found.step)}")
     if cost.process:
         print(f"           and {sized(cost.process)} for the process")
@@ -167,6 +167,10 @@ def _stage(
     speed = f"{cost.step_seconds:.3g} s a step, {found.tokens / cost.step_seconds:,.0f} tokens/s"
     steps = f"{found.steps:,} step{'s' if found.steps > 1 else ''}"
     print(f"time       {speed}, {_hours(cost.run_seconds)} for {steps}{price}")
+    if run.accumulate % (shares := max(1, count // run.mesh.copies)):
+        print(
+            f"           accumulate={run.accumulate} cannot be shared by {shares}: training asks for a multiple of it"
+        )
     if found.steps < run.steps:
         print(f"           the data end after about so many, before steps={run.steps}; more epochs give more")
     if cost.fits is False:

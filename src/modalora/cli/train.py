@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from modalora.errors import InputError
+from modalora.parallel.stops import end_with_launcher, is_first, is_one_of_many, tell_stopped
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -33,8 +34,12 @@ def train(
     Example: modalora train nano-1-base data=../shared/data steps=100
     """
     before = signal.signal(signal.SIGTERM, _end)  # training listens itself, and saves
+    end_with_launcher()
     try:
         _train(recipe, overrides or [], gpus, processes)
+    except KeyboardInterrupt:
+        tell_stopped()
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -48,8 +53,7 @@ def _train(recipe: str, overrides: list[str], gpus: int, processes: int) -> None
         overrides = [*overrides, "device=cuda"]
 
     try:
-        from modalora.parallel.launch import launch
-        from modalora.parallel.ranks import is_first, is_one_of_many, tell_stopped
+        from modalora.parallel.launch import check_processes, launch
         from modalora.training.run import run_recipe
         from modalora.training.signals import Interrupted
     except ModuleNotFoundError as missing:
@@ -64,6 +68,7 @@ def _train(recipe: str, overrides: list[str], gpus: int, processes: int) -> None
                     f"{title}: accumulate={run.accumulate} micro-batches cannot be shared by {shares} "
                     f"{'processes' if run.mesh.copies == 1 else 'groups of processes'}; make it a multiple of it"
                 )
+            check_processes(run, max(gpus, processes))
         code = launch(["train", recipe, *overrides], max(gpus, processes))
         if code:
             raise typer.Exit(code)
@@ -85,7 +90,9 @@ def _train(recipe: str, overrides: list[str], gpus: int, processes: int) -> None
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    print("modalora: ended outside of training; what was saved is whole", file=sys.stderr)
+    tell_stopped()
+    if is_first():
+        print("modalora: ended outside of training; what was saved is whole", file=sys.stderr)
     raise SystemExit(0)
 
 

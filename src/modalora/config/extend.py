@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from modalora.config.run import RunConfig
 from modalora.config.strict import Settings, parse
 from modalora.errors import ConfigError
+
+MOST_NEEDLES, MOST_DISTRACTORS = 99, 9999  # facts of one document
 
 
 class SearchConfig(Settings):
@@ -21,7 +23,7 @@ class SearchConfig(Settings):
     iterations: int = Field(40, ge=0)  # each gives half a population of children
     mutation: float = Field(0.3, gt=0, le=1)  # probability that a pair of a child changes
     crossover: float = Field(0.0, ge=0, le=1)  # share of the children that have two parents
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     temperature: Literal["su", "yarn", "none"] = "su"  # of every candidate alike
     together: int = Field(4, ge=1)  # candidates that are judged in one call
     racing: bool = True  # drop a candidate once a part of the documents shows that it cannot become a parent
@@ -33,6 +35,10 @@ class SearchConfig(Settings):
     def _check_space(self) -> SearchConfig:
         if self.space == "longrope" and self.anchor is not None:
             raise ConfigError(f"anchor={self.anchor}: space=longrope searches every pair; leave the anchor out")
+        if self.method == "random" and self.crossover:
+            raise ConfigError(f"crossover={self.crossover}: method=random makes no child of two; leave crossover out")
+        if not self.racing and (idle := {"race_from", "race_error"} & self.model_fields_set):
+            raise ConfigError(f"{min(idle)} is for racing: true; leave it out")
         return self
 
 
@@ -41,10 +47,10 @@ class NeedleConfig(Settings):
 
     style: Literal["digits", "words"] = "digits"  # digits: for any model; words: for one trained on `retrieval` rows
     documents: int = Field(10, ge=1)  # of each length
-    needles: int = Field(1, ge=1)  # facts of a document that are asked for
-    distractors: int = Field(0, ge=0)  # and that are not
+    needles: int = Field(1, ge=1, le=MOST_NEEDLES)  # facts of a document that are asked for
+    distractors: int = Field(0, ge=0, le=MOST_DISTRACTORS)  # and that are not
     depths: list[float] = Field(default=[0.0, 0.25, 0.5, 0.75, 1.0], min_length=1)  # 0: the start of the text
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
 
 class GuideConfig(NeedleConfig):
@@ -59,7 +65,7 @@ class ScoresConfig(NeedleConfig):
     methods: that are compared, untrained, all with the search's temperature.
     """
 
-    lengths: list[int] = Field(default_factory=list)
+    lengths: list[Annotated[int, Field(ge=2)]] = Field(default_factory=list)
     methods: list[Literal["none", "linear", "ntk", "scaling_law_ntk", "yarn", "longrope2"]] = Field(
         default=["none", "linear", "ntk", "scaling_law_ntk", "yarn", "longrope2"]
     )
@@ -70,7 +76,7 @@ class ExtendConfig(Settings):
 
     kind: Literal["extend"]
     init: str  # the model: a folder, bundled/nano, or a name of models/sizes.py for fresh weights
-    output: str
+    output: str = Field(min_length=1)
     target: int = Field(ge=16)  # tokens that the model is to read [L']
     guide: GuideConfig = Field(default_factory=lambda: GuideConfig())
     search: SearchConfig = Field(default_factory=lambda: SearchConfig())
@@ -88,6 +94,8 @@ class ExtendConfig(Settings):
     def _training_is_a_run(self) -> ExtendConfig:
         if taken := sorted({"init", "output", "rope"} & set(self.training or {})):
             raise ConfigError(f"training: {', '.join(taken)} is set by the extension itself; leave it out")
+        if not self.scores.methods and self.training is None:
+            raise ConfigError("scores.methods=[]: without training there is nothing else to measure; name some")
         self.run(rope={})
         return self
 

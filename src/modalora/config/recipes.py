@@ -47,7 +47,8 @@ def load_stages(path: Path, bundled: Path, overrides: Sequence[str] = ()) -> dic
     """Read a recipe or a chain of recipes: the runs by name, in order. bundled: the folder of named recipes.
 
     An override holds for every stage, or for one of a chain where its name comes first: "vision-2-joint.steps=10".
-    init and output are the chain's: where its first stage starts from, and the folder of all stages' folders.
+    init and output are the chain's: where its first stage starts from, and the folder of all stages' folders, which
+    settings of stages call {output}.
     """
     fields = _read(path)
     if "stages" not in fields:
@@ -76,7 +77,7 @@ def load_stages(path: Path, bundled: Path, overrides: Sequence[str] = ()) -> dic
         own |= {"init": before, "output": f"{chain.output}/{stage.title}"}
         where = f"{path}, stage {stage.title}"
         for key, value in (chain.set | stage.set).items():
-            _set(own, key.split("."), deepcopy(value), f"{where}: {key}")
+            _set(own, key.split("."), _within(deepcopy(value), chain.output), f"{where}: {key}")
         for override in given[stage.title]:
             _set(own, *_override(override))
         runs[stage.title] = parse(RunConfig, own, where)
@@ -84,10 +85,22 @@ def load_stages(path: Path, bundled: Path, overrides: Sequence[str] = ()) -> dic
     return runs
 
 
-def load_chain_start(path: Path) -> str | None:
+def _within(value: Any, output: str) -> Any:
+    """Return a setting with the folder of its chain in the place of {output}."""
+    if isinstance(value, dict):
+        return {key: _within(own, output) for key, own in value.items()}
+    if isinstance(value, list):
+        return [_within(own, output) for own in value]
+    return value.replace("{output}", output) if isinstance(value, str) else value
+
+
+def load_chain_start(path: Path, overrides: Sequence[str] = ()) -> str | None:
     """Return what the first stage of a chain starts from; None for a plain recipe."""
     fields = _read(path)
-    return parse(ChainConfig, fields, str(path)).init if "stages" in fields else None
+    if "stages" not in fields:
+        return None
+    given = [override.removeprefix("init=") for override in overrides if override.startswith("init=")]
+    return given[-1] if given else parse(ChainConfig, fields, str(path)).init
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -131,7 +131,7 @@ class RunConfig(Settings):
     """One training run."""
 
     init: str  # a folder to start from, bundled/nano, or a name of models/sizes.py for fresh weights
-    output: str
+    output: str = Field(min_length=1)
     modalities: dict[str, dict[str, Any]] = Field(default_factory=dict)  # modality to add -> its sizes
     rope: dict[str, Any] | None = None  # rotary positions (nn/rope.py) and window that the start gets; None: its own
     modality_files: list[str] = Field(default_factory=list)  # Python files that set MODALITY; they are run
@@ -259,6 +259,6 @@ class ChainConfig(Settings):
     """Recipes in a row: each starts from the model that the one before it wrote, unless it sets `init` itself."""
 
     init: str  # what the first stage starts from
-    output: str  # stages write output/NAME
+    output: str = Field(min_length=1)  # stages write output/NAME
     set: dict[str, Any] = Field(default_factory=dict)  # settings of every stage, by dotted key
     stages: list[StageConfig] = Field(min_length=1)

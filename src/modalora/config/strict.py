@@ -37,6 +37,8 @@ def parse(kind: type[T], fields: Any, where: str) -> T:
 def check_sizes(config: Any) -> None:
     """Refuse whole numbers of a dataclass outside 1 .. 2^31 - 1. Raises ConfigError naming the field."""
     for field in fields(config):
+        if field.type in ("float", float):  # which may be given as a whole number
+            continue
         value = getattr(config, field.name)
         if type(value) is int and value < 1:
             raise ConfigError(f"{field.name}={value} must be at least 1")
@@ -47,7 +49,8 @@ def check_sizes(config: Any) -> None:
 def _explain(error: ValidationError, kind: Any) -> list[str]:
     lines: dict[tuple[str, ...], list[str]] = {}  # by the members of unions that an error went through
     for item in error.errors():
-        *path, last = item["loc"][1:] or ("",)
+        # of what is no group of settings, the names are those of a union's members
+        *path, last = (item["loc"][1:] if _groups(kind) else ()) or ("",)
         groups, taken, keys = _groups(kind), [], []
         for piece in path:
             named = [group for group in groups if group.__name__ == piece]
@@ -71,7 +74,7 @@ def _explain(error: ValidationError, kind: Any) -> list[str]:
     # Of a union, the member that was meant is the one that knows the most of the keys.
     members = [own for taken, own in lines.items() if taken]
     members.sort(key=lambda own: (sum(line.startswith("unknown") for line in own), len(own)))
-    told = lines.get((), []) + (members[0] if members else [])
+    told = lines.get((), [])[: None if _groups(kind) else 1] + (members[0] if members else [])
     return told if len(told) <= _TOLD else [*told[:_TOLD], f"and {len(told) - _TOLD} more"]
 
 

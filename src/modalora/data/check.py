@@ -39,8 +39,8 @@ class Found:
     truncated: int = 0  # rows that lost turns
     control: int = 0  # rows whose text spells out a control token
     unread: Counter[str] = field(default_factory=Counter)  # fields of records that no form reads -> records
-    dropped: int = 0  # tokens of an epoch that fill no whole row
-    left_out: int = 0  # texts of other lengths than are asked for
+    dropped: int = 0  # tokens of an epoch that are in no row
+    left_out: int = 0  # texts or paragraphs that are empty, or of other lengths than are asked for
     bad: list[Bad] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:

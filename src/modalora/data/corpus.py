@@ -87,34 +87,53 @@ def open_documents(
     context: Context,
     key: Key,
     rows: str,
-    path: str | Sequence[str] = (),
-    split: str = "train",
+    path: str | Sequence[str] | None = None,
+    split: str | None = None,
     least: int = 3,
     most: int = 0,
 ) -> ShortRows | LongRows:
     """Return rows of whole texts, for training on two windows at once (data/documents.py).
 
     rows: "short", a text of at most the source's window each, or "long", texts end to end, cut into rows of exactly the
-    window. path: files whose records are texts; without it the books of a split, of which short rows take runs of whole
-    paragraphs. least, most: tokens of the texts that are taken. Raises ConfigError, DataError.
+    window. path: files whose records are texts, all of which must be readable; without it the books of a split, of
+    which short rows take runs of whole paragraphs. split: of the books (train, unless told otherwise), or of a folder
+    of `datasets`. least, most: tokens of the texts that are taken. Raises ConfigError, DataError.
     """
     tokenizer, window = context.processor.tokenizer, context.window
     mark = tokenizer.control(END_OF_TEXT)
-    if not path:
-        stream = token_stream(context.folder, split, tokenizer, context.cache)
+    if path is None:
+        stream = token_stream(context.folder, split or "train", tokenizer, context.cache)
         upper = min(window, most) if most else window
         shelf = passages(stream, tokenizer, mark, upper) if rows == "short" else texts(stream, mark)
         return open_rows(shelf, rows, window, least, most, mark, key)
     streams: list[np.ndarray] = []
     places: list[np.ndarray] = []
+    empty = 0
     for number, file in enumerate(find_files(path)):
-        volume = _open_volume(file, context.cache, "text", None, Options(file.parent))
+        volume = _open_volume(file, context.cache, "text", split, Options(file.parent))
         ids, sizes = _tokenised(volume, context)
+        if len(unread := np.flatnonzero(sizes == 0)):
+            raise DataError(_first_of(unread.tolist(), volume))
         stops = sizes.cumsum() - 1  # a text ends with the mark
         found = np.stack((np.full_like(stops, number), stops - sizes + 1, stops), axis=1)
         streams.append(ids)
         places.append(found[sizes > 1])
-    return open_rows(Shelf(streams, np.concatenate(places)), rows, window, least, most, mark, key)
+        empty += int((sizes == 1).sum())
+    return open_rows(Shelf(streams, np.concatenate(places), empty), rows, window, least, most, mark, key)
+
+
+def _first_of(unread: Sequence[int], volume: Volume) -> str:
+    """Return what is wrong with the first of the records that cannot be read."""
+    records = volume.records
+    try:
+        read_text(records.read(unread[0]), volume.options)
+        reason = "it could not be read before, and can be now"
+    except InputError as error:
+        reason = str(error)
+    return (
+        f"{records.path}: {len(unread)} of {len(records)} records cannot be read, the first in {records.unit} "
+        f"{records.line(unread[0])}: {reason}; mend them, or take them out"
+    )
 
 
 def _open_volume(file: Path, cache: Path, form: str, split: str | None, options: Options) -> Volume:

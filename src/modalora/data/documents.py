@@ -8,7 +8,7 @@ in no row is counted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -27,10 +27,13 @@ class Shelf:
     """Documents in arrays of ids, without their marks.
 
     streams: ids. places: (documents, 3): which stream, where a document begins there, and where it ends.
+    left_out: texts, or paragraphs, that are no document, and dropped: their tokens.
     """
 
     streams: Sequence[np.ndarray]
     places: np.ndarray
+    left_out: int = 0
+    dropped: int = 0
 
     @cached_property
     def sizes(self) -> np.ndarray:
@@ -39,8 +42,9 @@ class Shelf:
 
     def within(self, least: int, most: int) -> Shelf:
         """Return the documents of so many tokens, marks included."""
-        sizes = self.sizes
-        return Shelf(self.streams, self.places[(sizes >= least) & (sizes <= most)])
+        fit = (self.sizes >= least) & (self.sizes <= most)
+        left_out, dropped = int((~fit).sum()), int((self.sizes[~fit] - 2).sum())
+        return Shelf(self.streams, self.places[fit], self.left_out + left_out, self.dropped + dropped)
 
     def ids(self, document: int, mark: int) -> np.ndarray:
         """Return a document between its marks."""
@@ -58,6 +62,7 @@ def passages(stream: np.ndarray, tokenizer: TextTokenizer, mark: int, most: int)
     starts = np.concatenate(([0], ends[:-1] + 1))
     places: list[tuple[int, int, int]] = []
     taken: tuple[int, int] | None = None  # the paragraphs of the next passage so far
+    left_out = dropped = 0
     for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
         closes = stream[end] == mark
         stop = end if closes else end + 1  # the mark itself is no part of a text
@@ -66,10 +71,12 @@ def passages(stream: np.ndarray, tokenizer: TextTokenizer, mark: int, most: int)
             taken = None
         if start < stop <= start + most - 2:
             taken = (taken[0] if taken else start, stop)
+        elif start < stop:
+            left_out, dropped = left_out + 1, dropped + stop - start
         if closes and taken:
             places.append((0, *taken))
             taken = None
-    return Shelf([stream], np.array(places, dtype=np.int64).reshape(-1, 3))
+    return Shelf([stream], np.array(places, dtype=np.int64).reshape(-1, 3), left_out, dropped)
 
 
 def texts(stream: np.ndarray, mark: int) -> Shelf:
@@ -100,12 +107,20 @@ class ShortRows:
     shelf: Shelf
     mark: int
     key: Key
-    left_out: int = 0  # documents that are too long or too short
-    dropped: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         if not len(self.shelf.places):
             raise DataError("no document has the asked length; give other texts, or another window")
+
+    @property
+    def left_out(self) -> int:
+        """Documents that are too long or too short, and texts that are none."""
+        return self.shelf.left_out
+
+    @property
+    def dropped(self) -> int:
+        """Tokens of what is left out."""
+        return self.shelf.dropped
 
     @property
     def rows(self) -> int:
@@ -136,16 +151,12 @@ class ShortRows:
 
 @dataclass(frozen=True)
 class LongRows:
-    """Documents laid end to end, in an order drawn once, and cut into rows of exactly `window` tokens.
-
-    dropped: tokens of an epoch that fill no whole row. left_out: documents that are too long or too short.
-    """
+    """Documents laid end to end, in an order drawn once, and cut into rows of exactly `window` tokens."""
 
     shelf: Shelf
     window: int
     mark: int
     key: Key
-    left_out: int = 0
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -168,9 +179,14 @@ class LongRows:
         return int(self.shelf.sizes.sum()) // self.window
 
     @property
+    def left_out(self) -> int:
+        """Documents that are too long or too short, and texts that are none."""
+        return self.shelf.left_out
+
+    @property
     def dropped(self) -> int:
-        """Tokens of an epoch that fill no whole row."""
-        return int(self.shelf.sizes.sum()) % self.window
+        """Tokens of what is left out, and those of an epoch that fill no whole row."""
+        return self.shelf.dropped + int(self.shelf.sizes.sum()) % self.window
 
     def measure(self, number: int) -> int:
         """Return the tokens of a row."""
@@ -211,7 +227,4 @@ def open_rows(shelf: Shelf, kind: str, window: int, least: int, most: int, mark:
     if not 3 <= least <= upper:
         raise ConfigError(f"least={least} and most={upper}: documents have 3 tokens or more, and least is the smaller")
     chosen = shelf.within(least, upper)
-    left_out = len(shelf.places) - len(chosen.places)
-    if kind == "short":
-        return ShortRows(chosen, mark, key, left_out)
-    return LongRows(chosen, window, mark, key, left_out)
+    return ShortRows(chosen, mark, key) if kind == "short" else LongRows(chosen, window, mark, key)

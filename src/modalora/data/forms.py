@@ -128,7 +128,11 @@ def read_text(fields: Fields, options: Options) -> str:
 
 
 def renamed(fields: Fields, options: Options) -> Fields:
-    """Return the record under the names that forms know."""
+    """Return the record under the names that forms know. Raises DataError where two fields would have one name."""
+    for key in fields:
+        name = options.rename.get(key, key)
+        if name != key and name in fields and options.rename.get(name, name) == name:
+            raise DataError(f"rename makes {key!r} to {name!r}, and it has that too; take one out, or rename that")
     return {options.rename.get(key, key): value for key, value in fields.items()} if options.rename else fields
 
 

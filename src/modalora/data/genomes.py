@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from modalora.errors import DataError, WorkError
+from modalora.errors import ConfigError, DataError, WorkError
 from modalora.science.codons import CODONS, END, NUMBER, encode, reverse_complement, reverse_complement_ids
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ HELD_OUT = {
     "NC_005816.gb": "f11a45c8abf0ae0b9340f3513595d50277ea2ae0f74acaef2666b2f42485f65a",  # Yersinia pestis, a plasmid
 }
 FILES = TRAINING | HELD_OUT
+NUCLEOTIDES = "ACGTURYSWKMBDHVN-.*"  # IUPAC's letters, gaps, and what marks an end
 LEAST = 30  # codons of a gene that is read
 
 ARCHIVE = "biopython==1.88"
@@ -56,7 +57,7 @@ FETCHED = tuple(name for name in TRAINING if name not in ("NC_000932.gb", "droso
 
 @dataclass(frozen=True, slots=True)
 class Gene:
-    """A coding sequence from its start to its stop codon, ACGT only."""
+    """A coding sequence in whole codons, ACGT only."""
 
     name: str
     organism: str
@@ -96,15 +97,27 @@ def records(path: Path) -> list[SeqRecord]:
     kinds = dict.fromkeys((".gb", ".gbk", ".gbff", ".genbank"), "genbank") | {".embl": "embl"}
     kind = kinds.get(path.suffix, "fasta")
     try:
-        with warnings.catch_warnings(), path.open(encoding="utf-8") as file:
-            warnings.simplefilter("ignore", BiopythonWarning)  # of coordinates in other records, which are skipped
+        with warnings.catch_warnings(record=True) as told, path.open(encoding="utf-8") as file:
+            warnings.simplefilter("always", BiopythonWarning)
             found = list(SeqIO.parse(file, kind))
     except FileNotFoundError:
         raise DataError(f"{path} is missing; give a FASTA, GenBank or EMBL file") from None
     except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{path} is no {kind} file: {error}; name it by its format (.gb, .embl, .fasta)") from None
+        reason = next(iter(str(error).splitlines()), "")
+        raise DataError(
+            f"{path} is no {kind} file: {reason:.200}; name it by its format (.gb, .embl, .fasta)"
+        ) from None
     if not found:
         raise DataError(f"{path} holds no {kind} record; name it by its format (.gb, .embl, .fasta)")
+    # other warnings are of coordinates in other records, which are skipped
+    if cut := [str(one.message) for one in told if "xpected sequence length" in str(one.message)]:
+        raise DataError(f"{path} is cut short or altered: {cut[0]}; copy or fetch it again")
+    for record in found:
+        if not record.seq.defined:
+            raise DataError(f"{path}: {record.id} comes without its sequence; fetch it with it (NCBI: gbwithparts)")
+        if strange := set(str(record.seq).upper()) - set(NUCLEOTIDES):
+            listed = ", ".join(sorted(strange))
+            raise DataError(f"{path}: {record.id} holds {listed:.60}, which are no nucleotides; give DNA or RNA")
     return found
 
 
@@ -135,10 +148,14 @@ def _coding(record: SeqRecord) -> list[Gene | None]:
     for feature in record.features:
         if feature.type != "CDS":
             continue
+        start = feature.qualifiers.get("codon_start", ["1"])[0]
         try:
             letters = str(feature.extract(record.seq)).upper()
         except ValueError:  # it reaches into a record that is not here
             letters = ""
+        # what ends behind the sequence is shorter than told; a gene that begins in the midst of a codon says where
+        told = feature.location is not None and len(letters) == len(feature.location) and start in ("1", "2", "3")
+        letters = letters[int(start) - 1 :] if told else ""
         first = feature.qualifiers.get("gene", feature.qualifiers.get("locus_tag", [f"CDS {len(genes) + 1}"]))[0]
         whole = letters and len(letters) % 3 == 0 and set(letters) <= set("ACGT")
         genes.append(Gene(first, organism, letters) if whole else None)
@@ -154,7 +171,7 @@ def _open_frame(record: SeqRecord) -> Gene | None:
 
 def longest_frame(letters: str) -> str:
     """Return the longest stretch from ATG to a stop codon, in any of the three frames of this strand."""
-    found = re.findall(r"(?=(ATG(?:...)*?(?:TAA|TAG|TGA)))", letters)
+    found = re.findall(r"(?=(ATG(?:[ACGT]{3})*?(?:TAA|TAG|TGA)))", letters)
     return max(found, key=len, default="")
 
 
@@ -271,11 +288,17 @@ def made_up(proteins: Sequence[str], rng: Rng, length: int) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ConfigError(f"{name}={value} is a share of the rows, and must lie in 0 to 1")
+
+
 class GeneRows:
     """Windows of the coding sequences of one genome, in any order, an END before, between and behind them."""
 
     def __init__(self, genomes: Sequence[Genome], window: int, *, made: float = 0.0, shuffled: bool = False) -> None:
         """made: share of rows of made-up organisms. shuffled: put the codons of each gene into any order, a control."""
+        _check_share("made", made)
         self.genes = [[gene.ids for gene in genome.genes] for genome in genomes if genome.genes]
         if not self.genes:
             raise DataError("these files hold no coding sequence; give GenBank or EMBL files, or FASTA of genes")
@@ -347,6 +370,7 @@ class RepeatRows:
 
     def __init__(self, genomes: Sequence[Genome], window: int, *, inverted: float = 0.7, least: int = 16) -> None:
         """inverted: share of the repeats that are. least: codons of a stretch."""
+        _check_share("inverted", inverted)
         self.windows, self.inverted, self.least = WindowRows(genomes, window), inverted, least
         if window < 2 * least:
             raise DataError(f"a window of {window} codons has no room for two copies of {least}; make it longer")

@@ -135,7 +135,12 @@ class Mixture:
         return batches
 
     def lasts(self) -> int | None:
-        """Return about how many steps the data last for, by the first rows of each source; None: without end."""
+        """Return about how many steps the data last for, by the first rows of each source.
+
+        None: without end, or by weights that change, which may leave rows behind.
+        """
+        if any(isinstance(source.weight, dict) for source in self.configs):
+            return None
         rows = [
             (source.epochs or 0) * (own.rows or 0)
             for source, own in zip(self.configs, self.reader.sources, strict=True)

@@ -54,11 +54,11 @@ def _options(config: SourceConfig, maker: Callable[..., Any]) -> dict[str, Any]:
     """Return the options of a source as the types that its maker declares. Raises ConfigError naming key and value."""
     try:
         kinds = get_type_hints(maker)
-    except NameError:  # someone else's, whose types are known to a type checker alone
+    except (NameError, TypeError):  # someone else's: types for a type checker alone, or no plain function
         return config.options
     made = dict(config.options)
     for key, value in made.items():
-        if key in kinds:
+        if key in kinds and value is not None:
             with suppress(PydanticUserError):  # a type of someone else's, which nothing is known of
                 made[key] = parse(kinds[key], value, f"source {config.source!r}, {key}")
     return made

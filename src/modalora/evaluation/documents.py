@@ -254,6 +254,8 @@ def passage(tokenizer: TextTokenizer, texts: Sequence[str], tokens: int, rng: _R
 
     Raises DataError when no text is so long.
     """
+    if tokens < 1:
+        raise ConfigError(f"a passage of {tokens} tokens holds no text; ask for more")
     share = float(rng.random())  # of the text that may stand in front
     for one in rng.permutation(len(texts)).tolist():
         text, reach = texts[one], 6 * tokens

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from modalora.assistant import check_device
 from modalora.checkpoint.adapters import fingerprint
-from modalora.checkpoint.files import read_json, write_json
+from modalora.checkpoint.files import read_json, weights_digest, write_json
 from modalora.checkpoint.resume import locked
 from modalora.checkpoint.store import load_model
 from modalora.config import ExtendConfig, NeedleConfig, RunConfig, SourceConfig, dump, load_extension
@@ -34,6 +35,7 @@ from modalora.longrope2.space import space_of
 from modalora.models.multimodal import Multimodal
 from modalora.nn.rope import Regime, Rope
 from modalora.parallel import ranks
+from modalora.parallel.stops import is_one_of_many
 from modalora.processing.tokenizer import TextTokenizer
 from modalora.training.audit import check_settings
 from modalora.training.loop import Metrics
@@ -85,8 +87,9 @@ def extend(
     on from there. Of several processes that a launcher started, all search and train; the first one does the rest, and
     the others return an empty summary.
     """
+    check_device(config.device)
     joined_before, device = ranks.has_joined(), torch.device(config.device)
-    if ranks.is_one_of_many():
+    if is_one_of_many():
         device = ranks.join(config.device, config.patience_seconds)
     if not _is_first():
         say, report = lambda line: None, lambda metrics: None
@@ -108,6 +111,7 @@ def _carry_out(
         torch.set_num_threads(config.threads)
     work = _open(config, folder, device)
     say(_critical(work.stretch))
+    space_of(work.stretch, config.search)
     guides, asked = _guides(work), _questions(work)  # and the training data: all before hours are spent
     _check_training(work)
     with ExitStack() as stack:
@@ -153,7 +157,7 @@ def _check_output(config: ExtendConfig, folder: Path) -> None:
     for place, stage in enumerate(stages):
         keys, _ = _STAGES[stage]
         changed = [told for key in keys for told in _changed(key, before, config)]
-        made = [name for later in stages[place:] if (folder / (name := _STAGES[later][1])).exists()]
+        made = [name for later in stages[place:] if any((folder / (name := _STAGES[later][1])).glob("*"))]
         if changed and made:
             raise ConfigError(
                 f"{folder} holds results of other settings ({', '.join(changed)}); give another output, or remove "
@@ -367,8 +371,9 @@ def _score(
         return grids
     regimes: tuple[Regime, ...] = ("reference", "long")
     paths = [folder / f"trained-{regime}.json" for regime in regimes]
-    made_with = {"factors": list(factors.long), "documents": hashes}
-    if not all(path.exists() for path in paths):
+    made_with = {"factors": list(factors.long), "documents": hashes, "weights": weights_digest(trained)}
+    # a model that was trained on since is measured anew
+    if not all(path.exists() and read_json(path).get("made_with") == made_with for path in paths):
         say(f"measuring the trained model: {len(documents)} documents, twice")
         model = _placed(load_model(trained).model, config, work.device)
         for path, grid in zip(paths, measure_grid(model, documents, regimes=regimes, rows=config.rows), strict=True):

@@ -15,6 +15,7 @@ from modalora.config import ExtendConfig, RunConfig
 from modalora.contracts import IGNORED, Batch, Route
 from modalora.longrope2.factors import Stretch
 from modalora.longrope2.methods import unscaled
+from modalora.longrope2.space import space_of
 from modalora.models.multimodal import Multimodal
 from modalora.training.flops import StepFlops
 from modalora.training.machines import machine_rate
@@ -69,6 +70,7 @@ def plan_extension(config: ExtendConfig, machines: Sequence[tuple[str, int]], sh
     size, _ = read_size(config.init)
     base = unscaled(size.decoder.rope)
     stretch = Stretch.of(base, size.decoder.head_dim, config.target)
+    space_of(stretch, config.search)
     with torch.device("meta"):
         model = Multimodal(size)
     forward = StepFlops(model, (), decodes=True)

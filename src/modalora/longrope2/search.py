@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from math import exp, isfinite, sqrt
+from math import atan2, cos, exp, isfinite, pi, sin, sqrt
 from pathlib import Path
-from statistics import NormalDist, fmean
+from statistics import fmean
 from typing import Any, Protocol
 
 import numpy as np
@@ -419,11 +419,26 @@ def is_worse(gaps: np.ndarray, total: int, error: float) -> bool:
 
 
 def _t_quantile(probability: float, freedom: int) -> float:
-    """Student's t by its expansion around the normal quantile (Abramowitz and Stegun, 26.7.5)."""
-    z = NormalDist().inv_cdf(probability)
-    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / freedom + second / freedom**2 + third / freedom**3
+    """Student's t for a probability above a half, by halving an interval of its distribution."""
+    low, high = 0.0, 1.0
+    while _t_share(high, freedom) < 2 * probability - 1:
+        low, high = high, 2 * high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_share(middle, freedom) < 2 * probability - 1 else (low, middle)
+    return high
+
+
+def _t_share(t: float, freedom: int) -> float:
+    """Return how much of Student's distribution lies within -t .. t (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    angle, odd = atan2(t, sqrt(freedom)), freedom % 2
+    term = total = cos(angle) if odd else 1.0
+    for power in range(2 + odd, freedom, 2):
+        term *= cos(angle) ** 2 * (power - 1) / power
+        total += term
+    if freedom == 1:
+        total = 0.0
+    return 2 / pi * (angle + sin(angle) * total) if odd else sin(angle) * total
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:

@@ -12,13 +12,17 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
+
+import torch
 
 from modalora.config import RunConfig
 from modalora.errors import ConfigError, TrainingError
 from modalora.parallel.engine import Engine, Single
-from modalora.parallel.ranks import STORE, is_one_of_many, join, stopped_file
+from modalora.parallel.ranks import join
+from modalora.parallel.stops import STORE, is_one_of_many, told
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -32,11 +36,9 @@ def engine_for(run: RunConfig) -> Engine:
     Raises ConfigError for a mesh that does not fit, or settings that the engine does not have.
     """
     if not is_one_of_many():
-        if run.mesh.replicate * max(1, run.mesh.shard) * run.mesh.copies > 1:
-            raise ConfigError(f"mesh: {run.mesh} needs several processes; start them with --gpus N or --processes N")
+        check_processes(run, 1)
         return Single()
-    if run.base_bits is not None or run.optim.state_bits != 32:
-        raise ConfigError("base_bits and optim.state_bits save memory in one process; many share plain numbers instead")
+    check_processes(run, int(os.environ["WORLD_SIZE"]))
     device = join(run.device, run.patience_seconds)
     if run.engine == "fsdp":
         from modalora.parallel.fsdp import Plan, Sharded
@@ -45,6 +47,34 @@ def engine_for(run: RunConfig) -> Engine:
         return Sharded(run.mesh, plan, device)
     from modalora.parallel.zero import Zero
 
+    stage = cast(Literal[1, 2, 3], int(run.engine[-1]))
+    return Zero(stage, device, offload=run.offload, clip_norm=run.optim.clip_norm, mesh=run.mesh)
+
+
+def check_processes(run: RunConfig, count: int) -> None:
+    """Refuse what so many processes cannot do, before any is started. Raises ConfigError."""
+    if count == 1:
+        if run.mesh.replicate * max(1, run.mesh.shard) * run.mesh.copies > 1:
+            raise ConfigError(f"mesh: {run.mesh} needs several processes; start them with --gpus N or --processes N")
+        if run.offload or run.engine != "fsdp":
+            named = f"engine={run.engine}" if run.engine != "fsdp" else "offload=true"
+            raise ConfigError(
+                f"{named} is for several processes, and this is one; start them with --gpus N, or drop it"
+            )
+        return
+    if run.base_bits is not None or run.optim.state_bits != 32:
+        raise ConfigError("base_bits and optim.state_bits save memory in one process; many share plain numbers instead")
+    if run.engine == "fsdp":
+        from modalora.parallel.fsdp import sizes
+
+        sizes(run.mesh, count)
+        if run.offload and torch.device(run.device).type == "cpu":
+            raise ConfigError(
+                "offload moves what a GPU holds to the CPU; with device=cpu it is there: leave offload out"
+            )
+        return
+    if find_spec("deepspeed") is None:
+        raise ConfigError(f"engine={run.engine} needs DeepSpeed; pip install 'modalora[deepspeed]', or use engine=fsdp")
     if run.mesh.replicate * run.mesh.tensor > 1:
         raise ConfigError(
             f"mesh: engine={run.engine} cuts over all processes alike, and takes mesh.sequence alone; use engine=fsdp "
@@ -52,8 +82,6 @@ def engine_for(run: RunConfig) -> Engine:
         )
     if run.nonfinite == "skip":
         raise ConfigError(f"nonfinite=skip: engine={run.engine} cannot drop a step; use engine=fsdp, or stop")
-    stage = cast(Literal[1, 2, 3], int(run.engine[-1]))
-    return Zero(stage, device, offload=run.offload, clip_norm=run.optim.clip_norm, mesh=run.mesh)
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:
@@ -92,8 +120,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         try:
             elastic_launch(config, sys.executable)("-m", "modalora.cli.main", *arguments)
         except SignalException as stopped:
-            saved = [rank for rank in range(processes) if stopped_file(folder / "store", rank).exists()]
-            if len(saved) < processes:
+            if any(told(folder / "store", rank) == "training" for rank in range(processes)):
                 raise TrainingError("stopped before all processes had saved; the state saved last is whole") from None
             return 128 + signal.SIGINT if stopped.sigval == signal.SIGINT else 0
         except ChildFailedError as failed:
@@ -103,8 +130,11 @@ def launch(arguments: Sequence[str], processes: int) -> int:
 
 def _explain(failed: ChildFailedError) -> int:
     """Return the exit code of the process that failed first. Raises TrainingError when a signal ended it."""
-    # one that was killed is the cause of what the others then met
-    rank, first = min(failed.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
+    # one that was killed is the cause of what the others then met; but by SIGTERM the agent ends those behind the first
+    told_to = -signal.SIGTERM
+    rank, first = min(
+        failed.failures.items(), key=lambda one: (one[1].exitcode == told_to, one[1].exitcode >= 0, one[1].timestamp)
+    )
     if first.exitcode < 0:
         raise TrainingError(
             f"process {rank} was ended by {first.signal_name()} (out of memory?), and the others with it; the same "

@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from modalora.errors import ConfigError, TrainingError
-
-STORE = "MODALORA_STORE"  # a file by which the processes of one machine find each other
-
-
-def is_one_of_many() -> bool:
-    """Tell whether a launcher (torchrun, Slurm through torchrun, Ray) started this process as one of several."""
-    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
-
-
-def is_first() -> bool:
-    """Tell whether this process is the one that speaks: the first of several, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+from modalora.parallel.stops import STORE
 
 
 def join(device: str, patience_seconds: int) -> torch.device:
@@ -48,25 +38,27 @@ def join(device: str, patience_seconds: int) -> torch.device:
     if dist.is_initialized():  # by the launcher, as Ray does
         return found
     store = os.environ.get(STORE)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
-        init_method=f"file://{store}" if store else "env://",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=patience_seconds),
-    )
+    with _at_once():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+            init_method=f"file://{store}" if store else "env://",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=patience_seconds),
+        )
     return found
 
 
-def stopped_file(store: Path, rank: int) -> Path:
-    """Return the file by which a process tells its launcher that it saved and stopped."""
-    return store.with_name(f"stopped-{rank}")
-
-
-def tell_stopped() -> None:
-    """Tell the launcher, if there is one, that this process saved and stopped."""
-    if STORE in os.environ and is_one_of_many():
-        stopped_file(Path(os.environ[STORE]), int(os.environ["RANK"])).touch()
+@contextmanager
+def _at_once() -> Iterator[None]:
+    """Let signals end the process while it waits inside a library, where Python would hear them after the wait."""
+    heard = (signal.SIGINT, signal.SIGTERM) if current_thread() is main_thread() else ()
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

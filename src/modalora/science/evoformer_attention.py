@@ -30,11 +30,16 @@ def DS4Sci_EvoformerAttention(  # noqa: N802  the name that OpenFold imports
     biases: none, one or two. The first, (..., rows, 1, 1, length), has an entry for each key of a row; the second,
     (..., 1, heads, length, length), is shared by the rows. Either may be None; the list is left as it is. A query whose
     every key has a bias of -inf gets zeros. Finite masks, such as OpenFold's -1e9, are biases like others.
-    Raises ShapeError when the biases do not fit.
+    Raises ShapeError when the biases do not fit, or there is nothing to attend.
     """
     if len(biases) > 2:
         raise ShapeError(f"{len(biases)} biases were given; Evoformer attention takes two at most")
     first, second = (*biases, None, None)[:2]
+    if min(x.ndim for x in (Q, K, V)) < 4 or 0 in (*Q.shape[-4:], K.shape[-3]):
+        raise ShapeError(
+            f"Q {tuple(Q.shape)}, K {tuple(K.shape)} and V {tuple(V.shape)} must be (..., rows, length, heads, "
+            "head_dim), with at least one of each"
+        )
     (*lead, rows, length, heads, _), keys = Q.shape, K.shape[-3]
     for name, bias, shape in (
         ("first", first, (*lead, rows, 1, 1, keys)),

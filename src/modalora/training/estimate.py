@@ -32,17 +32,16 @@ def estimate(plan: Plan, run: RunConfig, machine: str, count: int, share: float,
     """Return what a planned run takes on `count` machines of a kind, "this" or a name of MACHINES.
 
     share: of a GPU's peak rate that a step reaches. This machine's rates are measured, and the time to move what
-    operations read and write is added, as if no cache helped. Under FSDP weights, gradients and optimiser are shared
-    evenly, and the step itself, told by the rows of one process, is not. Raises ConfigError where so many machines
-    cannot share the tokens as the run says.
+    operations read and write is added, as if no cache helped. Weights, gradients and optimiser are shared evenly as
+    run.engine and run.mesh say, and the step itself, told by the rows of one process, is not. Raises ConfigError where
+    so many machines cannot share what the run says.
     """
     if count % run.mesh.sequence:
         raise ConfigError(
             f"mesh.sequence={run.mesh.sequence} processes share the tokens of a row; plan for a multiple of so many, "
             f"--count {run.mesh.sequence}"
         )
-    shared = plan.weights + plan.gradients + plan.optimizer
-    memory = plan.step + shared // count
+    memory = plan.step + _states(plan, run, count)
     one = machine_rate(machine, run.precision, share)
     seconds = plan.flops / one  # every one of `count` computes rows of its own
     if machine == "this":
@@ -66,6 +65,17 @@ def estimate(plan: Plan, run: RunConfig, machine: str, count: int, share: float,
         price=hourly * total / 3600,
         assumption=assumption,
     )
+
+
+def _states(plan: Plan, run: RunConfig, count: int) -> int:
+    """Return the bytes of weights, gradients and optimiser that each of so many processes keeps."""
+    if run.engine == "fsdp":
+        from modalora.parallel.fsdp import sizes
+
+        _, cut, _ = sizes(run.mesh, count)
+        return (plan.weights + plan.gradients + plan.optimizer) // cut
+    whole = {"zero1": plan.weights + plan.gradients, "zero2": plan.weights, "zero3": 0}[run.engine]
+    return whole + (plan.weights + plan.gradients + plan.optimizer - whole) // count
 
 
 @dataclass(frozen=True, slots=True)

@@ -315,21 +315,24 @@ def evoformer_need(
     )
 
 
+LONGEST = 2**40  # tokens: beyond it no plan says anything
+
+
 def parse_lengths(text: str) -> list[int]:
     """Return lengths of "2048,4096", or doubled from one to the other of "2k:1M". Raises ConfigError."""
     try:
         if ":" in text:
             first, last = (_whole(one) for one in text.split(":"))
-            found = []
-            while first <= last:
-                found.append(first)
-                first *= 2
+            found = [first << times for times in range(41) if first << times <= last] if first > 0 else []
         else:
             found = [_whole(one) for one in text.split(",")]
     except ValueError:
         found = []
-    if not found or min(found) < 1:
-        raise ConfigError(f"lengths {text!r} must be whole numbers, such as 2048,4096, or a range that doubles, 2k:1M")
+    if not found or min(found) < 1 or max(found) > LONGEST:
+        raise ConfigError(
+            f"lengths {text!r:.80} must be whole numbers of 1 to {LONGEST:,}, such as 2048,4096, or a range that "
+            "doubles, 2k:1M"
+        )
     return found
 
 

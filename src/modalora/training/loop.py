@@ -24,11 +24,12 @@ from modalora.checkpoint.preserve import differences, preservation
 from modalora.checkpoint.resume import locked
 from modalora.config import RunConfig, dump
 from modalora.contracts import BLANK, Batch, Batches
-from modalora.errors import ShapeError, TrainingError
+from modalora.errors import InputError, ShapeError, TrainingError
 from modalora.models.multimodal import Multimodal
 from modalora.nn.products import wide_products
 from modalora.nn.rope import is_long
 from modalora.parallel.engine import Engine, Single
+from modalora.parallel.stops import tell_training
 from modalora.training.audit import Audit, check_preserved, check_settings, check_trained, parts_reached, trained_part
 from modalora.training.dropout import add_dropout
 from modalora.training.flops import StepFlops
@@ -39,6 +40,7 @@ from modalora.training.optimizer import Optimizer, freeze
 from modalora.training.randomness import seed_all, seed_dropout
 from modalora.training.report import what_trains
 from modalora.training.signals import Asked, Interrupted, Stop
+from modalora.training.start import digest_of_start
 from modalora.training.states import Moment, States
 from modalora.training.trackers import open_trackers
 
@@ -78,6 +80,7 @@ def train(
             raise Interrupted("stopped before the first step; nothing is lost", stop.asked) from None
         finally:
             stop.breakable = False
+        tell_training()
         loop.run_all()
     return loop.metrics
 
@@ -140,7 +143,9 @@ class _Loop:
         self.flops = StepFlops(model, self.parts, decodes=run.objective == "next_token") if run.peak_tflops else None
         for line in what_trains(model, self.trained, self.optimizer):
             say(line)
-        self.states = States(run, engine, self.trained, self.optimizer, self.preserved.fingerprint)
+        self.states = States(
+            run, engine, self.trained, self.optimizer, self.preserved.fingerprint, digest_of_start(run)
+        )
         stack.callback(self.states.finish)
         self.progress = self.states.resume(batches, say)
         engine.wrap(self.optimizer)
@@ -166,7 +171,13 @@ class _Loop:
         since = started
         while progress.step < run.steps:
             moment = Moment.now(self.batches)
-            asked, micro, outcome = self._try()
+            try:
+                asked, micro, outcome = self._try()
+            except InputError:  # of the data: what was learnt so far is not lost
+                if self.engine.world == 1 and progress.step:
+                    self._clear()
+                    self._save(moment)
+                raise
             if outcome is None:  # the step was broken off, as if it had not begun, or there are no data for it
                 self._clear()
                 if not asked:

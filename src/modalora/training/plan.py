@@ -41,11 +41,12 @@ from modalora.nn.shown import few_stand_for_all
 from modalora.parallel.engine import step_and_clear
 from modalora.parallel.sequence import split_tokens
 from modalora.quantize import quantize
+from modalora.training.audit import check_preserved, check_settings, check_trained
 from modalora.training.dropout import add_dropout
 from modalora.training.meter import Meter, size_of
 from modalora.training.objectives import OBJECTIVES
 from modalora.training.optimizer import Optimizer, freeze
-from modalora.training.start import grown, limited, make_mixture, open_context
+from modalora.training.start import grown, limited, load_modalities, make_mixture, open_context
 
 LOOKED_AT = 4  # steps of each phase of a mixture
 
@@ -112,6 +113,8 @@ def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype
     if run.recompute:
         recompute(model)  # what is offloaded is counted all the same: it is in some memory
     trained = freeze(model, run.train)
+    check_preserved(model, run)
+    check_trained(trained, trained, run)
     add_dropout(model, run.dropout)
     trained |= {f"objective.{name}": parameter for name, parameter in objective.named_parameters()}
     optimizer = Optimizer(trained, run.optim, run.steps)
@@ -188,6 +191,10 @@ def shaped_batch(
     """
     blanks = [_blank(config, shape, limits or MediaConfig()) for shape in islice(cycle(shapes), rows)]
     lengths = torch.tensor([sum(item[2] for item in media) + text for media, text in blanks])
+    if (longest := int(lengths.max())) > config.decoder.rope.window:
+        raise ConfigError(
+            f"a row of {longest:,} tokens: the model reads at most {config.decoder.rope.window:,}; give shorter rows"
+        )
     labels = torch.full((rows, int(lengths.max())), IGNORED)
     found, adapters = [], []
     for row, ((media, text), asked) in enumerate(zip(blanks, cycle(routes), strict=False)):
@@ -209,8 +216,8 @@ def _blank(
     for piece in shape.split(","):
         kind, _, size = piece.strip().partition("=")
         if kind == "text" and size.isdigit():
-            text += int(size)
-        elif kind in config.modalities and (payload := _blank_payload(kind, size)) is not None:
+            text += int(size[:12])
+        elif kind in config.modalities and (payload := _blank_payload(kind, size, config)) is not None:
             row = modality.find(kind)
             settings = limited(kind, row.settings(config.modalities[kind]), limits)
             media.append((kind, *row.features(payload, settings)))
@@ -222,10 +229,16 @@ def _blank(
     return media, max(1, text)
 
 
-def _blank_payload(kind: str, size: str) -> Any:
+def _blank_payload(kind: str, size: str, config: ModelConfig) -> Any:
+    settings = modality.find(kind).settings(config.modalities[kind])
     if kind == "image" and (sides := re.fullmatch(r"(\d+)x(\d+)", size)):
-        return Image.new("RGB", (int(sides[1]), int(sides[2])))
+        width, height = int(sides[1][:9]), int(sides[2][:9])
+        if width * height > settings.max_pixels:
+            raise ConfigError(f"row shape image={size:.60}: at most {settings.max_pixels:,} pixels are read")
+        return Image.new("RGB", (width, height))
     if kind == "audio" and re.fullmatch(r"\d+(\.\d+)?", size):
+        if float(size) > settings.max_seconds:
+            raise ConfigError(f"row shape audio={size:.60}: at most {settings.max_seconds:,.0f} s are read")
         return np.zeros(int(float(size) * 16_000), np.float32), 16_000
     return None
 
@@ -270,6 +283,8 @@ def plan_run(run: RunConfig, shapes: Sequence[str] = (), size: str | None = None
     that fill the micro-batch. size: what stands in for run.init while that is not there, such as phi4-multimodal for
     the stages of a chain. Raises ConfigError, CheckpointError.
     """
+    check_settings(run)
+    load_modalities(run)
     start = run.init
     try:
         config, dtype = read_size(start)
@@ -286,6 +301,8 @@ def plan_run(run: RunConfig, shapes: Sequence[str] = (), size: str | None = None
         context = open_context(run.model_copy(update={"init": start}))
         micro, source = _fullest(run, context), "the fullest of a few steps of its data"
         steps = min(run.steps, make_mixture(run, context).lasts() or run.steps)
+    except ConfigError:
+        raise
     except InputError as error:
         shape = f"text={min(run.tokens or run.window, config.decoder.rope.window)}"
         if run.objective != "next_token":  # texts cannot stand in

@@ -8,14 +8,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from modalora.assistant import BUNDLED, check_device, find_model
+from modalora.assistant import BUNDLED, check_device
 from modalora.checkpoint.adapters import save_adapter
-from modalora.checkpoint.files import weights_digest
 from modalora.checkpoint.preserve import CERTIFICATE, preservation
 from modalora.checkpoint.store import read_card, rounded_by_int8, save_model
 from modalora.config import RunConfig, load_run
 from modalora.data.quarantine import Quarantine
-from modalora.errors import CheckpointError, ConfigError
+from modalora.errors import ConfigError
 from modalora.models.multimodal import Multimodal, part_of
 from modalora.models.recompute import recompute
 from modalora.models.sizes import SIZES
@@ -28,7 +27,7 @@ from modalora.quantize import quantize, restore
 from modalora.training.fresh import count_said, set_mel_statistics, whiten_projectors
 from modalora.training.loop import Metrics, train
 from modalora.training.report import plot_metrics
-from modalora.training.start import context_of, make_mixture, open_start, widen
+from modalora.training.start import context_of, digest_of_start, load_modalities, make_mixture, open_start, widen
 from modalora.training.states import FREE
 
 
@@ -44,6 +43,7 @@ def run_recipe(
     was one of other settings.
     """
     check_device(run.device)
+    load_modalities(run)
     target = Path(run.output) / "model"
     if target.exists():
         _check_finished(run, target)
@@ -71,7 +71,6 @@ def _carry_out(
         say(
             f"init={run.init} names a size, so the decoder is random, and frozen; a folder has trained weights{trained}"
         )
-    start = _start(run)
     model, tokenizer, chat = open_start(run)
     context = context_of(run, model.config, tokenizer, chat)
     widen(model, run.train)
@@ -93,7 +92,7 @@ def _carry_out(
         metrics = train(run, model, batches, report, engine=engine, say=say, said=said)
     finally:
         batches.close()
-    notes = {"trained": run.model_dump(mode="json"), "start": start, "last": metrics}
+    notes = {"trained": run.model_dump(mode="json"), "start": digest_of_start(run), "last": metrics}
     if run.base_bits is not None:  # what was trained belongs to the plain weights
         restore(model.cpu(), open_start(run)[0])
     if whole := engine.whole():
@@ -102,6 +101,10 @@ def _carry_out(
 
 
 def _check_finished(run: RunConfig, target: Path) -> None:
+    if not (target.parent / "run.yaml").exists():
+        raise ConfigError(
+            f"{target} has no run.yaml beside it, so what made it is not known; give another output, or remove it"
+        )
     before, now = load_run(target.parent / "run.yaml"), run
     changed = sorted(key for key in RunConfig.model_fields if getattr(before, key) != getattr(now, key))
     changed = [key for key in changed if key not in FREE or key == "steps"]
@@ -111,20 +114,12 @@ def _check_finished(run: RunConfig, target: Path) -> None:
             f"or remove {target} to train on"
         )
 
-    start, told = _start(run), read_card(target).notes.get("start")
+    start, told = digest_of_start(run), read_card(target).notes.get("start")
     if None not in (start, told) and start != told:
         raise ConfigError(
-            f"{target} was trained from {run.init} as it was, and that has other weights now; remove {target.parent} "
-            "to train it anew, or give another output"
+            f"{target} was trained from {' and '.join((run.init, *run.take.values()))} as it was, and that has other "
+            f"weights now; remove {target.parent} to train it anew, or give another output"
         )
-
-
-def _start(run: RunConfig) -> str | None:
-    """Return what tells the weights that a run starts from; None where nothing does."""
-    try:
-        return None if run.init in SIZES else weights_digest(find_model(run.init))
-    except CheckpointError:  # the stage before may have been removed when it was done with
-        return None
 
 
 def _write(

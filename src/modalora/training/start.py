@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -12,6 +13,7 @@ import torch
 
 from modalora.assistant import find_model, make_processor
 from modalora.checkpoint.adapters import fingerprint
+from modalora.checkpoint.files import weights_digest
 from modalora.checkpoint.store import load_model, read_texts
 from modalora.config import MediaConfig, RunConfig, parse
 from modalora.data.mixture import Mixture
@@ -31,8 +33,26 @@ from modalora.processing.tokenizer import TextTokenizer
 from modalora.science import codons
 
 
+def load_modalities(run: RunConfig) -> None:
+    """Run the files of a run's own modalities, before a model that may have them is read. Raises ConfigError."""
+    for file in run.modality_files:
+        load_file(file)
+
+
+def digest_of_start(run: RunConfig) -> str | None:
+    """Return what tells the weights that a run starts from, and takes; None where one of them tells nothing."""
+    found = []
+    for start in (run.init, *run.take.values()):
+        try:
+            found.append("" if start in SIZES else weights_digest(find_model(start)))
+        except CheckpointError:  # the stage before may have been removed when it was done with
+            return None
+    return None if None in found else hashlib.sha256("\n".join(map(str, found)).encode()).hexdigest()
+
+
 def open_start(run: RunConfig) -> tuple[Multimodal, TextTokenizer, ChatFormat]:
     """Return the weights that a run starts from, the same at each call, their tokenizer and chat format."""
+    load_modalities(run)
     torch.manual_seed(run.seed)
     if run.init in SIZES:
         model, chat = Multimodal(SIZES[run.init]()), FORMATS["phi4"]
@@ -51,6 +71,7 @@ def open_context(run: RunConfig) -> Context:
 
     Raises CheckpointError, ConfigError, DataError.
     """
+    load_modalities(run)
     if run.init in SIZES:
         config, chat = SIZES[run.init](), FORMATS["phi4"]
         tokenizer = _fresh_tokenizer(run, config.decoder.vocab_size)
@@ -89,8 +110,6 @@ def _grow(model: Multimodal, run: RunConfig) -> None:
     """Set the rope, and add the modalities and adapters that a run adds."""
     if run.rope is not None:
         model.set_rope(read_rope(run.rope, "recipe"))
-    for file in run.modality_files:
-        load_file(file)
     for name, sizes in run.modalities.items():
         add_modality(model, name, sizes)
     for name, size in run.adapters.items():

@@ -34,7 +34,7 @@ FREE = {
     "nonfinite_most", "workers", "quarantine_most", "ledger", "trackers", "peak_tflops", "engine", "mesh", "offload",
     "patience_seconds", "save_in_background",
 }  # fmt: skip
-_PARTS = ("run", "step", "world", "settings", "frozen", "rate", "progress", "data")
+_PARTS = ("run", "step", "world", "settings", "frozen", "start", "rate", "progress", "data")
 
 
 @dataclass
@@ -106,6 +106,7 @@ class States:
     trained: Mapping[str, nn.Parameter]
     optimizer: Optimizer
     frozen: str  # fingerprint of what does not train: a state fits no other base
+    start: str | None  # what tells the weights that the run started from
     begun: list[_Errand] = field(default_factory=list)  # the state that is being written in the background
 
     @property
@@ -152,6 +153,7 @@ class States:
                     "world": engine.world,
                     "settings": self.run.model_dump(mode="json"),
                     "frozen": self.frozen,
+                    "start": self.start,
                     "rate": self.optimizer.rate(step),
                     "progress": asdict(progress),
                     "data": {"step": step, "state": moment.data},
@@ -236,4 +238,9 @@ class States:
             raise ConfigError(
                 f"{folder} was trained on another base: what does not train has the fingerprint {self.frozen}, there "
                 f"it had {fields['frozen']}; give another output, or the base as it was"
+            )
+        if None not in (fields["start"], self.start) and fields["start"] != self.start:
+            raise ConfigError(
+                f"{folder} was trained from {' and '.join((self.run.init, *self.run.take.values()))} as it was, and "
+                f"that has other weights now; give another output, or remove {self.folder} to train it anew"
             )

@@ -45,7 +45,9 @@ class Records(Protocol):
 
 
 def is_data(path: Path) -> bool:
-    """Tell whether a file is of a kind that `open_records` reads, by its name's ending."""
+    """Tell whether `open_records` reads it: a file by its name's ending, or a folder that `datasets` saved."""
+    if path.is_dir():
+        return any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
     return path.name.lower().removesuffix(".gz").endswith(ENDINGS)
 
 
@@ -53,7 +55,7 @@ def find_files(path: str | Sequence[str]) -> list[Path]:
     """Return the files and folders that paths and patterns (*, ?, **) name, sorted. Raises DataError for none."""
     found: list[Path] = []
     for one in [path] if isinstance(path, str) else path:
-        literal = [one] if Path(one).exists() else []  # a name may hold what a pattern is made of: b[1].jsonl
+        literal = [one] if one and Path(one).exists() else []  # a name may hold what a pattern is made of: b[1].jsonl
         matches = literal or sorted(glob(one, recursive=True))  # noqa: PTH207  (Path.glob takes no absolute pattern)
         if not matches:
             raise DataError(f"path: {one!r} matches no file (seen from {str(Path.cwd())!r}); give files or patterns")
