@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from modalora.config import FittedRate, RunConfig, dump, load_run, load_stages, parse
+from modalora.cli.train import RECIPES
+from modalora.config import FittedRate, RunConfig, dump, load_chain_start, load_run, load_stages, parse
 from modalora.errors import ConfigError
 from modalora.models.multimodal import ModelConfig
 from modalora.models.sizes import SIZES
@@ -190,6 +191,19 @@ def test_start_and_folder_of_a_chain_are_set_for_the_chain(tmp_path: Path) -> No
         ("nano", "there/one"),
         ("there/one/model", "elsewhere"),
     ]
+
+
+def test_settings_of_a_stage_may_name_the_folder_of_the_chain(tmp_path: Path) -> None:
+    chain = chain_files(tmp_path)
+    second = "{recipe: two.yaml, set: {init: '{output}/one/model', take: {'*': '{output}/x'}}}"
+    stages = f"stages: [{{recipe: one.yaml}}, {second}]\n"
+    chain.write_text(f"init: tiny\noutput: out\n{stages}")
+    for output in ("out", "runs/mine"):
+        one, two = load_stages(chain, tmp_path, [f"output={output}"]).values()
+        assert (two.init, two.take, one.output) == (f"{output}/one/model", {"*": f"{output}/x"}, f"{output}/one")
+    nano = load_stages(RECIPES / "chain-nano.yaml", RECIPES, ["output=runs/mine"])
+    assert not any("chain-nano" in str(run) for run in nano.values())
+    assert load_chain_start(chain, ["init=nano"]) == "nano"
 
 
 def test_a_plain_recipe_is_a_chain_of_one(tmp_path: Path) -> None:

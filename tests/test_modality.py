@@ -243,6 +243,13 @@ def test_raw_prompts_and_tags_in_text_place_it() -> None:
         question_messages("Is <|smell_1|> like <|smell_2|>?", media={"smell": "ab"})
 
 
+def test_a_list_of_numbers_is_one_payload_and_media_have_names() -> None:
+    (message,) = question_messages("?", media={"smell": [0.5, 1.0]})
+    assert message["content"][0] == {"type": "smell", "smell": [0.5, 1.0]}
+    with pytest.raises(PromptError, match=r"media='series.txt' must be \{modality: payload\}"):
+        question_messages("?", media="series.txt")  # type: ignore[arg-type]
+
+
 def test_a_model_without_it_names_what_it_reads() -> None:
     with pytest.raises(PromptError, match="part 1 has type 'smell'; use one of text, image, audio"):
         base().logits(ASKED)

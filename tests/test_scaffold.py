@@ -151,7 +151,24 @@ def test_a_modality_of_a_file_is_read_by_other_processes_too(
     code, _, err = run("adapter", "verify", "runs/motion/model")
     assert (code, "the modality 'motion' is not installed" in err) == (2, True)
 
+    for verb in (["inspect"], ["adapter", "list"]):
+        modality._given.clear()
+        assert run(*verb, "runs/motion/model", "--modality-file", file)[0] == 0
+    modality._given.clear()
+    assert run("convert", "runs/motion/model", "copy", "--layout", "modalora", "--modality-file", file)[0] == 0
+    modality._given.clear()
+    assert run("adapter", "compose", "copy", "motion", "sum", "--modality-file", file)[0] in (0, 2)  # it has modules
+    for more in ([], ["init=runs/motion/model", "modalities={}", "output=runs/on", "whiten=[]"]):
+        for verb in ("train", "plan"):
+            modality._given.clear()
+            code, _, err = run(verb, "package/recipe.yaml", *settings, *more)
+            assert code == 0, (verb, more, err)
+
     own = Path(file)
+    other = Path("other.py")
+    other.write_text(own.read_text())
+    with pytest.raises(ConfigError, match="the modality 'motion' is in .*other.py and in .*modalora_motion.py, loaded"):
+        modality.load_file(other)
     own.write_text(own.read_text().replace("    features=features,", "    features=lambda *both: features(*both),"))
     code, _, err = run("train", "package/recipe.yaml", *settings, "output=runs/again")
     assert (code, "workers=1: what reads the rows cannot be sent to other processes" in err) == (2, True)

@@ -100,6 +100,15 @@ def test_without_a_text_ruler_says_what_it_leaves_out(run: Run, monkeypatch: pyt
     assert out.endswith("tasks in book text were left out: they need --text\n")
 
 
+def test_a_length_that_is_named_twice_is_asked_once(run: Run, book: str) -> None:
+    once, twice = (
+        run("eval", "nano", "needle", "--text", book, "--lengths", lengths, "--depths", depths, "--samples", "2")[1]
+        for lengths, depths in (("256", "0,1"), ("256,256", "0,1,0"))
+    )
+    assert once == twice
+    assert " 256" in once
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
@@ -115,6 +124,10 @@ def test_without_a_text_ruler_says_what_it_leaves_out(run: Run, monkeypatch: pyt
         (("needle", "--example"), "--example is a setting of ruler, which is not among the tasks"),
         (("ruler", "--rope", "long"), "rope='long': this model has no long and short table"),
         (("perplexity", "--text", "no-such.txt"), "no-such.txt cannot be read as text"),
+        (("perplexity", "--samples", "1"), "--samples 1: perplexity compares passages and needs at least 2"),
+        (("ruler", "--threshold", "nan"), "--threshold nan must lie in 0 to 1, such as 0.856"),
+        (("ruler", "--threshold", "85.6"), "--threshold 85.6 must lie in 0 to 1"),
+        (("needle", "--depths", ""), "--depths '' must be numbers"),
     ],
 )
 def test_wrong_settings_are_one_clear_line(run: Run, given: tuple[str, ...], says: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
+from safetensors import SafetensorError
 
 from modalora.checkpoint.resume import locked
 
@@ -104,6 +105,8 @@ def rows(tmp_path: Path) -> list[str]:
         ("optim.lr_scale={decoder: -1}", "optim.lr_scale.decoder=-1: Input should be greater"),
         ("threads=100000", "threads=100000: Input should be less"),
         ("output=FILE", "FILE: File exists; give a path that can be used"),
+        ("output=", "output=None: Input should be a valid string"),
+        ("output=''", "output='': String should have at least 1 character"),
         ("cache=FILE", "FILE/files: Not a directory; give a path that can be used"),
         ("mixture.0.options.path=[]", "path: [] names no file"),
         ("mixture.0.options.rename=abc", "source 'files', rename"),
@@ -145,6 +148,52 @@ def test_a_model_whose_start_was_trained_anew_is_not_taken_for_finished(
     assert (code, f"was trained from {first}/model as it was" in err) == (2, True)
     shutil.rmtree(first)
     assert "finished before, kept" in run(*rows, *stages[1])[1]  # the stage before was removed when it was done with
+
+
+def test_a_state_of_another_start_is_not_gone_on_from(tmp_path: Path, run: Run, rows: list[str]) -> None:
+    first, second = tmp_path / "one", tmp_path / "two"
+    one = [f"output={first}", "train=[adapter.*]"]
+    for way in ([f"init={first}/model", "adapters={}"], [f"take={{adapter.mine: {first}/model}}"]):
+        two = [f"output={second}", *way, "steps=4", "save_every=2"]
+        assert run(*rows, *one)[0] == 0
+        assert run(*rows, *two)[0] == 0
+        shutil.rmtree(first)
+        assert run(*rows, *one, "seed=3")[0] == 0
+        code, _, err = run(*rows, *two)
+        assert (code, "as it was, and that has other weights now" in err) == (2, True)
+        for done in (second / "model", second / "resume" / "00000004"):
+            shutil.rmtree(done)
+        code, _, err = run(*rows, *two)
+        assert (code, "as it was, and that has other weights now" in err) == (2, True), err
+        shutil.rmtree(first)
+        shutil.rmtree(second)
+
+
+def test_what_was_learnt_before_the_data_ended_midway_is_saved(tmp_path: Path, run: Run, rows: list[str]) -> None:
+    given = rows[2].partition("=")[2]
+    phases = [f"{{source: files, name: {name}, weight: {weight}, epochs: 1, options: {{path: {given}}}}}"
+              for name, weight in (("a", "{0: 1, 0.5: 0}"), ("b", "{0: 0, 0.5: 1}"))]  # fmt: skip
+    mixture = [f"mixture=[{', '.join(phases)}]", "steps=8", "rows=1"]
+    rest = [one for one in rows if not one.startswith(("mixture", "steps", "rows"))]
+    code, _, err = run(*rest, *mixture)
+    assert (code, "every source that has a weight then has ended" in err) == (2, True), err
+    assert [path.name for path in (tmp_path / "out" / "resume").iterdir()] == ["00000002"]
+    out = run("plan", *rest[1:], *mixture)[1]
+    assert " for 8 steps" in out  # whether rows are left behind is not known
+
+
+def test_a_full_disk_at_the_end_leaves_no_half_a_model(
+    tmp_path: Path, run: Run, rows: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: object, **more: object) -> None:
+        raise SafetensorError("No space left on device (os error 28)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("modalora.checkpoint.files.save_file", full)
+        code, _, err = run(*rows, "save_every=1")
+    assert (code, "could not be written: No space left on device" in err) == (1, True), err
+    assert not (tmp_path / "out" / "model").exists()
+    assert run(*rows, "save_every=1")[0] == 0
 
 
 def test_the_adapters_folder_is_that_of_the_model_beside_it(tmp_path: Path, run: Run, rows: list[str]) -> None:

@@ -85,6 +85,8 @@ def test_a_paragraph_longer_than_a_row_is_in_none(processor: Processor) -> None:
     sizes = [len(processor.tokenizer.encode(piece + "\n\n")) for piece in PARAGRAPHS]
     assert sum(size > most - 2 for size in sizes) > 0
     assert shelf.sizes.max(initial=0) <= most
+    assert shelf.left_out > 0
+    assert shelf.sizes.sum() - 2 * len(shelf.sizes) + shelf.dropped == len(stream) - 2  # all but the marks of two books
 
 
 def test_long_rows_are_the_documents_end_to_end_and_the_overhang_is_counted(context: Context) -> None:
@@ -115,7 +117,7 @@ def test_documents_of_files_are_whole_texts_and_lengths_choose_among_them(contex
     both = long(context, 96, path=path)
     assert both.rows * 96 + both.dropped == sum(sizes)
     one = long(context, 96, path=path, least=sizes[0] + 1)
-    assert (one.left_out, one.rows * 96 + one.dropped) == (1, sizes[1])
+    assert (one.left_out, one.rows * 96 + one.dropped) == (1, sizes[1] + sizes[0] - 2)
     with pytest.raises(DataError, match="no document has the asked length"):
         short(context, path=path)
 
@@ -131,8 +133,26 @@ def test_the_check_of_data_counts_what_is_in_no_row(context: Context) -> None:
     assert sum(found.tokens) == opened.rows * 96
 
 
+def test_a_record_that_cannot_be_read_is_told_and_an_empty_text_counted(context: Context) -> None:
+    path = context.folder / "few.jsonl"
+    path.write_text('{"text": "the old man"}\n{"text": ""}\n')
+    (found,) = check_data(context, [SourceConfig(source="documents", options={"rows": "short", "path": str(path)})])
+    assert (found.rows, found.left_out, found.bad) == (1, 1, [])
+    path.write_text('{"text": "the old man"}\n{"text": 5}\nno json\n')
+    (found,) = check_data(context, [SourceConfig(source="documents", options={"rows": "short", "path": str(path)})])
+    (bad,) = found.bad
+    assert "2 of 3 records cannot be read, the first in line 2: text is of type int" in bad.reason
+    assert bad.mend == "mend them, or take them out"
+
+
 def test_what_cannot_be_asked_of_documents_is_refused(context: Context, processor: Processor) -> None:
     stream, mark = stream_of(processor)
+    with pytest.raises(DataError, match=r"path: '' matches no file"):
+        short(context, path="")
+    with pytest.raises(DataError, match=r"path: \[\] names no file"):
+        short(context, path=[])
+    with pytest.raises(DataError, match="split='foo' is for folders that `datasets` saved"):
+        short(context, path=str(context.folder / "texts.parquet"), split="foo")
     with pytest.raises(ConfigError, match="must be short or long"):
         open_rows(texts(stream, mark), "medium", 64, 3, 0, mark, (0,))
     with pytest.raises(ConfigError, match="most=65 tokens of a short row exceed its window=64"):

@@ -8,6 +8,7 @@ import signal
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -338,6 +339,7 @@ def test_a_window_of_running_text_is_trained_on_whole(context: Context) -> None:
         ({"source": "book"}, "unknown source 'book'; known are books, .*documents, .*files, .*pictures"),
         ({"source": "pictures", "options": {"turn": 2}}, "source 'pictures' does not take these options: .*'turn'"),
         ({"source": "files", "options": {"file": "a"}}, "source 'files' does not take these options: .*'file'"),
+        ({"source": "files", "options": {"path": 5}}, "source 'files', path: 5: Input should be a valid string$"),
         (
             {"source": "pictures", "options": {"turns": "many"}},
             "source 'pictures', turns: 'many': .* a valid integer",
@@ -361,6 +363,10 @@ def test_options_of_someone_elses_source_are_given_as_the_types_that_it_declares
     table = np.ones(2)
     make_source(context, SourceConfig(source="theirs", options={"turns": "3", "table": table, "more": "x"}))
     assert given == [3, table, "x"]
+    for maker in (partial(source), lambda context, turns=1: given.append(turns)):
+        monkeypatch.setitem(SOURCES, "theirs", maker)
+        make_source(context, SourceConfig(source="theirs", options={"turns": None}))
+    assert given[3] is given[6] is None
 
 
 def test_kinds_of_questions_are_checked_and_scenes_without_them_drawn_again(context: Context) -> None:

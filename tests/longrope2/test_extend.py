@@ -162,6 +162,29 @@ def test_results_of_other_settings_are_never_overwritten(
     assert (extended / "factors.json").read_bytes() == before
 
 
+def test_a_model_that_is_trained_on_is_measured_anew(place: Path, extended: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(extended, out)
+    shutil.rmtree(out / "train" / "model")
+    longer = {**recipe(place, out)["training"], "steps": 5}
+    told: list[str] = []
+    summary = extend(settings(place, out, training=longer), told.append)
+    assert sum("measuring the trained model" in line for line in told) == 1
+    before, after = (json.loads((one / "scores" / "trained-reference.json").read_text()) for one in (extended, out))
+    assert before["made_with"]["weights"] != after["made_with"]["weights"]
+    title = "LongRoPE2, trained"
+    assert summary["scores"][title] != json.loads((extended / "summary.json").read_text())["scores"][title]
+
+
+def test_an_empty_folder_of_scores_holds_no_results(place: Path, extended: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(extended, out)
+    for path in (out / "scores").iterdir():
+        path.unlink()
+    fewer = {**recipe(place, out)["scores"], "methods": ["none"]}
+    assert "LongRoPE2" not in extend(settings(place, out, scores=fewer))["scores"]
+
+
 def test_scores_of_other_factors_are_noticed(place: Path, extended: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(extended, out)
@@ -254,6 +277,14 @@ def test_ctrl_c_in_the_search_exits_with_130_and_keeps_what_was_judged(
         ({"training": {"output": "x"}}, "training: output is set by the extension itself"),
         ({"scores": {"lengths": [4096]}}, r"scores.lengths=\[4096\] must not exceed target=512"),
         ({"guide": {"depth": [0]}}, "unknown key 'guide.depth'; did you mean 'depths'"),
+        ({"guide": {"needles": 1000}}, "guide.needles=1000: Input should be less"),
+        ({"scores": {"lengths": [0]}}, "scores.lengths.0=0: Input should be greater"),
+        ({"scores": {"methods": []}, "training": None}, r"scores.methods=\[\]: without training"),
+        ({"search": {"seed": -1}}, "search.seed=-1: Input should be greater"),
+        ({"search": {"method": "random", "crossover": 0.5}}, "crossover=0.5: method=random makes no child of two"),
+        ({"search": {"racing": False, "race_from": 8}}, "race_from is for racing: true"),
+        ({"search": {"anchor": 6}}, "anchor=6"),
+        ({"device": "foo"}, "device='foo' cannot be used"),
     ],
 )
 def test_wrong_settings_are_told_with_exit_code_2_and_nothing_is_written(

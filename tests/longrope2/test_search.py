@@ -22,7 +22,7 @@ from torch import Tensor
 from modalora.config import SearchConfig
 from modalora.errors import ConfigError, TrainingError, WorkError
 from modalora.longrope2.factors import Factors
-from modalora.longrope2.search import LOG, Outcome, is_worse, rank_correlation, search
+from modalora.longrope2.search import LOG, Outcome, _t_quantile, is_worse, rank_correlation, search
 from modalora.longrope2.space import space_of
 from modalora.training.signals import Interrupted
 
@@ -387,6 +387,17 @@ def test_progress_is_reported_after_every_call() -> None:
     assert [told["evaluations"] for told in seen] == sorted(told["evaluations"] for told in seen)
     assert seen[-1]["planned"] == found.evaluations == 16 + 5 * 8
     assert {"loss", "perplexity", "anchor", "first_stretched", "remaining_seconds"} <= set(seen[-1])
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 7, 30])
+@pytest.mark.parametrize("error", [0.2, 0.05, 0.01, 0.001])
+def test_quantiles_are_students(freedom: int, error: float) -> None:
+    found = _t_quantile(1 - error, freedom)
+    # the density, integrated in float64 by steps of 1e-4 of the angle (t = tan): off by 1e-7
+    angle = np.linspace(0, np.arctan(found / np.sqrt(freedom)), 20_001)
+    share = np.trapezoid(np.cos(angle) ** (freedom - 1), angle)
+    whole = np.trapezoid(np.cos(full := np.linspace(0, np.pi / 2, 20_001)) ** (freedom - 1), full)
+    assert 0.5 - share / whole / 2 == pytest.approx(error, abs=1e-6)
 
 
 def test_rank_correlation_is_spearmans() -> None:

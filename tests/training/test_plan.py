@@ -285,7 +285,8 @@ def test_the_fullest_rows_of_all_phases_are_planned(tmp_path: Path) -> None:
     )
     assert both.tokens > 4 * early.tokens
     for steps in (5, 80):
-        assert plan_run(run_of(**basis, mixture=[{**short, "epochs": 2}], steps=steps))[0].steps == min(steps, 40)
+        run = run_of(**basis, mixture=[{**short, "epochs": 2}], steps=steps, optim={"warmup_steps": 0})
+        assert plan_run(run)[0].steps == min(steps, 40)
     packed = {**basis, "tokens": 100, "rows": 16, "mixture": [{**short, "epochs": 2}], "steps": 800}
     run = run_of(**packed)
     mixture = make_mixture(run, open_context(run))
@@ -297,8 +298,16 @@ def test_the_fullest_rows_of_all_phases_are_planned(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="1 of 1 rows are bad, more than quarantine_most=0 of them"):
         plan_run(run_of(**basis, mixture=[bad], quarantine_most=0))
     (tmp_path / "short.jsonl").write_text("\n".join([json.dumps({"text": "a few words"})] * 40))
-    _, source = plan_run(run_of(**basis, mixture=[{**short, "weight": {0: 1, 0.9: 0}}]))
-    assert "from 90% of the run on no source has a weight" in source
+    with pytest.raises(ConfigError, match="from 90% of the run on no source has a weight"):
+        plan_run(run_of(**basis, mixture=[{**short, "weight": {0: 1, 0.9: 0}}]))
+    for change, told in (
+        ({"preserve": ["nope"]}, "preserve: 'nope' matches no part"),
+        ({"optim": {"lr_scale": {"adapter.nope": 2}}}, "lr_scale: 'adapter.nope' matches no part"),
+        ({"steps": 20}, "warmup_steps=50 is not shorter than the run"),
+        ({"mixture": [{**short, "window": 4096}]}, "window=4096 of source 'short'"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            plan_run(run_of(**{**basis, "mixture": [short], **change}))
 
 
 def test_reading_with_phi4_mini_takes_the_bytes_of_its_weights_and_128_kb_a_token() -> None:

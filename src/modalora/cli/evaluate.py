@@ -127,8 +127,8 @@ def _check(context: typer.Context, tasks: list[str], samples: int, threshold: fl
         raise ConfigError(f"--samples {samples} must be at least 1")
     if samples < 2 and "perplexity" in tasks:
         raise ConfigError(f"--samples {samples}: perplexity compares passages and needs at least 2")
-    if not 0 < threshold <= 1:
-        raise ConfigError(f"--threshold {threshold} must lie above 0, and at 1 at most, such as 0.856")
+    if not 0 <= threshold <= 1:
+        raise ConfigError(f"--threshold {threshold} must lie in 0 to 1, such as 0.856")
 
 
 def _numbers(text: str, kind: type[int] | type[float], option: str) -> list[Any]:

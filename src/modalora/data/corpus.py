@@ -108,32 +108,41 @@ def open_documents(
         return open_rows(shelf, rows, window, least, most, mark, key)
     streams: list[np.ndarray] = []
     places: list[np.ndarray] = []
-    empty = 0
+    left_out = 0
     for number, file in enumerate(find_files(path)):
         volume = _open_volume(file, context.cache, "text", split, Options(file.parent))
         ids, sizes = _tokenised(volume, context)
-        if len(unread := np.flatnonzero(sizes == 0)):
-            raise DataError(_first_of(unread.tolist(), volume))
+        unread = np.flatnonzero(sizes == 0).tolist()
+        left_out += _only_empty(unread, volume)
         stops = sizes.cumsum() - 1  # a text ends with the mark
         found = np.stack((np.full_like(stops, number), stops - sizes + 1, stops), axis=1)
         streams.append(ids)
         places.append(found[sizes > 1])
-        empty += int((sizes == 1).sum())
-    return open_rows(Shelf(streams, np.concatenate(places), empty), rows, window, least, most, mark, key)
+    return open_rows(Shelf(streams, np.concatenate(places), left_out), rows, window, least, most, mark, key)
 
 
-def _first_of(unread: Sequence[int], volume: Volume) -> str:
-    """Return what is wrong with the first of the records that cannot be read."""
+def _only_empty(unread: Sequence[int], volume: Volume) -> int:
+    """Return how many texts are empty. Raises DataError when other records could not be read."""
+    wrong = [number for number in unread if not _is_empty(volume, number)]
+    if not wrong:
+        return len(unread)
     records = volume.records
     try:
-        read_text(records.read(unread[0]), volume.options)
+        read_text(records.read(wrong[0]), volume.options)
         reason = "it could not be read before, and can be now"
     except InputError as error:
         reason = str(error)
-    return (
-        f"{records.path}: {len(unread)} of {len(records)} records cannot be read, the first in {records.unit} "
-        f"{records.line(unread[0])}: {reason}; mend them, or take them out"
+    raise DataError(
+        f"{records.path}: {len(wrong)} of {len(records)} records cannot be read, the first in {records.unit} "
+        f"{records.line(wrong[0])}: {reason}; mend them, or take them out"
     )
+
+
+def _is_empty(volume: Volume, number: int) -> bool:
+    try:
+        return renamed(volume.records.read(number), volume.options).get("text") == ""
+    except DataError:
+        return False
 
 
 def _open_volume(file: Path, cache: Path, form: str, split: str | None, options: Options) -> Volume:
