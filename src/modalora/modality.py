@@ -161,7 +161,7 @@ def load_file(path: str | Path) -> Modality:
     sys.modules[name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # it is someone else's code
+    except (Exception, SystemExit) as error:  # it is someone else's code
         raise ConfigError(f"the modality file {str(path)!r} fails with {type(error).__name__}: {error}") from error
     row = module.__dict__.get("MODALITY")
     if not isinstance(row, Modality):
@@ -203,7 +203,7 @@ def find(name: str, package: str = "") -> Modality:
         raise ConfigError(f"the modality {name!r} is brought by {' and '.join(sorted(origins))}; uninstall one of them")
     try:
         row = entries[0].load()
-    except Exception as error:  # it is someone else's code
+    except (Exception, SystemExit) as error:  # it is someone else's code
         raise ConfigError(
             f"the package {origins[0]!r} brings the modality {name!r}, and importing {entries[0].value} fails with "
             f"{type(error).__name__}: {error}; mend the package, or pip uninstall {origins[0]}"
