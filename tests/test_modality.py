@@ -556,7 +556,11 @@ def test_a_file_that_is_named_is_run_and_remembered_in_the_model(
     back = modalora.load(tmp_path / "model", modalities=[tmp_path / "taste.py"])
     asked = question_messages("?", media={"taste": [[0.5, 1.0]]})
     assert torch.equal(back.logits(asked), assistant.logits(asked))
-    for text, told in (("1 / 0", "fails with ZeroDivisionError"), ("exit()", "fails with SystemExit"), ("x = 1", "must set MODALITY")):
+    for text, told in (
+        ("1 / 0", "fails with ZeroDivisionError"),
+        ("exit()", "fails with SystemExit"),
+        ("x = 1", "must set MODALITY"),
+    ):
         (tmp_path / "bad.py").write_text(text)
         with pytest.raises(ConfigError, match=told):
             modality.load_file(tmp_path / "bad.py")
