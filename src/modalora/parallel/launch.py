@@ -36,7 +36,7 @@ def engine_for(run: RunConfig) -> Engine:
     Raises ConfigError for a mesh that does not fit, or settings that the engine does not have.
     """
     if not is_one_of_many():
-        check_processes(run, 1)
+        _check_alone(run)
         return Single()
     check_processes(run, int(os.environ["WORLD_SIZE"]))
     device = join(run.device, run.patience_seconds)
@@ -51,17 +51,16 @@ def engine_for(run: RunConfig) -> Engine:
     return Zero(stage, device, offload=run.offload, clip_norm=run.optim.clip_norm, mesh=run.mesh)
 
 
+def _check_alone(run: RunConfig) -> None:
+    if run.mesh.replicate * max(1, run.mesh.shard) * run.mesh.copies > 1:
+        raise ConfigError(f"mesh: {run.mesh} needs several processes; start them with --gpus N or --processes N")
+    if run.offload or run.engine != "fsdp":
+        named = f"engine={run.engine}" if run.engine != "fsdp" else "offload=true"
+        raise ConfigError(f"{named} is for several processes, and this is one; start them with --gpus N, or drop it")
+
+
 def check_processes(run: RunConfig, count: int) -> None:
     """Refuse what so many processes cannot do, before any is started. Raises ConfigError."""
-    if count == 1:
-        if run.mesh.replicate * max(1, run.mesh.shard) * run.mesh.copies > 1:
-            raise ConfigError(f"mesh: {run.mesh} needs several processes; start them with --gpus N or --processes N")
-        if run.offload or run.engine != "fsdp":
-            named = f"engine={run.engine}" if run.engine != "fsdp" else "offload=true"
-            raise ConfigError(
-                f"{named} is for several processes, and this is one; start them with --gpus N, or drop it"
-            )
-        return
     if run.base_bits is not None or run.optim.state_bits != 32:
         raise ConfigError("base_bits and optim.state_bits save memory in one process; many share plain numbers instead")
     if run.engine == "fsdp":

@@ -33,7 +33,7 @@ def tell_training() -> None:
 
 
 def tell_stopped() -> None:
-    """Tell the launcher, if there is one, that this process was stopped and has saved what there was to save."""
+    """Tell the launcher, if there is one, that this process has saved what there was to save."""
     _tell("stopped")
 
 

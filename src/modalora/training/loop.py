@@ -29,7 +29,7 @@ from modalora.models.multimodal import Multimodal
 from modalora.nn.products import wide_products
 from modalora.nn.rope import is_long
 from modalora.parallel.engine import Engine, Single
-from modalora.parallel.stops import tell_training
+from modalora.parallel.stops import tell_stopped, tell_training
 from modalora.training.audit import Audit, check_preserved, check_settings, check_trained, parts_reached, trained_part
 from modalora.training.dropout import add_dropout
 from modalora.training.flops import StepFlops
@@ -82,6 +82,7 @@ def train(
             stop.breakable = False
         tell_training()
         loop.run_all()
+        tell_stopped()
     return loop.metrics
 
 
