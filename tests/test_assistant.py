@@ -23,7 +23,7 @@ from modalora.assistant import Assistant, find_model, make_processor, question_m
 from modalora.checkpoint.adapters import CONFIG, WEIGHTS, load_adapter, save_adapter
 from modalora.checkpoint.files import read_json, write_json
 from modalora.contracts import Batch, Route
-from modalora.errors import CheckpointError, ConfigError, PromptError, RouteError
+from modalora.errors import CheckpointError, ConfigError, ModaloraError, PromptError, RouteError
 from modalora.generation import engine
 from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import tiny
@@ -663,3 +663,24 @@ def test_raw_prompts_take_control_tokens_of_any_form_and_no_bare_placeholder(ass
         ("text", "b"),
     ]
     assert pieces[4].kind == "image"
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda m: m.ask(None), "question=None must be a string or a list of messages"),
+        (lambda m: m.ask(5), "question=5 must be"),
+        (lambda m: m.ask("Hi", max_tokens="5"), "max_tokens='5' must be a whole number"),
+        (lambda m: m.ask("Hi", max_tokens=2.5), "max_tokens=2.5 must be a whole number"),
+        (lambda m: m.ask("Hi", max_tokens=True), "max_tokens=True must be a whole number"),
+        (lambda m: m.load_adapter(None, "z"), "takes a folder, and a name"),
+        (lambda m: m.load_adapter("folder", None), "takes a folder, and a name"),
+        (lambda m: modalora.load(None), "the model None must be a folder"),
+        (lambda m: modalora.load(5), "the model 5 must be a folder"),
+        (lambda m: modalora.load("nano", dtype=[]), r"dtype=\[\] must be one of"),
+        (lambda m: modalora.load("nano", device="meta"), "device='meta' cannot be used"),
+    ],
+)
+def test_what_is_of_another_type_is_told(assistant: Assistant, call: Callable[[Any], Any], told: str) -> None:
+    with pytest.raises(ModaloraError, match=told):
+        call(assistant)

@@ -167,8 +167,14 @@ def test_a_modality_of_a_file_is_read_by_other_processes_too(
     own = Path(file)
     other = Path("other.py")
     other.write_text(own.read_text())
-    with pytest.raises(ConfigError, match="the modality 'motion' is in .*other.py and in .*modalora_motion.py, loaded"):
-        modality.load_file(other)
+    assert modality.load_file(other).name == "motion"  # the same words
+    other.write_text(own.read_text() + "\n")
+    with pytest.raises(ConfigError, match="the modality 'motion' is in .*modalora_motion.py and in .*other.py, loaded"):
+        modality.load_file(other), modality.load_file(own)
+    other.unlink()
+    assert modality.load_file(own).name == "motion"
+    Path("linked.py").symlink_to(own.resolve())
+    assert modality.load_file("linked.py").name == "motion"
     own.write_text(own.read_text().replace("    features=features,", "    features=lambda *both: features(*both),"))
     code, _, err = run("train", "package/recipe.yaml", *settings, "output=runs/again")
     assert (code, "workers=1: what reads the rows cannot be sent to other processes" in err) == (2, True)

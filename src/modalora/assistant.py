@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, get_args
 
@@ -90,6 +91,8 @@ class Assistant:
         once it outgrows the original window, or "planned", from the start if prompt and max_tokens together do.
         Raises PromptError, MediaError, RouteError, ConfigError.
         """
+        if not isinstance(question, Sequence):
+            raise PromptError(f"question={question!r:.60} must be a string or a list of messages")
         if raw:
             batch = self.raw_batch(question, image=image, audio=audio, media=media, route=route)
             return self._answers(batch, max_tokens, stop, switch, sampling)[0]
@@ -217,6 +220,8 @@ class Assistant:
         A modality or projectors that the folder brings come along. Raises CheckpointError, or ConfigError where the
         package of its modality is missing.
         """
+        if not isinstance(folder, str | os.PathLike) or not isinstance(name, str):
+            raise ConfigError(f"load_adapter({folder!r:.60}, {name!r:.40}) takes a folder, and a name for its adapter")
         verdict = load_adapter(self.model, Path(folder), name)
         self._renew()
         return verdict
@@ -251,6 +256,8 @@ class Assistant:
         return self.model.decoder.embed_tokens.weight.device
 
     def _prompt(self, batch: Batch, max_tokens: int) -> Batch:
+        if isinstance(max_tokens, bool) or not isinstance(max_tokens, Integral):
+            raise ConfigError(f"max_tokens={max_tokens!r:.40} must be a whole number, such as 128")
         longest = int(batch.lengths.max())
         room = self.processor.window - longest
         if max_tokens > room:
@@ -345,7 +352,7 @@ def load(
     modalities: Python files that set MODALITY, for modalities that no installed package brings; they are run.
     Raises CheckpointError or ConfigError.
     """
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
     if compat not in ("official", None):
         raise ConfigError(f"compat={compat!r} must be 'official' or None")
@@ -356,7 +363,9 @@ def load(
     loaded = load_model(folder, dtype=DTYPES[dtype], device=device, pack=pack)
     set_regime(loaded.model, rope)
     processor = make_processor(loaded.model.config, loaded.tokenizer, loaded.chat, compat)
-    if fast_images and processor.image is not None:
+    if fast_images and processor.image is None:
+        raise ConfigError("fast_images=True: this model takes no pictures; leave it out")
+    if fast_images:
         picture = processor.media["image"]
         processor.media["image"] = replace(picture, settings=replace(picture.settings, fast=True))
     return Assistant(loaded.model, processor, folder, notes=loaded.notes)
@@ -365,7 +374,8 @@ def load(
 def check_device(device: str) -> None:
     """Refuse a device that this machine does not have. Raises ConfigError."""
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as error:  # torch's builds without a kind of device assert
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"device={device!r} cannot be used: {reason:.160}; 'cpu' always can") from None
@@ -387,6 +397,8 @@ def find_model(name: str | Path) -> Path:
 
     "bundled/NAME" is the same, for recipes, where a bare nano means fresh weights of that size.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise ConfigError(f"the model {name!r:.60} must be a folder, or the name of a bundled model")
     path = Path(name)
     if path.is_dir():
         return path

@@ -148,8 +148,8 @@ def load_file(path: str | Path) -> Modality:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"the modality file {str(path)!r} does not exist; give a Python file that sets MODALITY")
-    path = path.resolve()
-    digest = hashlib.sha256(os.fsencode(path) + b"\0" + path.read_bytes()).hexdigest()
+    path = path.absolute()  # a link is loaded under its own name, beside its own files
+    digest = _digest(path)
     if digest in _files:  # a second run would make other functions of one name
         return register(_files[digest][1])
     # one for each file, and the same in every process: rows are made in others too
@@ -166,11 +166,16 @@ def load_file(path: str | Path) -> Modality:
     row = module.__dict__.get("MODALITY")
     if not isinstance(row, Modality):
         raise ConfigError(f"the modality file {str(path)!r} must set MODALITY = Modality(...); it has {row!r:.60}")
-    for other, held in _files.values():
-        if held.name == row.name and other != path and _given.get(row.name) is held:
+    for known, (other, held) in _files.items():
+        in_use = _given.get(row.name) is held and other != path
+        if in_use and other.is_file() and _digest(other) == known and other.read_bytes() != path.read_bytes():
             raise ConfigError(f"the modality {row.name!r} is in {path} and in {other}, loaded before; name one of them")
     _files[digest] = path, register(replace(row, package=f"the file {path.name}"))
     return _files[digest][1]
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(os.fsencode(path) + b"\0" + path.read_bytes()).hexdigest()
 
 
 def files() -> list[Path]:

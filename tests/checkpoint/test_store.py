@@ -266,6 +266,6 @@ def test_nothing_half_written_is_left_when_the_writer_fails(tmp_path: Path) -> N
         write_json(draft / "a.json", {"new": 1})
         raise OSError("disk full")
 
-    with pytest.raises(WorkError, match="folder could not be written: disk full; make room"):
+    with pytest.raises(WorkError, match="folder could not be written, and nothing of it is left: disk full"):
         write_folder(target, fill)
     assert list(target.parent.iterdir()) == []

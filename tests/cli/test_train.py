@@ -15,6 +15,7 @@ import pyarrow.parquet as parquet
 import pytest
 from safetensors import SafetensorError
 
+from modalora.checkpoint.files import seal
 from modalora.checkpoint.resume import locked
 
 Run = Callable[..., tuple[int, str, str]]
@@ -117,7 +118,6 @@ def rows(tmp_path: Path) -> list[str]:
         ("preserve=[no-such-part]", "preserve: 'no-such-part' matches no part"),
         ("objective=ctc", "objective=ctc learns from one sound and what is said in it, and the row holds text alone"),
         ("objective=cells", "objective=cells learns what lies in the cells"),
-        ("window=4096", "window=4096: the model reads at most 1024 tokens"),
         ("whiten=[audio]", "whiten: 'audio' needs a projector that trains"),
     ],
 )
@@ -191,9 +191,46 @@ def test_a_full_disk_at_the_end_leaves_no_half_a_model(
     with monkeypatch.context() as patched:
         patched.setattr("modalora.checkpoint.files.save_file", full)
         code, _, err = run(*rows, "save_every=1")
-    assert (code, "could not be written: No space left on device" in err) == (1, True), err
+    assert (code, "could not be written, and nothing of it is left: No space left on device" in err) == (1, True), err
     assert not (tmp_path / "out" / "model").exists()
     assert run(*rows, "save_every=1")[0] == 0
+
+
+def test_a_window_is_refused_where_rows_are_cut_by_it(tmp_path: Path, run: Run, rows: list[str]) -> None:
+    assert run(*rows, "window=4096")[0] == 0
+    (tmp_path / "rows.jsonl").write_text('{"text": "One, two and three."}\n' * 2)
+    code, _, err = run(*rows, "window=4096", f"output={tmp_path / 'other'}")
+    assert (code, "window=4096: the model reads at most 1024 tokens" in err) == (2, True)
+
+
+def test_what_was_learnt_before_too_many_rows_were_bad_is_saved(tmp_path: Path, run: Run, rows: list[str]) -> None:
+    lines = [
+        json.dumps({"instruction": f"{number}?", "output": "" if number % 9 == 8 else "so"}) for number in range(60)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    more = ["steps=25", "quarantine_most=0.003"]
+    code, _, err = run(*rows, *more)
+    assert (code, "or raise quarantine_most" in err) == (1, True)
+    assert [path.name for path in (tmp_path / "out" / "resume").iterdir()] != []
+    assert run(*rows, *more, "quarantine_most=0.5")[0] == 0
+
+
+def test_a_state_of_a_version_that_did_not_know_its_start_is_gone_on_from(
+    tmp_path: Path, run: Run, rows: list[str]
+) -> None:
+    assert run(*rows)[0] == 0
+    shutil.rmtree(tmp_path / "out" / "model")
+    (path,) = (tmp_path / "out" / "resume").glob("*/state.json")
+    fields = json.loads(path.read_text())
+    del fields["start"]
+    path.write_text(json.dumps(fields))
+    (path.parent / "manifest.json").unlink()
+    seal(path.parent)
+    assert "goes on after step 2" in run(*rows, "steps=4")[2]
+
+
+def test_gradients_need_not_be_clipped(run: Run, rows: list[str]) -> None:
+    assert run(*rows, "optim.clip_norm=.inf")[0] == 0
 
 
 def test_the_adapters_folder_is_that_of_the_model_beside_it(tmp_path: Path, run: Run, rows: list[str]) -> None:

@@ -151,8 +151,6 @@ def test_what_cannot_be_asked_of_documents_is_refused(context: Context, processo
         short(context, path="")
     with pytest.raises(DataError, match=r"path: \[\] names no file"):
         short(context, path=[])
-    with pytest.raises(DataError, match="split='foo' is for folders that `datasets` saved"):
-        short(context, path=str(context.folder / "texts.parquet"), split="foo")
     with pytest.raises(ConfigError, match="must be short or long"):
         open_rows(texts(stream, mark), "medium", 64, 3, 0, mark, (0,))
     with pytest.raises(ConfigError, match="most=65 tokens of a short row exceed its window=64"):

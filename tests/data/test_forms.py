@@ -53,6 +53,8 @@ def test_fields_of_other_names_are_read_under_those_that_are_known() -> None:
     assert [message["content"] for message in messages] == ["One?", "two"]
     with pytest.raises(DataError, match="rename makes 'question' to 'instruction', and it has that too"):
         read_record({"question": "One?", "instruction": "old", "answer": "two"}, "alpaca", options)
+    messages = read_record({"question": "One?", "instruction": None, "answer": "two"}, "alpaca", options)
+    assert [message["content"] for message in messages] == ["One?", "two"]
     turned = Options(ROOT, rename={"output": "instruction", "instruction": "output"})
     messages = read_record({"output": "One?", "instruction": "two"}, "alpaca", turned)
     assert [message["content"] for message in messages] == ["One?", "two"]

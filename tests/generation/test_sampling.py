@@ -47,7 +47,11 @@ def test_tokens_are_drawn_as_often_as_the_tempered_softmax_says(temperature: flo
 
 def test_a_very_low_temperature_is_greedy() -> None:
     assert kept(SHARES, temperature=0.01) == [0]
-    assert kept(SHARES, temperature=1e-40) == [0]
+    for temperature in (1e-7, 1e-40, 1e-50, 5e-324):
+        assert kept(SHARES, temperature=temperature) == [0]
+    assert kept(SHARES, top_p=1e-320) == [0]
+    pushed = Sampling(temperature=1.0, repetition_penalty=1e-40)  # 5 / 1e-40 is infinite in float32
+    assert sample(torch.tensor([[1.0, 5.0, -5.0]]), [[1, 2]], pushed, [torch.Generator()]).tolist() == [1]
 
 
 @pytest.mark.parametrize(("top_k", "places"), [(1, [0]), (2, [0, 1]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])])

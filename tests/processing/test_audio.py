@@ -13,7 +13,7 @@ import torch
 
 from modalora.contracts import subsampled
 from modalora.errors import ConfigError, MediaError
-from modalora.processing.audio import AudioConfig, log_mel, mel_matrix, open_audio
+from modalora.processing.audio import AudioConfig, count_audio_tokens, log_mel, mel_matrix, open_audio
 
 CONFIG = AudioConfig()
 CHANNELS = [0, 5, 10, 20, 40, 60, 79]
@@ -236,6 +236,24 @@ def test_lossy_formats_give_nearly_the_sound_saved(kind: str) -> None:
     middle = slice(2_000, 30_000)
     # worst seen 0.023 of a peak of 0.6 (OGG; MP3 0.016); a shift by one sample (0.2) must fail here
     assert np.abs(wave[middle] - saved[middle]).max() < 0.05
+
+
+def test_recordings_one_after_the_other_and_a_cut_last_page_are_refused() -> None:
+    one = encode(tones(16_000, 16_000), 16_000, "OGG")
+    with pytest.raises(MediaError, match="holds several recordings one after the other, of which one is read; split"):
+        open_audio(one + encode(tones(48_000, 16_000), 16_000, "OGG"), CONFIG)
+    long = encode(tones(320_000, 16_000), 16_000, "OGG")
+    with pytest.raises(MediaError, match="is cut short"):
+        open_audio(long[: long.rfind(b"OggS")], CONFIG)
+
+
+def test_a_flac_that_was_written_to_a_pipe_is_told_as_such() -> None:
+    data = bytearray(encode(tones(8_000, 16_000), 16_000, "FLAC", "PCM_16"))
+    data[21] &= 0xF0  # the 36 bits of the total in STREAMINFO
+    data[22:26] = bytes(4)
+    for read in (open_audio, count_audio_tokens):
+        with pytest.raises(MediaError, match="does not state its length, as one written to a pipe; write it to a file"):
+            read(bytes(data), CONFIG)
 
 
 def test_channels_are_averaged() -> None:

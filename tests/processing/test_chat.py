@@ -166,6 +166,14 @@ def test_an_error_names_the_message_and_the_part(messages: Any, told: str) -> No
         render(messages)
 
 
+def test_calls_and_tools_that_would_be_lost_are_refused() -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+    with pytest.raises(PromptError, match="message 2 has tool_calls, which are not read; write the call"):
+        render([{"role": "user", "content": "Hi"}, call])
+    with pytest.raises(PromptError, match="message 1 has tools, which the system message holds; move them there"):
+        render([{"role": "user", "content": "Hi", "tools": [{"name": "f"}]}])
+
+
 def test_tools_that_json_cannot_hold_are_refused() -> None:
     system = {"role": "system", "content": "", "tools": [{"since": datetime.date(2026, 1, 1)}]}
     with pytest.raises(PromptError, match=r"message 1 has tools that JSON cannot hold .*; write them as a string"):

@@ -195,6 +195,16 @@ def test_a_prompt_longer_than_the_window_is_refused_with_its_length() -> None:
         make(window=length - 1)([ROWS[0], ROWS[3]])
 
 
+def test_many_pictures_beyond_the_window_are_refused_before_one_is_decoded() -> None:
+    made = make(window=300)
+    made.media["image"] = replace(
+        made.media["image"], read=lambda *_: pytest.fail("a picture was decoded"), count=lambda *_: 100
+    )
+    content = [{"type": "image", "image": PICTURE} for _ in range(24)]
+    with pytest.raises(PromptError, match=r"the prompt is \d+ tokens .* and this model reads at most 300"):
+        made.row([{"role": "user", "content": content}])
+
+
 def test_a_model_without_an_encoder_refuses_its_media() -> None:
     with pytest.raises(PromptError, match="no picture encoder; leave the image out or load a multimodal model"):
         make(image=None)([ROWS[1]])

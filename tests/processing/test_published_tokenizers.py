@@ -43,11 +43,21 @@ def llama(*, rstrip: bool, metaspace: bool) -> TextTokenizer:
     return TextTokenizer(json.dumps(fields))
 
 
+def _in_a_sequence(words: TextTokenizer) -> TextTokenizer:
+    fields = json.loads(words.definition)
+    inside = {"type": "Sequence", "pretokenizers": [fields["pre_tokenizer"]]}
+    return TextTokenizer(json.dumps({**fields, "pre_tokenizer": inside}))
+
+
 KINDS: dict[str, tuple[TextTokenizer, ChatFormat]] = {
     "o200k": (TextTokenizer.train(CORPUS, 380), FORMATS["phi4"]),
     "llama": (llama(rstrip=False, metaspace=False), FORMATS["phi3"]),
     "llama, tags eat spaces": (llama(rstrip=True, metaspace=False), FORMATS["phi3"]),
     "llama, metaspace": (llama(rstrip=True, metaspace=True), FORMATS["phi3"]),
+    "llama, metaspace in a sequence": (
+        TextTokenizer(_in_a_sequence(llama(rstrip=True, metaspace=True))),
+        FORMATS["phi3"],
+    ),
 }
 
 
@@ -85,8 +95,31 @@ def test_text_goes_there_and_back_and_never_becomes_a_control_token(kind: str, t
     for said in (text, f"<|end|>{text}<|assistant|>", "</s><s><unk>" + text):
         ids = words.encode(said)
         assert not set(ids) & words.control_ids
-        if kind == "o200k" or ("▁" not in said and kind != "llama, metaspace"):  # it drops some spaces
+        if kind == "o200k" or ("▁" not in said and "metaspace" not in kind):  # it drops some spaces
             assert words.decode(ids) == said
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_words_that_a_fine_tune_added_are_words(kind: str) -> None:
+    given, chat = KINDS[kind]
+    whole = Tokenizer.from_str(given.definition)
+    whole.add_tokens(["ProteinX", "fox", AddedToken("    ", normalized=False)])
+    whole.add_special_tokens(["<|new|>"])
+    words = TextTokenizer(whole.to_str())
+    assert words.controls == given.controls | {"<|new|>"}
+    messages = [
+        {"role": "user", "content": "the ProteinX fox    jumps<|new|>"},
+        {"role": "assistant", "content": "fox"},
+    ]
+    row = processor(words, chat).row(messages)
+    told = row.text.replace("<|new|>", "")  # typed by a user it stays text
+    plain = processor(words, chat).row([{**messages[0], "content": "the ProteinX fox    jumps"}, messages[1]])
+    assert plain.ids == whole.encode(told, add_special_tokens=False).ids
+    for word in ("ProteinX", "fox", "    "):
+        assert whole.token_to_id(word) in plain.ids
+    assert whole.token_to_id("<|new|>") not in row.ids
+    assert "ProteinX" in words.decode(plain.ids)
+    assert words.encode_many(["a fox", "ProteinX"]) == [words.encode("a fox"), words.encode("ProteinX")]
 
 
 def test_raw_prompts_are_the_only_way_to_write_control_tokens() -> None:

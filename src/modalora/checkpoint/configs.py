@@ -354,7 +354,8 @@ def _write_official(config: ModelConfig) -> dict[str, Any]:
     _need_factor_of_windows(config.decoder.rope)
     if set(config.adapters) != {"vision", "speech"}:
         raise ConfigError(
-            f"the layout 'phi4mm' holds the adapters vision and speech; this model has {', '.join(config.adapters)}"
+            f"the layout 'phi4mm' holds the adapters vision and speech; this model has {', '.join(config.adapters)}: "
+            "choose the layout phi4_multimodal or modalora, which hold more"
         )
     own = {
         key: value for key, value in asdict(vision).items() if key != "crop" and value != getattr(VisionConfig(), key)

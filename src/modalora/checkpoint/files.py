@@ -69,7 +69,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None], *, manifest: bool =
         draft.rename(folder)
         sync(folder.parent)
     except (OSError, SafetensorError) as error:
-        raise WorkError(f"{folder} could not be written: {error}; make room, and do the same again") from None
+        raise WorkError(f"{folder} could not be written, and nothing of it is left: {error}") from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

@@ -37,8 +37,9 @@ class SearchConfig(Settings):
             raise ConfigError(f"anchor={self.anchor}: space=longrope searches every pair; leave the anchor out")
         if self.method == "random" and self.crossover:
             raise ConfigError(f"crossover={self.crossover}: method=random makes no child of two; leave crossover out")
-        if not self.racing and (idle := {"race_from", "race_error"} & self.model_fields_set):
-            raise ConfigError(f"{min(idle)} is for racing: true; leave it out")
+        for key in ("race_from", "race_error"):  # a folder's own settings name every key
+            if not self.racing and getattr(self, key) != SearchConfig.model_fields[key].default:
+                raise ConfigError(f"{key}={getattr(self, key)} is for racing: true; leave it out")
         return self
 
 

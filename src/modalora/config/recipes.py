@@ -99,8 +99,8 @@ def load_chain_start(path: Path, overrides: Sequence[str] = ()) -> str | None:
     fields = _read(path)
     if "stages" not in fields:
         return None
-    given = [override.removeprefix("init=") for override in overrides if override.startswith("init=")]
-    return given[-1] if given else parse(ChainConfig, fields, str(path)).init
+    given = [_override(override)[1] for override in overrides if override.startswith("init=")]
+    return str(given[-1]) if given else parse(ChainConfig, fields, str(path)).init
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class OptimConfig(Settings):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = Field(50, ge=0)
     final_lr_ratio: float = Field(0.1, ge=0, le=1)
-    clip_norm: float = Field(1.0, gt=0)
+    clip_norm: float = Field(1.0, gt=0, allow_inf_nan=True)  # .inf: none
     lr_scale: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)  # part -> factor on lr
     state_bits: Literal[8, 16, 32] = 32  # of each of AdamW's two moments; 8 and 16 are for name: adamw
 

@@ -21,7 +21,7 @@ from modalora.data.documents import LongRows, Shelf, ShortRows, open_rows, passa
 from modalora.data.files import Fields, Records, cached, find_files, open_records
 from modalora.data.forms import FORMS, Options, detect, read_record, read_text, renamed
 from modalora.data.order import shuffled
-from modalora.data.sources import Context, Key
+from modalora.data.sources import Context, Key, check_window
 from modalora.data.text import token_stream
 from modalora.errors import ConfigError, DataError, InputError, PromptError
 from modalora.processing.processor import Row
@@ -110,7 +110,7 @@ def open_documents(
     places: list[np.ndarray] = []
     left_out = 0
     for number, file in enumerate(find_files(path)):
-        volume = _open_volume(file, context.cache, "text", split, Options(file.parent))
+        volume = _open_volume(file, context.cache, "text", split if file.is_dir() else None, Options(file.parent))
         ids, sizes = _tokenised(volume, context)
         unread = np.flatnonzero(sizes == 0).tolist()
         left_out += _only_empty(unread, volume)
@@ -303,7 +303,8 @@ class Passages:
         """volumes: what open_corpus found in the files."""
         self.shelf = _Shelf(key, volumes, shuffle)
         self.processor = context.processor
-        self.window = min(filter(None, (context.window, context.most, context.processor.window)))
+        check_window(context)
+        self.window = min(filter(None, (context.window, context.most)))
         self._ids, sizes = zip(*(_tokenised(volume, context) for volume in volumes), strict=True)
         self._sizes = np.concatenate(sizes)  # tokens per record, 0 for one that cannot be read
         self._starts = [np.cumsum([0, *own]) for own in sizes]

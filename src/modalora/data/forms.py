@@ -129,6 +129,8 @@ def read_text(fields: Fields, options: Options) -> str:
 
 def renamed(fields: Fields, options: Options) -> Fields:
     """Return the record under the names that forms know. Raises DataError where two fields would have one name."""
+    if options.rename:
+        fields = {key: value for key, value in fields.items() if value is not None}
     for key in fields:
         name = options.rename.get(key, key)
         if name != key and name in fields and options.rename.get(name, name) == name:

@@ -13,7 +13,7 @@ from pydantic import PydanticUserError
 from modalora import modality
 from modalora.config import SourceConfig, parse
 from modalora.data.corpus import Passages, open_corpus, open_documents
-from modalora.data.sources import SOURCES, WINDOWED, Bad, Context, Drawn, Key, Source, bad_row
+from modalora.data.sources import CUT, SOURCES, WINDOWED, Bad, Context, Drawn, Key, Source, bad_row, check_window
 from modalora.errors import ConfigError, DataError, InputError
 from modalora.processing.processor import Processor, Row
 
@@ -32,6 +32,8 @@ def make_source(context: Context, config: SourceConfig, key: Key = (0, 0)) -> So
                 f"{context.processor.window} tokens; lower it, or give the run a rope with a longer window"
             )
         context = replace(context, window=config.window)
+    if config.source in CUT:
+        check_window(context)
     if config.route is not None:
         context.processor.router((), config.route)
     try:
@@ -54,7 +56,7 @@ def _options(config: SourceConfig, maker: Callable[..., Any]) -> dict[str, Any]:
     """Return the options of a source as the types that its maker declares. Raises ConfigError naming key and value."""
     try:
         kinds = get_type_hints(maker)
-    except (NameError, TypeError):  # someone else's: types for a type checker alone, or no plain function
+    except Exception:  # someone else's: types for a type checker alone, or no plain function
         return config.options
     made = dict(config.options)
     for key, value in made.items():

@@ -83,7 +83,17 @@ class Source(Protocol):
         ...
 
 
+def check_window(context: Context) -> None:
+    """Refuse windows that the model cannot read, for sources that cut them. Raises ConfigError."""
+    if context.window > context.processor.window:
+        raise ConfigError(
+            f"window={context.window}: the model reads at most {context.processor.window} tokens; lower it, or give "
+            "the run a rope with a longer window"
+        )
+
+
 WINDOWED = ("books", "retrieval")  # sources whose rows are as long as the window
+CUT = (*WINDOWED, "documents", "codons", "genome_windows", "genome_repeats")  # those whose rows the window cuts
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,10 @@ class Sampling:
                 raise ConfigError(f"{name}={getattr(self, name)} must be {rule}")
 
 
+_COLDEST = 1e-6  # below it no logit but the largest is ever drawn, and float32 divides by 0
+_FINITE = (torch.finfo(torch.float32).min / 2, torch.finfo(torch.float32).max / 2)
+
+
 def sample(
     logits: Tensor, seen: Sequence[Sequence[int]], sampling: Sampling, generators: Sequence[torch.Generator]
 ) -> Tensor:
@@ -58,7 +62,8 @@ def sample(
             logits[row, index] = torch.where(
                 own > 0, own / sampling.repetition_penalty, own * sampling.repetition_penalty
             )
-    if sampling.temperature == 0:
+        logits = logits.clamp(*_FINITE)  # a penalty near 0 makes them infinite
+    if sampling.temperature < _COLDEST:
         return logits.argmax(-1)
     logits = logits - logits.amax(-1, keepdim=True)  # so that no temperature makes them infinite
     shares = torch.softmax(_filtered(logits / sampling.temperature, sampling), dim=-1).cpu()
@@ -74,6 +79,7 @@ def _filtered(logits: Tensor, sampling: Sampling) -> Tensor:
         ordered, order = logits.sort(dim=-1, descending=True)
         shares = torch.softmax(ordered, dim=-1)
         beyond = shares.cumsum(-1) - shares >= sampling.top_p  # the token that reaches p is kept
+        beyond[:, 0] = False  # as it is where p is less than float32 can tell from 0
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
     if sampling.min_p > 0:
         shares = torch.softmax(logits, dim=-1)

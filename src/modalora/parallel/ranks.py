@@ -58,7 +58,8 @@ def _at_once() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # else one of C's, which Python cannot set
+                signal.signal(number, handler)
 
 
 @contextmanager

@@ -33,6 +33,8 @@ TOP_HZ = 7690.0  # upper edge of the last mel filter
 EMPHASIS = 0.97
 LOUDEST = 10.0  # float samples above this were never divided by their integer range
 MOST_MELS = 112  # the narrowest filters still reach a bin of the Fourier transform
+_UNTOLD = 1 << 48  # samples: a header that says more does not know the length, as of what was written to a pipe
+_FIRST, _LAST = 2, 4  # flags of an Ogg page that begins or ends a stream
 BLOCK = 256  # frames transformed at a time: they stay in a core's cache
 
 
@@ -106,7 +108,9 @@ def count_audio_tokens(source: str | Path | bytes | tuple[ArrayLike, int], confi
     if not isinstance(source, tuple):
         name, data = read_source(source, "audio", config.max_bytes)
         with _sound_file(name, data) as file:
-            samples, rate, exact = int(file.frames), int(file.samplerate), file.format in ("WAV", "FLAC")
+            samples, rate = int(file.frames), int(file.samplerate)
+            exact = file.format in ("WAV", "FLAC")
+            _check_told(name, samples)
         if exact and not _missing_bytes(data):
             _check_rate(name, rate)
             _check_seconds(name, samples, rate, config)
@@ -126,6 +130,11 @@ def count_audio_tokens(source: str | Path | bytes | tuple[ArrayLike, int], confi
             f"{name} lasts {1000 * samples / target:.1f} ms, and one window needs {WINDOW_MS} ms; give more"
         )
     return subsampled((samples - length) // hop + 1)
+
+
+def _check_told(name: str, samples: int) -> None:
+    if samples >= _UNTOLD:
+        raise MediaError(f"{name} does not state its length, as one written to a pipe; write it to a file, or as WAV")
 
 
 def _check_rate(name: str, rate: int) -> None:
@@ -210,6 +219,7 @@ def _sound_file(name: str, data: bytes) -> soundfile.SoundFile:
 def _decode(name: str, data: bytes, config: AudioConfig) -> tuple[Wave, int]:
     with _sound_file(name, data) as file:
         rate, promised = int(file.samplerate), int(file.frames)
+        _check_told(name, promised)
         counted = file.format not in ("MP3", "MPEG") or _has_frame_count(data)
         _check_rate(name, rate)
         if counted:
@@ -224,6 +234,8 @@ def _decode(name: str, data: bytes, config: AudioConfig) -> tuple[Wave, int]:
             raise MediaError(
                 f"{name} cannot be decoded ({error}), it is damaged or cut short; export it again"
             ) from error
+    if _ogg_streams(data) > 1:
+        raise MediaError(f"{name} holds several recordings one after the other, of which one is read; split it")
     missing = _missing_bytes(data)
     if missing or (counted and held < promised):
         lack = f"{missing} bytes" if missing else f"{promised - held} of {promised} samples"
@@ -253,8 +265,21 @@ def _missing_bytes(data: bytes) -> int:
     elif data[:4] == b"OggS":
         page = data[data.rfind(b"OggS") :]
         end = 27 if len(page) < 27 else 27 + page[26] + sum(page[27 : 27 + page[26]])
-        return max(0, end - len(page))
+        whole = len(page) >= end and page[5] & _LAST
+        return 0 if whole else max(1, end - len(page))
     return 0
+
+
+def _ogg_streams(data: bytes) -> int:
+    """Return how many recordings an Ogg file holds one after the other; 0 for another file."""
+    found, at, began = 0, 0, False
+    while data[at : at + 4] == b"OggS" and at + 27 <= len(data):
+        begins = bool(data[at + 5] & _FIRST)
+        found += begins and not began
+        began = begins
+        sizes = data[at + 27 : at + 27 + data[at + 26]]
+        at += 27 + len(sizes) + sum(sizes)
+    return found
 
 
 @cache

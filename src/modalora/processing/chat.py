@@ -75,6 +75,10 @@ def render(
         role = message["role"]
         if role not in ROLES:
             raise PromptError(f"{where} has role {role!r}; use one of {', '.join(ROLES)}")
+        if message.get("tool_calls"):
+            raise PromptError(f"{where} has tool_calls, which are not read; write the call as the assistant's text")
+        if message.get("tools") and role != "system":
+            raise PromptError(f"{where} has tools, which the system message holds; move them there")
         trained = role == "assistant" and bool(message.get("loss", True))
         pieces += [Piece("control", f"<|{role}|>"), Piece("text", chat.after_role, trained)]
         pieces.extend(_content(message.get("content"), where, trained, kinds))

@@ -119,16 +119,20 @@ class Processor:
 
         Raises PromptError, and MediaError for what a header tells.
         """
-        total = 0
-        for piece, after, before in self._between(render(messages, answer=answer, chat=self.chat, kinds=self.kinds)):
+        return sum(self._counts(render(messages, answer=answer, chat=self.chat, kinds=self.kinds)))
+
+    def _counts(self, pieces: Sequence[Piece]) -> tuple[int, int]:
+        """Return the tokens of text and control, and those of media."""
+        words = media = 0
+        for piece, after, before in self._between(pieces):
             if piece.kind == "text":
-                total += len(self.tokenizer.encode(piece.value, after=after, before=before))
+                words += len(self.tokenizer.encode(piece.value, after=after, before=before))
             elif piece.kind == "control":
                 self.tokenizer.control(piece.value)  # raises where there is none
-                total += 1
+                words += 1
             else:
-                total += self.media[piece.kind].tokens(piece.value)
-        return total
+                media += self.media[piece.kind].tokens(piece.value)
+        return words, media
 
     def _between(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, str | None, str | None]]:
         """Yield every piece with the control tokens before and behind it, None where there is none."""
@@ -137,6 +141,8 @@ class Processor:
 
     def _row(self, pieces: Sequence[Piece]) -> Row:
         row = Row()
+        if sum(piece.kind == "image" for piece in pieces) > 1:  # small files may hold large pictures
+            self._check_window(*self._counts(pieces))
         for piece, after, before in self._between(pieces):
             if piece.kind == "control":
                 ids = [self.tokenizer.control(piece.value)]
@@ -150,13 +156,16 @@ class Processor:
             row.ids += ids
             row.labels += ids if piece.trained else [IGNORED] * len(ids)
         row.text = as_text(pieces)
-        if len(row.ids) > self.window:
-            media = sum(tokens for *_, tokens in row.media)
+        media = sum(tokens for *_, tokens in row.media)
+        self._check_window(len(row.ids) - media, media)
+        return row
+
+    def _check_window(self, words: int, media: int) -> None:
+        if words + media > self.window:
             raise PromptError(
-                f"the prompt is {len(row.ids)} tokens ({media} of them media) and this model reads at most "
+                f"the prompt is {words + media} tokens ({media} of them media) and this model reads at most "
                 f"{self.window}; shorten the text, or give fewer, smaller or shorter media"
             )
-        return row
 
     def _control_name(self, piece: Piece) -> str | None:
         if piece.kind in ("control", "text"):

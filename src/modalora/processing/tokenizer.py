@@ -7,7 +7,8 @@ The rule: `encode` sees text only, so "<|end|>" typed by a user becomes ordinary
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,23 @@ _SPLIT = "|".join(
 )
 
 
+def _is_control(token: Mapping[str, Any]) -> bool:
+    """Tell whether an added token is one that only a chat format writes; others are words like any.
+
+    Published tokenizers do not mark all of their control tokens as special.
+    """
+    return bool(token.get("special")) or bool(re.fullmatch(r"<\|.*\|>|</?(?:s|unk|pad|bos|eos)>", token["content"]))
+
+
+def _never_first(split: dict[str, Any]) -> dict[str, Any]:
+    """Return a pre-tokenizer that puts no space before its first word."""
+    if split.get("type") == "Sequence":
+        return {**split, "pretokenizers": [_never_first(one) for one in split["pretokenizers"]]}
+    if split.get("type") == "Metaspace" and split.get("prepend_scheme") == "first":
+        return {**split, "prepend_scheme": "never"}
+    return split
+
+
 class TextTokenizer:
     """Text to ids and back."""
 
@@ -60,18 +78,21 @@ class TextTokenizer:
         self._full = Tokenizer.from_str(definition)
         self._full.no_truncation()
         self._full.no_padding()
-        added = fields["added_tokens"]
+        added = [token for token in fields["added_tokens"] if _is_control(token)]
         self._control = {token["content"]: int(token["id"]) for token in added}
         self._eats_left = {token["content"] for token in added if token.get("lstrip")}
         self._eats_right = {token["content"] for token in added if token.get("rstrip")}
-        # Encoding runs on a copy without added tokens: nothing in the text can match one.
-        off: dict[str, Any] = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+        # Encoding runs on a copy without control tokens: nothing in the text can match one. Added words are words.
+        words = [token for token in fields["added_tokens"] if not _is_control(token)]
+        off: dict[str, Any] = {"added_tokens": words, "post_processor": None, "truncation": None, "padding": None}
         self._plain = self._later = Tokenizer.from_str(json.dumps({**fields, **off}))
+        # without the control tokens before them, those that the model has no word for got other ids
+        found = {self._plain.token_to_id(token["content"]): int(token["id"]) for token in words}
+        self._moved = {index: wanted for index, wanted in found.items() if index is not None and index != wanted}
         split = fields.get("pre_tokenizer") or {}
-        if split.get("type") == "Metaspace" and split.get("prepend_scheme") == "first":
+        if (never := _never_first(split)) != split:
             # SentencePiece puts a space before the first word of a prompt, not after a control token
-            later = {**fields, **off, "pre_tokenizer": {**split, "prepend_scheme": "never"}}
-            self._later = Tokenizer.from_str(json.dumps(later))
+            self._later = Tokenizer.from_str(json.dumps({**fields, **off, "pre_tokenizer": never}))
         self.definition = definition
         ends = (END, END_OF_TEXT)
         self.stop_ids = frozenset(self._control[token] for token in ends if token in self._control)
@@ -130,11 +151,14 @@ class TextTokenizer:
             ids: list[int] = plain.encode(text, add_special_tokens=False).ids
         except TypeError:
             raise PromptError(f"the text {text!r:.60} is not valid Unicode; give text that encodes as UTF-8") from None
-        return ids
+        return self._settled(ids)
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         """Return `encode` of each text, on all cores."""
-        return [item.ids for item in self._plain.encode_batch(list(texts), add_special_tokens=False)]
+        return [self._settled(item.ids) for item in self._plain.encode_batch(list(texts), add_special_tokens=False)]
+
+    def _settled(self, ids: list[int]) -> list[int]:
+        return [self._moved.get(index, index) for index in ids] if self._moved else ids
 
     def control(self, token: str) -> int:
         """Return the id of a control token. Raises PromptError when the vocabulary has none of that name."""

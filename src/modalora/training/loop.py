@@ -172,13 +172,7 @@ class _Loop:
         since = started
         while progress.step < run.steps:
             moment = Moment.now(self.batches)
-            try:
-                asked, micro, outcome = self._try()
-            except InputError:  # of the data: what was learnt so far is not lost
-                if self.engine.world == 1 and progress.step:
-                    self._clear()
-                    self._save(moment)
-                raise
+            asked, micro, outcome = self._try(moment)
             if outcome is None:  # the step was broken off, as if it had not begun, or there are no data for it
                 self._clear()
                 if not asked:
@@ -219,11 +213,11 @@ class _Loop:
         self._check_preserved()
         self.model.eval()
 
-    def _try(self) -> tuple[int, list[Batch], _Outcome | None]:
+    def _try(self, moment: Moment) -> tuple[int, list[Batch], _Outcome | None]:
         """Return the signal that came, the micro-batches of a step and what they came to: None, if it was not made."""
         try:
             self.stop.breakable = self.engine.world == 1  # one rank alone must not leave the others waiting
-            micro = self.batches.take()
+            micro = self._take(moment)
             outcome = self._gradients(micro) if micro else None
             self.stop.breakable = False
         except Asked:
@@ -231,6 +225,16 @@ class _Loop:
         finally:
             self.stop.breakable = False
         return outcome.asked if outcome else 0, micro, outcome
+
+    def _take(self, moment: Moment) -> list[Batch]:
+        """Return the micro-batches of a step; where the data are at fault, what was learnt before is saved."""
+        try:
+            return self.batches.take()
+        except (InputError, TrainingError):
+            self.stop.breakable = False
+            if self.engine.world == 1 and self.progress.step:  # others would wait for a state that they do not write
+                self._save(moment)
+            raise
 
     def _end_early(self, moment: Moment) -> None:
         """End a run whose data have ended before its steps have. Raises TrainingError when there never were any."""

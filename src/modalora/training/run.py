@@ -42,12 +42,12 @@ def run_recipe(
     beside it as a PEFT folder, run.output/NAME-lora. A finished run is returned as it is. Raises ConfigError when it
     was one of other settings.
     """
-    check_device(run.device)
     load_modalities(run)
     target = Path(run.output) / "model"
     if target.exists():
         _check_finished(run, target)
         return target
+    check_device(run.device)
     joined_before = has_joined()
     engine = engine_for(run)
     try:

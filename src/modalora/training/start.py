@@ -94,14 +94,9 @@ def grown(config: ModelConfig, run: RunConfig) -> ModelConfig:
 def context_of(run: RunConfig, config: ModelConfig, tokenizer: TextTokenizer, chat: ChatFormat) -> Context:
     """Return what the sources of a run are made from, for a model of these sizes. Raises ConfigError."""
     processor = make_processor(config, tokenizer, chat)
-    if run.window > processor.window and "window" in run.model_fields_set:
-        raise ConfigError(
-            f"window={run.window}: the model reads at most {processor.window} tokens; lower it, or give the run a rope "
-            "with a longer window"
-        )
     _limit_media(processor, run.media)
     return Context(
-        folder=Path(run.data), cache=Path(run.cache), processor=processor, window=min(run.window, processor.window),
+        folder=Path(run.data), cache=Path(run.cache), processor=processor, window=run.window,
         most=run.tokens,
     )  # fmt: skip
 

@@ -34,7 +34,7 @@ FREE = {
     "nonfinite_most", "workers", "quarantine_most", "ledger", "trackers", "peak_tflops", "engine", "mesh", "offload",
     "patience_seconds", "save_in_background",
 }  # fmt: skip
-_PARTS = ("run", "step", "world", "settings", "frozen", "start", "rate", "progress", "data")
+_PARTS = ("run", "step", "world", "settings", "frozen", "rate", "progress", "data")
 
 
 @dataclass
@@ -239,7 +239,7 @@ class States:
                 f"{folder} was trained on another base: what does not train has the fingerprint {self.frozen}, there "
                 f"it had {fields['frozen']}; give another output, or the base as it was"
             )
-        if None not in (fields["start"], self.start) and fields["start"] != self.start:
+        if None not in (told := fields.get("start"), self.start) and told != self.start:
             raise ConfigError(
                 f"{folder} was trained from {' and '.join((self.run.init, *self.run.take.values()))} as it was, and "
                 f"that has other weights now; give another output, or remove {self.folder} to train it anew"

@@ -59,7 +59,7 @@ class Tar:
             elif ending != "json":
                 fields.setdefault("text" if ending == "txt" else ending, _text(data, f"{key}.{ending}"))
         named = {PurePosixPath(f"{key}.{ending}").name: data for ending, data in held.items()} | held
-        return _with_members(fields, media, named)
+        return _with_members(fields, media, held, named)
 
 
 def _text(data: bytes, name: str) -> str:
@@ -69,17 +69,19 @@ def _text(data: bytes, name: str) -> str:
         raise DataError(f"member {name} is not UTF-8 text; save it as UTF-8, or leave it out of the tar") from None
 
 
-def _with_members(fields: Fields, media: Mapping[str, list[bytes]], named: Mapping[str, bytes]) -> Fields:
+def _with_members(
+    fields: Fields, media: Mapping[str, list[bytes]], members: Mapping[str, bytes], named: Mapping[str, bytes]
+) -> Fields:
+    """Put media where the JSON names them; others of that sort become fields, which no form reads and a check lists."""
     for plural, found in media.items():
         for key in (plural, plural[:-1]):
             if isinstance(given := fields.get(key), str | list):
                 names = [given] if isinstance(given, str) else given
                 fields[key] = [named.get(name, name) if isinstance(name, str) else name for name in names]
-                if over := sum(not any(data is used for used in fields[key]) for data in found):
-                    raise DataError(
-                        f"{over} of its {len(found)} {plural} in the tar are not named by {key!r} of its JSON; name "
-                        f"each by its ending or file name, or leave {key!r} out and all are read"
-                    )
+                used = {id(data) for data in fields[key]}
+                kept = {id(data) for data in found} - used
+                left = [name for name, data in members.items() if id(data) in kept]
+                fields |= dict.fromkeys(left, "a member that the JSON does not name")
                 break
         else:
             if found:
