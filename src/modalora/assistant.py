@@ -374,11 +374,12 @@ def load(
 def check_device(device: str) -> None:
     """Refuse a device that this machine does not have. Raises ConfigError."""
     try:
-        if torch.empty(0, device=device).is_meta:
-            raise RuntimeError("it holds no numbers")
+        found = torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch's builds without a kind of device assert
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"device={device!r} cannot be used: {reason:.160}; 'cpu' always can") from None
+    if found.is_meta:
+        raise ConfigError("device='meta' cannot be used: it holds no numbers; 'cpu' always can")
 
 
 def set_regime(model: Multimodal, regime: Regime) -> None:

@@ -150,8 +150,17 @@ def load_file(path: str | Path) -> Modality:
         raise ConfigError(f"the modality file {str(path)!r} does not exist; give a Python file that sets MODALITY")
     path = path.absolute()  # a link is loaded under its own name, beside its own files
     digest = _digest(path)
-    if digest in _files:  # a second run would make other functions of one name
-        return register(_files[digest][1])
+    if digest not in _files:  # a second run would make other functions of one name
+        _files[digest] = path, _run_file(path, digest)
+    row = _files[digest][1]
+    for known, (other, held) in _files.items():
+        in_use = _given.get(row.name) is held and other != path
+        if in_use and other.is_file() and _digest(other) == known and other.read_bytes() != path.read_bytes():
+            raise ConfigError(f"the modality {row.name!r} is in {path} and in {other}, loaded before; name one of them")
+    return register(row)
+
+
+def _run_file(path: Path, digest: str) -> Modality:
     # one for each file, and the same in every process: rows are made in others too
     name = f"modalora_file_{path.stem}_{digest[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -166,12 +175,7 @@ def load_file(path: str | Path) -> Modality:
     row = module.__dict__.get("MODALITY")
     if not isinstance(row, Modality):
         raise ConfigError(f"the modality file {str(path)!r} must set MODALITY = Modality(...); it has {row!r:.60}")
-    for known, (other, held) in _files.items():
-        in_use = _given.get(row.name) is held and other != path
-        if in_use and other.is_file() and _digest(other) == known and other.read_bytes() != path.read_bytes():
-            raise ConfigError(f"the modality {row.name!r} is in {path} and in {other}, loaded before; name one of them")
-    _files[digest] = path, register(replace(row, package=f"the file {path.name}"))
-    return _files[digest][1]
+    return replace(row, package=f"the file {path.name}")
 
 
 def _digest(path: Path) -> str:

@@ -282,7 +282,7 @@ def test_ctrl_c_in_the_search_exits_with_130_and_keeps_what_was_judged(
         ({"scores": {"methods": []}, "training": None}, r"scores.methods=\[\]: without training"),
         ({"search": {"seed": -1}}, "search.seed=-1: Input should be greater"),
         ({"search": {"method": "random", "crossover": 0.5}}, "crossover=0.5: method=random makes no child of two"),
-        ({"search": {"racing": False, "race_from": 8}}, "race_from is for racing: true"),
+        ({"search": {"racing": False, "race_from": 8}}, "race_from=8 is for racing: true"),
         ({"search": {"anchor": 6}}, "anchor=6"),
         ({"device": "foo"}, "device='foo' cannot be used"),
     ],

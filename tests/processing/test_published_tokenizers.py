@@ -55,7 +55,7 @@ KINDS: dict[str, tuple[TextTokenizer, ChatFormat]] = {
     "llama, tags eat spaces": (llama(rstrip=True, metaspace=False), FORMATS["phi3"]),
     "llama, metaspace": (llama(rstrip=True, metaspace=True), FORMATS["phi3"]),
     "llama, metaspace in a sequence": (
-        TextTokenizer(_in_a_sequence(llama(rstrip=True, metaspace=True))),
+        _in_a_sequence(llama(rstrip=True, metaspace=True)),
         FORMATS["phi3"],
     ),
 }

@@ -17,11 +17,12 @@ from toys import Steps, assert_same_bits, fresh, mixed, settings, text, weights
 from modalora.config import OptimConfig
 from modalora.contracts import IGNORED, Batch
 from modalora.errors import ConfigError, TrainingError
-from modalora.models.multimodal import part_of
+from modalora.models.multimodal import Multimodal, part_of
+from modalora.models.sizes import tiny
 from modalora.parallel.engine import Single
 from modalora.training.loop import train
 from modalora.training.objectives import NextToken
-from modalora.training.optimizer import freeze
+from modalora.training.optimizer import Optimizer, freeze
 from modalora.training.signals import Interrupted
 
 # float32 sums in another order, through AdamW's division by a root: worst seen 1.2e-6 at this learning rate
@@ -260,3 +261,28 @@ def test_no_row_is_idle_where_the_decoder_learns() -> None:
     model = fresh()
     freeze(model, ["decoder"])
     assert model.idle_rows(mixed(0)) == []
+
+
+def test_muon_has_matrices_between_hidden_states_alone() -> None:
+    sizes = tiny()
+    model = Multimodal(replace(sizes, decoder=replace(sizes.decoder, tie_word_embeddings=False)))
+    optimizer = Optimizer(freeze(model, ["decoder", "adapter.vision"]), OptimConfig(name="muon"), 10)
+    muon, adamw = (
+        {optimizer.names[id(own)] for part in optimizer.parts if (type(part).__name__ == "Muon") == is_muon
+         for group in part.param_groups for own in group["params"]}
+        for is_muon in (True, False)
+    )  # fmt: skip
+    assert {"decoder.lm_head.weight", "decoder.embed_tokens.weight"} <= adamw
+    assert "decoder.layers.0.self_attn.o_proj.weight" in muon
+    assert not any("lora_" in name or "head" in name for name in muon)
+
+
+def test_threads_of_a_run_are_its_own(tmp_path: Path) -> None:
+    before, seen = torch.get_num_threads(), list[int]()
+    for threads in (before + 1, 0):
+        train(
+            settings(tmp_path / str(threads), "adapter.*", threads=threads, steps=2), fresh(),
+            Steps(lambda step: [mixed(step)]), lambda metrics: seen.append(torch.get_num_threads()),
+        )  # fmt: skip
+    assert seen == [before + 1] * 2 + [before] * 2
+    assert torch.get_num_threads() == before

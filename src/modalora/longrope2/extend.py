@@ -107,8 +107,18 @@ def _carry_out(
     folder = Path(config.output)
     _check_output(config, folder)
     _wait()  # until all have read what the first one now writes
+    threads = torch.get_num_threads()
     if config.threads:
         torch.set_num_threads(config.threads)
+    try:
+        return _stages(config, folder, device, say, report)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _stages(
+    config: ExtendConfig, folder: Path, device: torch.device, say: Say, report: Callable[[Metrics], None]
+) -> dict[str, Any]:
     work = _open(config, folder, device)
     say(_critical(work.stretch))
     space_of(work.stretch, config.search)

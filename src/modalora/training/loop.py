@@ -123,6 +123,7 @@ class _Loop:
             stack.enter_context(locked(folder))
         engine.barrier()
         if run.threads:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(run.threads)
         seed_all(run.seed)
         self.objective = OBJECTIVES[run.objective](model)  # its head begins alike on every rank

@@ -51,7 +51,7 @@ def _never_run(model: nn.Module) -> set[int]:
 
 
 # Tables, low-rank factors and output heads: Muon is for the matrices between hidden states.
-_NOT_FOR_MUON = ("embed_tokens", "position_embedding", "lora_", "relative_bias", "objective.")
+_NOT_FOR_MUON = ("embed_tokens", "lm_head", "position_embedding", "lora_", "relative_bias", "objective.")
 
 
 class Optimizer:
