@@ -567,6 +567,12 @@ def test_an_adapter_of_another_kind_is_refused_and_the_model_stays(
     refuse(assistant, tmp_path / "sight", "style", told)
 
 
+def test_an_adapter_that_is_saved_again_has_the_same_bytes(assistant: Assistant, tmp_path: Path) -> None:
+    for number in range(6):  # the writer of safetensors orders metadata at random
+        save_adapter(assistant.model, "vision", tmp_path / str(number))
+    assert len({(tmp_path / str(number) / WEIGHTS).read_bytes() for number in range(6)}) == 1
+
+
 @pytest.mark.parametrize("name", ["vision", "auto", "none", "", "my.style", "a b", "keys", "training"])
 def test_a_name_that_is_taken_or_none_is_refused(assistant: Assistant, tmp_path: Path, name: str) -> None:
     save_adapter(assistant.model, "vision", tmp_path / "sight")

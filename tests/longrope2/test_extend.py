@@ -196,6 +196,18 @@ def test_scores_of_other_factors_are_noticed(place: Path, extended: Path, tmp_pa
         extend(settings(place, out, training=None))
 
 
+def test_altered_results_are_told(place: Path, extended: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(extended, out)
+    whole = json.loads((out / "scores" / "yarn.json").read_text())
+    (out / "scores" / "yarn.json").write_text(json.dumps({"made_with": whole["made_with"]}))
+    with pytest.raises(ConfigError, match=r"yarn\.json was altered: it holds no whole grid; remove it"):
+        extend(settings(place, out))
+    (out / "search" / "outcome.json").write_text('{"loss": 1}')
+    with pytest.raises(ConfigError, match=r"outcome\.json was altered: it has no anchor, documents, .*; remove it"):
+        extend(settings(place, out))
+
+
 def test_another_model_under_the_same_name_is_noticed(place: Path, extended: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
     processor = make_processor(tiny(), TextTokenizer.train(TEXTS, 320))

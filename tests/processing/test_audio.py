@@ -247,6 +247,14 @@ def test_recordings_one_after_the_other_and_a_cut_last_page_are_refused() -> Non
         open_audio(long[: long.rfind(b"OggS")], CONFIG)
 
 
+@pytest.mark.parametrize("kind", ["AIFF", "AU", "W64", "RF64"])
+def test_other_containers_that_are_cut_are_refused(kind: str) -> None:
+    data = encode(tones(16_000, 16_000), 16_000, kind, "PCM_16")
+    assert open_audio(data, CONFIG)[0].shape == (16_000,)
+    with pytest.raises(MediaError, match="cut short"):
+        open_audio(data[: len(data) // 2], CONFIG)
+
+
 def test_a_flac_that_was_written_to_a_pipe_is_told_as_such() -> None:
     data = bytearray(encode(tones(8_000, 16_000), 16_000, "FLAC", "PCM_16"))
     data[21] &= 0xF0  # the 36 bits of the total in STREAMINFO

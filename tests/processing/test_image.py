@@ -400,3 +400,18 @@ def test_no_corrupted_file_escapes_as_another_error() -> None:
 def test_a_config_out_of_range_is_refused(settings: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ImageConfig(**settings)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_tiff_whose_white_is_zero_is_no_negative(bits: int) -> None:
+    level = (2**bits - 1) // 4
+    file = io.BytesIO()
+    Image.fromarray(np.full((40, 60), level, dtype=f"uint{bits}")).save(file, "TIFF")
+    data = bytearray(file.getvalue())
+    (at,) = struct.unpack_from("<I", data, 4)
+    (count,) = struct.unpack_from("<H", data, at)
+    (entry,) = [at + 2 + 12 * place for place in range(count) if data[at + 2 + 12 * place :][:2] == b"\x06\x01"]
+    for white, expected in ((1, 255 // 4), (0, 255 - 255 // 4)):
+        struct.pack_into("<H", data, entry + 8, white)
+        shown = np.asarray(open_image(bytes(data), ImageConfig()))
+        assert abs(int(shown[0, 0, 0]) - expected) <= 1

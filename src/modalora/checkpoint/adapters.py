@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from modalora.checkpoint.files import Weights, inside, read_json, write_folder, write_json
+from modalora.checkpoint.files import Weights, inside, read_json, sort_metadata, write_folder, write_json
 from modalora.checkpoint.modules import MODALITY, add_modules, find_modules, modules_of, own_projectors
 from modalora.checkpoint.preserve import CERTIFICATE, Preservation
 from modalora.config import parse
@@ -126,6 +126,7 @@ def save_adapter(model: Multimodal, name: str, folder: Path, certificate: Preser
         if modality:
             write_json(draft / MODALITY, modality)
         save_file(tensors, draft / WEIGHTS, metadata={"format": "pt", _BASE: fingerprint(model)})
+        sort_metadata(draft / WEIGHTS)
         if certificate:
             write_json(draft / CERTIFICATE, certificate.fields())
 

@@ -248,6 +248,19 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     return entries, metadata if isinstance(metadata, dict) else {}
 
 
+def sort_metadata(path: Path) -> None:
+    """Put a safetensors file's metadata in order, which its writer does not: equal tensors are then equal files."""
+    with path.open("r+b") as file:
+        length = struct.unpack("<Q", file.read(8))[0]
+        fields = json.loads(file.read(length))
+        fields["__metadata__"] = dict(sorted(fields["__metadata__"].items()))
+        header = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(header) > length:
+            raise WorkError(f"{path}: its header of {length} bytes cannot be put in order")
+        file.seek(8)
+        file.write(header.ljust(length))
+
+
 def release(tensor: Tensor) -> None:
     """Give back the memory of a tensor that is a view of a mapped file: its pages are read again when next used.
 

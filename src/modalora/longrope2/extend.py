@@ -252,7 +252,13 @@ def _search(work: Extension, documents: Sequence[Document], say: Say) -> tuple[F
             )
         _check_iterations(work.config, source, target)
         say(f"factors are there: {target}")
-        return factors, read_json(told)
+        found = read_json(told)
+        if lacking := _TOLD - set(found):
+            raise ConfigError(
+                f"{told} was altered: it has no {', '.join(sorted(lacking))}; remove it, and the search goes on from "
+                "its log"
+            )
+        return factors, found
     config = work.config.search
     judge = NeedleJudge(work.model, documents, rows=work.config.rows)
     say(f"searching: {config.population} candidates, {config.iterations} iterations, {len(documents)} documents")
@@ -312,6 +318,10 @@ def _others(work: Extension) -> dict[str, Factors]:
     config = work.config
     found = other_methods(work.base, work.head_dim, config.target, config.search.temperature)
     return {name: factors for name, factors in found.items() if name in config.scores.methods}
+
+
+_TOLD = {"perplexity", "loss", "anchor", "first_stretched", "evaluations", "passes", "share_of_passes", "others",
+         "history", "documents"}  # fmt: skip
 
 
 def _outcome(outcome: Outcome, others: Mapping[str, float], documents: Sequence[Document]) -> dict[str, Any]:
@@ -398,7 +408,10 @@ def _read_grid(path: Path, made_with: Mapping[str, Any]) -> Grid:
     fields = read_json(path)
     if fields.get("made_with") != made_with:
         raise ConfigError(f"{path} was measured with other factors or documents; remove it, and it is measured anew")
-    return Grid.from_json(fields)
+    try:
+        return Grid.from_json(fields)
+    except (KeyError, TypeError):
+        raise ConfigError(f"{path} was altered: it holds no whole grid; remove it, and it is measured anew") from None
 
 
 # ------------------------------------------------------------------------------------------------------ report

@@ -253,7 +253,7 @@ def _has_frame_count(data: bytes) -> bool:
 
 
 def _missing_bytes(data: bytes) -> int:
-    """Return the bytes that a WAV data chunk or a last Ogg page promises beyond the end; the decoder ignores both."""
+    """Return the bytes that a header, or a last Ogg page, promises beyond the end; decoders take what is there."""
     if data[:4] == b"RIFF":
         place = 12
         while place + 8 <= len(data):
@@ -262,6 +262,14 @@ def _missing_bytes(data: bytes) -> int:
                 endless = size >= 0x7FFFF000  # written by programs that stream and do not know the length
                 return 0 if endless else max(0, place + 8 + size - len(data))
             place += 8 + size + size % 2
+    elif data[:4] == b"RF64" and data[12:16] == b"ds64":
+        return max(0, 8 + int.from_bytes(data[20:28], "little") - len(data))
+    elif data[:4] == b"riff":  # Sony's W64
+        return max(0, int.from_bytes(data[16:24], "little") - len(data))
+    elif data[:4] == b"FORM":  # AIFF
+        return max(0, 8 + int.from_bytes(data[4:8], "big") - len(data))
+    elif data[:4] == b".snd" and data[8:12] != b"\xff" * 4:  # AU
+        return max(0, int.from_bytes(data[4:8], "big") + int.from_bytes(data[8:12], "big") - len(data))
     elif data[:4] == b"OggS":
         page = data[data.rfind(b"OggS") :]
         end = 27 if len(page) < 27 else 27 + page[26] + sum(page[27 : 27 + page[26]])

@@ -24,6 +24,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from simplejpeg import decode_jpeg
 from torch import Tensor
 from torch.nn import functional
@@ -33,6 +34,7 @@ from modalora.errors import ConfigError, MediaError
 
 # Formats read: each is decoded inside Pillow, none starts another program (EPS would).
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+_WHITE_IS_ZERO = 262  # tag of a TIFF: 0 where white is 0
 THINNEST = 10  # pixels: a picture whose short side would be scaled below this is refused
 
 
@@ -229,6 +231,8 @@ def _to_rgb(name: str, image: Image.Image) -> Image.Image:
                 f"{name} has grey levels from {levels.min()} to {levels.max()}, and they must lie in 0 to 65535; "
                 "convert it to 8 or 16 bit"
             )
+        if isinstance(image, TiffImageFile) and image.tag_v2.get(_WHITE_IS_ZERO) == 0:  # Pillow turns 8 bits alone
+            levels = 65535 - levels
         if isinstance(clear := image.info.get("transparency"), int):
             levels[levels == clear] = 65535
         return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
