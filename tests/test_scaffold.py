@@ -157,7 +157,7 @@ def test_a_modality_of_a_file_is_read_by_other_processes_too(
     modality._given.clear()
     assert run("convert", "runs/motion/model", "copy", "--layout", "modalora", "--modality-file", file)[0] == 0
     modality._given.clear()
-    assert run("adapter", "compose", "copy", "motion", "sum", "--modality-file", file)[0] in (0, 2)  # it has modules
+    assert run("adapter", "compose", "copy", "motion", "sum", "--modality-file", file)[0] == 0
     for more in ([], ["init=runs/motion/model", "modalities={}", "output=runs/on", "whiten=[]"]):
         for verb in ("train", "plan"):
             modality._given.clear()

@@ -50,15 +50,9 @@ def load_stages(path: Path, bundled: Path, overrides: Sequence[str] = ()) -> dic
     init and output are the chain's: where its first stage starts from, and the folder of all stages' folders, which
     settings of stages call {output}.
     """
-    fields = _read(path)
-    if "stages" not in fields:
+    if "stages" not in _read(path):
         return {path.stem: load_run(path, overrides)}
-    own_keys = ("init=", "output=")
-    for override in overrides:
-        if override.startswith(own_keys):
-            _set(fields, *_override(override))
-    overrides = [override for override in overrides if not override.startswith(own_keys)]
-    chain = parse(ChainConfig, fields, str(path))
+    chain, overrides = _read_chain(path, overrides)
     titles = [stage.title for stage in chain.stages]
     if len(set(titles)) < len(titles):
         raise ConfigError(f"{path}: two stages have one name ({', '.join(titles)}); give one of them another `name`")
@@ -96,11 +90,16 @@ def _within(value: Any, output: str) -> Any:
 
 def load_chain_start(path: Path, overrides: Sequence[str] = ()) -> str | None:
     """Return what the first stage of a chain starts from; None for a plain recipe."""
+    return _read_chain(path, overrides)[0].init if "stages" in _read(path) else None
+
+
+def _read_chain(path: Path, overrides: Sequence[str]) -> tuple[ChainConfig, list[str]]:
+    """Return a chain with its own overrides, init and output, and the overrides that are left for its stages."""
     fields = _read(path)
-    if "stages" not in fields:
-        return None
-    given = [_override(override)[1] for override in overrides if override.startswith("init=")]
-    return str(given[-1]) if given else parse(ChainConfig, fields, str(path)).init
+    own = [override for override in overrides if override.startswith(("init=", "output="))]
+    for override in own:
+        _set(fields, *_override(override))
+    return parse(ChainConfig, fields, str(path)), [override for override in overrides if override not in own]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -26,14 +26,9 @@ MEASURED = 64  # rows of a source that tell how long its rows are
 def make_source(context: Context, config: SourceConfig, key: Key = (0, 0)) -> Source:
     """Return the source that a recipe names. Raises ConfigError (unknown name or option), RouteError, DataError."""
     if config.window:
-        if config.window > context.processor.window:
-            raise ConfigError(
-                f"window={config.window} of source {config.name or config.source!r}: the model reads at most "
-                f"{context.processor.window} tokens; lower it, or give the run a rope with a longer window"
-            )
         context = replace(context, window=config.window)
-    if config.source in CUT:
-        check_window(context)
+    if config.window or config.source in CUT:
+        check_window(context, f" of source {config.name or config.source!r}")
     if config.route is not None:
         context.processor.router((), config.route)
     try:

@@ -83,12 +83,12 @@ class Source(Protocol):
         ...
 
 
-def check_window(context: Context) -> None:
+def check_window(context: Context, of: str = "") -> None:
     """Refuse windows that the model cannot read, for sources that cut them. Raises ConfigError."""
     if context.window > context.processor.window:
         raise ConfigError(
-            f"window={context.window}: the model reads at most {context.processor.window} tokens; lower it, or give "
-            "the run a rope with a longer window"
+            f"window={context.window}{of}: the model reads at most {context.processor.window} tokens; lower it, or "
+            "give the run a rope with a longer window"
         )
 
 

@@ -20,6 +20,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from modalora.config.extend import MOST_DISTRACTORS, MOST_NEEDLES
 from modalora.data.retrieval import Phrases
 from modalora.errors import ConfigError, DataError
 from modalora.evaluation.names import Part, draw_names, draw_numbers
@@ -181,8 +182,8 @@ def make_documents(
         raise ConfigError(f"style={style!r} must be one of {', '.join(STYLES)}")
     for name, given, least, most in (
         ("count", count, 1, _MOST),
-        ("needles", needles, 1, 99),
-        ("distractors", distractors, 0, 9999),
+        ("needles", needles, 1, MOST_NEEDLES),
+        ("distractors", distractors, 0, MOST_DISTRACTORS),
         ("seed", seed, 0, 2**32),
     ):
         if not least <= given <= most:

@@ -111,12 +111,12 @@ def _carry_out(
     if config.threads:
         torch.set_num_threads(config.threads)
     try:
-        return _stages(config, folder, device, say, report)
+        return _run_stages(config, folder, device, say, report)
     finally:
         torch.set_num_threads(threads)
 
 
-def _stages(
+def _run_stages(
     config: ExtendConfig, folder: Path, device: torch.device, say: Say, report: Callable[[Metrics], None]
 ) -> dict[str, Any]:
     work = _open(config, folder, device)

@@ -116,9 +116,9 @@ class Cells(nn.Module):
 
     def count(self, batch: Batch) -> int:
         """Return how many losses a batch has. Raises DataError for a row without cells."""
-        told = {item.row for item in batch.media if "cells" in item.features}
         for row, sample in enumerate(batch.samples):
-            if sample != BLANK and (row not in told or any("cells" not in item.features for item in batch.media)):
+            held = [item.features for item in batch.media if item.row == row]
+            if sample != BLANK and not (held and all("cells" in features for features in held)):
                 raise DataError(
                     f"row {sample}: objective=cells learns what lies in the cells of a picture, which rows of the "
                     "source 'cells' tell alone; give it that source, or leave objective out"

@@ -215,8 +215,8 @@ def _blank(
     text = 0
     for piece in shape.split(","):
         kind, _, size = piece.strip().partition("=")
-        if kind == "text" and size.isdigit():
-            text += int(size[:12])
+        if kind == "text" and re.fullmatch(r"\d{1,12}", size):
+            text += int(size)
         elif kind in config.modalities and (payload := _blank_payload(kind, size, config)) is not None:
             row = modality.find(kind)
             settings = limited(kind, row.settings(config.modalities[kind]), limits)
@@ -231,12 +231,12 @@ def _blank(
 
 def _blank_payload(kind: str, size: str, config: ModelConfig) -> Any:
     settings = modality.find(kind).settings(config.modalities[kind])
-    if kind == "image" and (sides := re.fullmatch(r"(\d+)x(\d+)", size)):
-        width, height = int(sides[1][:9]), int(sides[2][:9])
+    if kind == "image" and (sides := re.fullmatch(r"(\d{1,9})x(\d{1,9})", size)):
+        width, height = int(sides[1]), int(sides[2])
         if width * height > settings.max_pixels:
             raise ConfigError(f"row shape image={size:.60}: at most {settings.max_pixels:,} pixels are read")
         return Image.new("RGB", (width, height))
-    if kind == "audio" and re.fullmatch(r"\d+(\.\d+)?", size):
+    if kind == "audio" and re.fullmatch(r"\d{1,12}(\.\d+)?", size):
         if float(size) > settings.max_seconds:
             raise ConfigError(f"row shape audio={size:.60}: at most {settings.max_seconds:,.0f} s are read")
         return np.zeros(int(float(size) * 16_000), np.float32), 16_000

@@ -71,6 +71,7 @@ def _carry_out(
         say(
             f"init={run.init} names a size, so the decoder is random, and frozen; a folder has trained weights{trained}"
         )
+    start = digest_of_start(run)  # before it may be trained anew beside this run
     model, tokenizer, chat = open_start(run)
     context = context_of(run, model.config, tokenizer, chat)
     widen(model, run.train)
@@ -92,7 +93,7 @@ def _carry_out(
         metrics = train(run, model, batches, report, engine=engine, say=say, said=said)
     finally:
         batches.close()
-    notes = {"trained": run.model_dump(mode="json"), "start": digest_of_start(run), "last": metrics}
+    notes = {"trained": run.model_dump(mode="json"), "start": start, "last": metrics}
     if run.base_bits is not None:  # what was trained belongs to the plain weights
         restore(model.cpu(), open_start(run)[0])
     if whole := engine.whole():

@@ -96,9 +96,8 @@ def context_of(run: RunConfig, config: ModelConfig, tokenizer: TextTokenizer, ch
     processor = make_processor(config, tokenizer, chat)
     _limit_media(processor, run.media)
     return Context(
-        folder=Path(run.data), cache=Path(run.cache), processor=processor, window=run.window,
-        most=run.tokens,
-    )  # fmt: skip
+        folder=Path(run.data), cache=Path(run.cache), processor=processor, window=run.window, most=run.tokens
+    )
 
 
 def _grow(model: Multimodal, run: RunConfig) -> None:
