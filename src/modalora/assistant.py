@@ -283,8 +283,8 @@ class Assistant:
             raise ConfigError(f"unknown sampling setting {', '.join(unknown)}; known are {', '.join(known)}")
         chosen = Sampling(**sampling)
         return generate(
-            self.model, batch, sampling=chosen, max_tokens=max_tokens, stop_ids=self.stop_ids, stops=stops,
-            switch=switch,
+            self.model, batch, sampling=chosen, max_tokens=max_tokens, stop_ids=self.stop_ids,
+            stops=stops if stop else None, switch=switch,
         )  # fmt: skip
 
     def _scale(self, route: str) -> float | list[float]:

@@ -73,6 +73,19 @@ class Route:
             found += [(one, weight, where) for one, weight in terms(name) for where in places]
         return tuple(found)
 
+    def groups_on(self, device: torch.device) -> tuple[tuple[str, float, Tensor | slice | None], ...]:
+        """Return `groups` with their indices on a device, where they are brought once for all Linears."""
+        if device not in self._brought:
+            self._brought[device] = tuple(
+                (name, weight, where.to(device) if isinstance(where, Tensor) else where)
+                for name, weight, where in self.groups
+            )
+        return self._brought[device]
+
+    @cached_property
+    def _brought(self) -> dict[torch.device, tuple[tuple[str, float, Tensor | slice | None], ...]]:
+        return {}
+
     def _runs(self, name: str, spans: tuple[int, ...]) -> Iterator[slice]:
         at = 0
         for own, run in groupby(zip(self.adapters, spans, strict=True), key=lambda pair: pair[0]):
@@ -118,6 +131,11 @@ class Cache(Protocol):
     @property
     def lengths(self) -> Tensor:
         """Tokens held per row, (batch,)."""
+        ...
+
+    @property
+    def counts(self) -> Sequence[int]:
+        """The same as plain numbers, for which no device is asked twice."""
         ...
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,7 +266,7 @@ class Batch:
         )
 
     def to(self, device: str | torch.device) -> Batch:
-        """Return the batch with every tensor on the device."""
+        """Return the batch with every tensor on the device; the route brings its indices where they are used."""
         return replace(
             self,
             input_ids=self.input_ids.to(device),

@@ -18,6 +18,7 @@ def worst_differences(assistant: Assistant, conversations: Sequence[Sequence[Mes
     """
     processor, model = assistant.processor, assistant.model
     batch = processor.collate([processor.row(messages, answer=False) for messages in conversations])
+    batch = batch.to(assistant.device)
     rows = [batch.select([row]) for row in range(len(batch.input_ids))]
     trained = {name: parameter for name, parameter in model.named_parameters() if part_of(name) != "decoder"}
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}

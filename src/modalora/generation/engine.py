@@ -61,7 +61,7 @@ def generate(
     sampling: Sampling,
     max_tokens: int,
     stop_ids: Collection[int],
-    stops: Callable[[int, list[int]], bool] = lambda row, ids: False,
+    stops: Callable[[int, list[int]], bool] | None = None,
     switch: Switch = "crossing",
 ) -> Iterator[Token]:
     """Yield the tokens of every row, step by step, each row ending with a token that has a finish.
@@ -74,17 +74,19 @@ def generate(
     rows = list(range(len(batch.input_ids)))
     new: list[list[int]] = [[] for _ in rows]
     prompts = [batch.input_ids[row, : int(batch.lengths[row])].tolist() for row in rows]
+    seen = [set(prompt) for prompt in prompts]
     generators = [torch.Generator().manual_seed(sampling.seed) for _ in rows]
     reach = [len(prompt) + max_tokens for prompt in prompts] if switch == "planned" else None
-    cache = model.new_cache(len(rows))
+    cache, route = model.new_cache(len(rows)), batch.route
     logits = model.read(batch, cache, reach)
     while True:
-        chosen = sample(logits, [prompts[row] + new[row] for row in rows], sampling, [generators[row] for row in rows])
+        chosen = sample(logits, [seen[row] for row in rows], sampling, [generators[row] for row in rows])
         going: list[int] = []
         for place, (row, index) in enumerate(zip(rows, chosen.tolist(), strict=True)):
             new[row].append(index)
+            seen[row].add(index)
             finish = None
-            if index in stop_ids or stops(row, new[row]):
+            if index in stop_ids or (stops and stops(row, new[row])):
                 finish = "stop"
             elif len(new[row]) == max_tokens:
                 finish = "length"
@@ -96,8 +98,9 @@ def generate(
         if len(going) < len(rows):
             cache.select(going)
             rows = [rows[place] for place in going]
+            route, chosen = batch.route.select(rows), chosen[going]
         planned = None if reach is None else [reach[row] for row in rows]
-        logits = model.read_next(chosen[going], batch.route.select(rows), cache, planned)
+        logits = model.read_next(chosen, route, cache, planned)
         lengths = [len(prompts[row]) + len(new[row]) for row in rows]
         crossing = [] if planned else [place for place, length in enumerate(lengths) if _outgrows(model, length)]
         if crossing:  # what was just computed for these rows is replaced

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from math import inf
 from numbers import Integral, Real
@@ -47,17 +47,17 @@ _FINITE = (torch.finfo(torch.float32).min / 2, torch.finfo(torch.float32).max / 
 
 
 def sample(
-    logits: Tensor, seen: Sequence[Sequence[int]], sampling: Sampling, generators: Sequence[torch.Generator]
+    logits: Tensor, seen: Sequence[Collection[int]], sampling: Sampling, generators: Sequence[torch.Generator]
 ) -> Tensor:
     """Return one token per row, (batch,), for logits (batch, vocab).
 
-    seen: the ids of each row so far, prompt included. generators: one per row, so that a row draws what it draws alone.
+    seen: the ids that each row holds, prompt included. generators: one per row, which draws what it draws alone.
     """
     logits = logits.float()
     if sampling.repetition_penalty != 1.0:
         logits = logits.clone()
         for row, ids in enumerate(seen):
-            index = torch.tensor(sorted(set(ids)), dtype=torch.long, device=logits.device)
+            index = torch.tensor(list(ids), dtype=torch.long, device=logits.device)
             own = logits[row, index]
             logits[row, index] = torch.where(
                 own > 0, own / sampling.repetition_penalty, own * sampling.repetition_penalty

@@ -142,6 +142,11 @@ class _Before:
         """Tokens held per row, (batch,)."""
         return self._lengths
 
+    @property
+    def counts(self) -> list[int]:
+        """The same as plain numbers."""
+        return self._lengths.tolist()
+
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return what was kept, turned, and behind it this call's keys and values."""
         before, said = (kept.expand(self._rows, -1, -1, -1) for kept in self._kept[layer])

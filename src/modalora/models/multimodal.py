@@ -251,7 +251,7 @@ class Multimodal(nn.Module):
 
     def read_next(self, ids: Tensor, route: Route, cache: Cache, reach: Sequence[int] | None = None) -> Tensor:
         """Read one more token per row, ids (batch,); return logits, (batch, vocab). reach: as for `read`."""
-        lengths = reach or [length + 1 for length in cache.lengths.tolist()]
+        lengths = reach or [length + 1 for length in cache.counts]
         step = self._step(torch.ones_like(ids), route, lengths, cache)
         return self.decoder.head(self.decoder(self.decoder.embed(ids[:, None]), step))[:, 0]
 

@@ -186,22 +186,28 @@ class ImageEmbedder(nn.Module):
         counts = [len(image["pixels"]) for image in images]
         pixels = torch.cat([image["pixels"] for image in images])
         masks = torch.cat([image["mask"] for image in images])
+        # asked for before the tower runs: a device that is asked in between has nothing to do meanwhile
+        grids = torch.stack([image["grid"] for image in images]).tolist()
+        extents = [_extent(mask, *grid) for mask, grid in zip(masks.split(counts), grids, strict=True)]
+        places = zip(grids, torch.stack(extents).tolist(), strict=True)
         features = self.tower(pixels, masks).split(counts)
-        return [
-            self._assemble(own, mask, tuple(image["grid"].tolist()))
-            for own, mask, image in zip(features, masks.split(counts), images, strict=True)
-        ]
+        return [self._assemble(own, *place) for own, place in zip(features, places, strict=True)]
 
-    def _assemble(self, features: Tensor, mask: Tensor, grid: tuple[int, ...]) -> Tensor:
-        side = mask.shape[-1]
-        rows, columns = grid
+    def _assemble(self, features: Tensor, grid: tuple[int, int], extent: tuple[int, int]) -> Tensor:
+        (rows, columns), (down, across), side = grid, extent, self.tower.config.side
         maps = features.transpose(1, 2).unflatten(-1, (side, side))
         pooled = functional.avg_pool2d(maps, 2).permute(0, 2, 3, 1)  # (1 + h w, side / 2, side / 2, width)
         crops = pooled[1:].unflatten(0, (rows, columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
-        seen = mask[1:, ::2, ::2].unflatten(0, (rows, columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
-        crops = crops[: int(seen[:, 0].sum()), : int(seen[0].sum())]
-        return torch.cat((self._lines(crops), self.view_end[None].to(crops.dtype), self._lines(pooled[0])))
+        return torch.cat(
+            (self._lines(crops[:down, :across]), self.view_end[None].to(crops.dtype), self._lines(pooled[0]))
+        )
 
     def _lines(self, view: Tensor) -> Tensor:
         ends = self.line_end.to(view.dtype).expand(len(view), 1, -1)
         return torch.cat((view, ends), dim=1).flatten(0, 1)
+
+
+def _extent(mask: Tensor, rows: int, columns: int) -> Tensor:
+    """Return how many pooled places the picture takes down and across its rows x columns crops, (2,)."""
+    seen = mask[1:, ::2, ::2].unflatten(0, (rows, columns))
+    return torch.stack((seen[:, 0, :, 0].sum(), seen[0, :, 0].sum()))

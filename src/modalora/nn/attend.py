@@ -15,6 +15,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Literal, overload
 
@@ -290,19 +291,32 @@ def _sdpa(call: Call) -> Found:
     mask, bias = call.mask, call.pair_bias
     q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
     repeat = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(repeat, dim=1) if repeat > 1 else x for x in (k, v))
+    masked = _mask_bytes(call) > 0
+    grouped = repeat > 1 and _shares_keys(call, masked)
+    if repeat > 1 and not grouped:
+        k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
+    sdpa = partial(functional.scaled_dot_product_attention, scale=call.scale, enable_gqa=grouped)
     if call.key_bias is not None:
         bias = call.key_bias[:, None, None]
     if mask.is_plain_causal and bias is None and q.shape[2] == k.shape[2]:
-        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=call.scale)
-        return out.transpose(1, 2), None
+        return sdpa(q, k, v, is_causal=True).transpose(1, 2), None
     seen = mask.dense(q.shape[2], k.shape[2], q.device, q.shape[1])
     if bias is not None:
         bias = bias.to(q.dtype)
         if seen is not None:
             bias = bias.masked_fill(~seen, -torch.inf)
-    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen if bias is None else bias, scale=call.scale)
-    return out.transpose(1, 2), None
+    return sdpa(q, k, v, attn_mask=seen if bias is None else bias).transpose(1, 2), None
+
+
+def _shares_keys(call: Call, masked: bool) -> bool:
+    """Tell whether PyTorch's kernel for this call reads the keys of a group of heads where they lie.
+
+    On a CPU it does, and sums their gradients less exactly. On a GPU the kernels of half precision do, without a mask;
+    others would write all logits.
+    """
+    if call.q.device.type == "cpu":
+        return not call.is_trained
+    return call.q.device.type == "cuda" and not masked and call.q.dtype in (torch.float16, torch.bfloat16)
 
 
 def _fused(call: Call) -> Found:

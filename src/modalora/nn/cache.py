@@ -23,20 +23,33 @@ class KVCache:
         self._keys: list[Tensor | None] = [None] * layers
         self._values: list[Tensor | None] = [None] * layers
         self._lengths = torch.zeros(batch, dtype=torch.long, device=device)
+        self._counts: list[int] | None = [0] * batch  # None: to be asked for, once for all layers
 
     @property
     def lengths(self) -> Tensor:
         """Tokens held per row, (batch,)."""
         return self._lengths
 
+    @property
+    def counts(self) -> list[int]:
+        """Tokens held per row, as plain numbers."""
+        if self._counts is None:
+            self._counts = self._lengths.tolist()
+        return self._counts
+
+    @property
+    def is_even(self) -> bool:
+        """Whether every row holds as many tokens as the others."""
+        return len(set(self.counts)) <= 1
+
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store (batch, time, kv_heads, head_dim) behind each row's length; return all held, padding included."""
         time = keys.shape[1]
-        end = int(self._lengths.max()) + time
+        end = max(self.counts) + time
         self._keys[layer] = held_keys = self._reserve(self._keys[layer], keys, end)
         self._values[layer] = held_values = self._reserve(self._values[layer], values, end)
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-        if bool((self._lengths == end - time).all()):
+        if self.is_even:
             held_keys[:, :, end - time : end] = keys
             held_values[:, :, end - time : end] = values
         else:
@@ -49,24 +62,24 @@ class KVCache:
 
     def advance(self, lengths: Tensor) -> None:
         """Count this call's real tokens, (batch,)."""
-        self._lengths = self._lengths + lengths
+        self._lengths, self._counts = self._lengths + lengths, None
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order."""
         index = torch.tensor(list(rows), device=self._lengths.device)
-        self._lengths = self._lengths[index]
+        self._lengths, self._counts = self._lengths[index], [self.counts[row] for row in rows]
         self._keys = [None if x is None else x[index] for x in self._keys]
         self._values = [None if x is None else x[index] for x in self._values]
 
     def put(self, rows: Sequence[int], other: KVCache) -> None:
         """Let these rows hold what the rows of another cache hold, in order, instead of what they did."""
-        index, end = torch.tensor(list(rows), device=self._lengths.device), int(other._lengths.max())
+        index, end = torch.tensor(list(rows), device=self._lengths.device), max(other.counts)
         for mine, theirs in ((self._keys, other._keys), (self._values, other._values)):
             for layer, (own, new) in enumerate(zip(mine, theirs, strict=True)):
                 if own is not None and new is not None:
                     mine[layer] = own = self._reserve(own, own.transpose(1, 2), end)
                     own[index, :, :end] = new[:, :, :end]
-        self._lengths = self._lengths.index_copy(0, index, other._lengths)
+        self._lengths, self._counts = self._lengths.index_copy(0, index, other._lengths), None
 
     @staticmethod
     def _reserve(held: Tensor | None, new: Tensor, end: int) -> Tensor:

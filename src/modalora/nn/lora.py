@@ -146,7 +146,7 @@ class RoutedLinear(nn.Module):
 
         made: how x was made, where a backward pass should make it again instead of keeping it.
         """
-        groups = [group for group in route.groups if group[0] in self.adapters]
+        groups = [group for group in route.groups_on(x.device) if group[0] in self.adapters]
         if torch.is_grad_enabled() and not self.is_packed:
             return self._differentiable(x, groups, made)
         y = self._product(x, "", self._matrix(self.weight, x.dtype), self.bias)
@@ -308,12 +308,12 @@ class _Product(torch.autograd.Function):
 def _pick(x: Tensor, where: Tensor | slice | None) -> Tensor:
     if where is None:
         return x
-    return x[:, where] if isinstance(where, slice) else x.index_select(0, where.to(x.device))
+    return x[:, where] if isinstance(where, slice) else x.index_select(0, where)
 
 
 def _add(y: Tensor, where: Tensor | slice | None, change: Tensor) -> None:
     if isinstance(where, Tensor):
-        y.index_add_(0, where.to(y.device), change)
+        y.index_add_(0, where, change)
     else:
         _pick(y, where).add_(change)
 

@@ -45,6 +45,7 @@ class Nf4(nn.Module):
 
     codes: Tensor
     scales: Tensor
+    levels: Tensor  # here, so that no product waits for them to be brought to a device
 
     def __init__(self, matrix: Tensor) -> None:
         super().__init__()
@@ -54,11 +55,12 @@ class Nf4(nn.Module):
         codes = torch.bucketize(blocks / scales.float(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
         self.register_buffer("codes", codes[:, ::2] * 16 + codes[:, 1::2], persistent=False)
         self.register_buffer("scales", scales, persistent=False)
+        self.register_buffer("levels", levels, persistent=False)
         self.shape = matrix.shape
 
     def expand(self, dtype: torch.dtype) -> Tensor:
         """Return the matrix."""
-        levels = torch.tensor(LEVELS, device=self.codes.device, dtype=dtype)
+        levels = self.levels.to(dtype)
         pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1)  # what each byte stands for
         numbers = pairs.index_select(0, self.codes.flatten().int()).view(-1, BLOCK)
         return numbers.mul_(self.scales.to(dtype)).view(self.shape)

@@ -17,9 +17,12 @@ from modalora.nn.call import Call
 
 
 def suits(call: Call) -> bool:
-    """Tell whether nothing but causality hides keys, nothing is added to logits, and the output alone is wanted."""
+    """Tell whether nothing but causality hides keys, nothing is added to logits, and the output alone is wanted.
+
+    Not of one query: keys and values of a cache would be laid out anew for it.
+    """
     is_known = call.mask.sees_all or (call.mask.is_plain_causal and call.q.shape[1] == call.k.shape[1])
-    return is_known and call.key_bias is None and call.pair_bias is None and not call.wants_lse
+    return is_known and call.q.shape[1] > 1 and call.key_bias is None and call.pair_bias is None and not call.wants_lse
 
 
 def run(call: Call) -> Tensor:

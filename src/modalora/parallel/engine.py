@@ -144,8 +144,8 @@ class Single:
     share = (0, 1)
 
     def shard(self, model: Multimodal, objective: nn.Module) -> None:
-        """Leave the model whole."""
-        self.model, self.objective = model, objective
+        """Leave the model whole; the objective's head goes where it is."""
+        self.model, self.objective = model, objective.to(model.decoder.embed_tokens.weight.device)
 
     def wrap(self, optimizer: Updates) -> None:
         """Take the optimiser."""
@@ -183,7 +183,9 @@ class Single:
 
     def norm(self, trained: Mapping[str, nn.Parameter]) -> Tensor:
         """Return the norm of the gradients of some parameters, ()."""
-        return nn.utils.get_total_norm([own.grad for own in trained.values() if own.grad is not None])
+        found = [own.grad for own in trained.values() if own.grad is not None]
+        none = torch.zeros((), device=next(iter(trained.values())).device)  # PyTorch's lies on the CPU
+        return nn.utils.get_total_norm(found) if found else none
 
     def clip(self, trained: Mapping[str, nn.Parameter], norm: Tensor, limit: float) -> None:
         """Scale gradients, whose norm is given, down to the limit."""

@@ -216,7 +216,7 @@ class Sharded:
         norms: list[Tensor] = []
         for own in _by_mesh(trained):
             norm = nn.utils.get_total_norm([parameter.grad for parameter in own if parameter.grad is not None])
-            norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            norms.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).to(self.device))
         return torch.linalg.vector_norm(torch.stack(norms))
 
     def clip(self, trained: Mapping[str, nn.Parameter], norm: Tensor, limit: float) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from threading import current_thread, main_thread
@@ -102,9 +102,13 @@ def totals(values: Mapping[str, float]) -> dict[str, float]:
 
     Every rank adds up in the same order, so all get the same bits.
     """
+    return _summed(gathered(dict(values)))
+
+
+def _summed(told: Iterable[Mapping[str, float]]) -> dict[str, float]:
     found: dict[str, float] = defaultdict(float)
-    for told in gathered(dict(values)):
-        for key, value in told.items():
+    for own in told:
+        for key, value in own.items():
             found[key] += value
     return dict(found)
 
@@ -129,7 +133,6 @@ def shared_totals(
     values: what all of the `copies` processes of a share tell alike. parts: what each has its part of, but for as many
     as `tellers` that tell the same part. No key is in both.
     """
-    told = {key: value / copies for key, value in values.items()} | {
-        key: value / tellers for key, value in parts.items()
-    }
-    return totals(told)
+    told = gathered([dict(values), dict(parts)])
+    found = {key: value / copies for key, value in _summed(own for own, _ in told).items()}  # sums of counts are whole
+    return found | {key: value / tellers for key, value in _summed(own for _, own in told).items()}

@@ -65,7 +65,9 @@ def whiten_projectors(
             + ("train: names none of its projectors" if not chosen else f"the first {steps} steps have none")
             + ", so add it there, or leave it out of whiten:"
         )
-    features = torch.cat(model.encoders[modality]([dict(item.features) for item in media]))
+    device = model.decoder.embed_tokens.weight.device
+    given_features = [{name: value.to(device) for name, value in item.features.items()} for item in media]
+    features = torch.cat(model.encoders[modality](given_features))
     mean, deviation = features.mean(0), features.std(0).clamp(min=1e-3)
     for projector in chosen:
         assert isinstance(projector, Projector)

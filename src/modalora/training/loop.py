@@ -34,6 +34,7 @@ from modalora.training.audit import Audit, check_preserved, check_settings, chec
 from modalora.training.dropout import add_dropout
 from modalora.training.flops import StepFlops
 from modalora.training.journal import Journal
+from modalora.training.machines import resident
 from modalora.training.nonfinite import Fault, guilty_rows, not_finite, row_name
 from modalora.training.objectives import OBJECTIVES, Ctc, Losses
 from modalora.training.optimizer import Optimizer, freeze
@@ -101,6 +102,15 @@ class _Outcome:
     reached: set[str]
     bad_rows: tuple[str, ...]
     asked: int
+
+
+@dataclass(frozen=True)
+class _Norms:
+    """Gradient norms of a step: of all on the device, the same as a number, and of each part."""
+
+    whole: Tensor
+    norm: float
+    parts: dict[str, float]
 
 
 class _Loop:
@@ -171,8 +181,8 @@ class _Loop:
         self.model.train()
         first, started = progress.step, time.perf_counter()
         since = started
+        moment = Moment.now(self.batches)
         while progress.step < run.steps:
-            moment = Moment.now(self.batches)
             asked, micro, outcome = self._try(moment)
             if outcome is None:  # the step was broken off, as if it had not begun, or there are no data for it
                 self._clear()
@@ -180,11 +190,12 @@ class _Loop:
                     self._end_early(moment)
                     break
             else:
-                fault = self._fault(micro, outcome)
+                norms = self._norms()
+                fault = self._fault(micro, outcome, norms.norm)
                 if fault:
                     self._refuse(fault, moment)
                 else:
-                    self._update(outcome)
+                    self._update(outcome, norms)
                     if self.flops:  # of this process, where several have the same rows
                         part = self.engine.share[1] / self.engine.world
                         progress.note({"flops": self.flops.of(micro) * part})
@@ -277,27 +288,16 @@ class _Loop:
         for number, batch in enumerate(micro):
             _check_spans(batch, number)
         levelled = self.engine.level(micro)
+        told: list[Tensor] = []  # asked for once all gradients are on their way
         for number, batch in enumerate(levelled):
             try:
                 losses = self._losses(batch, labels, number, last=number + 1 == len(levelled))
             except ShapeError as error:
                 rows = ", ".join(row_name(batch, number, row) for row in range(len(batch.lengths)))
                 raise ShapeError(f"step {self.progress.step + 1}, one of the rows {rows:.300}: {error}") from None
-            found["tokens"] += int(batch.lengths.sum())
-            sums, counts = _by_row(batch, losses)
-            for row, table in enumerate(row_tables(self.model, batch)):
-                own[f"table sum {table}"] += sums[row]
-                own[f"table count {table}"] += counts[row]
-                found[f"table tokens {table}"] += int(batch.lengths[row])
-            for row, adapter in enumerate(batch.route.adapters):
-                if counts[row]:
-                    own[f"sum {adapter or 'text'}"] += sums[row]
-                    own[f"count {adapter or 'text'}"] += counts[row]
-                if not isfinite(sums[row]):
-                    own[f"bad {row_name(batch, number, row)}"] += 1
-            if self.audit.watched:
-                for part in parts_reached(batch, [row for row, count in enumerate(counts) if count]):
-                    own[f"part {part}"] += 1
+            told.append(_by_row(batch, losses))
+        for number, (batch, shares) in enumerate(zip(levelled, told, strict=True)):
+            self._note(batch, number, shares, found, own)
         if self.stop.asked:
             found[f"asked {self.stop.asked}"] = 1
         found = self.engine.totals(found, own)
@@ -317,10 +317,35 @@ class _Loop:
             asked=max((int(number) for number in _under("asked ", found)), default=0),
         )
 
-    def _fault(self, micro: list[Batch], outcome: _Outcome) -> Fault | None:
+    def _note(self, batch: Batch, number: int, shares: Tensor, found: dict[str, float], own: dict[str, float]) -> None:
+        """Add a micro-batch of a step to the figures of whole ones and to those of this process's losses.
+
+        shares: the sum and the number of the losses of each row, (2, rows).
+        """
+        sums, counts = shares.tolist()
+        found["tokens"] += int(batch.lengths.sum())
+        for row, table in enumerate(row_tables(self.model, batch)):
+            own[f"table sum {table}"] += sums[row]
+            own[f"table count {table}"] += counts[row]
+            found[f"table tokens {table}"] += int(batch.lengths[row])
+        for row, adapter in enumerate(batch.route.adapters):
+            if counts[row]:
+                own[f"sum {adapter or 'text'}"] += sums[row]
+                own[f"count {adapter or 'text'}"] += counts[row]
+            if not isfinite(sums[row]):
+                own[f"bad {row_name(batch, number, row)}"] += 1
+        if self.audit.watched:
+            for part in parts_reached(batch, [row for row, count in enumerate(counts) if count]):
+                own[f"part {part}"] += 1
+
+    def _norms(self) -> _Norms:
+        found = torch.stack([self.engine.norm(own) for own in self.parts.values()])
+        whole = torch.linalg.vector_norm(found)
+        norm, *norms = torch.cat((whole[None], found)).tolist()
+        return _Norms(whole, norm, dict(zip(self.parts, norms, strict=True)))
+
+    def _fault(self, micro: list[Batch], outcome: _Outcome, norm: float) -> Fault | None:
         """Return what is wrong with a step's loss or gradient, if it is not finite."""
-        self.norms = {part: self.engine.norm(own) for part, own in self.parts.items()}
-        norm = float(torch.linalg.vector_norm(torch.stack(list(self.norms.values()))))
         if isfinite(outcome.loss) and isfinite(norm):
             return None
         weights = not_finite(self.model.state_dict().items())
@@ -357,14 +382,13 @@ class _Loop:
             )
         raise TrainingError(f"{told}; lower optim.lr, mend the data, or go on with nonfinite=skip")
 
-    def _update(self, outcome: _Outcome) -> None:
+    def _update(self, outcome: _Outcome, norms: _Norms) -> None:
         """Change the weights, and note the figures of the step."""
         run, progress = self.run, self.progress
-        norm = torch.linalg.vector_norm(torch.stack(list(self.norms.values())))
         watching = bool(self.audit.watched)
         if watching:
             self.audit.before(outcome.reached)
-        self.engine.clip(self.trained, norm, run.optim.clip_norm)
+        self.engine.clip(self.trained, norms.whole, run.optim.clip_norm)
         self.optimizer.set_rate(progress.step)
         self.engine.step()
         if watching:
@@ -373,8 +397,8 @@ class _Loop:
         progress.skipped_in_row = 0
         progress.tokens += int(outcome.tokens)
         routes = {f"loss_{name}": total / count for name, (total, count) in outcome.by_route.items()}
-        by_part = {f"grad_norm_{part}": float(own) for part, own in self.norms.items()}
-        figures = {"loss": outcome.loss / outcome.labels, "grad_norm": float(norm)}
+        by_part = {f"grad_norm_{part}": own for part, own in norms.parts.items()}
+        figures = {"loss": outcome.loss / outcome.labels, "grad_norm": norms.norm}
         figures |= routes if len(routes) > 1 else {}
         if self.model.config.decoder.rope.switch is not None:
             figures |= {
@@ -456,9 +480,7 @@ def rope_tables(model: Multimodal) -> dict[str, Any]:
 
 def memory(device: torch.device) -> dict[str, int]:
     """Return the most memory held so far, in MB: of the process, and on a GPU."""
-    import resource
-
-    found = {"memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+    found = {"memory_mb": resident() // 2**20}
     if device.type == "cuda":
         found["gpu_memory_mb"] = torch.cuda.max_memory_allocated(device) // 2**20
     return found
@@ -474,12 +496,12 @@ def _check_spans(batch: Batch, number: int) -> None:
             )
 
 
-def _by_row(batch: Batch, losses: Losses) -> tuple[list[float], list[int]]:
-    """Return the sum and the number of the losses of each row."""
-    values: Tensor = losses.values.detach().double()
-    rows, size = losses.rows.to(values.device), len(batch.lengths)
-    totals = torch.zeros(size, dtype=values.dtype, device=values.device).index_add(0, rows, values)
-    return totals.tolist(), torch.bincount(rows, minlength=size).tolist()
+def _by_row(batch: Batch, losses: Losses) -> Tensor:
+    """Return the sum and the number of the losses of each row, (2, rows) on their device."""
+    values = losses.values.detach()
+    values = values.to(torch.float32 if values.device.type == "mps" else torch.float64)  # which Apple's GPUs lack
+    found = torch.zeros(2, len(batch.lengths), dtype=values.dtype, device=values.device)
+    return found.index_add(1, losses.rows.to(values.device), torch.stack((values, torch.ones_like(values))))
 
 
 def _under(prefix: str, found: dict[str, float]) -> list[str]:

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 BLOCK = 256  # numbers under one scale
-PIECE = 2**16  # numbers, a multiple of BLOCK
+PIECE = 2**16  # numbers, a multiple of BLOCK, that a CPU's cache holds
+GPU_PIECE = 2**22  # which a GPU starts at once
 TINY = 2**14  # parameters of fewer numbers keep float32: they weigh nothing, and norms and biases are among them
 
 
@@ -47,8 +48,9 @@ class SmallAdamW(torch.optim.Optimizer):
         root = (1 - second ** float(state["step"])) ** 0.5
         assert parameter.grad is not None
         flat, grads = parameter.view(-1), parameter.grad.reshape(-1)
-        for start in range(0, len(flat), PIECE):
-            piece = slice(start, min(start + PIECE, len(flat)))
+        size = PIECE if flat.device.type == "cpu" else GPU_PIECE
+        for start in range(0, len(flat), size):
+            piece = slice(start, min(start + size, len(flat)))
             grad = grads[piece].float()
             mean = _read(state, "exp_avg", piece).lerp_(grad, 1 - first)
             square = _read(state, "exp_avg_sq", piece).mul_(second).addcmul_(grad, grad, value=1 - second)
@@ -78,7 +80,7 @@ def _read(state: dict[str, Any], name: str, piece: slice) -> Tensor:
         return state[name][piece].to(torch.float32, copy=True)
     blocks = slice(piece.start // BLOCK, -(-piece.stop // BLOCK))
     codes = state[name][blocks]
-    numbers = table(name == "exp_avg").to(codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
+    numbers = _brought(table, name == "exp_avg", codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
     return numbers.mul_(state[f"{name}_scale"][blocks]).flatten()[: piece.stop - piece.start]
 
 
@@ -98,7 +100,12 @@ def to_codes(moment: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     blocks = functional.pad(moment, (0, -len(moment) % BLOCK)).view(-1, BLOCK)
     scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-30)
     bits = (blocks / scale).bfloat16().view(torch.int16).int().bitwise_and_(0xFFFF)
-    return _nearest(signed).to(moment.device).index_select(0, bits.flatten()).view(bits.shape), scale
+    return _brought(_nearest, signed, moment.device).index_select(0, bits.flatten()).view(bits.shape), scale
+
+
+@cache
+def _brought(make: Callable[[bool], Tensor], signed: bool, device: torch.device) -> Tensor:
+    return make(signed).to(device)
 
 
 @cache

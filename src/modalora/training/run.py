@@ -78,14 +78,14 @@ def _carry_out(
     if any(fnmatchcase("audio.encoder", own) for own in run.train):
         set_mel_statistics(model, make_mixture(run, context))
     said = count_said(make_mixture(run, context), model.config.decoder.vocab_size) if run.objective == "ctc" else None
+    device = run.device if engine.world == 1 else "cpu"  # an engine of many processes moves what a process keeps
     for modality in run.whiten:
-        whiten_projectors(model, modality, run.train, make_mixture(run, context))
+        whiten_projectors(model.to(device), modality, run.train, make_mixture(run, context))
     if run.recompute:
         recompute(model, offload=run.recompute == "offload")
     if run.base_bits is not None:
         quantize(model, run.base_bits)
-    # an engine of many processes moves what a process keeps
-    model = model.to(run.device) if engine.world == 1 else model
+    model = model.to(device)
     own = "quarantine.jsonl" if engine.rank == 0 else f"quarantine-{engine.rank:05d}.jsonl"
     quarantine = Quarantine(Path(run.output) / own, run.quarantine_most)
     batches = make_mixture(run, context, engine.share, workers=run.workers, quarantine=quarantine)
@@ -97,8 +97,8 @@ def _carry_out(
     if run.base_bits is not None:  # what was trained belongs to the plain weights
         restore(model.cpu(), open_start(run)[0])
     if whole := engine.whole():
-        plot_metrics(target.parent / "metrics.jsonl", target.parent / "loss.png")
         _write(run, whole, tokenizer, chat, target, notes, say)
+        plot_metrics(target.parent / "metrics.jsonl", target.parent / "loss.png")
 
 
 def _check_finished(run: RunConfig, target: Path) -> None:
