@@ -29,7 +29,7 @@ from modalora.data.corpus import Corpus, Passages, Volume
 from modalora.data.forms import Options, read_record
 from modalora.data.mixture import Mixture
 from modalora.data.preview import as_page, as_terminal, preview
-from modalora.data.reader import make_source
+from modalora.data.reader import check_labels, make_source
 from modalora.data.sources import Context
 from modalora.errors import DataError, InputError, PromptError, RouteError
 from modalora.models.multimodal import Multimodal
@@ -131,7 +131,7 @@ def test_whatever_is_said_and_shown_lengths_and_spans_are_whole(
             processor.row(messages, answer=False)
         return
     row = processor.row(messages, answer=False)
-    check_row(row, tokens, labelled=True)
+    check_row(row, tokens)
     placeholders = {TOKENIZER.control(token) for token in PLACEHOLDERS.values()}
     assert sum(index in placeholders for index in row.ids) == sum(tokens for *_, tokens in row.media)
     assert [kind for kind, *_ in row.media] == [
@@ -150,7 +150,7 @@ def test_whatever_is_said_and_shown_lengths_and_spans_are_whole(
         assert processor.measure(messages[: len(kept) + 2], answer=False) > most  # no more than need be
     if fits:
         cut = corpus.row(0)
-        check_row(cut, corpus.measure(0), labelled=True)
+        check_row(cut, corpus.measure(0))
         assert cut.ids == row.ids[: len(cut.ids)]
     else:
         with pytest.raises(PromptError, match=f"its first question and answer are .* at most {most}"):
@@ -281,16 +281,16 @@ def test_a_check_leaves_the_lengths_in_the_cache(context: Context, tmp_path: Pat
 def test_a_span_that_is_not_whole_is_noticed(context: Context) -> None:
     asked = {"role": "user", "content": [{"type": "image", "image": picture()}]}
     row = context.processor.row([asked, {"role": "assistant", "content": "a"}], answer=False)
-    check_row(row, len(row.ids), labelled=True)
+    check_row(row, len(row.ids))
     kind, features, start, tokens = row.media[0]
     for broken in (start - 1, start + 1):
         row.media[0] = (kind, features, broken, tokens)
         with pytest.raises(DataError, match="span of its image"):
-            check_row(row, len(row.ids), labelled=True)
+            check_row(row, len(row.ids))
     row.media[0] = (kind, features, start, tokens)
     row.labels = [IGNORED] * len(row.labels)
     with pytest.raises(DataError, match="no token of it is trained"):
-        check_row(row, len(row.ids), labelled=True)
+        check_labels(row)
 
 
 # ----------------------------------------------------------------------------------------------- command line

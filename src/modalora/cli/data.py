@@ -34,7 +34,7 @@ def check(
     run, context = _open(recipe, overrides)
     from modalora.data.check import check_data
 
-    found = check_data(context, run.mixture, run.seed, labelled=run.objective == "next_token")
+    found = check_data(context, run.mixture, run.seed)
     if as_json:
         print(json.dumps([one.summary() for one in found], ensure_ascii=False))
     else:

@@ -246,7 +246,7 @@ class Corpus:
         if self.truncate is None:
             return messages, 0
         kept = self._fitting(messages)
-        if not any(message.get("loss", message["role"] == "assistant") for message in messages[:kept]):
+        if not any(message["role"] == "assistant" and message.get("loss", True) for message in messages[:kept]):
             raise DataError(
                 f"cut to fit {self.most} tokens it has no answer left that is trained; shorten it, or drop the record"
             )

@@ -49,6 +49,7 @@ class Context:
 
     folder: the data of docs/nano.md. cache: where derived files are kept. window: tokens of a plain text window.
     most: tokens that a row may have, where that is less than the model reads (0: it is not).
+    labelled: whether a row needs a token that trains.
     """
 
     folder: Path
@@ -56,6 +57,7 @@ class Context:
     processor: Processor
     window: int
     most: int = 0
+    labelled: bool = True
 
 
 class Source(Protocol):

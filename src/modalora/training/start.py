@@ -96,7 +96,12 @@ def context_of(run: RunConfig, config: ModelConfig, tokenizer: TextTokenizer, ch
     processor = make_processor(config, tokenizer, chat)
     _limit_media(processor, run.media)
     return Context(
-        folder=Path(run.data), cache=Path(run.cache), processor=processor, window=run.window, most=run.tokens
+        folder=Path(run.data),
+        cache=Path(run.cache),
+        processor=processor,
+        window=run.window,
+        most=run.tokens,
+        labelled=run.objective == "next_token",
     )
 
 
