@@ -27,7 +27,15 @@ from modalora.quantize import quantize, restore
 from modalora.training.fresh import count_said, set_mel_statistics, whiten_projectors
 from modalora.training.loop import Metrics, train
 from modalora.training.report import plot_metrics
-from modalora.training.start import context_of, digest_of_start, load_modalities, make_mixture, open_start, widen
+from modalora.training.start import (
+    changed_data,
+    context_of,
+    digest_of_start,
+    load_modalities,
+    make_mixture,
+    open_start,
+    widen,
+)
 from modalora.training.states import FREE
 
 
@@ -46,6 +54,8 @@ def run_recipe(
     target = Path(run.output) / "model"
     if target.exists():
         _check_finished(run, target)
+        if changed := changed_data(run, target / "config.json"):
+            say(f"{changed:.200} has changed since; remove {target.parent} to train on it anew")
         return target
     check_device(run.device)
     joined_before = has_joined()

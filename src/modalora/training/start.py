@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,6 +17,7 @@ from modalora.checkpoint.adapters import fingerprint
 from modalora.checkpoint.files import weights_digest
 from modalora.checkpoint.store import load_model, read_texts
 from modalora.config import MediaConfig, RunConfig, parse
+from modalora.data.files import find_files
 from modalora.data.mixture import Mixture
 from modalora.data.quarantine import Quarantine
 from modalora.data.sources import Context
@@ -103,6 +105,15 @@ def context_of(run: RunConfig, config: ModelConfig, tokenizer: TextTokenizer, ch
         most=run.tokens,
         labelled=run.objective == "next_token",
     )
+
+
+def changed_data(run: RunConfig, since: Path) -> str:
+    """Return the data files of a run that are newer than another file, for a message; "" where none is."""
+    found: list[str] = []
+    for path in [source.options.get("path", []) for source in run.mixture]:
+        with suppress(DataError, TypeError):  # what is no file is told where files are opened
+            found += [str(file) for file in find_files(path) if file.stat().st_mtime > since.stat().st_mtime]
+    return ", ".join(dict.fromkeys(found))
 
 
 def _grow(model: Multimodal, run: RunConfig) -> None:

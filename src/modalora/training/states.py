@@ -27,6 +27,7 @@ from modalora.parallel.engine import Engine, Snapshot
 from modalora.parallel.files import read, write_whole
 from modalora.training.optimizer import Optimizer
 from modalora.training.randomness import random_state, seed_all, set_random_state
+from modalora.training.start import changed_data
 
 # settings that may differ between a run and its resumption
 FREE = {
@@ -224,6 +225,8 @@ class States:
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{folder / STATE}: its place in the data is not whole: {error!r}") from None
         say(f"goes on after step {progress.step}, from {folder}")
+        if changed := changed_data(self.run, folder / STATE):
+            say(f"{changed:.200} has changed since that state; its rows are read as they are now")
         return progress
 
     def _compare(self, fields: Mapping[str, Any], folder: Path) -> None:
