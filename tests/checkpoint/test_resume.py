@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from modalora.checkpoint.files import read_json, write_json
 from modalora.checkpoint.resume import STATE, begin, commit, draft_of, locked, newest, retire, states
+from modalora.disk import read_json, write_json
 from modalora.errors import CheckpointError, ConfigError
 
 

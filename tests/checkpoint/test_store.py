@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modalora.checkpoint.files import MANIFEST, check_manifest, digest, read_json, write_folder, write_json
+from modalora.checkpoint.files import MANIFEST, check_manifest, write_folder
 from modalora.checkpoint.store import CONFIG, TOKENIZER, WEIGHTS, load_model, read_card, save_model
+from modalora.disk import digest, read_json, write_json
 from modalora.errors import CheckpointError, ConfigError, WorkError
 from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import tiny

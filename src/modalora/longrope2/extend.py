@@ -18,10 +18,11 @@ import torch
 
 from modalora.assistant import check_device
 from modalora.checkpoint.adapters import fingerprint
-from modalora.checkpoint.files import read_json, weights_digest, write_json
+from modalora.checkpoint.files import weights_digest
 from modalora.checkpoint.resume import locked
 from modalora.checkpoint.store import load_model
 from modalora.config import ExtendConfig, NeedleConfig, RunConfig, SourceConfig, dump, load_extension
+from modalora.disk import drafted, read_json, write_json
 from modalora.errors import ConfigError
 from modalora.evaluation.documents import make_documents, part_of_books
 from modalora.evaluation.needle import Document, Grid, measure_grid, plain_document
@@ -127,9 +128,8 @@ def _run_stages(
     with ExitStack() as stack:
         if _is_first():
             stack.enter_context(locked(folder))
-            draft = folder / f".{SETTINGS}.draft"
-            draft.write_text(dump(config), encoding="utf-8")
-            draft.replace(folder / SETTINGS)
+            with drafted(folder / SETTINGS) as draft:
+                draft.write_text(dump(config), encoding="utf-8")
         factors, outcome = _search(work, guides, say)
         trained = _train(work, factors, say, report)
         if not _is_first():
@@ -461,6 +461,5 @@ def _draw(
 
 
 def _write_whole(path: Path, fields: Mapping[str, Any]) -> None:
-    draft = path.with_name(f".{path.name}.draft")
-    write_json(draft, fields)
-    draft.replace(path)
+    with drafted(path) as draft:
+        write_json(draft, fields)
