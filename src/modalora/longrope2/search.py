@@ -148,7 +148,10 @@ class _Log:
 @contextmanager
 def _opened(path: Path | None, told: Mapping[str, Any]) -> Iterator[_Log]:
     """Open the log that rank 0 sees. Raises ConfigError when it is of another search."""
-    lines = _lines(path) if path is not None and _rank() == 0 else []
+    lines: list[dict[str, Any]] = []
+    if path is not None and _rank() == 0:  # up to the first that is none, as a killed process may leave behind
+        numbered = takewhile(lambda own: step_of(own[1]) == own[0], enumerate(read_lines(path)))
+        lines = [json.loads(line) for _, line in numbered]
     if ranks.has_joined():
         lines = ranks.gathered(lines)[0]
     given = json.loads(json.dumps(told))
@@ -165,12 +168,6 @@ def _opened(path: Path | None, told: Mapping[str, Any]) -> Iterator[_Log]:
         if not lines:
             journal.write({"step": 0, "search": given})
         yield _Log(lines[1:], journal)
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines up to the first that is none, as a killed process may leave behind."""
-    whole = takewhile(lambda own: step_of(own[1]) == own[0], enumerate(read_lines(path)))
-    return [json.loads(line) for _, line in whole]
 
 
 def _rank() -> int:
