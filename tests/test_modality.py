@@ -20,13 +20,13 @@ import modalora
 from modalora import modality
 from modalora.assistant import Assistant, make_processor, question_messages
 from modalora.checkpoint.adapters import CONFIG, WEIGHTS, compose, merge, save_adapter
-from modalora.checkpoint.files import read_json, write_json
 from modalora.config import SourceConfig
 from modalora.contracts import Rule
 from modalora.data.mixture import Mixture
 from modalora.data.preview import spans
 from modalora.data.reader import make_source
 from modalora.data.sources import Context
+from modalora.disk import read_json, write_json
 from modalora.errors import CheckpointError, ConfigError, InputError, ModaloraError, PromptError, RouteError
 from modalora.modality import Modality
 from modalora.models.multimodal import ModelConfig, Multimodal, part_of

@@ -341,7 +341,7 @@ def test_a_window_of_running_text_is_trained_on_whole(context: Context) -> None:
         ({"source": "files", "options": {"file": "a"}}, "source 'files' does not take these options: .*'file'"),
         (
             {"source": "files", "options": {"path": 5}},
-            "source 'files', path: 5: .* a valid string; put it into quotes$",
+            "source 'files', path: 5: .* string; put it into quotes$",
         ),
         (
             {"source": "pictures", "options": {"turns": "many"}},

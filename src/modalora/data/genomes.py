@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from modalora.disk import digest
 from modalora.errors import ConfigError, DataError, WorkError
 from modalora.science.codons import CODONS, END, NUMBER, encode, reverse_complement, reverse_complement_ids
 
@@ -129,7 +130,7 @@ def read_genome(path: Path) -> Genome:
     strand. Raises DataError, also when a file of `FILES` has other bytes than it had.
     """
     found = records(path)
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    sha256 = digest(path)
     if sha256 != FILES.get(path.name, sha256):
         raise DataError(f"{path} has the sha256 {sha256}, not {FILES[path.name]}; fetch it again, or rename your own")
     genes: list[Gene] = []
@@ -214,7 +215,7 @@ def fetch_archive(folder: Path) -> Path:
         if done.returncode or not found:
             raise WorkError(f"pip could not fetch {ARCHIVE}: {done.stderr[-500:].strip()}; try again with a network")
     (archive,) = found
-    if hashlib.sha256(archive.read_bytes()).hexdigest() != ARCHIVE_SHA256:
+    if digest(archive) != ARCHIVE_SHA256:
         raise WorkError(f"{archive} has not the sha256 {ARCHIVE_SHA256} and is not used; delete it and try again")
     return archive
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -20,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from modalora.data.speech import DIGITS, Clip, number_words, read_wave, resample
+from modalora.disk import drafted
 from modalora.errors import DataError
 
 ACCENTS = (
@@ -126,23 +125,16 @@ def trim(wave: np.ndarray, rate: int) -> np.ndarray:
 
 
 def _write_bank(path: Path, clips: Sequence[Clip]) -> None:
-    """Write the clips whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     waves = [np.rint(np.clip(clip.wave, -1, 1) * 32_767).astype(np.int16) for clip in clips]
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".voices-", suffix=".npz")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(
-                file,
-                samples=np.concatenate(waves) if waves else np.zeros(0, np.int16),
-                lengths=np.array([len(wave) for wave in waves], dtype=np.int64),
-                rates=np.array([clip.rate for clip in clips], dtype=np.int64),
-                texts=np.array([clip.text for clip in clips], dtype=np.str_),
-                speakers=np.array([clip.speaker for clip in clips], dtype=np.str_),
-            )
-        Path(name).replace(path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with drafted(path) as draft:
+        np.savez(
+            draft,
+            samples=np.concatenate(waves) if waves else np.zeros(0, np.int16),
+            lengths=np.array([len(wave) for wave in waves], dtype=np.int64),
+            rates=np.array([clip.rate for clip in clips], dtype=np.int64),
+            texts=np.array([clip.text for clip in clips], dtype=np.str_),
+            speakers=np.array([clip.speaker for clip in clips], dtype=np.str_),
+        )
 
 
 def _read_bank(path: Path) -> list[Clip]:

@@ -18,10 +18,10 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from modalora.checkpoint.files import read_json, write_json
 from modalora.checkpoint.resume import STATE, begin, commit, draft_of, newest, retire
 from modalora.config import RunConfig, parse
 from modalora.contracts import Batches
+from modalora.disk import read_json, write_json
 from modalora.errors import CheckpointError, ConfigError, TrainingError, WorkError
 from modalora.parallel.engine import Engine, Snapshot
 from modalora.parallel.files import read, write_whole
