@@ -29,8 +29,8 @@ from modalora.data.corpus import Corpus, Passages, Volume
 from modalora.data.forms import Options, read_record
 from modalora.data.mixture import Mixture
 from modalora.data.preview import as_page, as_terminal, preview
-from modalora.data.reader import check_labels, make_source
-from modalora.data.sources import Context
+from modalora.data.reader import check_labels, make_source, open_reader
+from modalora.data.sources import Bad, Context
 from modalora.errors import DataError, InputError, PromptError, RouteError
 from modalora.models.multimodal import Multimodal
 from modalora.models.router import route
@@ -291,6 +291,41 @@ def test_a_span_that_is_not_whole_is_noticed(context: Context) -> None:
     row.labels = [IGNORED] * len(row.labels)
     with pytest.raises(DataError, match="no token of it is trained"):
         check_labels(row)
+
+
+def as_messages(said: tuple[str, str]) -> dict[str, Any]:
+    return {
+        "messages": [{"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True)]
+    }
+
+
+def test_the_check_and_training_refuse_the_same_rows(context: Context, tmp_path: Path) -> None:
+    untrained = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}
+    good, long = ("one?", "two"), ("the quick brown fox " * 9, "two")
+    source = write(tmp_path / "a.jsonl", *map(as_messages, (good, long)), untrained)
+    context = replace(context, most=40)
+    (found,) = check_data(context, [source])
+    reader = open_reader(context, [source], 0, most=40)
+    seen = {number: reader.look((0, number)) for number in range(3)}
+    made = {number: reader.make((0, number)) for number in range(3)}
+    bad = {one.line for one in found.bad}
+    assert bad == {2, 3}
+    assert {one.line for one in (*seen.values(), *made.values()) if isinstance(one, Bad)} == bad
+    assert any("no token of it is trained" in one.reason for one in made.values() if isinstance(one, Bad))
+    free = replace(context, labelled=False)
+    assert {one.line for one in check_data(free, [source])[0].bad} == {2}
+
+
+def test_a_window_beyond_the_budget_is_a_bad_row_for_both(context: Context, tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": STORY[: 40 * size]}) + "\n" for size in (1, 9)), encoding="utf-8")
+    source = SourceConfig(source="documents", window=512, options={"rows": "short", "path": str(path)})
+    context = replace(context, most=64)
+    (found,) = check_data(context, [source])
+    reader = open_reader(context, [source], 0, most=64)
+    (told,) = [one for one in (reader.look((0, number)) for number in range(2)) if isinstance(one, Bad)]
+    assert (told.reason, told.mend) == (found.bad[0].reason, found.bad[0].mend)
+    assert "tokens=64" in told.reason
 
 
 # ----------------------------------------------------------------------------------------------- command line
