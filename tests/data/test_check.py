@@ -311,9 +311,22 @@ def test_the_check_and_training_refuse_the_same_rows(context: Context, tmp_path:
     bad = {one.line for one in found.bad}
     assert bad == {2, 3}
     assert {one.line for one in (*seen.values(), *made.values()) if isinstance(one, Bad)} == bad
-    assert any("no token of it is trained" in one.reason for one in made.values() if isinstance(one, Bad))
     free = replace(context, labelled=False)
     assert {one.line for one in check_data(free, [source])[0].bad} == {2}
+
+
+def test_a_users_weight_makes_no_label(context: Context, tmp_path: Path) -> None:
+    turns = [
+        ("user", "one?", 1),
+        ("assistant", "two", 0),
+        ("user", "more?", 0),
+        ("assistant", "the quick fox " * 20, 1),
+    ]
+    messages = [{"role": role, "content": text, "weight": weight} for role, text, weight in turns]
+    source = write(tmp_path / "a.jsonl", {"messages": messages})
+    source = source.model_copy(update={"options": {**source.options, "truncate": "messages"}})
+    (bad,) = check_data(replace(context, most=40), [source])[0].bad
+    assert bad.reason.endswith("it has no answer left that is trained")
 
 
 def test_a_window_beyond_the_budget_is_a_bad_row_for_both(context: Context, tmp_path: Path) -> None:
