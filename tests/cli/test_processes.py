@@ -60,7 +60,7 @@ def test_sigterm_where_nothing_listens_ends_with_0(
     assert run(*command) == (
         0,
         "",
-        "modalora: ended at once, with nothing new to save; what was saved is whole\n",
+        "modalora: ended at once; what was saved is whole\n",
     )
     assert told == ["stopped"]
     assert signal.getsignal(signal.SIGTERM) == before

@@ -28,7 +28,7 @@ Rope = Annotated[str, typer.Option(help="Rotary table: reference, long or short.
 Switch = Annotated[str, typer.Option(help="Long rotary table: at the crossing, or planned from prompt and max-tokens.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Most tokens of the answer.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
-Seed = Annotated[int, typer.Option(help="Same seed, same answers or questions.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
 
 Gpus = Annotated[int, typer.Option(min=0, help="GPUs of this machine to work on, one process each.")]
 Processes = Annotated[int, typer.Option(min=1, help="Processes on the CPU, for trying many-process runs.")]

@@ -70,5 +70,5 @@ def ended_by_signals() -> Iterator[None]:
 def _end(number: int, frame: FrameType | None) -> None:
     tell_stopped()
     if is_first():
-        print("modalora: ended at once, with nothing new to save; what was saved is whole", file=sys.stderr)
+        print("modalora: ended at once; what was saved is whole", file=sys.stderr)
     raise SystemExit(0)
