@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from modalora.cli import options
 from modalora.cli.train import find_recipe
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change,
 def check(
     recipe: Recipe,
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Make every row of data files: counts, lengths, labels, media. Lists every bad one; exit code 1 if any.
 

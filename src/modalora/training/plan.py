@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from itertools import cycle, islice
 from typing import Any
 
@@ -32,7 +31,7 @@ from modalora.config import MediaConfig, MeshConfig, RunConfig
 from modalora.contracts import IGNORED, Batch, Media, Route
 from modalora.data.sources import Context
 from modalora.errors import CheckpointError, ConfigError, DataError, InputError
-from modalora.models.multimodal import ModelConfig, Multimodal, part_of
+from modalora.models.multimodal import ModelConfig, Multimodal, matches, part_of
 from modalora.models.recompute import recompute
 from modalora.models.router import route
 from modalora.models.sizes import SIZES
@@ -251,7 +250,7 @@ def _blank_payload(kind: str, size: str, config: ModelConfig) -> Any:
 
 def _dtype(name: str, run: RunConfig, stored: torch.dtype) -> torch.dtype:
     """Return what a tensor is kept in: what trains, in float32 (training/start.py:widen)."""
-    return torch.float32 if any(fnmatchcase(part_of(name), pattern) for pattern in run.train) else stored
+    return torch.float32 if matches(part_of(name), *run.train) else stored
 
 
 def _labels(batch: Batch) -> int:

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from modalora.data.text import learnt_tokenizer
 from modalora.errors import CheckpointError, ConfigError, DataError
 from modalora.modality import add as add_modality
 from modalora.modality import load_file
-from modalora.models.multimodal import ModelConfig, Multimodal, part_of
+from modalora.models.multimodal import ModelConfig, Multimodal, matches, part_of
 from modalora.models.sizes import SIZES
 from modalora.nn.lora import LoraConfig
 from modalora.nn.rope import read_rope
@@ -137,14 +136,14 @@ def _fresh_tokenizer(run: RunConfig, vocab_size: int) -> TextTokenizer:
 
 def _take_parts(model: Multimodal, tokenizer: TextTokenizer, take: dict[str, str]) -> None:
     """Copy the parts that match a pattern from other model folders."""
-    tensors, decoder_too = model.state_dict(), any(fnmatchcase("decoder", own) for own in take)
+    tensors, decoder_too = model.state_dict(), matches("decoder", *take)
     for pattern, folder in take.items():
         loaded = load_model(find_model(folder))
         other, given = loaded.model, loaded.model.state_dict()
-        chosen = [name for name in given if fnmatchcase(part_of(name), pattern)]
+        chosen = [name for name in given if matches(part_of(name), pattern)]
         if not chosen:
             raise CheckpointError(f"take: {folder} has no part that matches {pattern!r}")
-        if fnmatchcase("decoder", pattern) and loaded.tokenizer.definition != tokenizer.definition:
+        if matches("decoder", pattern) and loaded.tokenizer.definition != tokenizer.definition:
             raise CheckpointError(
                 f"take: the decoder of {folder} was trained on other tokens than those of `init`; "
                 f"give init={folder}, or another with its tokenizer"
@@ -187,7 +186,7 @@ def _copy_parts(model: Multimodal, copies: dict[str, str]) -> None:
 def widen(model: Multimodal, patterns: Sequence[str]) -> None:
     """Keep in float32 what trains: of bf16's eight bits, a step of the learning rate's size would be rounded away."""
     for name, parameter in model.named_parameters():
-        if any(fnmatchcase(part_of(name), pattern) for pattern in patterns):
+        if matches(part_of(name), *patterns):
             parameter.data = parameter.data.float()
 
 
