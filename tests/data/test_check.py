@@ -311,8 +311,6 @@ def test_the_check_and_training_refuse_the_same_rows(context: Context, tmp_path:
     bad = {one.line for one in found.bad}
     assert bad == {2, 3}
     assert {one.line for one in (*seen.values(), *made.values()) if isinstance(one, Bad)} == bad
-    free = replace(context, labelled=False)
-    assert {one.line for one in check_data(free, [source])[0].bad} == {2}
 
 
 def test_a_users_weight_makes_no_label(context: Context, tmp_path: Path) -> None:
