@@ -52,12 +52,9 @@ def _train(recipe: str, overrides: list[str], gpus: int, processes: int) -> None
     if gpus:
         overrides = [*overrides, "device=cuda"]
 
-    try:
-        from modalora.parallel.launch import check_processes, launch
-        from modalora.training.run import run_recipe
-        from modalora.training.signals import Interrupted
-    except ModuleNotFoundError as missing:
-        raise InputError(f"training needs {missing.name}; pip install 'modalora[train]'") from None
+    from modalora.parallel.launch import check_processes, launch
+    from modalora.training.run import run_recipe
+    from modalora.training.signals import Interrupted
 
     runs = load_stages(find_recipe(recipe), RECIPES, overrides)
     if max(gpus, processes) > 1 and not is_one_of_many():
@@ -86,7 +83,8 @@ def _train(recipe: str, overrides: list[str], gpus: int, processes: int) -> None
                 print(f"modalora: {stopped}", file=sys.stderr)
             raise typer.Exit(stopped.exit_code) from None
         if is_first():
-            print(f"{told} {folder}; curves: {folder.parent / 'loss.png'}")
+            curves = folder.parent / "loss.png"
+            print(f"{told} {folder}" + (f"; curves: {curves}" if curves.exists() else ""))
 
 
 def _end(number: int, frame: FrameType | None) -> None:
@@ -126,6 +124,8 @@ def find_recipe(name: str, sizes: Iterable[str] = ()) -> Path:
 
     sizes: what else the caller would have taken. Raises InputError for a data file, and where there is no file.
     """
+    from modalora.data.files import is_data
+
     bundled = RECIPES / f"{name}.yaml"
     if bundled.exists():
         return bundled
@@ -134,21 +134,13 @@ def find_recipe(name: str, sizes: Iterable[str] = ()) -> Path:
         named = "`modalora train --help` names the recipes" + (f", sizes are {', '.join(sizes)}" if sizes else "")
         hint = f"did you mean {close[0]}?" if close else named
         raise InputError(f"{name} is neither a file nor a bundled recipe{' nor a model' * bool(sizes)}; {hint}")
-    if not name.endswith((".yaml", ".yml")) and _is_data(Path(name)):
+    if not name.endswith((".yaml", ".yml")) and is_data(Path(name)):
         raise InputError(
             f"{name} holds data, and a recipe is asked for; give finetune-text "
             f"mixture.0.options.path={name}, or finetune-media where rows have pictures or sounds; "
             f"`modalora data check {name}` looks at it"
         )
     return Path(name)
-
-
-def _is_data(path: Path) -> bool:
-    try:
-        from modalora.data.files import is_data
-    except ModuleNotFoundError:  # without the extra that reads data, it is a path like any other
-        return False
-    return is_data(path)
 
 
 def _line(metrics: dict[str, Any]) -> None:

@@ -21,8 +21,8 @@ import soxr
 from numpy import fft
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.random import Generator
-from pyarrow import parquet
 
+from modalora.data.files import load_arrow
 from modalora.errors import DataError
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -107,7 +107,7 @@ def spoken_digits(folder: Path, split: str, *, without: str | None = None, only:
             f"no {path}: split={split!r} needs a parquet file with the columns audio (WAV bytes), digit (0-9) and "
             "speaker; the Free Spoken Digit Dataset comes as train.parquet and validation.parquet"
         )
-    table = parquet.read_table(path, columns=["audio", "digit", "speaker"])
+    table = load_arrow().parquet.read_table(path, columns=["audio", "digit", "speaker"])
     speakers = table["speaker"].to_pylist()
     for name in (without, only):
         if name is not None and name not in speakers:

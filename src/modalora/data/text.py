@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as parquet
 
-from modalora.data.files import cached
+from modalora.data.files import cached, load_arrow
 from modalora.errors import DataError
 from modalora.processing.tokenizer import END_OF_TEXT, TextTokenizer
 
 
 def books(folder: Path, split: str) -> Iterator[str]:
     """Yield the whole texts of folder/books/SPLIT.parquet (columns name, title, text). Raises DataError when absent."""
-    for batch in parquet.ParquetFile(books_file(folder, split)).iter_batches(batch_size=1, columns=["text"]):
+    table = load_arrow().parquet.ParquetFile(books_file(folder, split))
+    for batch in table.iter_batches(batch_size=1, columns=["text"]):
         yield from batch.column(0).to_pylist()
 
 

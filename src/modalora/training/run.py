@@ -97,7 +97,8 @@ def _carry_out(
     if run.base_bits is not None:  # what was trained belongs to the plain weights
         restore(model.cpu(), open_start(run)[0])
     if whole := engine.whole():
-        plot_metrics(target.parent / "metrics.jsonl", target.parent / "loss.png")
+        if not plot_metrics(target.parent / "metrics.jsonl", target.parent / "loss.png"):
+            say("no picture of the curves, which stand in metrics.jsonl: pip install 'modalora[train]' brings matplotlib")
         _write(run, whole, tokenizer, chat, target, notes, say)
 
 
