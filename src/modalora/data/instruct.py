@@ -16,6 +16,7 @@ from modalora.data.rows import TRUE_OR_FALSE, Conversation, conversation
 from modalora.data.scenes import COLORS, KINDS, SIZES, caption, free_scene, nlvr_like
 from modalora.data.speech import DIGITS, Clip, number_words, speech_questions
 from modalora.data.statements import nlvr_case, statement
+from modalora.data.text import check_length, windows
 from modalora.processing.tokenizer import TextTokenizer
 
 Rng = np.random.Generator
@@ -54,10 +55,15 @@ _MANNERS = (
     ),
 )  # fmt: skip
 _VALUES = (*COLORS, *KINDS, *SIZES, *DIGITS)  # what recall says of things
+LONGEST = 200  # ids of running text that a passage is cut from, at most
 
 
 def instruct(stream: np.ndarray, tokenizer: TextTokenizer) -> Callable[[Rng], Conversation]:
-    """Return a source of text conversations. stream: token ids of running text, as token_stream gives them."""
+    """Return a source of text conversations. stream: token ids of running text, as token_stream gives them.
+
+    Raises DataError when the text is shorter than a passage.
+    """
+    check_length(stream, LONGEST)
     makers: tuple[tuple[float, Callable[[Rng], Conversation]], ...] = (
         (0.47, described_scene),
         (0.11, described_digits),
@@ -151,10 +157,10 @@ def recall(stream: np.ndarray, tokenizer: TextTokenizer, rng: Rng) -> Conversati
 
 def story(stream: np.ndarray, tokenizer: TextTokenizer, rng: Rng) -> Conversation:
     """Return a passage of a book as question and what follows it as answer."""
-    start = int(rng.integers(0, len(stream) - 200))
-    cut = start + int(rng.integers(25, 80))
+    (ids,) = windows(stream, LONGEST, 1, rng)
+    cut = int(rng.integers(25, 80))
     asked = str(rng.choice(("Continue the story: ", "Continue: ", "What happens next? ")))
-    before, after = tokenizer.decode(stream[start:cut].tolist()), tokenizer.decode(stream[cut : cut + 70].tolist())
+    before, after = tokenizer.decode(ids[:cut]), tokenizer.decode(ids[cut : cut + 70])
     return conversation([], [(asked + before, after.strip())])
 
 
@@ -215,6 +221,6 @@ def _copy(words: Sequence[str], rng: Rng) -> Pair:
 
 
 def _words(stream: np.ndarray, tokenizer: TextTokenizer, rng: Rng, most: int = 8) -> list[str]:
-    start = int(rng.integers(0, len(stream) - 128))
-    words = [word for word in tokenizer.decode(stream[start : start + 96].tolist()).split() if word.isalpha()][1:-1]
+    (ids,) = windows(stream, 128, 1, rng)
+    words = [word for word in tokenizer.decode(ids[:96]).split() if word.isalpha()][1:-1]
     return words[: int(rng.integers(2, most + 1))] or ["yes"]

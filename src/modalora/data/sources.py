@@ -33,7 +33,7 @@ from modalora.data.rows import (
 )
 from modalora.data.scenes import free_scene, nlvr_like
 from modalora.data.speech import Clip, augment, mask_bands, spoken_digits
-from modalora.data.text import recurring_window, token_stream, windows
+from modalora.data.text import check_length, recurring_window, token_stream, windows
 from modalora.data.voices import digit_voices, question_voices, sentence_voices
 from modalora.errors import ConfigError, DataError, InputError
 from modalora.processing.processor import Processor, Row
@@ -145,6 +145,7 @@ def bad_row(error: InputError, sample: str, source: Source, number: int) -> Bad:
 
 def _books(context: Context, split: str = "train", recurring: float = 0.0) -> Draw:
     stream = token_stream(context.folder, split, context.processor.tokenizer, context.cache)
+    check_length(stream, context.window)
 
     def draw(rng: np.random.Generator) -> Row:
         if rng.random() < recurring:
@@ -163,6 +164,7 @@ def _retrieval(
         raise ConfigError(f"distances={distances!r} of source 'retrieval' must be one of {', '.join(DISTANCES)}")
     tokenizer = context.processor.tokenizer
     stream, phrases = token_stream(context.folder, split, tokenizer, context.cache), Phrases(tokenizer)
+    check_length(stream, context.window)
 
     def draw(rng: np.random.Generator) -> Row:
         text = np.array(windows(stream, context.window, 1, rng)[0])

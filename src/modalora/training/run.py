@@ -98,7 +98,7 @@ def _carry_out(
         restore(model.cpu(), open_start(run)[0])
     if whole := engine.whole():
         if not plot_metrics(target.parent / "metrics.jsonl", target.parent / "loss.png"):
-            say("no picture of the curves, which stand in metrics.jsonl: pip install 'modalora[train]' brings matplotlib")
+            say("no picture of the curves, which stand in metrics.jsonl: pip install 'modalora[train]' draws it")
         _write(run, whole, tokenizer, chat, target, notes, say)
 
 
