@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import struct
@@ -128,14 +129,19 @@ def test_a_picture_fills_the_published_number_of_tokens(
     assert image_features(Image.new("RGB", size), CONFIG)[1] == tokens
 
 
+@functools.cache
+def released_grids(most: int) -> list[tuple[int, int]]:
+    """The candidates as released code has them: those of equal size come as a set of Python has them."""
+    found = {(i, j) for n in range(1, most + 1) for i in range(1, n + 1) for j in range(1, n + 1) if i * j <= most}
+    return sorted(found, key=lambda cells: cells[0] * cells[1])
+
+
 def released_grid(width: int, height: int, config: ImageConfig) -> tuple[int, int]:
-    """The choice as released code makes it, whose grids of equal size come as a set of Python has them."""
     most, best, chosen = config.max_crops, float("inf"), (1, 1)
     own = -(-width // config.crop), -(-height // config.crop)
     if own[0] * own[1] <= most:
         return own
-    found = {(i, j) for n in range(1, most + 1) for i in range(1, n + 1) for j in range(1, n + 1) if 1 <= i * j <= most}
-    for one in sorted(found, key=lambda cells: cells[0] * cells[1]):
+    for one in released_grids(most):
         distance = abs(width / height - one[0] / one[1])
         if distance < best:
             best, chosen = distance, one
