@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from modalora.data.numbers import DIGITS, number_words
 from modalora.data.questions import questions
-from modalora.data.rows import TRUE_OR_FALSE, Conversation, conversation
+from modalora.data.rows import Conversation, conversation, judged
 from modalora.data.scenes import COLORS, KINDS, SIZES, caption, free_scene, nlvr_like
-from modalora.data.speech import DIGITS, Clip, number_words, speech_questions
+from modalora.data.speech import Clip, speech_questions
 from modalora.data.statements import nlvr_case, statement
 from modalora.data.text import check_length, windows
 from modalora.processing.tokenizer import TextTokenizer
@@ -94,18 +95,13 @@ def described_scene(rng: Rng) -> Conversation:
     draw = rng.random()
     if draw < 0.5:
         scene, sentence, truth = nlvr_case(rng, towers=1.0)
-        more, also = statement(scene, rng)
-        judged = [(sentence + TRUE_OR_FALSE, _truth(truth)), (more + TRUE_OR_FALSE, _truth(also))]
-        pairs = [*judged[:1], *questions(scene, rng, 10, (*_TOLD, "position")), *judged[1:]]
+        more = judged(*statement(scene, rng))
+        pairs = [judged(sentence, truth), *questions(scene, rng, 10, (*_TOLD, "position")), more]
     else:
         scene = nlvr_like(rng, towers=0.0) if draw < 0.78 else free_scene(rng)
         pairs = list(questions(scene, rng, 12, (*_TOLD, "position") if scene.boxes > 1 else _TOLD))
     (question, answer), *rest = pairs
     return conversation([], [(f"Picture: {caption(scene)}\n{question}", answer), *rest])
-
-
-def _truth(value: bool) -> str:
-    return "true" if value else "false"
 
 
 def described_digits(rng: Rng) -> Conversation:

@@ -32,8 +32,9 @@ from modalora.data.rows import (
     spoken_question,
 )
 from modalora.data.scenes import free_scene, nlvr_like
-from modalora.data.speech import Clip, augment, mask_bands, spoken_digits
+from modalora.data.speech import Clip, spoken_digits
 from modalora.data.text import check_length, recurring_window, token_stream, windows
+from modalora.data.variation import augment, mask_bands
 from modalora.data.voices import digit_voices, question_voices, sentence_voices
 from modalora.errors import ConfigError, DataError, InputError
 from modalora.processing.processor import Processor, Row
