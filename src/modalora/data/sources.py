@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from modalora.contracts import Message
-from modalora.data.genomes import TRAINING, GeneRows, Genome, RepeatRows, WindowRows, read_genomes
+from modalora.data.genome_rows import GeneRows, RepeatRows, WindowRows
+from modalora.data.genomes import TRAINING, Genome, read_genomes
 from modalora.data.instruct import instruct
 from modalora.data.nlvr import nlvr_scenes
 from modalora.data.questions import QUESTION_KINDS
