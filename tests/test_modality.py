@@ -693,7 +693,7 @@ def test_a_data_file_holds_a_modality_of_ones_own_as_a_content_part(tmp_path: Pa
     assert torch.equal(row.media[0][1]["notes"], sniff("abba", Sizes())[0]["notes"])
     whole = assistant.processor.row(json.loads(record(parts[0]))["messages"], answer=False)
     assert row.ids == whole.ids
-    for number, told in ((1, "write the payload in the part"), (2, "lies outside"), (3, "use one of text, image, audio, smell")):
+    for number, told in ((1, "write the payload in the part"), (2, "lies outside"), (3, "audio, smell, image_url")):
         with pytest.raises(InputError, match=told):
             source.row(number)
     media = {start: (kind, tokens) for kind, _, start, tokens in row.media}

@@ -195,12 +195,8 @@ def _part(part: Any, what: str, options: Options) -> dict[str, Any]:
     kind, payload = read_part(part, what, (*PLACEHOLDERS, *options.more), empty=PLACEHOLDERS)
     if kind == "text":
         payload = _string(payload, what)
-    elif kind in options.more:
-        if payload is None:
-            raise DataError(
-                f"{what} has no {kind!r}; write the payload in the part: {{'type': '{kind}', '{kind}': ...}}"
-            )
-        payload = _path(payload, kind, options) if isinstance(payload, Mapping) else payload
+    elif kind in options.more and isinstance(payload, Mapping):
+        payload = _path(payload, kind, options)
     return {"type": kind, kind: payload}  # media without payload: the next of the record's
 
 

@@ -109,9 +109,11 @@ def read_part(part: Any, where: str, kinds: Collection[str], empty: Collection[s
         got = part.get("type") if isinstance(part, Mapping) else part
         raise PromptError(f"{where} has type {got!r:.40}; use one of {', '.join(kinds)}")
     kind = part["type"]
-    if kind not in part and kind not in empty:
-        raise PromptError(f"{where} has no {kind!r}; the payload stands under the key that its type names")
     payload = part.get(kind)
+    if payload is None and kind not in empty:
+        raise PromptError(
+            f"{where} has no {kind!r}; write the payload in the part: {{'type': '{kind}', '{kind}': ...}}"
+        )
     if kind == "text" and not isinstance(payload, str):
         raise PromptError(f"{where} has text of type {type(payload).__name__}; give a string")
     if kind == "image_url":
