@@ -87,13 +87,9 @@ def genomes(
 
 def _open(recipe: str, overrides: list[str] | None) -> tuple[RunConfig, Context]:
     from modalora.config import load_run
-    from modalora.errors import InputError
+    from modalora.data.files import is_data
+    from modalora.training.start import open_context
 
-    try:
-        from modalora.data.files import is_data
-        from modalora.training.start import open_context
-    except ModuleNotFoundError as missing:
-        raise InputError(f"training data need {missing.name}; pip install 'modalora[train]'") from None
     settings = overrides or []
     if is_data(Path(recipe)):
         recipe, settings = "finetune-media", [f"mixture.0.options.path={json.dumps(recipe)}", *settings]

@@ -40,11 +40,7 @@ def train(
 
 def _train(recipe: str, settings: list[str], count: int) -> None:
     from modalora.config import load_stages
-
-    try:
-        from modalora.training.run import run_recipe
-    except ModuleNotFoundError as missing:
-        raise InputError(f"training needs {missing.name}; pip install 'modalora[train]'") from None
+    from modalora.training.run import run_recipe
 
     runs = load_stages(find_recipe(recipe), RECIPES, settings)
     if launch_many(["train", recipe, *settings], count, runs):
@@ -56,7 +52,8 @@ def _train(recipe: str, settings: list[str], count: int) -> None:
         with _shown(run.steps) as (show, say):
             folder = run_recipe(run, show, say)
         if is_first():
-            print(f"{told} {folder}; curves: {folder.parent / 'loss.png'}")
+            curves = folder.parent / "loss.png"
+            print(f"{told} {folder}" + (f"; curves: {curves}" if curves.exists() else ""))
 
 
 @contextmanager
@@ -89,6 +86,8 @@ def find_recipe(name: str, sizes: Iterable[str] = ()) -> Path:
 
     sizes: what else the caller would have taken. Raises InputError for a data file, and where there is no file.
     """
+    from modalora.data.files import is_data
+
     bundled = RECIPES / f"{name}.yaml"
     if bundled.exists():
         return bundled
@@ -97,21 +96,13 @@ def find_recipe(name: str, sizes: Iterable[str] = ()) -> Path:
         named = "`modalora train --help` names the recipes" + (f", sizes are {', '.join(sizes)}" if sizes else "")
         hint = f"did you mean {close[0]}?" if close else named
         raise InputError(f"{name} is neither a file nor a bundled recipe{' nor a model' * bool(sizes)}; {hint}")
-    if not name.endswith((".yaml", ".yml")) and _is_data(Path(name)):
+    if not name.endswith((".yaml", ".yml")) and is_data(Path(name)):
         raise InputError(
             f"{name} holds data, and a recipe is asked for; give finetune-text "
             f"mixture.0.options.path={name}, or finetune-media where rows have pictures or sounds; "
             f"`modalora data check {name}` looks at it"
         )
     return Path(name)
-
-
-def _is_data(path: Path) -> bool:
-    try:
-        from modalora.data.files import is_data
-    except ModuleNotFoundError:  # without the extra that reads data, it is a path like any other
-        return False
-    return is_data(path)
 
 
 def _line(metrics: dict[str, Any]) -> None:

@@ -17,7 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from modalora.data.speech import DIGITS, Clip, number_words, read_wave, resample
+from modalora.data.numbers import DIGITS, number_words
+from modalora.data.scenes import BOX_NAMES
+from modalora.data.speech import Clip, read_wave
+from modalora.data.variation import resample
 from modalora.disk import drafted
 from modalora.errors import DataError
 
@@ -175,12 +178,11 @@ def picture_questions(split: str = "train") -> tuple[str, ...]:
     """
     nouns = ("object", "thing", "item", "shape", "block", "circle", "square", "triangle")
     colors, sizes = ("black ", "blue ", "yellow ", "red ", "green "), ("small ", "medium ", "large ")
-    boxes = ("left box", "middle box", "right box")
     many = [f"{color}{noun}s" for color, noun in product(("", *colors), nouns)]
     texts = [f"how many {things} are there" for things in many]
-    texts += [f"how many {things} are in the {box}" for things, box in product(many[:32], boxes)]
+    texts += [f"how many {things} are in the {box}" for things, box in product(many[:32], BOX_NAMES)]
     texts += [f"what color is the {size}{noun}" for size, noun in product(("", *sizes), nouns)]
-    texts += [f"what color is the {place} block in the {box}" for place, box in product(("top", "bottom"), boxes)]
+    texts += [f"what color is the {place} block in the {box}" for place, box in product(("top", "bottom"), BOX_NAMES)]
     texts += [f"where is the {pick}{noun}" for pick, noun in product((*colors, *sizes), nouns)]
     texts += [
         f"where is the tower with a {color}block at the {end}" for color, end in product(colors[:3], ("top", "base"))

@@ -107,7 +107,8 @@ def _carry_out(
         restore(model.cpu(), open_start(run)[0])
     if whole := engine.whole():
         _write(run, whole, tokenizer, chat, target, notes, say)
-        plot_metrics(target.parent / "metrics.jsonl", target.parent / "loss.png")
+        if not plot_metrics(target.parent / "metrics.jsonl", target.parent / "loss.png"):
+            say("no picture of the curves, which stand in metrics.jsonl: pip install 'modalora[train]' draws it")
 
 
 def _check_finished(run: RunConfig, target: Path) -> None:
