@@ -52,7 +52,7 @@ def join(device: str, patience_seconds: int) -> torch.device:
 @contextmanager
 def _at_once() -> Iterator[None]:
     """Let signals end the process while it waits inside a library, where Python would hear them after the wait."""
-    heard = (signal.SIGINT, signal.SIGTERM) if current_thread() is main_thread() else ()
+    heard = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM) if current_thread() is main_thread() else ()
     before = {number: signal.signal(number, signal.SIG_DFL) for number in heard}
     try:
         yield
