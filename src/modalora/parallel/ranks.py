@@ -18,6 +18,8 @@ import torch.distributed as dist
 from modalora.errors import ConfigError, TrainingError
 from modalora.parallel.stops import STORE
 
+NOTHING_TO_OFFLOAD = "offload moves what a GPU holds to the CPU; with device=cpu it is there: leave offload out"
+
 
 def join(device: str, patience_seconds: int) -> torch.device:
     """Join the processes that a launcher started; return the device of this one.
