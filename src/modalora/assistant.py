@@ -29,7 +29,7 @@ from modalora.models.router import route as route_of
 from modalora.nn.rope import LongRope, Regime
 from modalora.processing.chat import FORMATS, ChatFormat
 from modalora.processing.processor import Compat, Processor
-from modalora.processing.tokenizer import TextTokenizer
+from modalora.processing.tokenizer import Growing, TextTokenizer
 
 BUNDLED = Path(__file__).parent / "bundled"
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -172,19 +172,18 @@ class Assistant:
         stop = _stops(stop)
         conversation = question_messages(messages) if isinstance(messages, str) else messages
         batch = self._prompt(self.processor([conversation], route=route), max_tokens)
-        ids: list[int] = []
-        sent = ""
+        growing, text, sent = Growing(self.processor.tokenizer), "", ""
         held_back = max((len(word) for word in stop), default=1) - 1  # a stop string may have begun
         for token in self._generate(batch, max_tokens, stop, switch, sampling):
             if token.id not in self.stop_ids:
-                ids.append(token.id)
-            text = _cut(self.processor.tokenizer.decode(ids), stop)
+                text = growing.add(token.id)
+            known = _cut(text, stop)
             if token.finish is None:
-                text = text.rstrip("\ufffd")  # the rest of a character is still to come
-                text = text[: max(len(sent), len(text) - held_back)]
-            if len(text) > len(sent):
-                yield text[len(sent) :]
-                sent = text
+                known = known.rstrip("\ufffd")  # the rest of a character is still to come
+                known = known[: max(len(sent), len(known) - held_back)]
+            if len(known) > len(sent):
+                yield known[len(sent) :]
+                sent = known
 
     @torch.inference_mode()
     def logits(self, messages: str | Sequence[Message], *, route: str = "auto") -> Tensor:
@@ -271,11 +270,11 @@ class Assistant:
     def _generate(
         self, batch: Batch, max_tokens: int, stop: Sequence[str], switch: Switch, sampling: Mapping[str, Any]
     ) -> Iterator[Any]:
-        decode = self.processor.tokenizer.decode
         check_switch(self.model.config.decoder.rope, switch)
+        growing = [Growing(self.processor.tokenizer) for _ in batch.input_ids]
 
         def stops(row: int, ids: list[int]) -> bool:
-            text = decode(ids)
+            text = growing[row].add(ids[-1])
             return any(word in text for word in stop)
 
         known = Sampling.__dataclass_fields__
