@@ -193,7 +193,7 @@ class ImageEmbedder(nn.Module):
         features = self.tower(pixels, masks).split(counts)
         return [self._assemble(own, *place) for own, place in zip(features, places, strict=True)]
 
-    def _assemble(self, features: Tensor, grid: tuple[int, int], extent: tuple[int, int]) -> Tensor:
+    def _assemble(self, features: Tensor, grid: list[int], extent: list[int]) -> Tensor:
         (rows, columns), (down, across), side = grid, extent, self.tower.config.side
         maps = features.transpose(1, 2).unflatten(-1, (side, side))
         pooled = functional.avg_pool2d(maps, 2).permute(0, 2, 3, 1)  # (1 + h w, side / 2, side / 2, width)
