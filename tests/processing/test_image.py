@@ -341,6 +341,7 @@ def test_fast_preparation_refuses_and_accepts_what_the_exact_one_does() -> None:
         ("nowhere/x.png", "'nowhere/x.png' does not exist"),
         ("https://example.com/x.png", "'https://example.com/x.png' is a URL"),
         ("data:image/png;base64," + "A" * 100_000, "is a URL"),
+        (Path("https://example.com/x.png"), "'https:/example.com/x.png' is a URL"),
         ("x" * 5000, "cannot be reached"),
         ("a\0b", "cannot be reached"),
         (17, "given as int"),
@@ -354,6 +355,20 @@ def test_what_is_no_usable_image_is_refused_in_one_message(source: object, messa
         warnings.simplefilter("error")
         with pytest.raises(MediaError, match=message):
             open_image(source, CONFIG)  # type: ignore[arg-type]
+
+
+def test_a_picture_that_was_closed_is_not_called_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    ramp(30, 20).save(path)
+    with Image.open(path) as closed:
+        pass
+    with pytest.raises(MediaError, match="it was closed before it was read, or is damaged; give it open, or its path"):
+        open_image(closed, CONFIG)
+
+
+def test_premultiplied_grey_is_read_as_grey_with_transparency() -> None:
+    grey = ramp(30, 20).convert("LA")
+    assert open_image(grey.convert("La"), CONFIG).tobytes() == open_image(grey, CONFIG).tobytes()
 
 
 def test_files_are_named_in_the_refusal(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from modalora.errors import ConfigError, MediaError
 # Formats read: each is decoded inside Pillow, none starts another program (EPS would).
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 _WHITE_IS_ZERO = 262  # tag of a TIFF: 0 where white is 0
+_GIVEN = "the given image"
 THINNEST = 10  # pixels: a picture whose short side would be scaled below this is refused
 
 
@@ -90,7 +91,7 @@ def read_source(source: str | Path | bytes, noun: str, max_bytes: int) -> tuple[
         name, size = f"{noun} bytes", len(source)
     elif isinstance(source, str | Path):
         name = repr(str(source))
-        if "://" in name or name.startswith(("'data:", '"data:')):
+        if re.match(r"data:|[a-z][a-z\d+.-]+:/", str(source), re.IGNORECASE):  # Path makes "//" one
             short = name if len(name) <= 80 else name[:76] + "...'"
             raise MediaError(f"{short} is a URL, and {noun} sources are files or bytes; load it and give its bytes")
         try:
@@ -107,7 +108,10 @@ def read_source(source: str | Path | bytes, noun: str, max_bytes: int) -> tuple[
         size = status.st_size
     else:
         what = type(source).__name__
-        raise MediaError(f"an {noun} was given as {what}; give a path, the bytes of a file or decoded {noun}")
+        decoded = {"image": "a PIL image (Image.fromarray(array))", "audio": "(samples, rate)"}.get(
+            noun, f"decoded {noun}"
+        )
+        raise MediaError(f"an {noun} was given as {what}; give a path, the bytes of a file or {decoded}")
     if not size:
         raise MediaError(f"{name}: empty, 0 bytes; give an {noun} file with content")
     if size > max_bytes:
@@ -151,7 +155,10 @@ def _decode(name: str, image: Image.Image) -> Image.Image:
     except MediaError:
         raise
     except Exception as error:  # decoders fail in many ways on damaged data
-        raise MediaError(f"{name} cannot be decoded ({error}), it is damaged or cut short; export it again") from error
+        why = "it is damaged or cut short; export it again"
+        if name == _GIVEN:
+            why = "it was closed before it was read, or is damaged; give it open, or its path"
+        raise MediaError(f"{name} cannot be decoded ({error}), {why}") from error
 
 
 def _orientation(image: Image.Image) -> object:
@@ -187,7 +194,7 @@ def _decode_small(image: Image.Image, config: ImageConfig) -> Tensor | None:
 def _open_unread(source: str | Path | bytes | Image.Image, config: ImageConfig) -> tuple[str, Image.Image]:
     """Return what to call a picture, and it with its header read; the limits of the config are checked."""
     if isinstance(source, Image.Image):
-        name, image = "the given image", source
+        name, image = _GIVEN, source
     else:
         name, data = read_source(source, "image", config.max_bytes)
         image = _read_header(name, data, config)
@@ -238,6 +245,8 @@ def _to_rgb(name: str, image: Image.Image) -> Image.Image:
         return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise MediaError(f"{name} has floating-point pixels, which have no agreed white; convert it to 8 bit")
+    if image.mode == "La":  # the only mode that Pillow turns into no other but one
+        image = image.convert("LA")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
