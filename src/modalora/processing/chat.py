@@ -1,6 +1,7 @@
 """Phi's chat formats: messages to pieces of text, control tokens and media, in reading order.
 
 <|role|>content<|end|> for every message, tools inside the system message. Phi-4 has nothing between, Phi-3 newlines.
+Fields of a message or a part that are not read are refused, unless they are empty or of IGNORED.
 Templates that come with a model are never run: a format is code here, or not read.
 Source: model cards of Phi-4-multimodal-instruct and Phi-3-mini-4k-instruct; see docs/papers.md.
 """
@@ -20,6 +21,9 @@ from modalora.errors import PromptError
 from modalora.processing.tokenizer import ASSISTANT, END, END_OF_TEXT, PLACEHOLDERS
 
 ROLES = ("system", "user", "assistant", "tool")
+READ = ("role", "content", "tools", "loss")  # fields of a message
+IGNORED = ("id", "tool_call_id")  # names that OpenAI's API gives, which say nothing to a model
+_MARKS = {"wav": (b"RIFF", b"RF64"), "flac": (b"fLaC",), "ogg": (b"OggS",)}  # first bytes by format
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,8 +79,10 @@ def render(
         role = message["role"]
         if role not in ROLES:
             raise PromptError(f"{where} has role {role!r}; use one of {', '.join(ROLES)}")
-        if message.get("tool_calls"):
-            raise PromptError(f"{where} has tool_calls, which are not read; write the call as the assistant's text")
+        for name in ("tool_calls", "function_call"):
+            if message.get(name):
+                raise PromptError(f"{where} has {name}, which are not read; write the call as the assistant's text")
+        _check_fields(message, (*READ, *IGNORED), where)
         if message.get("tools") and role != "system":
             raise PromptError(f"{where} has tools, which the system message holds; move them there")
         trained = role == "assistant" and bool(message.get("loss", True))
@@ -84,6 +90,8 @@ def render(
         pieces.extend(_content(message.get("content"), where, trained, kinds))
         if role == "system" and message.get("tools"):
             tools = message["tools"]
+            if not isinstance(tools, str | list | tuple | Mapping):
+                raise PromptError(f"{where} has tools={tools!r:.40}; give a list of definitions, or its JSON as a string")
             text = tools if isinstance(tools, str) else _as_json(tools, where)
             pieces += [Piece("control", "<|tool|>"), Piece("text", text), Piece("control", "<|/tool|>")]
         pieces += [Piece("control", END, trained), Piece("text", chat.after_end)]
@@ -171,18 +179,42 @@ def _part(part: Any, where: str, trained: bool, kinds: Collection[str]) -> Piece
     kind = part["type"]
     if kind not in part:
         raise PromptError(f"{where} has no {kind!r}; the payload stands under the key that its type names")
+    _check_fields(part, ("type", kind), where)
     payload = part[kind]
     if kind == "text":
         if not isinstance(payload, str):
             raise PromptError(f"{where} has text of type {type(payload).__name__}; give a string")
         return Piece("text", payload, trained)
     if kind == "image_url":
-        url = payload.get("url") if isinstance(payload, Mapping) else payload
-        return Piece("image", _inline(url, where))
+        fields = payload if isinstance(payload, Mapping) else {"url": payload}
+        _check_fields(fields, ("url", "detail"), where)
+        if (detail := fields.get("detail")) not in (None, "auto", "high"):
+            raise PromptError(f"{where} has detail={detail!r:.40}; pictures are read whole: 'high', or scale it down")
+        return Piece("image", _inline(fields.get("url"), where))
     if kind == "input_audio":
-        data = payload.get("data") if isinstance(payload, Mapping) else payload
-        return Piece("audio", _inline(data, where, bare=True))
+        fields = payload if isinstance(payload, Mapping) else {"data": payload}
+        _check_fields(fields, ("data", "format"), where)
+        data = _inline(fields.get("data"), where, bare=True)
+        _check_format(fields.get("format"), data, where)
+        return Piece("audio", data)
     return Piece(kind, payload)
+
+
+def _check_fields(given: Mapping[Any, Any], known: Collection[str], where: str) -> None:
+    """Refuse what would be lost; None and empty values, as APIs and tables fill in, mean nothing."""
+    for name, value in given.items():
+        if name not in known and value is not None and not (isinstance(value, str | list | Mapping) and not value):
+            raise PromptError(
+                f"{where} has {name!r:.40}, which is not read; take it out, or write it into the text (read here: "
+                f"{', '.join(known)})"
+            )
+
+
+def _check_format(told: Any, data: bytes, where: str) -> None:
+    found = next((name for name, marks in _MARKS.items() if data.startswith(marks)), None)
+    if told is not None and (told not in (*_MARKS, "mp3") or (found and found != told)):
+        rule = f"its bytes are {found}; write that" if found else f"write one of {', '.join(_MARKS)}, mp3, or none"
+        raise PromptError(f"{where} has format={told!r:.40}; {rule}")
 
 
 def _as_json(tools: Any, where: str) -> str:
@@ -194,8 +226,8 @@ def _as_json(tools: Any, where: str) -> str:
 
 def _inline(url: Any, where: str, *, bare: bool = False) -> bytes:
     """Return the bytes of a base64 data URL, or of bare base64 where OpenAI's format has that."""
-    if isinstance(url, str) and (bare or url.startswith("data:")):
-        _, comma, data = url.partition(",")
+    head, comma, data = url.partition(",") if isinstance(url, str) else ("", "", "")
+    if isinstance(url, str) and (re.fullmatch(r"data:.*;base64", head) if comma else bare):
         try:
             return base64.b64decode(data if comma else url, validate=True)
         except ValueError:  # binascii.Error is one; text beyond ASCII raises its parent
