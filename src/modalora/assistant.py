@@ -87,8 +87,8 @@ class Assistant:
         """Answer a question, or go on from a list of messages.
 
         image, audio: one or several (paths, bytes, PIL images, (samples, rate)); they stand before the text unless it
-        has tags, <|image_1|> to <|image_N|>, which say where each stands. media: the same for further modalities, {name: one payload or a list of them}.
-        Messages hold their media themselves, as parts, and end with what is to be answered.
+        has tags: the first of a kind at <|image_1|>, and so on. media: the same for further modalities, {name: one
+        payload or a list of them}. Messages hold their media themselves, as parts, and end with what is to be answered.
         route: "auto", "none" or an adapter. sampling: fields of generation.sampling.Sampling.
         raw: the question is a whole prompt in the model's own format, whose control tokens count as such; else they are
         text. switch: when a row changes to the rotary table of longer rows (generation.windows.Switch): "crossing",

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from modalora.cli.loading import Adapters, MediaFiles, ModalityFiles, media_by_name, open_model
+from modalora.cli.loading import Adapters, MediaFiles, ModalityFiles, media_by_name, open_model, typed
+
+if TYPE_CHECKING:
+    from modalora.processing.processor import Processor, Row
 
 
 def explain(
     model: Annotated[str, typer.Argument(help="A model folder, or a bundled model such as nano.")],
-    question: Annotated[str, typer.Argument(help="The question.")] = "",
+    question: Annotated[str, typer.Argument(help="The question; - reads it from standard input.")] = "",
     image: Annotated[list[Path] | None, typer.Option("--image", help="A picture; may be given several times.")] = None,
     audio: Annotated[
         list[Path] | None, typer.Option("--audio", help="A recording; may be given several times.")
@@ -23,7 +26,10 @@ def explain(
     modality_file: ModalityFiles = None,
     route: Annotated[str, typer.Option(help="auto, none, or an adapter such as vision or speech.")] = "auto",
     batch: Annotated[
-        Path | None, typer.Option(help="A file with more prompts of the same batch: a JSON list of messages a line.")
+        Path | None,
+        typer.Option(
+            help="More prompts of the same batch: a JSON list of messages a line, or what /save of chat wrote."
+        ),
     ] = None,
     rope: Annotated[str, typer.Option(help="Rotary table: reference, long or short.")] = "reference",
     switch: Annotated[
@@ -40,11 +46,10 @@ def explain(
     from modalora.assistant import question_messages
 
     assistant = open_model(model, adapter, modality_file, rope=cast(Any, rope), compat=cast(Any, compat or None))
-    conversations = [
-        question_messages(question, list(image or []), list(audio or []), media_by_name(media)),
-        *(_more(batch) if batch else []),
-    ]
-    prompts = assistant.processor(conversations, route=route)
+    own = question_messages(typed(question), list(image or []), list(audio or []), media_by_name(media))
+    rows = [assistant.processor.row(own), *(_more(batch, assistant.processor) if batch else [])]
+    prompts = assistant.processor.collate(rows, route=route, labelled=False)
+    assistant.check_room(prompts, max_tokens)
     records = assistant.explain(prompts, max_tokens=max_tokens, switch=cast(Any, switch))
     for number, (record, official) in enumerate(
         zip(records, assistant.explain_official(prompts), strict=True), start=1
@@ -59,13 +64,25 @@ def explain(
         print(f"released   {_official(record)}")
 
 
-def _more(path: Path) -> list[Any]:
-    from modalora.errors import PromptError
+def _more(path: Path, processor: Processor) -> list[Row]:
+    from modalora.errors import InputError, PromptError
 
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise PromptError(f"{path} is not a file of JSON lines, a list of messages each: {error}") from None
+    rows: list[Row] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            held = json.loads(line)
+            rows.append(processor.row(held["messages"] if isinstance(held, dict) and "messages" in held else held))
+        except (ValueError, RecursionError) as error:
+            raise PromptError(f"{path}, line {number} is not JSON: {error}; write a list of messages") from None
+        except InputError as error:
+            raise type(error)(f"{path}, line {number}: {error}") from None
+    return rows
 
 
 def _official(record: dict[str, Any]) -> str:

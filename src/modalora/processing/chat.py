@@ -91,7 +91,9 @@ def render(
         if role == "system" and message.get("tools"):
             tools = message["tools"]
             if not isinstance(tools, str | list | tuple | Mapping):
-                raise PromptError(f"{where} has tools={tools!r:.40}; give a list of definitions, or its JSON as a string")
+                raise PromptError(
+                    f"{where} has tools={tools!r:.40}; give a list of definitions, or its JSON as a string"
+                )
             text = tools if isinstance(tools, str) else _as_json(tools, where)
             pieces += [Piece("control", "<|tool|>"), Piece("text", text), Piece("control", "<|/tool|>")]
         pieces += [Piece("control", END, trained), Piece("text", chat.after_end)]
