@@ -15,7 +15,7 @@ from PIL import Image
 
 from modalora.contracts import image_tokens
 from modalora.errors import ConfigError, MediaError
-from modalora.processing.image import ImageConfig, grid, image_features, open_image, read_image
+from modalora.processing.image import ImageConfig, count_image_tokens, grid, image_features, open_image, read_image
 
 CONFIG = ImageConfig()
 # the reference values are printed to five digits (pixels) and six (means): half a unit of the last one, plus rounding
@@ -364,6 +364,8 @@ def test_a_picture_that_was_closed_is_not_called_damaged(tmp_path: Path) -> None
         pass
     with pytest.raises(MediaError, match="it was closed before it was read, or is damaged; give it open, or its path"):
         open_image(closed, CONFIG)
+    with pytest.raises(MediaError, match="it was closed before it was read"):
+        count_image_tokens(closed, CONFIG)
 
 
 def test_premultiplied_grey_is_read_as_grey_with_transparency() -> None:

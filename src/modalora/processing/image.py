@@ -36,6 +36,7 @@ from modalora.errors import ConfigError, MediaError
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 _WHITE_IS_ZERO = 262  # tag of a TIFF: 0 where white is 0
 _GIVEN = "the given image"
+_CLOSED = "it was closed before it was read, or is damaged; give it open, or its path"
 THINNEST = 10  # pixels: a picture whose short side would be scaled below this is refused
 
 
@@ -155,9 +156,7 @@ def _decode(name: str, image: Image.Image) -> Image.Image:
     except MediaError:
         raise
     except Exception as error:  # decoders fail in many ways on damaged data
-        why = "it is damaged or cut short; export it again"
-        if name == _GIVEN:
-            why = "it was closed before it was read, or is damaged; give it open, or its path"
+        why = _CLOSED if name == _GIVEN else "it is damaged or cut short; export it again"
         raise MediaError(f"{name} cannot be decoded ({error}), {why}") from error
 
 
@@ -345,7 +344,8 @@ def count_image_tokens(source: str | Path | bytes | Image.Image, config: ImageCo
         try:
             size = image.size if _is_upright_png(image) else _upright_size(image)
         except Exception as error:  # decoders fail in many ways on damaged data
-            raise MediaError(f"{name} has damaged metadata ({error}); export it again") from error
+            why = _CLOSED if name == _GIVEN else "its metadata are damaged; export it again"
+            raise MediaError(f"{name} cannot be measured ({error}), {why}") from error
     _, _, (columns, rows) = _layout(size, config)
     return image_tokens(rows, columns, config.side)
 
