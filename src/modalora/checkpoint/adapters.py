@@ -19,11 +19,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from modalora.checkpoint.files import Weights, inside, read_json, sort_metadata, write_folder, write_json
+from modalora.checkpoint.files import Weights, inside, sort_metadata, write_folder
 from modalora.checkpoint.modules import MODALITY, add_modules, find_modules, modules_of, own_projectors
 from modalora.checkpoint.preserve import CERTIFICATE, Preservation
 from modalora.config import parse
 from modalora.contracts import Batch, Route, terms
+from modalora.disk import read_json, write_json
 from modalora.errors import CheckpointError, ConfigError
 from modalora.models.multimodal import Multimodal
 from modalora.nn.lora import LoraConfig, RoutedLinear, check_name, check_pattern

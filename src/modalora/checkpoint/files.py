@@ -15,7 +15,7 @@ import re
 import shutil
 import struct
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from modalora.disk import digest, draft_beside, parse_json, read_json, write_json
 from modalora.errors import CheckpointError, WorkError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-HEADER_BYTES, MOST_TENSORS, MOST_JSON_BYTES = 4_000_000, 20_000, 64_000_000
+HEADER_BYTES, MOST_TENSORS = 4_000_000, 20_000
 _BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
     "U16": 16, "U8": 8, "BOOL": 8,
@@ -55,8 +56,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None], *, manifest: bool =
     """
     if folder.exists():
         raise CheckpointError(f"{folder} exists; give a new folder, nothing was written")
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
+    draft = draft_beside(folder)
     try:
         draft.mkdir(parents=True)
     except OSError as error:
@@ -209,7 +209,7 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             header = file.read(length)
         if header.count(b'"data_offsets"') > MOST_TENSORS:  # before a million of them are parsed
             raise CheckpointError(f"its header lists more than {MOST_TENSORS:,} tensors")
-        fields = json.loads(header.decode("utf-8"), object_pairs_hook=_once)
+        fields = parse_json(header.decode("utf-8"))
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read: {error.strerror}; copy the folder again from its source"
@@ -261,21 +261,24 @@ def sort_metadata(path: Path) -> None:
         file.write(header.ljust(length))
 
 
-def release(tensor: Tensor) -> None:
+def mapped() -> list[tuple[int, int]]:
+    """Return where the memory of this process is that maps safetensors files: begin and end; none outside Linux."""
+    if sys.platform != "linux":
+        return []
+    found = re.findall(rb"^(\w+)-(\w+) .*\.safetensors$", Path("/proc/self/maps").read_bytes(), re.MULTILINE)
+    return [(int(begin, 16), int(end, 16)) for begin, end in found]
+
+
+def release(tensor: Tensor, spans: Sequence[tuple[int, int]]) -> None:
     """Give back the memory of a tensor that is a view of a mapped file: its pages are read again when next used.
 
-    Any other tensor, and any system but Linux, is left as it is.
+    spans: what `mapped` gave since the tensor was made. Any other tensor is left as it is.
     """
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     stop = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if sys.platform != "linux" or stop <= start:
-        return
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        span, _, rest = line.partition(" ")
-        begin, end = (int(part, 16) for part in span.split("-"))
-        if begin <= start and stop <= end and rest.endswith(".safetensors"):
-            size = ctypes.c_size_t(stop - start)
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), size, ctypes.c_int(4))  # MADV_DONTNEED
+    if start < stop and any(begin <= start and stop <= end for begin, end in spans):
+        size = ctypes.c_size_t(stop - start)
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), size, ctypes.c_int(4))  # MADV_DONTNEED
 
 
 def write_tensors(
@@ -308,39 +311,3 @@ def write_tensors(
         path.rename(folder / name)
     index = {"metadata": {"total_size": total}, "weight_map": {name: names[place] for name, place in where.items()}}
     write_json(folder / f"{stem}.safetensors.index.json", index)
-
-
-def digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; a key given twice is refused."""
-    try:
-        size = path.stat().st_size
-        if size > MOST_JSON_BYTES:
-            raise CheckpointError(f"it has {size:,} bytes; at most {MOST_JSON_BYTES:,} are read")
-        fields = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; a model folder needs it") from None
-    except (CheckpointError, ValueError, RecursionError, IsADirectoryError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{path} must hold a JSON object; it holds {type(fields).__name__}")
-    return fields
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in fields:
-            raise CheckpointError(f"the key {key!r:.80} stands twice in an object")
-        fields[key] = value
-    return fields
-
-
-def write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    """Write a JSON object, two spaces deep."""
-    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

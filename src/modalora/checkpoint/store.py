@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,15 @@ from modalora.checkpoint.files import (
     Weights,
     check_manifest,
     inside,
-    read_json,
+    mapped,
     release,
     write_folder,
-    write_json,
     write_tensors,
 )
 from modalora.checkpoint.names import HOLDS_ADAPTERS, LAYOUTS, Stored, plain_names, plan
 from modalora.checkpoint.preserve import CERTIFICATE, Preservation
 from modalora.config import parse
+from modalora.disk import read_json, write_json
 from modalora.errors import CheckpointError, ConfigError
 from modalora.modality import read_encoders, write_encoders
 from modalora.models.multimodal import ModelConfig, Multimodal, parameter_counts, part_of
@@ -131,7 +132,7 @@ def load_model(
     for name in _beside(folder, card):
         load_adapter(model, folder / f"{name}-lora", name, idle=True)
     if pack:
-        model.pack(release)  # dropping is not enough: the file stays mapped
+        model.pack(partial(release, spans=mapped()))  # dropping is not enough: the file stays mapped
     return Loaded(model.eval(), tokenizer, chat, card.notes)
 
 

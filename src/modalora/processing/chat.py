@@ -74,32 +74,100 @@ def render(
         messages = [{"role": "system", "content": chat.default_system}, *messages]
     for number, message in enumerate(messages, start=1):
         where = f"message {number}"
-        if not isinstance(message, Mapping) or "role" not in message:
-            raise PromptError(f"{where} must be a mapping with 'role' and 'content'; got {message!r:.80}")
-        role = message["role"]
-        if role not in ROLES:
-            raise PromptError(f"{where} has role {role!r}; use one of {', '.join(ROLES)}")
-        for name in ("tool_calls", "function_call"):
-            if message.get(name):
-                raise PromptError(f"{where} has {name}, which are not read; write the call as the assistant's text")
+        check_message(message, where)
         _check_fields(message, (*READ, *IGNORED), where)
-        if message.get("tools") and role != "system":
-            raise PromptError(f"{where} has tools, which the system message holds; move them there")
+        role = message["role"]
         trained = role == "assistant" and bool(message.get("loss", True))
         pieces += [Piece("control", f"<|{role}|>"), Piece("text", chat.after_role, trained)]
         pieces.extend(_content(message.get("content"), where, trained, kinds))
         if role == "system" and message.get("tools"):
             tools = message["tools"]
-            if not isinstance(tools, str | list | tuple | Mapping):
-                raise PromptError(
-                    f"{where} has tools={tools!r:.40}; give a list of definitions, or its JSON as a string"
-                )
             text = tools if isinstance(tools, str) else _as_json(tools, where)
             pieces += [Piece("control", "<|tool|>"), Piece("text", text), Piece("control", "<|/tool|>")]
         pieces += [Piece("control", END, trained), Piece("text", chat.after_end)]
     if answer:
         pieces += [Piece("control", ASSISTANT), Piece("text", chat.after_role)]
     return _joined(pieces)
+
+
+def check_message(message: Any, where: str) -> None:
+    """Refuse what is no message, whatever its content. where: what errors call it. Raises PromptError."""
+    if not isinstance(message, Mapping) or "role" not in message:
+        raise PromptError(f"{where} is {message!r:.60}; give a mapping with 'role' and 'content'")
+    role = message["role"]
+    if role not in ROLES:
+        raise PromptError(f"{where} has role {role!r:.40}; use one of {', '.join(ROLES)}")
+    for name in ("tool_calls", "function_call"):
+        if message.get(name):
+            raise PromptError(f"{where} has {name}, which are not read; write the call as the assistant's text")
+    if (tools := message.get("tools")) and role != "system":
+        raise PromptError(f"{where} has tools, which the system message holds; move them there")
+    if tools and not isinstance(tools, str | list | tuple | Mapping):
+        raise PromptError(f"{where} has tools={tools!r:.40}; give a list of definitions, or its JSON as a string")
+
+
+def read_part(part: Any, where: str, kinds: Collection[str], empty: Collection[str] = ()) -> tuple[str, Any]:
+    """Return the kind of a content part, "text" or a modality, and its payload.
+
+    OpenAI's image_url becomes an image, its payload the URL as it is; input_audio becomes audio, decoded.
+    kinds: the modalities. empty: those whose parts may stand without payload, which is None then. Raises PromptError.
+    """
+    kinds = ("text", *kinds, "image_url", "input_audio")
+    if not isinstance(part, Mapping) or part.get("type") not in kinds:
+        got = part.get("type") if isinstance(part, Mapping) else part
+        raise PromptError(f"{where} has type {got!r:.40}; use one of {', '.join(kinds)}")
+    kind = part["type"]
+    payload = part.get(kind)
+    if payload is None and kind not in empty:
+        raise PromptError(
+            f"{where} has no {kind!r}; write the payload in the part: {{'type': '{kind}', '{kind}': ...}}"
+        )
+    _check_fields(part, ("type", kind), where)
+    if kind == "text" and not isinstance(payload, str):
+        raise PromptError(f"{where} has text of type {type(payload).__name__}; give a string")
+    if kind == "image_url":
+        fields = payload if isinstance(payload, Mapping) else {"url": payload}
+        _check_fields(fields, ("url", "detail"), where)
+        if (detail := fields.get("detail")) not in (None, "auto", "high"):
+            raise PromptError(f"{where} has detail={detail!r:.40}; pictures are read whole: 'high', or scale it down")
+        return "image", fields.get("url")
+    if kind == "input_audio":
+        fields = payload if isinstance(payload, Mapping) else {"data": payload}
+        _check_fields(fields, ("data", "format"), where)
+        data = _inline(decode_base64(fields.get("data"), bare=True), where)
+        _check_format(fields.get("format"), data, where)
+        return "audio", data
+    return kind, payload
+
+
+def _check_fields(given: Mapping[Any, Any], known: Collection[str], where: str) -> None:
+    """Refuse what would be lost; None and empty values, as APIs and tables fill in, mean nothing."""
+    for name, value in given.items():
+        if name not in known and value is not None and not (isinstance(value, str | list | Mapping) and not value):
+            raise PromptError(
+                f"{where} has {name!r:.40}, which is not read; take it out, or write it into the text (read here: "
+                f"{', '.join(known)})"
+            )
+
+
+def _check_format(told: Any, data: bytes, where: str) -> None:
+    found = next((name for name, marks in _MARKS.items() if data.startswith(marks)), None)
+    if told is not None and (told not in (*_MARKS, "mp3") or (found and found != told)):
+        rule = f"its bytes are {found}; write that" if found else f"write one of {', '.join(_MARKS)}, mp3, or none"
+        raise PromptError(f"{where} has format={told!r:.40}; {rule}")
+
+
+def decode_base64(text: Any, *, bare: bool = False) -> bytes | None:
+    """Return the bytes of a base64 data URL, or None. bare: base64 alone will do, where OpenAI's format has that."""
+    if not isinstance(text, str):
+        return None
+    head, comma, data = text.partition(",")
+    if not (re.fullmatch(r"data:.*;base64", head) if comma else bare):
+        return None
+    try:
+        return base64.b64decode(data if comma else text, validate=True)
+    except ValueError:  # binascii.Error is one; text beyond ASCII raises its parent
+        return None
 
 
 def render_raw(
@@ -174,49 +242,10 @@ def _content(content: Any, where: str, trained: bool, kinds: Collection[str]) ->
 
 
 def _part(part: Any, where: str, trained: bool, kinds: Collection[str]) -> Piece:
-    kinds = ("text", *kinds, "image_url", "input_audio")
-    if not isinstance(part, Mapping) or part.get("type") not in kinds:
-        got = part.get("type") if isinstance(part, Mapping) else part
-        raise PromptError(f"{where} has type {got!r:.40}; use one of {', '.join(kinds)}")
-    kind = part["type"]
-    if kind not in part:
-        raise PromptError(f"{where} has no {kind!r}; the payload stands under the key that its type names")
-    _check_fields(part, ("type", kind), where)
-    payload = part[kind]
-    if kind == "text":
-        if not isinstance(payload, str):
-            raise PromptError(f"{where} has text of type {type(payload).__name__}; give a string")
-        return Piece("text", payload, trained)
-    if kind == "image_url":
-        fields = payload if isinstance(payload, Mapping) else {"url": payload}
-        _check_fields(fields, ("url", "detail"), where)
-        if (detail := fields.get("detail")) not in (None, "auto", "high"):
-            raise PromptError(f"{where} has detail={detail!r:.40}; pictures are read whole: 'high', or scale it down")
-        return Piece("image", _inline(fields.get("url"), where))
-    if kind == "input_audio":
-        fields = payload if isinstance(payload, Mapping) else {"data": payload}
-        _check_fields(fields, ("data", "format"), where)
-        data = _inline(fields.get("data"), where, bare=True)
-        _check_format(fields.get("format"), data, where)
-        return Piece("audio", data)
-    return Piece(kind, payload)
-
-
-def _check_fields(given: Mapping[Any, Any], known: Collection[str], where: str) -> None:
-    """Refuse what would be lost; None and empty values, as APIs and tables fill in, mean nothing."""
-    for name, value in given.items():
-        if name not in known and value is not None and not (isinstance(value, str | list | Mapping) and not value):
-            raise PromptError(
-                f"{where} has {name!r:.40}, which is not read; take it out, or write it into the text (read here: "
-                f"{', '.join(known)})"
-            )
-
-
-def _check_format(told: Any, data: bytes, where: str) -> None:
-    found = next((name for name, marks in _MARKS.items() if data.startswith(marks)), None)
-    if told is not None and (told not in (*_MARKS, "mp3") or (found and found != told)):
-        rule = f"its bytes are {found}; write that" if found else f"write one of {', '.join(_MARKS)}, mp3, or none"
-        raise PromptError(f"{where} has format={told!r:.40}; {rule}")
+    kind, payload = read_part(part, where, kinds)
+    if part["type"] == "image_url":
+        payload = _inline(decode_base64(payload), where)
+    return Piece(kind, payload, trained and kind == "text")
 
 
 def _as_json(tools: Any, where: str) -> str:
@@ -226,12 +255,7 @@ def _as_json(tools: Any, where: str) -> str:
         raise PromptError(f"{where} has tools that JSON cannot hold ({error}); write them as a string") from None
 
 
-def _inline(url: Any, where: str, *, bare: bool = False) -> bytes:
-    """Return the bytes of a base64 data URL, or of bare base64 where OpenAI's format has that."""
-    head, comma, data = url.partition(",") if isinstance(url, str) else ("", "", "")
-    if isinstance(url, str) and (re.fullmatch(r"data:.*;base64", head) if comma else bare):
-        try:
-            return base64.b64decode(data if comma else url, validate=True)
-        except ValueError:  # binascii.Error is one; text beyond ASCII raises its parent
-            pass
-    raise PromptError(f"{where} must hold base64 data ('data:...;base64,...'); nothing is fetched from the network")
+def _inline(data: bytes | None, where: str) -> bytes:
+    if data is None:
+        raise PromptError(f"{where} must hold base64 data ('data:...;base64,...'); nothing is fetched from the network")
+    return data
