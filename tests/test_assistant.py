@@ -719,6 +719,7 @@ def test_raw_prompts_take_control_tokens_of_any_form_and_no_bare_placeholder(ass
         (lambda m: m.ask("Hi", max_tokens=True), "max_tokens=True must be a whole number"),
         (lambda m: m.load_adapter(None, "z"), "takes a folder, and a name"),
         (lambda m: m.load_adapter("folder", None), "takes a folder, and a name"),
+        (lambda m: m.load_adapter("a\0b", "z"), "takes a folder, and a name"),
         (lambda m: modalora.load(None), "the model None must be a folder"),
         (lambda m: modalora.load(5), "the model 5 must be a folder"),
         (lambda m: modalora.load("nano", dtype=[]), r"dtype=\[\] must be one of"),

@@ -230,7 +230,7 @@ class Assistant:
         A modality or projectors that the folder brings come along. Raises CheckpointError, or ConfigError where the
         package of its modality is missing.
         """
-        if not isinstance(folder, str | os.PathLike) or not isinstance(name, str):
+        if not isinstance(folder, str | os.PathLike) or "\0" in str(folder) or not isinstance(name, str):
             raise ConfigError(f"load_adapter({folder!r:.60}, {name!r:.40}) takes a folder, and a name for its adapter")
         verdict = load_adapter(self.model, Path(folder), name)
         self._renew()
