@@ -227,6 +227,13 @@ class Batch:
     texts: tuple[str, ...] = field(default=(), repr=False)  # the rendered prompts, for explanations
     samples: tuple[str, ...] = ()  # where each row came from, "SOURCE:NUMBER", for reports and for counting
 
+    @property
+    def labelled(self) -> Tensor:
+        """Which tokens are predicted by the one before them and train, (batch, time - 1) bool; none without labels."""
+        if self.labels is None:
+            return torch.zeros_like(self.input_ids[:, 1:], dtype=torch.bool)
+        return self.labels[:, 1:] != IGNORED
+
     def select(self, rows: Sequence[int]) -> Batch:
         """Return a batch of some of the rows, in the order given."""
         index = torch.tensor(list(rows))

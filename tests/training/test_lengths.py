@@ -13,9 +13,9 @@ from modalora.models.decoder import DecoderConfig
 from modalora.models.multimodal import ModelConfig, Multimodal, parameter_counts
 from modalora.models.sizes import genome_25b, genome_33b
 from modalora.nn.rope import Plain
+from modalora.science.evoformer import EvoformerConfig
 from modalora.training.lengths import (
     BiasedAttention,
-    EvoformerSize,
     Layout,
     decoder_need,
     decoder_numbers,
@@ -159,7 +159,7 @@ def test_ranks_share_rows_and_not_the_bias() -> None:
     whole, part = call.peak("exact"), call.peak("exact", ranks=4)
     bias = 8 * 8 * 384**2  # two copies in bf16, one gradient in float32
     assert part - bias == pytest.approx((whole - bias) / 4)
-    need = evoformer_need(EvoformerSize(), 384, 512, 4, 1e14, 1e12)
+    need = evoformer_need(EvoformerConfig(), 384, 512, 4, 1e14, 1e12)
     assert need.exact < need.naive
     assert need.seconds == pytest.approx(max(need.flops / 1e14, need.flops / (26 * 32) * 5 / 1e12))
 

@@ -101,11 +101,12 @@ def _longest(name: str, size: DecoderConfig, layout: Layout, capacity: float) ->
 
 def evoformer_table(lengths: str, sequences: int, where: Devices, as_json: bool) -> None:
     """Print memory and time of the attention of AlphaFold2's 48 blocks by residues, `sequences` deep."""
-    from modalora.training.lengths import EvoformerSize, evoformer_need, parse_lengths
+    from modalora.science.evoformer import EvoformerConfig
+    from modalora.training.lengths import evoformer_need, parse_lengths
     from modalora.training.machines import EXPONENTIALS, machine_of
 
     peak, capacity, _ = machine_of(where.machine)
-    size, rate = EvoformerSize(), where.share * peak
+    size, rate = EvoformerConfig(), where.share * peak
     needs = [
         evoformer_need(size, residues, sequences, where.count, rate, EXPONENTIALS[where.machine])
         for residues in parse_lengths(lengths)

@@ -89,17 +89,13 @@ def extend(
     the others return an empty summary.
     """
     check_device(config.device)
-    joined_before, device = ranks.has_joined(), torch.device(config.device)
-    if is_one_of_many():
-        device = ranks.join(config.device, config.patience_seconds)
-    if not _is_first():
-        say, report = lambda line: None, lambda metrics: None
-    try:
-        with ranks.explained():
-            return _carry_out(config, device, say, report)
-    finally:
-        if not joined_before:
-            ranks.leave()
+    with ranks.joined():
+        device = torch.device(config.device)
+        if is_one_of_many():
+            device = ranks.join(config.device, config.patience_seconds)
+        if not _is_first():
+            say, report = lambda line: None, lambda metrics: None
+        return _carry_out(config, device, say, report)
 
 
 def _carry_out(
@@ -146,13 +142,8 @@ def _is_first() -> bool:
     return ranks.place()[0] == 0
 
 
-def _shared(value: Any) -> list[Any]:
-    """Return what every process gives."""
-    return ranks.gathered(value) if ranks.has_joined() else [value]
-
-
 def _wait() -> None:
-    _shared(None)
+    ranks.gathered(None)
 
 
 # ---------------------------------------------------------------------------------------------------- settings
@@ -242,7 +233,7 @@ def _search(work: Extension, documents: Sequence[Document], say: Say) -> tuple[F
     target, told = work.folder / FACTORS, work.folder / "search" / "outcome.json"
     hashes = tuple(document.sha256 for document in documents)
     model = fingerprint(work.model)
-    if all(_shared(target.exists() and told.exists())):
+    if all(ranks.gathered(target.exists() and told.exists())):
         factors, source = read_factors(target)
         if (source.model, source.documents) != (model, hashes):
             what = "model" if source.model != model else "documents"
@@ -311,7 +302,7 @@ def _losses_of_others(work: Extension, judge: NeedleJudge) -> dict[str, float]:
         name: float(judge.losses([others[name]], range(judge.documents)).double().mean())
         for name in [*others][rank::world]
     }
-    told = {name: loss for part in _shared(own) for name, loss in part.items()}
+    told = {name: loss for part in ranks.gathered(own) for name, loss in part.items()}
     return {name: told[name] for name in others}
 
 

@@ -152,8 +152,7 @@ def _opened(path: Path | None, told: Mapping[str, Any]) -> Iterator[_Log]:
     if path is not None and _rank() == 0:  # up to the first that is none, as a killed process may leave behind
         numbered = takewhile(lambda own: step_of(own[1]) == own[0], enumerate(read_lines(path)))
         lines = [json.loads(line) for _, line in numbered]
-    if ranks.has_joined():
-        lines = ranks.gathered(lines)[0]
+    lines = ranks.gathered(lines)[0]
     given = json.loads(json.dumps(told))
     if lines and (found := lines[0].get("search")) != given:
         found = found if isinstance(found, dict) else {}
@@ -326,10 +325,8 @@ class _Search:
         while len(found) < len(calls):
             turn = calls[len(found) : len(found) + world]
             own = self._ask(turn[rank], alone=world == 1) if rank < len(turn) else None
-            told: list[Any] = [[own, self.stop.asked]]
-            if world > 1:
-                with ranks.explained():
-                    told = ranks.gathered(told[0])
+            with ranks.explained():
+                told = ranks.gathered([own, self.stop.asked])
             for call, (said, _) in zip(turn, told, strict=False):
                 self.log.write(call, said)
                 found.append(said)

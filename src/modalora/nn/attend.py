@@ -338,7 +338,6 @@ class Backend:
     head_dims: range | None = None
     both_biases: bool = True  # a key bias and a pair bias in one call
     groups_of_rows: bool = True  # pair biases that some rows share, and not all
-    trained_bias: bool = True
     lse: bool = True
     block_sparse: bool = True
     needs: str | None = None  # a package
@@ -356,7 +355,6 @@ class Backend:
             (self.head_dims is not None and q.shape[-1] not in self.head_dims, "head_dim {head_dim}"),
             (not self.both_biases and len(biases) > 1, "a key bias together with a pair bias"),
             (not self.groups_of_rows and 1 < pairs < len(q), "a pair bias for groups of rows"),
-            (not self.trained_bias and any(x.requires_grad for x in biases), "a bias with a gradient"),
             (not self.lse and call.wants_lse, "the log-sum-exp"),
             (not self.block_sparse and call.mask.blocks is not None, "a block-sparse mask"),
         )

@@ -83,6 +83,18 @@ def explained() -> Iterator[None]:
         raise
 
 
+@contextmanager
+def joined() -> Iterator[None]:
+    """Explain what goes wrong between processes, and leave a group that was joined inside."""
+    before = has_joined()
+    try:
+        with explained():
+            yield
+    finally:
+        if not before:
+            leave()
+
+
 def has_joined() -> bool:
     """Tell whether this process is in a process group."""
     return dist.is_initialized()
@@ -116,7 +128,9 @@ def _summed(told: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def gathered(value: Any) -> list[Any]:
-    """Return what every rank gives, in the order of ranks. Values travel as JSON: no pickle is opened."""
+    """Return what every rank gives, in the order of ranks, one alone its own. Values travel as JSON, not as pickles."""
+    if not dist.is_initialized():
+        return [value]
     own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     world = dist.get_world_size()
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world)]

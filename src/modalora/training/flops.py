@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 
 from torch import nn
 
-from modalora.contracts import IGNORED, Batch, terms
+from modalora.contracts import Batch, terms
 from modalora.models.multimodal import Multimodal
 from modalora.models.speech import SpeechEncoder
 from modalora.models.vision import ImageEmbedder
@@ -68,7 +68,7 @@ class StepFlops:
         for row, (length, adapter) in enumerate(zip(batch.lengths.tolist(), batch.route.adapters, strict=True)):
             names = [name for name, _ in terms(adapter)] if adapter else []
             back = learns[row] or any(f"adapter.{name}" in self.trained for name in names)
-            labels = 0 if batch.labels is None else int((batch.labels[row, 1:] != IGNORED).sum())
+            labels = int(batch.labelled[row].sum())
             wide = "decoder" in self.trained
             total += 2 * self.decoder * length * (1 + back + wide)
             total += self.attention * length**2 * (1 + 2 * back)  # the causal half of 4 per pair

@@ -12,6 +12,7 @@ from typing import Literal
 
 from modalora.errors import ConfigError
 from modalora.models.decoder import DecoderConfig
+from modalora.science.evoformer import EvoformerConfig
 
 Attention = Literal["exact", "naive"]  # what attention keeps: a number a row, or all weights
 
@@ -265,25 +266,14 @@ class BiasedAttention:
         return (4 + recompute) * self.scores()
 
 
-@dataclass(frozen=True, slots=True)
-class EvoformerSize:
-    """AlphaFold2's main stack (Jumper et al. 2021): channels of alignment and pairs, blocks, heads."""
-
-    blocks: int = 48
-    alignment: int = 256
-    pairs: int = 128
-    alignment_heads: int = 8
-    pair_heads: int = 4
-    head_dim: int = 32
-
-    def attentions(self, residues: int, sequences: int) -> tuple[BiasedAttention, ...]:
-        """Return the four attentions of a block."""
-        return (
-            BiasedAttention("rows", sequences, residues, self.alignment_heads, self.head_dim),
-            BiasedAttention("columns", residues, sequences, self.alignment_heads, self.head_dim, bias=False),
-            BiasedAttention("triangle, starting", residues, residues, self.pair_heads, self.head_dim),
-            BiasedAttention("triangle, ending", residues, residues, self.pair_heads, self.head_dim),
-        )
+def attentions(size: EvoformerConfig, residues: int, sequences: int) -> tuple[BiasedAttention, ...]:
+    """Return the four attentions of a block (Jumper et al. 2021)."""
+    return (
+        BiasedAttention("rows", sequences, residues, size.msa_heads, size.msa_head_dim),
+        BiasedAttention("columns", residues, sequences, size.msa_heads, size.msa_head_dim, bias=False),
+        BiasedAttention("triangle, starting", residues, residues, size.pair_heads, size.pair_head_dim),
+        BiasedAttention("triangle, ending", residues, residues, size.pair_heads, size.pair_head_dim),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,14 +289,20 @@ class EvoformerNeed:
 
 
 def evoformer_need(
-    size: EvoformerSize, residues: int, sequences: int, ranks: int, rate: float, exponential_rate: float, unit: int = 2
+    size: EvoformerConfig,
+    residues: int,
+    sequences: int,
+    ranks: int,
+    rate: float,
+    exponential_rate: float,
+    unit: int = 2,
 ) -> EvoformerNeed:
     """Return what a stack with recomputed blocks needs: kept inputs of all blocks, and its largest attention.
 
     ranks: that share the rows of every attention. rate: FLOP/s of one device. exponential_rate: exp/s.
     """
-    calls = size.attentions(residues, sequences)
-    kept = size.blocks * unit * residues * (sequences * size.alignment + residues * size.pairs) / ranks
+    calls = attentions(size, residues, sequences)
+    kept = size.blocks * unit * residues * (sequences * size.msa_width + residues * size.pair_width) / ranks
     peaks = {kind: max(one.peak(kind, unit, ranks) for one in calls) for kind in ("naive", "exact")}
     flops = size.blocks * sum(one.flops() for one in calls) / ranks
     exponentials = size.blocks * sum(one.exponentials() for one in calls) / ranks

@@ -32,7 +32,7 @@ class NextToken(nn.Module):
 
     def count(self, batch: Batch) -> int:
         """Return how many losses a batch has."""
-        return 0 if batch.labels is None else int((batch.labels[:, 1:] != IGNORED).sum())
+        return int(batch.labelled.sum())
 
     def forward(self, model: Multimodal, batch: Batch) -> Losses:
         """Return one loss per labelled token."""

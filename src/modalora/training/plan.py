@@ -119,7 +119,7 @@ def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype
     optimizer = Optimizer(trained, run.optim, run.steps)
     optimizer.set_rate(0)
     model.train()
-    labels = sum(_labels(batch) for batch in micro)
+    labels = sum(int(batch.labelled.sum()) for batch in micro)
     with _shared(model, run.mesh), few_stand_for_all(), Meter(fake) as meter:
         for tensor in [*model.parameters(), *model.buffers(), *objective.parameters()]:
             meter.hold(tensor)
@@ -251,10 +251,6 @@ def _blank_payload(kind: str, size: str, config: ModelConfig) -> Any:
 def _dtype(name: str, run: RunConfig, stored: torch.dtype) -> torch.dtype:
     """Return what a tensor is kept in: what trains, in float32 (training/start.py:widen)."""
     return torch.float32 if matches(part_of(name), *run.train) else stored
-
-
-def _labels(batch: Batch) -> int:
-    return 0 if batch.labels is None else int((batch.labels[:, 1:] != IGNORED).sum())
 
 
 def _state_sizes(optimizer: Optimizer) -> dict[str, int]:

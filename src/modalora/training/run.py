@@ -19,7 +19,7 @@ from modalora.models.recompute import recompute
 from modalora.models.sizes import SIZES
 from modalora.parallel.engine import Engine
 from modalora.parallel.launch import engine_for
-from modalora.parallel.ranks import explained, has_joined, leave
+from modalora.parallel.ranks import joined
 from modalora.processing.chat import ChatFormat
 from modalora.processing.tokenizer import TextTokenizer
 from modalora.quantize import quantize, restore
@@ -57,15 +57,10 @@ def run_recipe(
             say(f"{changed:.200} has changed since; remove {target.parent} to train on it anew")
         return target
     check_device(run.device)
-    joined_before = has_joined()
-    engine = engine_for(run)
-    try:
-        with explained():
-            _carry_out(run, engine, target, report, say)
-            engine.barrier()
-    finally:
-        if not joined_before:
-            leave()
+    with joined():
+        engine = engine_for(run)
+        _carry_out(run, engine, target, report, say)
+        engine.barrier()
     return target
 
 
