@@ -21,7 +21,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from modalora.nn.attend import attend
 from modalora.nn.mask import Mask
 from modalora.training.meter import Meter
-from timing import best, where
+from timing import best, peak, where
 
 LAUNCH = {  # what is freed goes back at once, so that the system counts what is in use
     "OMP_NUM_THREADS": "1",
@@ -175,17 +174,10 @@ def measured(shape: Shape, attention: Attention) -> dict[str, int]:
     meter = Meter(FakeTensorMode())
     for tensor in (*case.inputs, case.key_bias, case.upstream):
         meter.hold(tensor)
-    Path("/proc/self/clear_refs").write_text("5")  # the most held starts anew
-    held, before = meter.now, _system("VmRSS")
-    with meter:
+    held = meter.now
+    with peak() as found, meter:
         case.step(attention)
-    return {"counted": meter.peak, "held": held, "resident": _system("VmHWM") - before + held}
-
-
-def _system(name: str) -> int:
-    """Return VmRSS, what the process holds, or VmHWM, the most it held, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+    return {"counted": meter.peak, "held": held, "resident": found.bytes + held}
 
 
 def alone(shape: Shape, name: str) -> dict[str, int]:

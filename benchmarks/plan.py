@@ -17,7 +17,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from modalora.training.estimate import estimate
 from modalora.training.loop import train
 from modalora.training.optimizer import freeze
 from modalora.training.plan import plan_step, shaped_batch
-from timing import where
+from timing import peak, where
 
 LAUNCH = {
     "OMP_NUM_THREADS": "1",
@@ -114,14 +113,6 @@ class Same:
         del state
 
 
-def resident(key: str) -> int:
-    """Return a line of /proc/self/status in bytes: VmRSS now, VmHWM at most."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024
-    raise SystemExit(f"/proc/self/status has no {key}; this benchmark needs Linux")
-
-
 def measure(what: str, name: str) -> dict[str, float]:
     case = CASES[name]
     torch.set_num_threads(1)
@@ -137,18 +128,17 @@ def measure(what: str, name: str) -> dict[str, float]:
         torch.ones(64, 64) @ torch.ones(64, 64)
         torch.optim.AdamW([torch.zeros(1)])  # imports what it needs
         told = [estimate(plan, run, "this", 1, 1.0, 0).step_seconds] if what == "time" else []
-        before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts anew
-        torch.manual_seed(0)
-        model = build(config, case.dtype)
-        for parameter in freeze(model, run.train).values():
-            parameter.data = parameter.data.float()
-        if run.recompute:
-            recompute(model)
         rates: list[float] = []
-        train(run, model, Same(batch), lambda metrics: rates.append(metrics["tokens_per_second"]))
+        with peak() as seen:
+            torch.manual_seed(0)
+            model = build(config, case.dtype)
+            for parameter in freeze(model, run.train).values():
+                parameter.data = parameter.data.float()
+            if run.recompute:
+                recompute(model)
+            train(run, model, Same(batch), lambda metrics: rates.append(metrics["tokens_per_second"]))
         if what == "memory":
-            return {"plan": plan.peak, "seen": resident("VmHWM") - before}
+            return {"plan": plan.peak, "seen": seen.bytes}
         told.append(estimate(plan, run, "this", 1, 1.0, 0).step_seconds)
         return {"plan": sum(told) / 2, "seen": plan.tokens / max(rates)}
 

@@ -26,7 +26,6 @@ import time
 import traceback
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +41,7 @@ from modalora.models.multimodal import ModelConfig, Multimodal
 from modalora.models.recompute import recompute
 from modalora.models.sizes import nano
 from modalora.parallel.sequence import split_tokens
+from timing import peak
 
 LIMIT = 20 * 2**30
 Told = dict[str, float]
@@ -71,11 +71,6 @@ def materialise(model: Multimodal) -> None:
     model.decoder.losses = losses  # type: ignore[method-assign]
 
 
-def resident(key: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
 def step(tokens: int, ring: int, heads: int, *, naive: bool, again: bool, window: int | None) -> Told:
     """Return what one step of so many tokens takes of this process."""
     torch.set_num_threads(1)
@@ -98,15 +93,15 @@ def step(tokens: int, ring: int, heads: int, *, naive: bool, again: bool, window
             saved[storage.data_ptr()] = storage.nbytes()
         return x
 
-    before, started = resident("VmRSS"), time.process_time()
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins here
-    with saved_tensors_hooks(keep, lambda x: x):
-        loss = model.loss(batch)[0].sum() / tokens
-    kept = sum(saved.values())
-    loss.backward()
+    started = time.process_time()
+    with peak() as held:
+        with saved_tensors_hooks(keep, lambda x: x):
+            loss = model.loss(batch)[0].sum() / tokens
+        kept = sum(saved.values())
+        loss.backward()
     return {
         "saved": kept,
-        "peak": resident("VmHWM") - before,
+        "peak": held.bytes,
         "seconds": time.process_time() - started,
         "loss": float(loss.detach()),
     }

@@ -1,11 +1,15 @@
-"""CPU seconds of this process: what other work on the machine hardly moves, unlike wall time."""
+"""CPU seconds of this process, what other work on the machine hardly moves, unlike wall time; and its memory."""
 
 from __future__ import annotations
 
+import gc
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,3 +39,25 @@ def in_turn(works: Mapping[str, Callable[[], Any]], times: int = 3) -> dict[str,
     and speeds up again within minutes."""
     found = [{name: best(work, 1) for name, work in works.items()} for _ in range(times)]
     return {name: min(one[name] for one in found) for name in works}
+
+
+@dataclass
+class Peak:
+    """The most bytes of resident memory that something needed above what was there before it."""
+
+    bytes: int = 0
+
+
+@contextmanager
+def peak() -> Iterator[Peak]:
+    """Measure the body; what is found is there once it has ended. Needs Linux."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the most held starts anew
+    before, found = _held("VmRSS"), Peak()
+    yield found
+    found.bytes = _held("VmHWM") - before
+
+
+def _held(name: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))

@@ -14,7 +14,6 @@ their gradients and moments are not. The matrix products alone are the limit: no
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import subprocess
@@ -41,7 +40,7 @@ from modalora.models.sizes import phi4_mini
 from modalora.nn.lora import LoraConfig
 from modalora.nn.loss import cross_entropy
 from modalora.training.moments import SmallAdamW
-from timing import best, where
+from timing import best, peak, where
 
 LAYERS, RANK = 4, 320
 OURS = ("ours", "recompute", "8-bit moments")
@@ -201,16 +200,9 @@ def measure_loss(given: argparse.Namespace) -> dict[str, float]:
 
 def peak_of(step: Callable[[], None]) -> float:
     """Return the GB of resident memory that a call needs above what is there before it, at its peak."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on
-    before = resident("VmRSS")
-    step()
-    return (resident("VmHWM") - before) / 1e9
-
-
-def resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    with peak() as found:
+        step()
+    return found.bytes / 1e9
 
 
 def ask(given: argparse.Namespace, verb: str, side: str, *, tuned: bool, **options: object) -> dict[str, float]:
