@@ -109,7 +109,7 @@ def test_every_wrong_key_is_told_at_once() -> None:
 def test_a_rule_of_a_config_speaks_for_itself() -> None:
     fields = written()
     fields["decoder"]["rope"]["rotated"] = 2.0
-    with pytest.raises(ConfigError, match=r"^rotated=2.0 must lie in \(0, 1\]; Phi-4-Mini uses 0.75$"):
+    with pytest.raises(ConfigError, match=r"^x: rotated=2.0 must lie in \(0, 1\]; Phi-4-Mini uses 0.75$"):
         parse(ModelConfig, fields, "x")
 
 

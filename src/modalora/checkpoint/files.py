@@ -29,11 +29,14 @@ from modalora.errors import CheckpointError, WorkError
 FORMAT = 1
 MANIFEST = "manifest.json"
 HEADER_BYTES, MOST_TENSORS, MOST_JSON_BYTES = 4_000_000, 20_000, 64_000_000
+# Of a config, an adapter's too, and of a list of files or tensors: those that are published have 10 KB and 0.3 MB.
+CONFIG_BYTES, LIST_BYTES, TOKENIZER_BYTES = 1_000_000, 8_000_000, 100_000_000
 _BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
     "U16": 16, "U8": 8, "BOOL": 8,
 }  # fmt: skip
 _NAME = re.compile(r"[\w./-]{1,250}", re.ASCII)
+_TOLD = 20  # files in one message
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
@@ -43,9 +46,30 @@ def inside(folder: Path, name: str) -> Path:
     root = folder.resolve()
     # a Hugging Face cache keeps the files beside its snapshots, under their hashes
     roots = [root, *(one.parent / "blobs" for one in root.parents if one.name == "snapshots")]
-    if "\0" in name or not any(path.resolve().is_relative_to(one) for one in roots):
-        raise CheckpointError(f"{folder} names the file {name!r}, which lies outside the folder; it was not opened")
+    if not _lies_in(path, roots):
+        raise CheckpointError(
+            f"{folder} names the file {name!r:.120}, which lies outside the folder; it was not opened"
+        )
     return path
+
+
+def _lies_in(path: Path, roots: Sequence[Path]) -> bool:
+    try:
+        resolved = path.resolve()
+        path.exists()  # a name that is too long is no error until it is asked for
+    except (OSError, RuntimeError, ValueError):  # links in a circle, zeros and surrogates in a name
+        return False
+    return any(resolved.is_relative_to(root) for root in roots)
+
+
+def check_file(path: Path, most: int) -> None:
+    """Refuse what would be read for ever: a pipe or device, or more bytes than are read. An absent file passes."""
+    if not path.exists() or path.is_dir():  # which opening it tells
+        return
+    if not path.is_file():
+        raise CheckpointError(f"{path} is a pipe or a device, and was not opened; a folder holds plain files")
+    if (size := path.stat().st_size) > most:
+        raise CheckpointError(f"{path} has {size:,} bytes; at most {most:,} are read")
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None], *, manifest: bool = True) -> None:
@@ -99,7 +123,7 @@ def sync(path: Path) -> None:
 def weights_digest(folder: Path) -> str | None:
     """Return what tells a folder's weights from others, by its manifest; None where it has none."""
     try:
-        files: Any = read_json(folder / MANIFEST)["files"]
+        files: Any = read_json(folder / MANIFEST, most=LIST_BYTES)["files"]
         listed = sorted((name, told["sha256"]) for name, told in files.items() if name.endswith(".safetensors"))
     except (AttributeError, CheckpointError, KeyError, TypeError):
         return None
@@ -113,16 +137,18 @@ def check_manifest(folder: Path, needed: Sequence[str] = ()) -> None:
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give a model folder or the name of a bundled model")
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_json(folder / MANIFEST, most=LIST_BYTES)
     files: Any = manifest.get("files")
     listed = isinstance(files, dict) and all(isinstance(told, dict) for told in files.values())
     if manifest.get("format") != FORMAT or not listed:
         raise CheckpointError(f"{folder / MANIFEST} is not a manifest of format {FORMAT}")
+    if len(files) > MOST_TENSORS:
+        raise CheckpointError(f"{folder / MANIFEST} lists {len(files):,} files; at most {MOST_TENSORS:,} are read")
     wrong = [f"{name} is not in the manifest" for name in needed if name not in files]
     for name, told in files.items():
         path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
-            wrong.append(f"{name} lies outside the folder")
+        if not _lies_in(path, [folder.resolve()]):
+            wrong.append(f"{name!r:.120} lies outside the folder")
         elif not path.is_file():
             wrong.append(f"{name} is missing")
         elif path.stat().st_size != told.get("bytes"):
@@ -130,6 +156,7 @@ def check_manifest(folder: Path, needed: Sequence[str] = ()) -> None:
         elif digest(path) != told.get("sha256"):
             wrong.append(f"{name} was altered: its SHA-256 is not the manifest's")
     if wrong:
+        wrong = wrong if len(wrong) <= _TOLD else [*wrong[:_TOLD], f"and {len(wrong) - _TOLD} more"]
         raise CheckpointError(f"{folder} fails its manifest: {'; '.join(wrong)}; copy the folder again from its source")
 
 
@@ -159,13 +186,14 @@ class Weights:
         if (folder / single).exists() or (folder / single).is_symlink():
             self.entries, self.metadata = _read_header(inside(folder, single))
             return
-        if not (folder / index).exists():
+        listing = inside(folder, index)
+        if not listing.exists():
             pickles = sorted(path.name for kind in _PICKLES for path in folder.glob(kind))
             had = f"; {pickles[0]} is a pickle, which can run code and is never opened" if pickles else ""
             raise CheckpointError(f"{folder} has neither {single} nor {index}{had}; save the model as safetensors")
-        listed = read_json(inside(folder, index)).get("weight_map")
+        listed = read_json(listing, most=LIST_BYTES).get("weight_map")
         if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
-            raise CheckpointError(f"{folder / index} has no weight_map of tensor names to file names")
+            raise CheckpointError(f"{listing} has no weight_map of tensor names to file names")
         for name in dict.fromkeys(listed.values()):
             found, _ = _read_header(inside(folder, name))
             if twice := sorted(set(found) & set(self.entries)):
@@ -197,6 +225,7 @@ class Weights:
 def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """Return a file's tensors and metadata, refusing what no writer of safetensors makes."""
     try:
+        check_file(path, sys.maxsize)
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(8)
@@ -209,6 +238,8 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             header = file.read(length)
         if header.count(b'"data_offsets"') > MOST_TENSORS:  # before a million of them are parsed
             raise CheckpointError(f"its header lists more than {MOST_TENSORS:,} tensors")
+        if header.count(b"[") + header.count(b"{") > 4 * MOST_TENSORS:  # three for each tensor
+            raise CheckpointError("its header nests more lists and objects than tensors have")
         fields = json.loads(header.decode("utf-8"), object_pairs_hook=_once)
     except OSError as error:
         raise CheckpointError(
@@ -232,6 +263,11 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             sound = sound and 0 <= begin <= end and (end - begin) * 8 == count * _BITS[dtype]
         except (KeyError, TypeError, ValueError):
             sound = False
+        if isinstance(told, dict) and str(told.get("dtype")).startswith(("F8_", "F4", "F6_")):
+            raise CheckpointError(
+                f"{path}: {name!r:.80} has dtype {told['dtype']!r:.20}, numbers of 8 bits and fewer; expand them to bf16 "
+                "with the tool that made the file"
+            )
         if not sound:
             raise CheckpointError(f"{path}: the header's entry {name!r:.80} is no tensor: {told!r:.120}")
         spans.append((begin, end))
@@ -316,12 +352,10 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; a key given twice is refused."""
+def read_json(path: Path, *, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
+    """Return the object in a JSON file of at most so many bytes; a key given twice is refused."""
+    check_file(path, most)
     try:
-        size = path.stat().st_size
-        if size > MOST_JSON_BYTES:
-            raise CheckpointError(f"it has {size:,} bytes; at most {MOST_JSON_BYTES:,} are read")
         fields = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; a model folder needs it") from None

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from modalora.errors import ConfigError
+from modalora.errors import ConfigError, InputError
 
 T = TypeVar("T")
 _TOLD = 8  # faults in one message
@@ -32,6 +32,8 @@ def parse(kind: type[T], fields: Any, where: str) -> T:
         return _Strict[kind].model_validate({"fields": fields}).fields  # type: ignore[valid-type]
     except ValidationError as error:
         raise ConfigError(f"{where}: {'; '.join(_explain(error, kind))}") from None
+    except InputError as error:  # a rule of the values' own, which knows no file
+        raise type(error)(f"{where}: {error}") from None
 
 
 def check_sizes(config: Any) -> None:
