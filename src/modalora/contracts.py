@@ -43,8 +43,8 @@ def terms(adapter: str) -> tuple[tuple[str, float], ...]:
         raise RouteError(f"{adapter!r} is no sum of adapters; write names with + between and weights behind @: a+b@0.7")
     if wrong := [weight for _, weight in found if abs(weight) > MOST_WEIGHT]:
         raise RouteError(
-            f"{adapter!r:.80}: the weight {wrong[0]:g} must lie within {-MOST_WEIGHT:,.0f} and {MOST_WEIGHT:,.0f}, such "
-            "as 0.7"
+            f"{adapter!r:.80}: the weight {wrong[0]:g} must lie within {-MOST_WEIGHT:,.0f} and {MOST_WEIGHT:,.0f}, "
+            "such as 0.7"
         )
     return tuple(found)
 

@@ -204,8 +204,9 @@ def test_an_original_window_is_read_where_transformers_reads_it() -> None:
 def test_keys_that_older_versions_wrote_change_nothing() -> None:
     fields = configs.write_config("phi3", phi4_mini(), TOKENS)
     old = {
-        "task_specific_params": None, "top_k": 50, "torchscript": False, "pruned_heads": {}, "use_sliding_window": False,
-        "tie_encoder_decoder": False, "head_dim": 128, "layer_types": ["full_attention"] * 32,
+        "task_specific_params": None, "top_k": 50, "torchscript": False, "pruned_heads": {},
+        "use_sliding_window": False, "tie_encoder_decoder": False, "head_dim": 128,
+        "layer_types": ["full_attention"] * 32,
     }  # fmt: skip
     assert configs.read_config("phi3", fields | old, "config.json") == phi4_mini()
     with pytest.raises(ConfigError, match="unknown key 'pruned_heads', 'torchscript'"):

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -265,8 +266,8 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             sound = False
         if isinstance(told, dict) and str(told.get("dtype")).startswith(("F8_", "F4", "F6_")):
             raise CheckpointError(
-                f"{path}: {name!r:.80} has dtype {told['dtype']!r:.20}, numbers of 8 bits and fewer; expand them to bf16 "
-                "with the tool that made the file"
+                f"{path}: {name!r:.80} has dtype {told['dtype']!r:.20}, numbers of 8 bits or fewer; expand them to "
+                "bf16 with the tool that made the file"
             )
         if not sound:
             raise CheckpointError(f"{path}: the header's entry {name!r:.80} is no tensor: {told!r:.120}")
@@ -282,6 +283,19 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             f"{path} has {size:,} bytes and its header promises {at + 8 + length:,}; it is cut short or was altered"
         )
     return entries, metadata if isinstance(metadata, dict) else {}
+
+
+def fitted(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
+    """Return a tensor in a dtype. Raises CheckpointError when a finite number would become infinite."""
+    if tensor.dtype == dtype:
+        return tensor
+    found = tensor.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and bool((found.isinf() & tensor.isfinite()).any()):
+        raise CheckpointError(
+            f"{what} holds {float(tensor.abs().nan_to_num(0, 0).max()):.3g}, which {dtype} cannot tell from infinity; "
+            "load the model with dtype='float32'"
+        )
+    return found
 
 
 def sort_metadata(path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modalora.checkpoint.files import Weights, inside, read_json
+from modalora.checkpoint.files import CONFIG_BYTES, Weights, fitted, inside, read_json
 from modalora.checkpoint.names import plan, theirs
 from modalora.errors import CheckpointError
 from modalora.modality import brought_by, find, read_encoders, write_encoders
@@ -106,8 +106,10 @@ def find_modules(
     return Modules(new, tuple(branches), stored, tuple(unknown))
 
 
-def add_modules(model: Multimodal, modules: Modules, weights: Weights, adapter: str) -> None:
-    """Add what `find_modules` found, for the rows of an adapter."""
+def add_modules(
+    model: Multimodal, modules: Modules, weights: Weights, adapter: str, *, as_stored: bool = False
+) -> None:
+    """Add what `find_modules` found, for the rows of an adapter; as_stored: in the files' dtype."""
     for name, sizes in modules.modalities.items():
         model.add_modality(name, sizes)
         routed = find(name).routes[frozenset({name})].adapter
@@ -117,13 +119,14 @@ def add_modules(model: Multimodal, modules: Modules, weights: Weights, adapter: 
         old = model.projectors.get_submodule(f"{modality}.{branch}")
         # what the folder leaves out stays as it is in the old one
         model.add_branch(modality, f"{branch}-{adapter}").load_state_dict(old.state_dict())
-    tensors = model.state_dict()
+    held, found = model.state_dict(), {}
     for name, key in modules.stored.items():
         pieces = name.split(".")
         if tuple(pieces[1:3]) in modules.branches:
             pieces[2] = f"{pieces[2]}-{adapter}"
-        with torch.no_grad():
-            tensors[".".join(pieces)].copy_(weights.get(key))
+        own, stored = held[place := ".".join(pieces)], weights.get(key)
+        found[place] = (stored if as_stored else fitted(stored, own.dtype, f"{weights.folder}: {key}")).to(own.device)
+    model.load_state_dict(found, strict=False, assign=True)
 
 
 def modules_of(model: Multimodal, adapter: str) -> tuple[dict[str, Tensor], list[str], dict[str, Any]]:
@@ -163,7 +166,7 @@ def own_projectors(model: Multimodal, adapter: str) -> list[str]:
 
 def _read_modalities(folder: Path) -> dict[str, EncoderConfig]:
     path = inside(folder, MODALITY)
-    return read_encoders(read_json(path), str(path)) if path.exists() else {}
+    return read_encoders(read_json(path, most=CONFIG_BYTES), str(path)) if path.exists() else {}
 
 
 def _shapes(model: Multimodal, modalities: Mapping[str, EncoderConfig]) -> dict[str, tuple[int, ...]]:

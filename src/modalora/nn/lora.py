@@ -25,7 +25,6 @@ from modalora.errors import ConfigError
 from modalora.nn import packed, products
 from modalora.nn.quantised import KINDS, Kept, check_bits
 
-
 _MOST_ALPHA, _MOST_PATTERNS = 1e6, 2000
 
 
