@@ -269,7 +269,7 @@ def test_a_model_folder_without_its_package_says_which(tmp_path: Path, monkeypat
     modality.register(replace(SMELL, package="smell-o-vision"))
     smelling().save(tmp_path / "model")
     monkeypatch.setattr(modality, "_given", {})
-    with pytest.raises(ConfigError, match="needs the modality 'smell' of smell-o-vision.*pip install smell-o-vision"):
+    with pytest.raises(ConfigError, match="needs the modality 'smell' of 'smell-o-vision'.*pip install smell-o-vision"):
         modalora.load(tmp_path / "model")
 
 

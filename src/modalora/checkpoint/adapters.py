@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite, prod, sqrt
+from math import hypot, isfinite, prod
 from pathlib import Path
 from typing import Any
 
@@ -417,10 +417,10 @@ def merge(model: Multimodal, route: str) -> Merged:
         exact = linear.weight.to(dtype) + change
         if not change.isfinite().all():
             raise CheckpointError(f"{route!r} makes {place} infinite; give smaller weights, such as 0.7")
-        if change.any():
+        if _size(change):
             results[place] = merged = fitted(exact, linear.weight.dtype, f"{place} with {route!r}")
-            lost = float((merged.to(dtype) - exact).double().square().sum())
-            errors[place] = (lost, float(change.double().square().sum()))
+            made = merged.to(dtype) - linear.weight.to(dtype)
+            errors[place] = _size(made - change), _size(change)
     if not errors:
         raise CheckpointError(f"{route!r} changes no weight; there is nothing to merge")
     for place, result in results.items():  # once all of them are finite
@@ -429,13 +429,14 @@ def merge(model: Multimodal, route: str) -> Merged:
         for one in list(linear.adapters):
             linear.drop_adapter(one)
     model.config = replace(model.config, adapters={}, aliases={})
-    lost, wanted = (sum(pair[side] for pair in errors.values()) for side in (0, 1))
-    worst = max(errors, key=lambda place: _share(*errors[place]))
-    return Merged(len(errors), sqrt(_share(lost, wanted)), worst, sqrt(_share(*errors[worst])))
+    lost, wanted = (hypot(*(pair[side] for pair in errors.values())) for side in (0, 1))
+    worst = max(errors, key=lambda place: errors[place][0] / errors[place][1])
+    return Merged(len(errors), lost / wanted, worst, errors[worst][0] / errors[worst][1])
 
 
-def _share(lost: float, wanted: float) -> float:
-    return lost / wanted if wanted else 0.0  # squares of 1e-200 are zero
+def _size(change: Tensor) -> float:
+    """Return the root of the sum of squares, in float64: float32 has no squares of what a weight of 1e-25 makes."""
+    return float(torch.linalg.vector_norm(change, dtype=torch.float64))
 
 
 def _exact(weight: Tensor) -> torch.dtype:

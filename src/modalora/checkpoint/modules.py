@@ -73,6 +73,8 @@ def find_modules(
     unknown: list[str] = []
     for key in keys:
         own = ours.get(_WRAPPED.sub("", key).removeprefix(_PREFIX))
+        if own is not None and own in stored and torch.equal(weights.get(key), weights.get(stored[own])):
+            continue  # an output matrix that is tied, saved again beside the embedding
         if own is None or own in stored:
             unknown.append(key)
         else:

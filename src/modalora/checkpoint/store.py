@@ -434,11 +434,14 @@ def _stop_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
 
 def _ids(told: Any, where: str, vocab_size: int) -> tuple[int, ...]:
     ids = [] if told is None else told if isinstance(told, list) else [told]
-    wrong = [index for index in ids if type(index) is not int or not 0 <= index < vocab_size]
+    wrong = [index for index in ids if type(index) is not int or not 0 <= index < 2**31]
     if wrong:
         number = f"{wrong[0]!r:.40}" if not isinstance(wrong[0], int) or abs(wrong[0]) < 2**63 else "a large number"
-        raise CheckpointError(f"{where} has {number}; it must be a token id below {vocab_size:,}, or a list of them")
-    return tuple(ids)
+        raise CheckpointError(
+            f"{where} has {number}; it must be a token id, below {vocab_size:,} in this model, or a list of them"
+        )
+    # small models that were made from a published one's config keep its ids, which end nothing
+    return tuple(index for index in ids if index < vocab_size)
 
 
 def _filler(
