@@ -555,7 +555,7 @@ def _targets(fields: Mapping[str, Any], linears: Mapping[str, Stored], path: Pat
         raise CheckpointError(
             f"{path}: target_modules={targets!r:.80} name no Linear of this decoder, which has "
             f"{', '.join(_kinds(linears))} in every layer; "
-            f"{_stranger([f'.{one}.' for one in _listed(targets)], linears)}"
+            f"{_stranger([f'.{one}.' for one in _listed(targets)], linears, 'it was trained on another architecture')}"
         )
     return _shortest(places, linears)
 
@@ -569,8 +569,8 @@ def _kinds(places: Mapping[str, Stored]) -> list[str]:
     return list(dict.fromkeys(_published(told).split(".", 3)[3] for told in places.values()))
 
 
-def _stranger(keys: Sequence[str], places: Mapping[str, Stored]) -> str:
-    """Return in words why an adapter's names are none of this decoder's."""
+def _stranger(keys: Sequence[str], places: Mapping[str, Stored], otherwise: str = "") -> str:
+    """Return in words why an adapter's names are none of this decoder's; otherwise: if nothing is known of them."""
     kinds = _kinds(places)
     if any(f".{one}." in key for key in keys for one in ("lm_head", "embed_tokens")):
         return (
@@ -582,7 +582,7 @@ def _stranger(keys: Sequence[str], places: Mapping[str, Stored]) -> str:
             "it was trained on a copy whose matrices are split (q_proj, gate_proj and so on), which are one here: "
             f"{', '.join(kinds)}; train it on the published model"
         )
-    return f"keys look like base_model.model.{_published(next(iter(places.values())))}.lora_A.weight"
+    return otherwise or f"keys look like base_model.model.{_published(next(iter(places.values())))}.lora_A.weight"
 
 
 def _shortest(places: Sequence[str], linears: Mapping[str, Any]) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from modalora.errors import CheckpointError, WorkError
 FORMAT = 1
 MANIFEST = "manifest.json"
 HEADER_BYTES, MOST_TENSORS, MOST_JSON_BYTES = 4_000_000, 20_000, 64_000_000
-# Of a config, an adapter's too, and of a list of files or tensors: those that are published have 10 KB and 0.3 MB.
+# Of a config, an adapter's too, of a manifest, and of an index of tensors: those published have 10 KB and 0.3 MB.
 CONFIG_BYTES, LIST_BYTES, TOKENIZER_BYTES = 1_000_000, 8_000_000, 100_000_000
 _BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
@@ -124,7 +124,7 @@ def sync(path: Path) -> None:
 def weights_digest(folder: Path) -> str | None:
     """Return what tells a folder's weights from others, by its manifest; None where it has none."""
     try:
-        files: Any = read_json(folder / MANIFEST, most=LIST_BYTES)["files"]
+        files: Any = read_json(folder / MANIFEST, most=CONFIG_BYTES)["files"]
         listed = sorted((name, told["sha256"]) for name, told in files.items() if name.endswith(".safetensors"))
     except (AttributeError, CheckpointError, KeyError, TypeError):
         return None
@@ -138,7 +138,7 @@ def check_manifest(folder: Path, needed: Sequence[str] = ()) -> None:
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give a model folder or the name of a bundled model")
-    manifest = read_json(folder / MANIFEST, most=LIST_BYTES)
+    manifest = read_json(folder / MANIFEST, most=CONFIG_BYTES)
     files: Any = manifest.get("files")
     listed = isinstance(files, dict) and all(isinstance(told, dict) for told in files.values())
     if manifest.get("format") != FORMAT or not listed:

@@ -117,13 +117,14 @@ def read_card(folder: Path, *, check: bool = True) -> Card:
 
 def _check_names(config: ModelConfig, path: Path) -> None:
     """Refuse names in a config of our own that no model of ours has."""
-    for name in config.adapters:
-        check_name(name)
-    for modality, branches in config.branches.items():
+    for name in (*config.adapters, *(one for branches in config.branches.values() for one in branches)):
+        try:
+            check_name(name)
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+    for modality in config.branches:
         if modality not in config.modalities:
             raise CheckpointError(f"{path}: branches are of {modality!r:.60}, a modality that this model lacks")
-        for branch in branches:
-            check_name(branch)
     for name, other in config.aliases.items():
         if other not in config.adapters:
             raise CheckpointError(f"{path}: aliases leads from {name!r:.60} to {other!r:.60}, which is no adapter")
