@@ -207,7 +207,7 @@ def find(name: str, package: str = "") -> Modality:
         named = f"name {'its Python file' if file == package else file} with {ways}"
         plain = file == package and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", package)
         mend = f"if you trust the package {package!r}, pip install {package}, or {named}" if plain else named
-        raise ConfigError(f"the modality {name!r} is not installed (there are {', '.join(known())}); {mend}")
+        raise ConfigError(f"the modality {name!r:.60} is not installed (there are {', '.join(known())}); {mend}")
     origins = [entry.dist.name if entry.dist else entry.value for entry in entries]
     if len(entries) > 1:
         raise ConfigError(f"the modality {name!r} is brought by {' and '.join(sorted(origins))}; uninstall one of them")
