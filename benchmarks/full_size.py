@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from modalora.checkpoint import configs, names
-from modalora.checkpoint.files import write_json, write_tensors
+from modalora.checkpoint.files import write_tensors
+from modalora.disk import write_json
 from modalora.models.multimodal import ModelConfig, Multimodal
 from modalora.models.sizes import SIZES
 from modalora.processing.tokenizer import CONTROL_TOKENS, TextTokenizer

@@ -37,6 +37,7 @@ import torch
 from modalora.checkpoint.store import load_model, save_model
 from modalora.config import RunConfig, SearchConfig, load_run, parse
 from modalora.contracts import Batch, Route
+from modalora.disk import drafted
 from modalora.evaluation.documents import make_documents, part_of_books
 from modalora.evaluation.needle import Document, Grid, answer_losses, measure_grid, plain_document
 from modalora.longrope2.factors import Provenance, Stretch, Temperature, read_factors, temperature_scale, write_factors
@@ -277,10 +278,8 @@ def guides(tokenizer: TextTokenizer, options: argparse.Namespace, plain: bool, s
 
 
 def write(path: Path, fields: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(fields, indent=1), encoding="utf-8")
-    draft.replace(path)
+    with drafted(path) as draft:
+        draft.write_text(json.dumps(fields, indent=1), encoding="utf-8")
 
 
 def exported(options: argparse.Namespace, premise: str) -> None:

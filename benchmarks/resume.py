@@ -29,15 +29,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from modalora import disk
 from modalora.checkpoint import resume
-from modalora.checkpoint.files import MANIFEST, read_json, seal, write_json
+from modalora.checkpoint.files import MANIFEST, seal
 from modalora.checkpoint.store import load_model
 from modalora.config import OptimConfig, RunConfig, SourceConfig
 from modalora.contracts import IGNORED, Batch, Media, Route, image_tokens, subsampled
+from modalora.disk import read_json, write_json
 from modalora.errors import ModaloraError
 from modalora.models.multimodal import ModelConfig, Multimodal
 from modalora.models.sizes import tiny
-from modalora.training import journal, loop, states
+from modalora.training import loop, states
 from modalora.training.signals import Interrupted
 
 STEPS, ROWS, MICRO = 12, 3, 2
@@ -278,7 +280,7 @@ def no_position() -> None:
 
 def no_truncation() -> None:
     """Switch off: what was logged behind the state stays."""
-    journal._step = lambda line: 0
+    disk.step_of = lambda line: 0
 
 
 def _missing(name: str) -> Callable[[Path, Path], None]:

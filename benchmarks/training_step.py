@@ -31,9 +31,10 @@ from torch.nn import functional
 
 from full_size import TUNED, draw, words
 from modalora.checkpoint import configs, names
-from modalora.checkpoint.files import write_json, write_tensors
+from modalora.checkpoint.files import write_tensors
 from modalora.checkpoint.store import load_model
 from modalora.contracts import IGNORED, Batch, Route
+from modalora.disk import write_json
 from modalora.models.multimodal import ModelConfig, Multimodal
 from modalora.models.recompute import recompute
 from modalora.models.sizes import phi4_mini

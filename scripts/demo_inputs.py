@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from modalora.data.numbers import DIGITS
 from modalora.data.scenes import nlvr_like
-from modalora.data.speech import DIGITS, resample
+from modalora.data.variation import resample
 from modalora.data.voices import espeak, trim
 
 RATE = 16_000

@@ -22,7 +22,7 @@ from jaxtyping import install_import_hook
 # Calls in these rooms are checked against their annotations, in tests only. Left out are the rooms that users hand
 # things to (processing, assistant, cli), whose own messages about wrong types are tested, and data, whose loops over
 # millions of small calls would take five times as long.
-CHECKED = ("contracts", "models", "science", "generation", "checkpoint", "training", "evaluation", "longrope2")
+CHECKED = ("contracts", "disk", "models", "science", "generation", "checkpoint", "training", "evaluation", "longrope2")
 _checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int where a float is asked for is right
 
 

@@ -21,8 +21,8 @@ from torch import Tensor
 import modalora
 from modalora.assistant import Assistant, find_model, make_processor, question_messages, set_regime
 from modalora.checkpoint.adapters import CONFIG, WEIGHTS, load_adapter, save_adapter
-from modalora.checkpoint.files import read_json, write_json
 from modalora.contracts import Batch, Route
+from modalora.disk import read_json, write_json
 from modalora.errors import CheckpointError, ConfigError, ModaloraError, PromptError, RouteError
 from modalora.generation import engine
 from modalora.models.multimodal import Multimodal

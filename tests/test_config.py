@@ -13,6 +13,7 @@ import yaml
 
 from modalora.cli.train import RECIPES
 from modalora.config import FittedRate, RunConfig, dump, load_chain_start, load_run, load_stages, parse
+from modalora.config.text import read, write
 from modalora.errors import ConfigError
 from modalora.models.multimodal import ModelConfig
 from modalora.models.sizes import SIZES
@@ -241,3 +242,73 @@ def test_a_fitted_rate_falls_with_the_tokens_of_the_run() -> None:
     assert again.optim.lr == run.optim.lr
     with pytest.raises(ConfigError, match="leave one out"):
         parse(RunConfig, fields_of_a_run(optim={"fitted": law, "lr": 0.1}), "test")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("-1.5E+3", -1500.0),
+        (".5", 0.5),
+        ("010", 10),
+        ("1:40", "1:40"),
+        ("1_0", "1_0"),
+        ("on", "on"),
+        ("2024-01-02", "2024-01-02"),
+        ("2024-13-45", "2024-13-45"),
+        ("null", None),
+        ("~", None),
+        ("true", True),
+        ("{a: [1, .inf]}", {"a": [1, float("inf")]}),
+        ("{a: &x {b: 1}, c: {<<: *x, d: 2}}", {"a": {"b": 1}, "c": {"b": 1, "d": 2}}),
+    ],
+)
+def test_plain_values_are_those_of_yaml_1_2_and_survive_being_written(text: str, value: Any) -> None:
+    assert read(text, "it") == value
+    assert type(read(text, "it")) is type(value)
+    assert read(write({"key": [value]}), "it") == {"key": [value]}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a: 1\nb: 2\na: 3", r"^x is not YAML: line 3 sets 'a' for the second time$"),
+        ("a: {lr: 1, lr: 2}", r"^x is not YAML: line 1 sets 'lr' for the second time$"),
+        ("a:\n\tb: 1", r"^x is not YAML: line 2: found character .* start any token; indent with spaces$"),
+        ("!!int abc", r"^x is not YAML that settings are made of: invalid literal"),
+        ("9" * 5000, r"^x is not YAML that settings are made of: Exceeds the limit"),
+        ("[" * 3000, r"^x is not YAML that settings are made of: maximum recursion"),
+        ("!!python/object:os.system x", r"^x is not YAML: line 1: could not determine a constructor"),
+    ],
+)
+def test_what_is_no_plain_yaml_is_told_in_a_line(text: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told) as raised:
+        read(text, "x")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("steps=true", "steps=True must be a number"),
+        ("steps=on", "steps='on': Input should be a valid integer"),
+        ("optim.lr=true", "optim.lr=True must be a number"),
+        ("optim.betas=[true, 0.9]", "optim.betas.0=True must be a number"),
+        ("mixture.0.weight=true", "mixture.0.weight=True must be a number"),
+        ("output=1e5", "output=100000.0: Input should be a valid string; put it into quotes"),
+        ("mixture.\u00b2.weight=1", "nothing can be set at"),
+        ("optim.betas=[0.999, 0.99]", None),
+        ("optim={betas: [0.999, 0.99], state_bits: 16}", r"betas\[0\]=0.999 moves a first moment of 16 bits"),
+        ("optim={betas: [0.97, 0.99], state_bits: 8}", r"betas\[0\]=0.97 .*use 0.95 or less"),
+        ("optim.fitted={lr: 1, tokens: 1, exponent: 1000}", "optim.fitted gives a rate of inf"),
+        ("optim.fitted={lr: 1, tokens: 1, exponent: -1000}", "optim.fitted gives a rate of 0"),
+    ],
+)
+def test_a_value_that_would_be_taken_for_another_is_refused(
+    recipe: Callable[[Any], Path], override: str, told: str | None
+) -> None:
+    if told is None:
+        load_run(recipe(RECIPE), [override])
+        return
+    with pytest.raises(ConfigError, match=told):
+        load_run(recipe(RECIPE), [override])

@@ -20,19 +20,19 @@ import modalora
 from modalora import modality
 from modalora.assistant import Assistant, make_processor, question_messages
 from modalora.checkpoint.adapters import CONFIG, WEIGHTS, compose, merge, save_adapter
-from modalora.checkpoint.files import read_json, write_json
 from modalora.config import SourceConfig
 from modalora.contracts import Rule
 from modalora.data.mixture import Mixture
-from modalora.data.preview import spans
 from modalora.data.reader import make_source
 from modalora.data.sources import Context
+from modalora.disk import read_json, write_json
 from modalora.errors import CheckpointError, ConfigError, InputError, ModaloraError, PromptError, RouteError
 from modalora.modality import Modality
 from modalora.models.multimodal import ModelConfig, Multimodal, part_of
 from modalora.models.router import ROUTES
 from modalora.models.sizes import tiny
 from modalora.nn.lora import LoraConfig
+from modalora.processing.spans import spans
 from modalora.processing.tokenizer import TextTokenizer
 
 WORDS = "seven blue boxes touch the wall, and the quick brown fox jumps over the lazy dog; how many are there? " * 4
@@ -583,6 +583,17 @@ def test_a_shipped_modality_is_not_replaced_and_one_is_not_added_twice() -> None
         base().add_modality("smell", hiden_size=3)
 
 
+@pytest.mark.parametrize("name", ["image", "audio"])
+def test_a_shipped_modality_is_not_added_and_the_model_stays(name: str) -> None:
+    model = Multimodal(replace(tiny(), vision=None, speech=None, adapters={}))
+    before = model.config, list(model.state_dict())
+    with pytest.raises(ConfigError, match=f"'{name}' is shipped with modalora and cannot be added to a model that"):
+        modality.add(model, name)
+    assert (model.config, list(model.state_dict())) == before
+    with pytest.raises(ConfigError, match=f"has the modality '{name}' already"):
+        modality.add(Multimodal(tiny()), name)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -682,7 +693,9 @@ def test_a_data_file_holds_a_modality_of_ones_own_as_a_content_part(tmp_path: Pa
     assert torch.equal(row.media[0][1]["notes"], sniff("abba", Sizes())[0]["notes"])
     whole = assistant.processor.row(json.loads(record(parts[0]))["messages"], answer=False)
     assert row.ids == whole.ids
-    for number, told in ((1, "write the payload in the part"), (2, "lies outside"), (3, "write a part with a type of")):
+    for number, told in ((1, "write the payload in the part"), (2, "lies outside"), (3, "audio, smell, image_url")):
         with pytest.raises(InputError, match=told):
             source.row(number)
-    assert [span.kind for span in spans(row, assistant.processor) if span.is_medium] == ["smell"]
+    media = {start: (kind, tokens) for kind, _, start, tokens in row.media}
+    found = spans(row.ids, media, assistant.processor.tokenizer)
+    assert [span.kind for span in found if span.is_medium] == ["smell"]

@@ -21,7 +21,8 @@ from torch.nn import functional
 from modalora.assistant import Assistant
 from modalora.config import check_sizes
 from modalora.contracts import IGNORED
-from modalora.data.genomes import AMINO, LEAST, Gene, longest_frame, made_up, read_genome, records
+from modalora.data.genomes import LEAST, Gene, longest_frame, read_genome, records
+from modalora.data.organisms import AMINO, made_up
 from modalora.errors import DataError, MediaError
 from modalora.modality import Modality
 from modalora.nn.lora import LoraConfig

@@ -29,6 +29,7 @@ from modalora.models.router import route as route_of
 from modalora.nn.rope import LongRope, Regime
 from modalora.processing.chat import FORMATS, ChatFormat
 from modalora.processing.processor import Compat, Processor
+from modalora.processing.spans import spans
 from modalora.processing.tokenizer import TextTokenizer
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -299,25 +300,10 @@ class Assistant:
         return scales[0] if len(scales) == 1 else scales
 
     def _explain(self, batch: Batch, row: int, max_tokens: int, switch: Switch) -> dict[str, Any]:
-        tokenizer = self.processor.tokenizer
         length = int(batch.lengths[row])
         ids = batch.input_ids[row, :length].tolist()
         media = {item.start: item for item in batch.media if item.row == row}
-        spans: list[dict[str, Any]] = []
-        at = 0
-        while at < length:
-            if at in media:
-                item = media[at]
-                spans.append({"kind": item.modality, "start": at, "stop": at + item.tokens, "projector": item.branch})
-                at += item.tokens
-                continue
-            control = ids[at] in tokenizer.control_ids
-            end = at + 1
-            while not control and end < length and end not in media and ids[end] not in tokenizer.control_ids:
-                end += 1
-            text = tokenizer.show(ids[at]) if control else tokenizer.decode(ids[at:end])
-            spans.append({"kind": "control" if control else "text", "start": at, "stop": end, "text": text})
-            at = end
+        places = {start: (item.modality, item.tokens) for start, item in media.items()}
         name = batch.route.adapters[row]
         return {
             "modalities": sorted({item.modality for item in media.values()}) or ["text"],
@@ -326,7 +312,11 @@ class Assistant:
             "projectors": {item.modality: item.branch for item in media.values()},
             **explain_table(self.model.config.decoder.rope, length, max_tokens, switch),
             "tokens": length,
-            "spans": spans,
+            "spans": [
+                {"kind": span.kind, "start": span.start, "stop": span.stop}
+                | ({"projector": media[span.start].branch} if span.is_medium else {"text": span.text})
+                for span in spans(ids, places, self.processor.tokenizer)
+            ],
         }
 
 

@@ -135,10 +135,15 @@ _given: dict[str, Modality] = {}  # those of files, which go before packages
 _files: dict[str, tuple[Path, Modality]] = {}  # that were run, by name and content
 
 
+def check_unshipped(name: str, package: str) -> None:
+    """Refuse the name of a shipped modality for that of a package. Raises ConfigError."""
+    if name in SHIPPED:
+        raise ConfigError(f"the modality {name!r} is shipped with modalora; choose another name for {package}")
+
+
 def register(row: Modality) -> Modality:
     """Make a modality known to this process. Raises ConfigError for the name of a shipped one."""
-    if row.name in SHIPPED:
-        raise ConfigError(f"the modality {row.name!r} is shipped with modalora; choose another name for {row.package}")
+    check_unshipped(row.name, row.package)
     _given[row.name] = row
     return row
 
@@ -243,9 +248,14 @@ def add(model: Multimodal, name: str, sizes: Mapping[str, Any] | None = None, ad
     """Add a modality with fresh networks and a fresh adapter to a model, whose decoder keeps every bit.
 
     sizes: fields of the modality's config. adapter: the name of the adapter; unless given, the one that its route
-    names. Raises ConfigError.
+    names. Raises ConfigError; shipped modalities are part of a model's sizes and cannot be added.
     """
     row = find(name)
+    if name in SHIPPED and name not in model.config.modalities:
+        raise ConfigError(
+            f"the modality {name!r} is shipped with modalora and cannot be added to a model that was made without; "
+            "start from one that has it (in a recipe init: phi4-multimodal, with take: {decoder: FOLDER})"
+        )
     model.add_modality(name, parse(row.config, dict(sizes or {}), f"modality {name!r}"))
     routed = row.routes[frozenset({name})].adapter
     if routed is None:

@@ -6,8 +6,7 @@ from pathlib import Path
 from string import Template
 
 from modalora.checkpoint.files import write_folder
-from modalora.errors import ConfigError
-from modalora.modality import SHIPPED, check_name
+from modalora.modality import check_name, check_unshipped
 
 TEMPLATES = Path(__file__).parent / "templates" / "modality"
 
@@ -18,8 +17,7 @@ def new_package(name: str, folder: Path) -> list[str]:
     Raises ConfigError for a name that no modality can have, CheckpointError when the folder exists.
     """
     check_name(name)
-    if name in SHIPPED:
-        raise ConfigError(f"the modality {name!r} is shipped with modalora; choose another name")
+    check_unshipped(name, f"the package in {folder}")
     words = {"name": name, "dashed": name.replace("_", "-")}
     files = {
         f"modalora_{name}.py": "modality.py.txt",

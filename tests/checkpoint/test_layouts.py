@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modalora.checkpoint import configs, names
-from modalora.checkpoint.files import Weights, read_json, write_json
+from modalora.checkpoint.files import Weights
 from modalora.checkpoint.store import convert, load_model, save_model
 from modalora.contracts import Batch, Route
+from modalora.disk import read_json, write_json
 from modalora.errors import CheckpointError, ConfigError
 from modalora.models.decoder import DecoderConfig, Phi3Small
 from modalora.models.multimodal import ModelConfig, Multimodal

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from modalora.checkpoint.files import read_json, write_json
 from modalora.checkpoint.resume import STATE, begin, commit, draft_of, locked, newest, retire, states
+from modalora.disk import draft_beside, read_json, write_json
 from modalora.errors import CheckpointError, ConfigError
 
 
@@ -90,8 +90,9 @@ def test_what_a_killed_run_left_half_written_is_removed_at_the_next_start(tmp_pa
     begin(draft_of(tmp_path, 2))
     (draft_of(tmp_path, 2) / "data.bin").write_bytes(b"half")
     (tmp_path / "resume" / ".00000000.old").mkdir()
-    (tmp_path / ".model.77.draft").mkdir()
-    (tmp_path / ".metrics.jsonl.draft").write_text("half")
+    draft_beside(tmp_path / "model").mkdir()
+    draft_beside(tmp_path / "metrics.jsonl").write_text("half")
+    (tmp_path / ".metrics.jsonl.draft").write_text("half")  # an earlier version's
     assert newest(tmp_path) == tmp_path / "resume" / "00000001"
     with locked(tmp_path):
         assert [path.name for path in (tmp_path / "resume").iterdir()] == ["00000001"]

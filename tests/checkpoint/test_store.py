@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modalora.checkpoint.files import MANIFEST, check_manifest, digest, read_json, write_folder, write_json
+from modalora.checkpoint.files import MANIFEST, Weights, check_manifest, mapped, release, write_folder
 from modalora.checkpoint.store import CONFIG, TOKENIZER, WEIGHTS, load_model, read_card, save_model
+from modalora.disk import digest, read_json, write_json
 from modalora.errors import CheckpointError, ConfigError, WorkError
 from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import tiny
@@ -257,6 +261,19 @@ def test_an_existing_folder_is_not_written_over(folder: Path, model: Multimodal,
     with pytest.raises(CheckpointError, match="exists; give a new folder, nothing was written"):
         save_model(model, tokenizer, folder)
     assert digest(folder / MANIFEST) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is mapped")
+def test_memory_is_given_back_whatever_else_is_mapped(tmp_path: Path) -> None:
+    save_file({"a": torch.arange(5000)}, tmp_path / "model.safetensors")
+    other = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\r\n\x0b odd"))  # no UTF-8, and what looks like lines
+    other.write_bytes(b"odd")
+    with other.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
+        tensor = Weights(tmp_path).get("a")
+        spans = mapped()
+    assert any(begin <= tensor.data_ptr() < end for begin, end in spans)
+    release(tensor, spans)
+    assert torch.equal(tensor, torch.arange(5000))
 
 
 def test_nothing_half_written_is_left_when_the_writer_fails(tmp_path: Path) -> None:

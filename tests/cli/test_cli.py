@@ -247,7 +247,7 @@ def _flip(folder: Path) -> None:
 
 
 def _unknown_key(folder: Path) -> None:
-    from modalora.checkpoint.files import digest, read_json, write_json
+    from modalora.disk import digest, read_json, write_json
 
     fields = read_json(folder / "config.json")
     fields["decoder"]["hiden_size"] = 3

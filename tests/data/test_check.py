@@ -29,8 +29,8 @@ from modalora.data.corpus import Corpus, Passages, Volume
 from modalora.data.forms import Options, read_record
 from modalora.data.mixture import Mixture
 from modalora.data.preview import as_page, as_terminal, preview
-from modalora.data.reader import make_source
-from modalora.data.sources import Context
+from modalora.data.reader import check_labels, make_source, open_reader
+from modalora.data.sources import Bad, Context
 from modalora.errors import DataError, InputError, PromptError, RouteError
 from modalora.models.multimodal import Multimodal
 from modalora.models.router import route
@@ -131,7 +131,7 @@ def test_whatever_is_said_and_shown_lengths_and_spans_are_whole(
             processor.row(messages, answer=False)
         return
     row = processor.row(messages, answer=False)
-    check_row(row, tokens, labelled=True)
+    check_row(row, tokens)
     placeholders = {TOKENIZER.control(token) for token in PLACEHOLDERS.values()}
     assert sum(index in placeholders for index in row.ids) == sum(tokens for *_, tokens in row.media)
     assert [kind for kind, *_ in row.media] == [
@@ -150,7 +150,7 @@ def test_whatever_is_said_and_shown_lengths_and_spans_are_whole(
         assert processor.measure(messages[: len(kept) + 2], answer=False) > most  # no more than need be
     if fits:
         cut = corpus.row(0)
-        check_row(cut, corpus.measure(0), labelled=True)
+        check_row(cut, corpus.measure(0))
         assert cut.ids == row.ids[: len(cut.ids)]
     else:
         with pytest.raises(PromptError, match=f"its first question and answer are .* at most {most}"):
@@ -281,16 +281,62 @@ def test_a_check_leaves_the_lengths_in_the_cache(context: Context, tmp_path: Pat
 def test_a_span_that_is_not_whole_is_noticed(context: Context) -> None:
     asked = {"role": "user", "content": [{"type": "image", "image": picture()}]}
     row = context.processor.row([asked, {"role": "assistant", "content": "a"}], answer=False)
-    check_row(row, len(row.ids), labelled=True)
+    check_row(row, len(row.ids))
     kind, features, start, tokens = row.media[0]
     for broken in (start - 1, start + 1):
         row.media[0] = (kind, features, broken, tokens)
         with pytest.raises(DataError, match="span of its image"):
-            check_row(row, len(row.ids), labelled=True)
+            check_row(row, len(row.ids))
     row.media[0] = (kind, features, start, tokens)
     row.labels = [IGNORED] * len(row.labels)
     with pytest.raises(DataError, match="no token of it is trained"):
-        check_row(row, len(row.ids), labelled=True)
+        check_labels(row)
+
+
+def as_messages(said: tuple[str, str]) -> dict[str, Any]:
+    return {
+        "messages": [{"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True)]
+    }
+
+
+def test_the_check_and_training_refuse_the_same_rows(context: Context, tmp_path: Path) -> None:
+    untrained = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}
+    good, long = ("one?", "two"), ("the quick brown fox " * 9, "two")
+    source = write(tmp_path / "a.jsonl", *map(as_messages, (good, long)), untrained)
+    context = replace(context, most=40)
+    (found,) = check_data(context, [source])
+    reader = open_reader(context, [source], 0, most=40)
+    seen = {number: reader.look((0, number)) for number in range(3)}
+    made = {number: reader.make((0, number)) for number in range(3)}
+    bad = {one.line for one in found.bad}
+    assert bad == {2, 3}
+    assert {one.line for one in (*seen.values(), *made.values()) if isinstance(one, Bad)} == bad
+
+
+def test_a_users_weight_makes_no_label(context: Context, tmp_path: Path) -> None:
+    turns = [
+        ("user", "one?", 1),
+        ("assistant", "two", 0),
+        ("user", "more?", 0),
+        ("assistant", "the quick fox " * 20, 1),
+    ]
+    messages = [{"role": role, "content": text, "weight": weight} for role, text, weight in turns]
+    source = write(tmp_path / "a.jsonl", {"messages": messages})
+    source = source.model_copy(update={"options": {**source.options, "truncate": "messages"}})
+    (bad,) = check_data(replace(context, most=40), [source])[0].bad
+    assert bad.reason.endswith("it has no answer left that is trained")
+
+
+def test_a_window_beyond_the_budget_is_a_bad_row_for_both(context: Context, tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": STORY[: 40 * size]}) + "\n" for size in (1, 9)), encoding="utf-8")
+    source = SourceConfig(source="documents", window=512, options={"rows": "short", "path": str(path)})
+    context = replace(context, most=64)
+    (found,) = check_data(context, [source])
+    reader = open_reader(context, [source], 0, most=64)
+    (told,) = [one for one in (reader.look((0, number)) for number in range(2)) if isinstance(one, Bad)]
+    assert (told.reason, told.mend) == (found.bad[0].reason, found.bad[0].mend)
+    assert "tokens=64" in told.reason
 
 
 # ----------------------------------------------------------------------------------------------- command line

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from modalora.data.forms import FORMS, Options, control_tokens, detect, form_of, read_record, resolve
-from modalora.errors import DataError
+from modalora.errors import DataError, PromptError
+from modalora.processing.chat import render
 
 ROOT = Path(__file__).parent
 OPTIONS = Options(ROOT)
@@ -157,9 +158,10 @@ def test_arrays_keep_their_rate() -> None:
     wave, rate = resolve({"array": [0.0, 0.5], "sampling_rate": 8000}, "audio", OPTIONS)
     assert rate == 8000
     np.testing.assert_array_equal(wave, np.array([0, 0.5], dtype=np.float32))
-    part = {"type": "input_audio", "input_audio": {"data": WAVE, "format": "wav"}}
-    record = {"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "a"}]}
-    assert read_record(record, "messages", OPTIONS)[0]["content"] == [{"type": "audio", "audio": b"wave"}]
+    for data in (WAVE, f"data:audio/wav;base64,{WAVE}"):
+        part = {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+        form, record = asked([part])
+        assert read_record(record, form, OPTIONS)[0]["content"] == [{"type": "audio", "audio": b"wave"}]
 
 
 @pytest.mark.parametrize(
@@ -213,9 +215,9 @@ def test_a_link_that_leads_out_of_the_root_is_refused(tmp_path: Path) -> None:
         ("messages", {"messages": []}, "must be a list of turns"),
         ("messages", {"messages": "text"}, "must be a list of turns"),
         ("messages", {"messages": [{"role": "bot", "content": "a"}]}, "role 'bot'; use one of system"),
-        ("messages", {"messages": ["a"]}, "message 1 has the role 'a'"),
+        ("messages", {"messages": ["a"]}, "message 1 is 'a'; give a mapping with 'role'"),
         ("messages", {"messages": [{"role": "user", "content": None}]}, "content of message 1 is missing"),
-        ("messages", {"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "message 1, part 1 is"),
+        ("messages", {"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "part 1 has type 'video'"),
         ("messages", {"messages": SAID[:2]}, "no assistant's message, so nothing in it is trained"),
         ("messages", {"messages": SAID[2:]}, "the assistant speaks first"),
         ("messages", {"messages": [SAID[0], SAID[2]]}, "the assistant speaks first"),
@@ -239,6 +241,30 @@ def test_a_record_that_is_not_sure_is_refused_with_what_to_do(form: str, record:
     with pytest.raises(DataError, match=told) as error:
         read_record(record, form, OPTIONS)
     assert "; " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        7,
+        {"content": "a"},
+        {"role": "bot", "content": "a"},
+        {"role": "user", "content": "a", "tool_calls": [1]},
+        {"role": "user", "content": "a", "tools": [1]},
+        {"role": "user", "content": [7]},
+        {"role": "user", "content": [{"type": "video", "video": b""}]},
+        {"role": "user", "content": [{"type": "text"}]},
+        {"role": "user", "content": [{"type": "text", "text": 7}]},
+        {"role": "user", "content": [{"type": "image_url"}]},
+        {"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "@"}}]},
+    ],
+)
+def test_a_record_is_refused_in_the_words_of_a_prompt(message: Any) -> None:
+    with pytest.raises(PromptError) as prompt:
+        render([message])
+    with pytest.raises(DataError) as record:
+        read_record({"messages": [message, {"role": "assistant", "content": "a"}]}, "messages", OPTIONS)
+    assert str(record.value) == str(prompt.value)
 
 
 def test_control_tokens_in_texts_are_seen() -> None:

@@ -9,8 +9,9 @@ import pytest
 from modalora.cli.train import RECIPES
 from modalora.config import load_run
 from modalora.contracts import IGNORED
-from modalora.data import genomes
-from modalora.data.genomes import Gene, GeneRows, Genome, RepeatRows, WindowRows, read_genome, repeat
+from modalora.data import genomes, organisms
+from modalora.data.genome_rows import GeneRows, RepeatRows, WindowRows, repeat
+from modalora.data.genomes import Gene, Genome, read_genome
 from modalora.errors import ConfigError, DataError
 from modalora.science import codons
 from modalora.science.codons import END
@@ -132,14 +133,14 @@ def test_the_genetic_code_is_biopythons() -> None:
     from Bio.Data import CodonTable
 
     table = CodonTable.unambiguous_dna_by_id[11]
-    assert {codon: table.forward_table.get(codon, "*") for codon in codons.CODONS} == genomes.AMINO
+    assert {codon: table.forward_table.get(codon, "*") for codon in codons.CODONS} == organisms.AMINO
 
 
 def test_made_up_organisms_keep_proteins_and_differ_in_their_codons() -> None:
     rng = np.random.default_rng(3)
     shares = []
     for _ in range(30):
-        made = genomes.made_up(["MKKLLVAG*" * 5], rng, 60)
+        made = organisms.made_up(["MKKLLVAG*" * 5], rng, 60)
         assert len(made) == 60
         assert set(made) <= set(codons.CODONS)
         shares.append(np.mean([codon[2] in "GC" for codon in made]))

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from modalora.contracts import IGNORED, Message
 from modalora.data.instruct import instruct, recall, repetition
-from modalora.data.picks import NUMBERS
+from modalora.data.numbers import DIGITS, NUMBERS, number_words
 from modalora.data.rows import ASKED, COUNTED, cells, conversation, frames, number_and_picture, spoken_question
 from modalora.data.scenes import BOX_NAMES, COLORS, KINDS, SIZES, Scene, Shape, free_scene, nlvr_like
-from modalora.data.speech import DIGITS, Clip, number_words
+from modalora.data.speech import Clip
 from modalora.data.text import recurring_window
 from modalora.models.sizes import tiny
 from modalora.models.vision import ImageEmbedder

@@ -13,7 +13,7 @@ from PIL import Image
 
 from modalora.data import statements
 from modalora.data.nlvr import NlvrRow, nlvr_scenes
-from modalora.data.picks import NUMBERS
+from modalora.data.numbers import NUMBERS
 from modalora.data.pictures import chart_picture, word_picture
 from modalora.data.questions import QUESTION_KINDS, kind_questions, questions
 from modalora.data.scenes import (

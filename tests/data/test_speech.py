@@ -9,23 +9,11 @@ import numpy as np
 import pytest
 from numpy.random import default_rng
 
+from modalora.data.numbers import DIGITS, number_words
 from modalora.data.questions import questions
 from modalora.data.scenes import nlvr_like
-from modalora.data.speech import (
-    DIGITS,
-    TRANSCRIBE,
-    Clip,
-    Variation,
-    augment,
-    digit_string,
-    mask_bands,
-    number_words,
-    read_wave,
-    shift_formants,
-    speech_questions,
-    spoken_digits,
-    stretch,
-)
+from modalora.data.speech import TRANSCRIBE, Clip, digit_string, read_wave, speech_questions, spoken_digits
+from modalora.data.variation import Variation, augment, mask_bands, shift_formants, stretch
 from modalora.data.voices import Voice, draw_voices, espeak, picture_questions, sentences, trim, voice_bank
 from modalora.errors import DataError
 

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
 
-from modalora.data.text import learnt_tokenizer, token_stream
+from modalora.data.instruct import instruct
+from modalora.data.text import learnt_tokenizer, token_stream, windows
 from modalora.errors import DataError
 from modalora.processing.tokenizer import END_OF_TEXT
 
@@ -37,3 +39,14 @@ def test_other_books_have_tokens_and_a_tokenizer_of_their_own(tmp_path: Path) ->
     assert read(one) == "A dog came too.\n\n" * 30
     with pytest.raises(DataError, match=r"validation.parquet is missing"):
         token_stream(one, "validation", tokenizer, cache)
+
+
+def test_a_text_no_longer_than_the_window_is_drawn_whole_and_a_shorter_one_is_refused(tmp_path: Path) -> None:
+    rng, stream = np.random.default_rng(0), np.arange(8)
+    assert windows(stream, 8, 2, rng) == [list(range(8))] * 2
+    assert {window[0] for window in windows(stream, 6, 50, rng)} == {0, 1}
+    with pytest.raises(DataError, match=r"^the text is 8 tokens long, and windows of 9 are cut from it; give more"):
+        windows(stream, 9, 1, rng)
+    write(tmp_path, "The cat went home.\n\n" * 40)
+    with pytest.raises(DataError, match="the text is 8 tokens long, and windows of 200 are cut from it"):
+        instruct(stream, learnt_tokenizer(tmp_path, 300, tmp_path))

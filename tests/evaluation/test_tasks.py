@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from modalora.assistant import Answer, Assistant, make_processor
-from modalora.data.picks import NUMBERS
+from modalora.data.numbers import NUMBERS
 from modalora.data.rows import conversation
 from modalora.data.speech import Clip
 from modalora.errors import DataError

@@ -144,8 +144,8 @@ def test_openai_audio_parts_hold_base64() -> None:
         ([], r"messages must be a non-empty list of \{'role', 'content'\}; got \[\]"),
         ({"role": "user", "content": "Hi"}, "messages must be a non-empty list"),
         (None, "messages must be a non-empty list"),
-        ("Hi", "message 1 must be a mapping with 'role' and 'content'; got 'H'"),
-        ([{"role": "user", "content": "Hi"}, {"content": "Ho"}], "message 2 must be a mapping with 'role'"),
+        ("Hi", "message 1 is 'H'; give a mapping with 'role' and 'content'"),
+        ([{"role": "user", "content": "Hi"}, {"content": "Ho"}], "message 2 is {'content': 'Ho'}; give a mapping"),
         ([{"role": "bot", "content": "Hi"}], "message 1 has role 'bot'; use one of system, user, assistant, tool"),
         ([{"role": ["user"], "content": "Hi"}], r"message 1 has role \['user'\]"),
         ([{"role": "user"}], "message 1 has no content; give a string or a list of parts"),
@@ -157,7 +157,9 @@ def test_openai_audio_parts_hold_base64() -> None:
         ),
         (user({"type": "video", "video": b""}), "message 1, part 1 has type 'video'"),
         (user({"text": "Hi"}), "message 1, part 1 has type None"),
-        (user({"type": "image", "url": "x"}), "message 1, part 1 has no 'image'; the payload stands under the key"),
+        (user({"type": "image", "url": "x"}), "message 1, part 1 has no 'image'; write the payload"),
+        (user({"type": "text", "text": None}), "message 1, part 1 has no 'text'; write the payload"),
+        (user({"type": "image_url", "image_url": None}), "message 1, part 1 has no 'image_url'; write the payload"),
         (user({"type": "text", "text": b"Hi"}), "message 1, part 1 has text of type bytes; give a string"),
     ],
 )
@@ -189,7 +191,6 @@ def test_tools_that_json_cannot_hold_are_refused() -> None:
         {"url": "data:image/png;base64,ä"},
         {"url": None},
         {},
-        None,
         b"data:",
     ],
 )
@@ -198,7 +199,7 @@ def test_nothing_but_inline_data_is_taken_from_an_image_url(payload: Any) -> Non
         render(user(text("Hi"), {"type": "image_url", "image_url": payload}))
 
 
-@pytest.mark.parametrize("payload", [{"data": "not base64!"}, {"data": "größe"}, {"format": "wav"}, None, 7])
+@pytest.mark.parametrize("payload", [{"data": "not base64!"}, {"data": "größe"}, {"format": "wav"}, 7])
 def test_broken_audio_data_is_refused(payload: Any) -> None:
     with pytest.raises(PromptError, match=r"message 1, part 1 must hold base64 data"):
         render(user({"type": "input_audio", "input_audio": payload}))

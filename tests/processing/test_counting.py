@@ -86,3 +86,21 @@ def test_what_is_missing_or_cut_short_is_refused_from_the_header(tmp_path: Path)
     soundfile.write(file, np.zeros(8000), 8000, format="WAV", subtype="PCM_16")
     with pytest.raises(MediaError, match="cut short"):
         count_audio_tokens(file.getvalue()[:9000], AudioConfig())
+
+
+@pytest.mark.parametrize("kind", ["WAV", "OGG"])
+def test_a_sound_that_cannot_be_counted_is_named_and_opened_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    path = tmp_path / f"cut.{kind.lower()}"
+    soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 32_000), 16_000, format=kind)
+    path.write_bytes(path.read_bytes()[:-300])
+    opened = []
+    whole = soundfile.SoundFile
+    monkeypatch.setattr(soundfile, "SoundFile", lambda *given: opened.append(given) or whole(*given))
+    with pytest.raises(MediaError) as counted:
+        count_audio_tokens(path, AudioConfig())
+    assert len(opened) == 1
+    with pytest.raises(MediaError, match=f"^'{path}' is cut short: ") as read:
+        open_audio(path, AudioConfig())
+    assert str(counted.value) == str(read.value)

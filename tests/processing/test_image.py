@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import itertools
 import struct
 import warnings
 import zlib
@@ -125,6 +127,41 @@ def test_a_picture_fills_the_published_number_of_tokens(
 ) -> None:
     assert grid(*size, CONFIG) == cells
     assert image_features(Image.new("RGB", size), CONFIG)[1] == tokens
+
+
+@functools.cache
+def released_grids(most: int) -> list[tuple[int, int]]:
+    """The candidates as released code has them: those of equal size come as a set of Python has them."""
+    found = {(i, j) for n in range(1, most + 1) for i in range(1, n + 1) for j in range(1, n + 1) if i * j <= most}
+    return sorted(found, key=lambda cells: cells[0] * cells[1])
+
+
+def released_grid(width: int, height: int, config: ImageConfig) -> tuple[int, int]:
+    most, best, chosen = config.max_crops, float("inf"), (1, 1)
+    own = -(-width // config.crop), -(-height // config.crop)
+    if own[0] * own[1] <= most:
+        return own
+    for one in released_grids(most):
+        distance = abs(width / height - one[0] / one[1])
+        if distance < best:
+            best, chosen = distance, one
+        elif distance == best and width * height > 0.5 * config.crop * config.crop * one[0] * one[1]:
+            chosen = one
+    return chosen
+
+
+@pytest.mark.parametrize("most", [1, 2, 4, 6, 12, 16, 36, 64])
+def test_pictures_equally_far_from_two_grids_get_the_released_one(most: int) -> None:
+    """Whatever the order of grids of equal size, such as 2 x 3 and 3 x 2: see image._grids."""
+    config = ImageConfig(crop=56, patch=14, max_crops=most)
+    cells = [(i, j) for i in range(1, most + 1) for j in range(1, most // i + 1)]
+    cells.sort(key=lambda one: one[0] / one[1])
+    pairs = list(itertools.pairwise(cells))  # nearest in shape
+    pairs += [pair for pair in itertools.combinations(cells, 2) if len({i * j for i, j in pair}) == 1]
+    for (one, high), (two, low) in pairs:
+        for times in (1, 60):  # below and above half of the pixels of a grid
+            size = times * (one * low + two * high), times * 2 * high * low
+            assert grid(*size, config) == released_grid(*size, config), size
 
 
 def test_the_largest_layout_of_36_crops_fills_10065_tokens() -> None:

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from toys import Steps, assert_same_bits, fresh, mixed, settings, weights
 
-from modalora.checkpoint.files import read_json, seal, write_json
+from modalora.checkpoint.files import seal
 from modalora.checkpoint.resume import newest, states
 from modalora.contracts import Batch
+from modalora.disk import read_json, write_json
 from modalora.errors import CheckpointError, ConfigError, TrainingError
 from modalora.models.multimodal import Multimodal
 from modalora.parallel.engine import Single, Snapshot, Whole

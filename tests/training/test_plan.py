@@ -51,6 +51,18 @@ def test_weights_gradients_and_moments_are_four_bytes_a_number_each() -> None:
     assert 2 * decoder.weights <= decoder.optimizer <= 2.01 * decoder.weights  # and a step count per tensor
 
 
+def test_the_largest_micro_batch_makes_the_peak_and_all_make_the_work() -> None:
+    short, long = (shaped_batch(tiny(), [f"text={tokens}"], 2) for tokens in (20, 600))
+    plan = plan_step(tiny(), run_of(train=["decoder"]), [short, short, short, long])
+    alone, few = (
+        plan_step(tiny(), run_of(train=["decoder"]), [long]),
+        plan_step(tiny(), run_of(train=["decoder"]), [short]),
+    )
+    assert alone.step <= plan.step < 1.3 * alone.step + alone.gradients  # gradients of the others are there already
+    assert plan.flops == pytest.approx(alone.flops + 3 * few.flops, rel=0.1)
+    assert plan == plan_step(tiny(), run_of(train=["decoder"]), [long, short, short, short])
+
+
 def test_blank_rows_take_the_route_of_the_runs_sources() -> None:
     """Rows of text use no adapter by themselves: nothing would be counted for one that learns from text."""
     sources = [{"source": "books", "route": "speech"}, {"source": "books"}]

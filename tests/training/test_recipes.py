@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -184,6 +186,24 @@ def test_the_base_recipe_runs_from_books_to_a_model_folder(tmp_path: Path) -> No
     assert loaded.notes["last"]["step"] == 2
     assert (folder.parent / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert run_recipe(run) == folder  # a finished run is not run again
+
+
+def test_data_that_changed_after_a_run_are_told(tmp_path: Path) -> None:
+    for file in (Path(__file__).parents[2] / "examples" / "finetune").iterdir():
+        shutil.copy(file, tmp_path)
+    rows, told = tmp_path / "rows.jsonl", list[str]()
+    start = [f"mixture.0.options.path={rows}", f"output={tmp_path / 'out'}", "steps=1", "log_every=1"]
+    run = load_run(RECIPES / "finetune-media.yaml", start)
+    folder = run_recipe(run)
+    run_recipe(run, say=told.append)
+    assert told == []
+    later = (folder / "config.json").stat().st_mtime + 5
+    os.utime(rows, (later, later))
+    run_recipe(run, say=told.append)
+    assert told == [f"{rows} has changed since; remove {folder.parent} to train on it anew"]
+    shutil.rmtree(folder)
+    run_recipe(run.model_copy(update={"steps": 2}), say=told.append)
+    assert f"{rows} has changed since that state; its rows are read as they are now" in told
 
 
 def test_a_decoder_is_not_taken_from_a_model_of_other_tokens(tmp_path: Path) -> None:

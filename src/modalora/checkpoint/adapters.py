@@ -19,21 +19,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from modalora.checkpoint.files import (
-    CONFIG_BYTES,
-    Weights,
-    fitted,
-    inside,
-    read_json,
-    sort_metadata,
-    write_folder,
-    write_json,
-)
+from modalora.checkpoint.files import Weights, fitted, inside, sort_metadata, write_folder
 from modalora.checkpoint.modules import MODALITY, Modules, add_modules, find_modules, modules_of, own_projectors
 from modalora.checkpoint.names import Stored, plan
 from modalora.checkpoint.preserve import CERTIFICATE, Preservation
 from modalora.config import parse
 from modalora.contracts import Batch, Route, terms
+from modalora.disk import CONFIG_BYTES, read_json, write_json
 from modalora.errors import CheckpointError, ConfigError
 from modalora.models.multimodal import Multimodal
 from modalora.nn.lora import LoraConfig, RoutedLinear, check_name, check_pattern
@@ -495,9 +487,6 @@ def _read_config(path: Path, fields: Mapping[str, Any], places: Mapping[str, Sto
         )
     if not {"r", "lora_alpha"} <= set(fields):
         raise CheckpointError(f"{path} has no r or no lora_alpha; PEFT writes both")
-    for key in ("r", "lora_alpha", "lora_dropout"):  # true would count as 1
-        if isinstance(fields.get(key), bool):
-            raise CheckpointError(f"{path} has {key}={fields[key]}; it must be a number, such as 16")
     size = {
         "r": fields["r"],
         "lora_alpha": fields["lora_alpha"],

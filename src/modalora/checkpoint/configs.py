@@ -218,9 +218,6 @@ def _read_decoder(reader: Reader) -> DecoderConfig:
         "sliding_window": reader.get("sliding_window"),
     }
     reader.get("num_key_value_heads")
-    for key in ("sliding_window", *_DECODER):  # which would count as 1
-        if isinstance(fields.get(key), bool):
-            raise ConfigError(f"{reader.where}: {key}={fields[key]} must be a number; Phi-3-mini-4k has 2047")
     found = parse(DecoderConfig, fields, reader.where)
     reader.must(head_dim=(found.head_dim, None))
     kinds = reader.get("layer_types")

@@ -15,7 +15,7 @@ import re
 import shutil
 import struct
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from modalora.disk import CONFIG_BYTES, check_file, digest, draft_beside, parse_json, read_json, write_json
 from modalora.errors import CheckpointError, WorkError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-HEADER_BYTES, MOST_TENSORS, MOST_JSON_BYTES = 4_000_000, 20_000, 64_000_000
-# Of a config, an adapter's too, of a manifest, and of an index of tensors: those published have 10 KB and 0.3 MB.
-CONFIG_BYTES, LIST_BYTES, TOKENIZER_BYTES = 1_000_000, 8_000_000, 100_000_000
+HEADER_BYTES, MOST_TENSORS = 4_000_000, 20_000
+INDEX_BYTES, TOKENIZER_BYTES = 8_000_000, 100_000_000
 _BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
     "U16": 16, "U8": 8, "BOOL": 8,
@@ -63,16 +63,6 @@ def _lies_in(path: Path, roots: Sequence[Path]) -> bool:
     return any(resolved.is_relative_to(root) for root in roots)
 
 
-def check_file(path: Path, most: int) -> None:
-    """Refuse what would be read for ever: a pipe or device, or more bytes than are read. An absent file passes."""
-    if not path.exists() or path.is_dir():  # which opening it tells
-        return
-    if not path.is_file():
-        raise CheckpointError(f"{path} is a pipe or a device, and was not opened; a folder holds plain files")
-    if (size := path.stat().st_size) > most:
-        raise CheckpointError(f"{path} has {size:,} bytes; at most {most:,} are read")
-
-
 def write_folder(folder: Path, fill: Callable[[Path], None], *, manifest: bool = True) -> None:
     """Create `folder` from what `fill` writes into a draft beside it, then rename: a reader sees all of it or none.
 
@@ -80,8 +70,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None], *, manifest: bool =
     """
     if folder.exists():
         raise CheckpointError(f"{folder} exists; give a new folder, nothing was written")
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
+    draft = draft_beside(folder)
     try:
         draft.mkdir(parents=True)
     except OSError as error:
@@ -192,7 +181,7 @@ class Weights:
             pickles = sorted(path.name for kind in _PICKLES for path in folder.glob(kind))
             had = f"; {pickles[0]} is a pickle, which can run code and is never opened" if pickles else ""
             raise CheckpointError(f"{folder} has neither {single} nor {index}{had}; save the model as safetensors")
-        listed = read_json(listing, most=LIST_BYTES).get("weight_map")
+        listed = read_json(listing, most=INDEX_BYTES).get("weight_map")
         if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
             raise CheckpointError(f"{listing} has no weight_map of tensor names to file names")
         for name in dict.fromkeys(listed.values()):
@@ -241,7 +230,7 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             raise CheckpointError(f"its header lists more than {MOST_TENSORS:,} tensors")
         if header.count(b"[") + header.count(b"{") > 4 * MOST_TENSORS:  # three for each tensor
             raise CheckpointError("its header nests more lists and objects than tensors have")
-        fields = json.loads(header.decode("utf-8"), object_pairs_hook=_once)
+        fields = parse_json(header.decode("utf-8"))
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read: {error.strerror}; copy the folder again from its source"
@@ -312,21 +301,24 @@ def sort_metadata(path: Path) -> None:
         file.write(header.ljust(length))
 
 
-def release(tensor: Tensor) -> None:
+def mapped() -> list[tuple[int, int]]:
+    """Return where the memory of this process is that maps safetensors files: begin and end; none outside Linux."""
+    if sys.platform != "linux":
+        return []
+    found = re.findall(rb"^(\w+)-(\w+) .*\.safetensors$", Path("/proc/self/maps").read_bytes(), re.MULTILINE)
+    return [(int(begin, 16), int(end, 16)) for begin, end in found]
+
+
+def release(tensor: Tensor, spans: Sequence[tuple[int, int]]) -> None:
     """Give back the memory of a tensor that is a view of a mapped file: its pages are read again when next used.
 
-    Any other tensor, and any system but Linux, is left as it is.
+    spans: what `mapped` gave since the tensor was made. Any other tensor is left as it is.
     """
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     stop = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if sys.platform != "linux" or stop <= start:
-        return
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        span, _, rest = line.partition(" ")
-        begin, end = (int(part, 16) for part in span.split("-"))
-        if begin <= start and stop <= end and rest.endswith(".safetensors"):
-            size = ctypes.c_size_t(stop - start)
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), size, ctypes.c_int(4))  # MADV_DONTNEED
+    if start < stop and any(begin <= start and stop <= end for begin, end in spans):
+        size = ctypes.c_size_t(stop - start)
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), size, ctypes.c_int(4))  # MADV_DONTNEED
 
 
 def write_tensors(
@@ -359,37 +351,3 @@ def write_tensors(
         path.rename(folder / name)
     index = {"metadata": {"total_size": total}, "weight_map": {name: names[place] for name, place in where.items()}}
     write_json(folder / f"{stem}.safetensors.index.json", index)
-
-
-def digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def read_json(path: Path, *, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
-    """Return the object in a JSON file of at most so many bytes; a key given twice is refused."""
-    check_file(path, most)
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; a model folder needs it") from None
-    except (CheckpointError, ValueError, RecursionError, IsADirectoryError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{path} must hold a JSON object; it holds {type(fields).__name__}")
-    return fields
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in fields:
-            raise CheckpointError(f"the key {key!r:.80} stands twice in an object")
-        fields[key] = value
-    return fields
-
-
-def write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    """Write a JSON object, two spaces deep."""
-    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modalora.checkpoint.files import CONFIG_BYTES, Weights, fitted, inside, read_json
+from modalora.checkpoint.files import Weights, fitted, inside
 from modalora.checkpoint.names import plan, theirs
+from modalora.disk import CONFIG_BYTES, read_json
 from modalora.errors import CheckpointError
 from modalora.modality import brought_by, find, read_encoders, write_encoders
 from modalora.models.multimodal import EncoderConfig, Multimodal

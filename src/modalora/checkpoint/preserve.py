@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modalora.checkpoint.files import read_json
 from modalora.config import parse
 from modalora.contracts import Batch, Route
+from modalora.disk import read_json
 from modalora.errors import CheckpointError
 from modalora.models.multimodal import Multimodal
 

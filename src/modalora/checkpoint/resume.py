@@ -17,7 +17,7 @@ from modalora.checkpoint.files import check_manifest, seal, sync
 from modalora.errors import CheckpointError, ConfigError
 
 STATE = "state.json"
-_HIDDEN = re.compile(r"\..+\.(draft|old)")
+_HIDDEN = re.compile(r"\..+\.(draft(\.[^.]*)?|old)")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,24 +22,22 @@ from torch import Tensor
 from modalora.checkpoint import configs
 from modalora.checkpoint.adapters import NATIVE_FOLDERS, peek, restore_adapter, save_adapter
 from modalora.checkpoint.files import (
-    CONFIG_BYTES,
     FORMAT,
     MANIFEST,
     TOKENIZER_BYTES,
     Weights,
-    check_file,
     check_manifest,
     fitted,
     inside,
-    read_json,
+    mapped,
     release,
     write_folder,
-    write_json,
     write_tensors,
 )
 from modalora.checkpoint.names import HOLDS_ADAPTERS, LAYOUTS, Stored, plain_names, plan
 from modalora.checkpoint.preserve import CERTIFICATE, Preservation
 from modalora.config import parse
+from modalora.disk import CONFIG_BYTES, check_file, read_json, write_json
 from modalora.errors import CheckpointError, ConfigError
 from modalora.modality import read_encoders, write_encoders
 from modalora.models.multimodal import ModelConfig, Multimodal, parameter_counts, part_of
@@ -179,7 +178,7 @@ def load_model(
     for name in _beside(folder, card):
         restore_adapter(model, folder / f"{name}-lora", name, as_stored=as_stored)
     if pack:
-        model.pack(release)  # dropping is not enough: the file stays mapped
+        model.pack(partial(release, spans=mapped()))  # dropping is not enough: the file stays mapped
     return Loaded(model.eval(), tokenizer, chat, card.notes)
 
 

@@ -9,10 +9,8 @@ from typing import Annotated
 
 import typer
 
-from modalora.cli.loading import Adapters, ModalityFiles, load_files, open_model
-
-Model = Annotated[str, typer.Argument(help="A model folder, or a bundled model such as nano.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+from modalora.cli import options
+from modalora.cli.loading import load_files, open_model
 
 adapters = typer.Typer(help="LoRA adapters: new, list, verify, compose, merge.", no_args_is_help=True)
 
@@ -35,7 +33,9 @@ def new(
 
 
 @adapters.command("list")
-def list_adapters(model: Model, modality_file: ModalityFiles = None, as_json: Json = False) -> None:
+def list_adapters(
+    model: options.Model, modality_file: options.ModalityFiles = None, as_json: options.Json = False
+) -> None:
     """List a model's adapters with their sizes.
 
     Example: modalora adapter list nano
@@ -57,29 +57,31 @@ def list_adapters(model: Model, modality_file: ModalityFiles = None, as_json: Js
 
 @adapters.command()
 def verify(
-    model: Model,
+    model: options.Model,
     folder: Annotated[
         Path | None, typer.Argument(help="A PEFT folder; without one the model's own certificate.")
     ] = None,
-    modality_file: ModalityFiles = None,
-    as_json: Json = False,
+    modality_file: options.ModalityFiles = None,
+    device: options.Device = "cpu",
+    as_json: options.Json = False,
 ) -> None:
     """Load an adapter and tell what was found: tensors, base, idle Linears, which logits change and which do not.
 
     Where training left a certificate beside the adapter or the model, every tensor that was frozen is compared with
     it: one bit that differs ends with an error that names the tensor. So are the logits of fixed texts, where the
-    certificate is of this version of torch and this kind of processor.
+    certificate is of this version of torch and this kind of processor, or of GPU with --device cuda.
 
     Example: modalora adapter verify nano my-lora
     """
-    from modalora.assistant import find_model
+    from modalora.assistant import check_device, find_model
 
     load_files(modality_file)
-    preserved = _preserved(find_model(model), folder)
+    check_device(device)
+    preserved = _preserved(find_model(model), folder, device)
     if folder is None:
         print(json.dumps({"preserved": preserved}) if as_json else f"base       {preserved}")
         return
-    assistant = open_model(model)
+    assistant = open_model(model, device=device)
     probe = "The quick brown fox jumps over the lazy dog."
     before = assistant.logits(probe)
     found = asdict(assistant.load_adapter(folder, "verified"))
@@ -101,7 +103,7 @@ def verify(
     print(f"text       {found['text_bits_changed']} of {before.numel():,} logits change where it is off")
 
 
-def _preserved(model: Path, adapter: Path | None) -> str:
+def _preserved(model: Path, adapter: Path | None, device: str) -> str:
     """Compare a model with the certificate beside an adapter, or its own; return in words what was found.
 
     Raises CheckpointError naming what differs, or when the model has no certificate of its own.
@@ -116,7 +118,8 @@ def _preserved(model: Path, adapter: Path | None) -> str:
     if adapter is not None and not (adapter / CERTIFICATE).exists():
         return f"not certified: {adapter} has no {CERTIFICATE}"
     certified = read_certificate(adapter or model)
-    network = load_model(model, check=False).model  # so that a tensor can be named, not only the file that holds it
+    # unchecked, so that a tensor can be named, not only the file that holds it
+    network = load_model(model, device=device, check=False).model
     trained = set(network.state_dict()) - set(certified.frozen)
     threads = torch.get_num_threads()
     torch.set_num_threads(min(max(certified.threads, 1), 256))  # the last bits of logits depend on it
@@ -137,11 +140,11 @@ def _preserved(model: Path, adapter: Path | None) -> str:
 
 @adapters.command()
 def compose(
-    model: Model,
+    model: options.Model,
     route: Annotated[str, typer.Argument(help="A weighted sum, such as vision+mine@0.7.")],
     target: Annotated[Path, typer.Argument(help="The PEFT folder to write; it must not exist.")],
-    adapter: Adapters = None,
-    modality_file: ModalityFiles = None,
+    adapter: options.Adapters = None,
+    modality_file: options.ModalityFiles = None,
 ) -> None:
     """Write one adapter that is the sum of several, exactly: their ranks side by side.
 
@@ -160,11 +163,11 @@ def compose(
 
 @adapters.command()
 def merge(
-    model: Model,
+    model: options.Model,
     route: Annotated[str, typer.Argument(help="An adapter or a weighted sum, such as mine@0.7.")],
     target: Annotated[Path, typer.Argument(help="The model folder to write; it must not exist.")],
-    adapter: Adapters = None,
-    modality_file: ModalityFiles = None,
+    adapter: options.Adapters = None,
+    modality_file: options.ModalityFiles = None,
     layout: Annotated[str, typer.Option(help="Layout of the result.")] = "modalora",
 ) -> None:
     """Add an adapter to the decoder's own weights, for good; the model's other adapters are left out.

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from modalora.cli.loading import Adapters, ModalityFiles, open_model
+from modalora.cli import options
+from modalora.cli.loading import open_model
 
 if TYPE_CHECKING:
     from modalora.assistant import Assistant
@@ -23,19 +22,21 @@ HELP = """/image FILE    add a picture to your next message       /audio FILE   
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="A model folder, or a bundled model.")] = "nano",
-    max_tokens: Annotated[int, typer.Option("--max-tokens")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option()] = 0,
-    adapter: Adapters = None,
-    modality_file: ModalityFiles = None,
+    model: options.Model = "nano",
+    max_tokens: options.MaxTokens = 128,
+    temperature: options.Temperature = 0.0,
+    seed: options.Seed = 0,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "cpu",
+    adapter: options.Adapters = None,
+    modality_file: options.ModalityFiles = None,
 ) -> None:
     """Talk with a model; it streams its answers. /help lists the commands.
 
     Example: modalora chat nano
     """
     settings = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-    session = Session(open_model(model, adapter, modality_file), settings)
+    session = Session(open_model(model, adapter, modality_file, dtype=dtype, device=device), settings)
     if sys.stdin.isatty():
         print(f"{model}: /help lists the commands, Ctrl-D leaves")
     while True:

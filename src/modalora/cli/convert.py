@@ -7,14 +7,15 @@ from typing import Annotated
 
 import typer
 
-from modalora.cli.loading import ModalityFiles, load_files
+from modalora.cli import options
+from modalora.cli.loading import load_files
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="A model folder, or a bundled model such as nano.")],
+    source: options.Model,
     target: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
     layout: Annotated[str, typer.Option(help="modalora, phi3, phi3small, phi4mm or phi4_multimodal.")],
-    modality_file: ModalityFiles = None,
+    modality_file: options.ModalityFiles = None,
     shard_gb: Annotated[float, typer.Option("--shard-gb", help="Most gigabytes of one weights file.")] = 5.0,
 ) -> None:
     """Rewrite a model in another layout; every tensor keeps its bits, and none is left out.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from modalora.cli import options
 from modalora.cli.train import find_recipe
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change,
 def check(
     recipe: Recipe,
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Make every row of data files: counts, lengths, labels, media. Lists every bad one; exit code 1 if any.
 
@@ -34,7 +35,7 @@ def check(
     run, context = _open(recipe, overrides)
     from modalora.data.check import check_data
 
-    found = check_data(context, run.mixture, run.seed, labelled=run.objective == "next_token")
+    found = check_data(context, run.mixture, run.seed)
     if as_json:
         print(json.dumps([one.summary() for one in found], ensure_ascii=False))
     else:
@@ -86,13 +87,9 @@ def genomes(
 
 def _open(recipe: str, overrides: list[str] | None) -> tuple[RunConfig, Context]:
     from modalora.config import load_run
-    from modalora.errors import InputError
+    from modalora.data.files import is_data
+    from modalora.training.start import open_context
 
-    try:
-        from modalora.data.files import is_data
-        from modalora.training.start import open_context
-    except ModuleNotFoundError as missing:
-        raise InputError(f"training data need {missing.name}; pip install 'modalora[train]'") from None
     settings = overrides or []
     if is_data(Path(recipe)):
         recipe, settings = "finetune-media", [f"mixture.0.options.path={json.dumps(recipe)}", *settings]

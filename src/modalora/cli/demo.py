@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from modalora.cli import options
+
 if TYPE_CHECKING:
     from modalora.assistant import Assistant
 
@@ -25,7 +27,7 @@ CASES = (  # with the right answers: nano does not always give them
 )
 
 
-def demo() -> None:
+def demo(device: options.Device = "cpu") -> None:
     """Answer a text, a picture, a recording and both together; show the routes, and that text is unchanged to the
     last bit.
 
@@ -34,7 +36,7 @@ def demo() -> None:
     import modalora
 
     started = time.perf_counter()
-    assistant = modalora.load("nano")
+    assistant = modalora.load("nano", device=device)
     for line in transcript(assistant):
         print(line, flush=True)
     same = text_is_unchanged(assistant)
@@ -67,7 +69,7 @@ def text_is_unchanged(assistant: Assistant) -> bool:
     from modalora.models.multimodal import ModelConfig, Multimodal
 
     config = ModelConfig(decoder=assistant.model.config.decoder)
-    bare = Multimodal(config).eval()
+    bare = Multimodal(config).to(assistant.device).eval()
     weights = assistant.model.state_dict()
     bare.load_state_dict({name: weights[name] for name in bare.state_dict()})
     alone = Assistant(bare, make_processor(config, assistant.processor.tokenizer))

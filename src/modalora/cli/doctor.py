@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
 
 import typer
 
+from modalora.cli import options
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+
+def doctor(as_json: options.Json = False) -> None:
     """Check Python, torch, decoders, optional programs and the bundled model; say how to mend what is missing.
 
     Example: modalora doctor

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from modalora.cli.loading import ModalityFiles, open_model
+from modalora.cli import options
+from modalora.cli.loading import open_model
 
 if TYPE_CHECKING:
     from modalora.evaluation.needle import Cell, Grid
@@ -22,7 +23,7 @@ _OWN = {"needle": ("depths", "style", "needles", "distractors"), "ruler": ("only
 
 def evaluate(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A model folder, or a bundled model such as nano.")],
+    model: options.Model,
     tasks: Annotated[list[str], typer.Argument(help="needle, ruler or perplexity; one or several.")],
     lengths: Annotated[
         str, typer.Option(help="Tokens, with commas between; else a quarter, a half and the whole of the window.")
@@ -48,11 +49,11 @@ def evaluate(
     threshold: Annotated[float, typer.Option(help="Average of ruler that a length must reach to be effective.")] = (
         0.856
     ),
-    modality_file: ModalityFiles = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same questions.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.")] = "auto",
-    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print every figure as JSON.")] = False,
+    modality_file: options.ModalityFiles = None,
+    seed: options.Seed = 0,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "cpu",
+    as_json: options.Json = False,
 ) -> None:
     """Find hidden facts (needle), solve RULER-style tasks (ruler), or read text (perplexity) at several lengths.
 
@@ -118,8 +119,8 @@ def _check(context: typer.Context, tasks: list[str], samples: int, threshold: fl
     for task in tasks:
         if task not in known:
             raise ConfigError(f"task {task!r} must be one of {', '.join(known)}")
-    for task, options in _OWN.items():
-        for option in options:
+    for task, own in _OWN.items():
+        for option in own:
             source = context.get_parameter_source(option)
             if task not in tasks and source is not None and source.name == "COMMANDLINE":
                 raise ConfigError(f"--{option} is a setting of {task}, which is not among the tasks; leave it out")

@@ -8,7 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from modalora.parallel.stops import end_with_launcher, is_first, is_one_of_many, tell_stopped
+from modalora.cli import options
+from modalora.cli.processes import asked_for, ended_by_signals, launch_many
+from modalora.errors import InputError
+from modalora.parallel.stops import is_first
 
 
 def extend(
@@ -16,51 +19,39 @@ def extend(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings to change, e.g. target=1024 search.iterations=10.")
     ] = None,
-    gpus: Annotated[int, typer.Option(min=0, help="GPUs of this machine to search and train on.")] = 0,
-    processes: Annotated[int, typer.Option(min=1, help="Processes on the CPU.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    gpus: options.Gpus = 0,
+    processes: options.Processes = 1,
+    as_json: options.Json = False,
 ) -> None:
     """Search rotary factors for a longer window, train with them if the recipe says so, and report (LongRoPE2).
 
-    The same command goes on where it stopped; Ctrl-C saves and exits with 130. `modalora plan RECIPE` tells the cost
-    before anything runs.
+    The same command goes on where it stopped; Ctrl-C saves and exits with 130, SIGTERM with 0. `modalora plan RECIPE`
+    tells the cost before anything runs.
 
     Example: modalora extend extend-study target=512 search.iterations=5
     """
+    count, settings = asked_for(gpus, processes, overrides)
+    with ended_by_signals():
+        _extend(recipe, settings, count, as_json)
+
+
+def _extend(recipe: str, settings: list[str], count: int, as_json: bool) -> None:
     from modalora.cli.train import find_recipe
     from modalora.config import load_extension
-    from modalora.errors import InputError
 
-    if gpus and processes > 1:
-        raise InputError("--gpus N starts N processes by itself; leave --processes out")
-    end_with_launcher()
-    changes = [*(overrides or []), *(["device=cuda"] if gpus else [])]
-    config = load_extension(find_recipe(recipe), changes)
+    config = load_extension(find_recipe(recipe), settings)
     try:
         from modalora.longrope2.extend import extend as carry_out
-        from modalora.parallel.launch import launch
-        from modalora.training.signals import Interrupted
     except ModuleNotFoundError as missing:
         raise InputError(f"extending needs {missing.name}; pip install 'modalora[train]'") from None
 
-    if max(gpus, processes) > 1 and not is_one_of_many():
-        code = launch(["extend", recipe, *changes, *(["--json"] if as_json else [])], max(gpus, processes))
-        if code:
-            raise typer.Exit(code)
+    training = config.run(rope={})  # its rotary factors are still to be searched for
+    arguments = ["extend", recipe, *settings, *(["--json"] if as_json else [])]
+    if launch_many(arguments, count, {"training": training} if training else {}):
         return
-    try:
-        found = carry_out(config, _say, _report)
-    except Interrupted as stopped:
-        tell_stopped()
-        if is_first():
-            print(f"modalora: {stopped}", file=sys.stderr)
-        raise typer.Exit(stopped.exit_code) from None
-    except KeyboardInterrupt:
-        tell_stopped()
-        raise
-    if not is_first():
-        return
-    print(json.dumps(found, ensure_ascii=False) if as_json else _told(found))
+    found = carry_out(config, _say, _report)
+    if is_first():
+        print(json.dumps(found, ensure_ascii=False) if as_json else _told(found))
 
 
 def _say(line: str) -> None:

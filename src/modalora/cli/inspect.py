@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
 
-import typer
-
-from modalora.cli.loading import ModalityFiles, load_files
+from modalora.cli import options
+from modalora.cli.loading import load_files
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="A model folder, or a bundled model such as nano.")],
-    modality_file: ModalityFiles = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    model: options.Model,
+    modality_file: options.ModalityFiles = None,
+    as_json: options.Json = False,
 ) -> None:
     """Show layout, sizes, parameters by part, adapters, window and integrity; runs no code from the folder.
 

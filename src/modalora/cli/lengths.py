@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from modalora.cli.words import lasting, sized
+
 if TYPE_CHECKING:
     from modalora.models.decoder import DecoderConfig
     from modalora.training.lengths import Layout, Need
@@ -50,7 +52,7 @@ def decoder_table(name: str, lengths: str, where: Devices, sequence: int, offloa
     print(f"{'tokens':>9} {'states':>9} {'gathered':>9} {'kept':>9} {'working':>9} {'in all':>9} {'fits':>4} "
           f"{'naive':>9} {'fits':>4} {'compute':>9} {'transfer':>9}")  # fmt: skip
     for (own, naive), (busy, sent) in zip(rows, seconds, strict=True):
-        print(_line(own, naive, capacity) + f" {_seconds(busy):>9} {_seconds(sent):>9}")
+        print(_line(own, naive, capacity) + f" {lasting(busy):>9} {lasting(sent):>9}")
     for line in _assumptions(layout, where, peak, size.num_key_value_heads):
         print(line)
     for title, (tokens, told) in _longest(name, size, layout, capacity).items():
@@ -59,9 +61,9 @@ def decoder_table(name: str, lengths: str, where: Devices, sequence: int, offloa
 
 
 def _line(own: Need, naive: Need, capacity: float) -> str:
-    sizes = "".join(f" {_bytes(size):>9}" for size in (own.states, own.gathered, own.kept, own.working, own.memory))
+    sizes = "".join(f" {sized(size):>9}" for size in (own.states, own.gathered, own.kept, own.working, own.memory))
     fits, fits_naive = ("yes" if need.memory <= capacity else "no" for need in (own, naive))
-    return f"{own.tokens:>9,}{sizes} {fits:>4} {_bytes(naive.memory):>9} {fits_naive:>4}"
+    return f"{own.tokens:>9,}{sizes} {fits:>4} {sized(naive.memory):>9} {fits_naive:>4}"
 
 
 def _assumptions(layout: Layout, where: Devices, peak: float, heads: int) -> list[str]:
@@ -84,13 +86,12 @@ def _longest(name: str, size: DecoderConfig, layout: Layout, capacity: float) ->
 
     before, _, after = PUBLISHED.get(name.removeprefix("genome-"), (0, 0, 0))
     told = {"before": before, "after": after, "ours": 0}
+    cut = min(32, layout.count)
     titles = {
-        "before": "32 devices cut each layer, each has the whole row, naive attention (published, before)",
-        "after": "32 devices cut each layer and the stream, exact attention (published, after)",
+        "before": f"{cut} devices cut each layer, each has the whole row, naive attention (published, before)",
+        "after": f"{cut} devices cut each layer and the stream, exact attention (published, after)",
         "ours": f"{layout.sequence} devices share a row, states cut over {layout.count}",
     }
-    at_hand = min(32, layout.count)
-    titles = {key: title.replace("32 devices", f"{at_hand} devices") for key, title in titles.items()}
     if layout.count != 128 or capacity > 40e9:
         told = dict.fromkeys(told, 0)  # the paper's figures are those of 128 devices of 40 GB
     return {
@@ -116,8 +117,8 @@ def evoformer_table(lengths: str, sequences: int, where: Devices, as_json: bool)
     print(f"{'residues':>8} {'kept':>9} {'naive':>9} {'in all':>9} {'exact':>9} {'in all':>9} {'ratio':>6} {'time':>9}")
     for one in needs:
         sizes: list[Any] = [one.kept, one.naive, one.kept + one.naive, one.exact, one.kept + one.exact]
-        told = "".join(f" {_bytes(own):>9}" for own in sizes)
-        print(f"{one.residues:>8,}{told} {one.naive / one.exact:>6.2f} {_seconds(one.seconds):>9}")
+        told = "".join(f" {sized(own):>9}" for own in sizes)
+        print(f"{one.residues:>8,}{told} {one.naive / one.exact:>6.2f} {lasting(one.seconds):>9}")
     print("assumed: bf16; each block recomputed from its alignment and pairs, kept on the device; of a block, the")
     print(
         "  largest of its four attentions, backward (naive 3 P + 10 T, exact 8 T and the bias's gradient in float32);"
@@ -125,15 +126,3 @@ def evoformer_table(lengths: str, sequences: int, where: Devices, as_json: bool)
     print("  transitions, triangle products and the outer product are left out: they are as large for both;")
     print("  rows of each attention are shared by all devices, the pair bias is whole on each;")
     print(f"  time of attention alone: {where.share:.0%} of the peak rate of products, or its exponentials.")
-
-
-def _bytes(size: float) -> str:
-    from modalora.cli.plan import sized
-
-    return sized(size)
-
-
-def _seconds(seconds: float) -> str:
-    if seconds < 1:
-        return f"{1000 * seconds:.3g} ms"
-    return f"{seconds:.3g} s" if seconds < 100 else f"{seconds / 60:.3g} min"

@@ -1,26 +1,13 @@
-"""What the verbs that open a model share: adapters and modalities to load with it, and media given as NAME=FILE."""
+"""Opening a model as its options ask: with adapters and modalities; media given as NAME=FILE."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from modalora.assistant import Assistant
-
-Adapters = Annotated[
-    list[str] | None, typer.Option("--adapter", help="NAME=FOLDER, a PEFT folder to load first; may be given again.")
-]
-MediaFiles = Annotated[
-    list[str] | None, typer.Option("--media", help="NAME=FILE, for a modality besides image and audio; again for more.")
-]
-ModalityFiles = Annotated[
-    list[Path] | None,
-    typer.Option("--modality-file", help="A Python file that sets MODALITY; it is run. Installed ones need none."),
-]
 
 
 def load_files(files: Sequence[Path] | None) -> None:

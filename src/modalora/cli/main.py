@@ -64,7 +64,7 @@ def main() -> None:
         print(f"modalora: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt as stopped:
-        print(f"modalora: {stopped or 'interrupted'}", file=sys.stderr)
+        print(f"modalora: {str(stopped) or 'interrupted'}", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
         raise SystemExit(1) from None

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from modalora.cli import options
+from modalora.cli.words import lasting, sized
+
 if TYPE_CHECKING:
     from modalora.config import RunConfig
     from modalora.training.plan import Plan
@@ -37,7 +40,7 @@ def plan(
     offload: Annotated[bool, typer.Option(help="Keep the inputs of layers on the CPU, in --lengths.")] = False,
     link: Annotated[float, typer.Option(min=0.001, help="GB/s that a GPU sends to others, in --lengths.")] = 25,
     alignment: Annotated[int, typer.Option(min=1, help="Sequences of an evoformer's alignment.")] = 512,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Tell what trains, the memory by part, and the time, without allocating a weight.
 
@@ -92,8 +95,8 @@ def _extension(path: Path, overrides: list[str], where: tuple[str, int, float], 
     print(f"scores     {found.score_flops:.3g} FLOP")
     print(f"{'time':<11}{'search':>10}{'training':>12}{'scores':>10}")
     for own in found.hours:
-        print(f"{own.count} x {own.machine:<7}{_hours(3600 * own.search):>10}{_hours(3600 * own.training):>12}"
-              f"{_hours(3600 * own.scores):>10}")  # fmt: skip
+        print(f"{own.count} x {own.machine:<7}{lasting(3600 * own.search):>10}{lasting(3600 * own.training):>12}"
+              f"{lasting(3600 * own.scores):>10}")  # fmt: skip
     measured = " (this machine's rate is measured)" if "this" in (own.machine for own in found.hours) else ""
     print(f"at {found.utilisation:.0%} of the peak rate, an assumption{measured}")
 
@@ -166,7 +169,7 @@ def _stage(
     price = f", price {cost.price:,.2f}" if hourly else ""
     speed = f"{cost.step_seconds:.3g} s a step, {found.tokens / cost.step_seconds:,.0f} tokens/s"
     steps = f"{found.steps:,} step{'s' if found.steps > 1 else ''}"
-    print(f"time       {speed}, {_hours(cost.run_seconds)} for {steps}{price}")
+    print(f"time       {speed}, {lasting(cost.run_seconds)} for {steps}{price}")
     if run.accumulate % (shares := max(1, count // run.mesh.copies)):
         print(
             f"           accumulate={run.accumulate} cannot be shared by {shares}: training asks for a multiple of it"
@@ -200,23 +203,6 @@ def _reading(model: str, machine: str, as_json: bool) -> None:
     print(f"cache: {found.cache_per_token:,} bytes a token")
     print(f"{'tokens':>9} {'cache':>10} {'in all':>10} {'read in':>10} {'then tokens/s, at most':>23}")
     for line in found.lines:
-        print(f"{line.tokens:>9,} {sized(line.cache):>10} {sized(line.memory):>10} {_seconds(line.read_seconds):>10} "
+        print(f"{line.tokens:>9,} {sized(line.cache):>10} {sized(line.memory):>10} {lasting(line.read_seconds):>10} "
               f"{line.decode_rate:>23.3g}")  # fmt: skip
     print(found.assumption)
-
-
-def sized(size: float) -> str:
-    """Return a size as people read it."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.2g} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-
-
-def _hours(seconds: float) -> str:
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -8,30 +8,27 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from modalora.cli.loading import Adapters, MediaFiles, ModalityFiles, media_by_name, open_model
+from modalora.cli import options
+from modalora.cli.loading import media_by_name, open_model
 
 
 def explain(
-    model: Annotated[str, typer.Argument(help="A model folder, or a bundled model such as nano.")],
+    model: options.Model,
     question: Annotated[str, typer.Argument(help="The question.")] = "",
-    image: Annotated[list[Path] | None, typer.Option("--image", help="A picture; may be given several times.")] = None,
-    audio: Annotated[
-        list[Path] | None, typer.Option("--audio", help="A recording; may be given several times.")
-    ] = None,
-    media: MediaFiles = None,
-    adapter: Adapters = None,
-    modality_file: ModalityFiles = None,
-    route: Annotated[str, typer.Option(help="auto, none, or an adapter such as vision or speech.")] = "auto",
+    image: options.Images = None,
+    audio: options.Sounds = None,
+    media: options.MediaFiles = None,
+    adapter: options.Adapters = None,
+    modality_file: options.ModalityFiles = None,
+    route: options.Route = "auto",
     batch: Annotated[
         Path | None, typer.Option(help="A file with more prompts of the same batch: a JSON list of messages a line.")
     ] = None,
-    rope: Annotated[str, typer.Option(help="Rotary table: reference, long or short.")] = "reference",
-    switch: Annotated[
-        str, typer.Option(help="Long rotary table: at the crossing, or planned from prompt and max-tokens.")
-    ] = "crossing",
-    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Most tokens of the answer that would follow.")] = 128,
+    rope: options.Rope = "reference",
+    switch: options.Switch = "crossing",
+    max_tokens: options.MaxTokens = 128,
     compat: Annotated[str, typer.Option(help="official: one mode for the whole batch, as the released code.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Show adapter, projectors, rotary table and token ranges of a prompt, and where the released code differs.
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
+from modalora.cli import options
+from modalora.cli.processes import asked_for, ended_by_signals, launch_many
 from modalora.errors import InputError
-from modalora.parallel.stops import end_with_launcher, is_first, is_one_of_many, tell_stopped
+from modalora.parallel.stops import is_first
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -24,8 +24,8 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings to change, e.g. steps=100 optim.lr=1e-4.")
     ] = None,
-    gpus: Annotated[int, typer.Option(min=0, help="GPUs of this machine to train on, one process each.")] = 0,
-    processes: Annotated[int, typer.Option(min=1, help="Processes on the CPU, for trying many-process runs.")] = 1,
+    gpus: options.Gpus = 0,
+    processes: options.Processes = 1,
 ) -> None:
     """Train what a recipe, or each recipe of a chain, names; the same command goes on where it stopped.
 
@@ -33,67 +33,27 @@ def train(
 
     Example: modalora train nano-1-base data=../shared/data steps=100
     """
-    before = signal.signal(signal.SIGTERM, _end)  # training listens itself, and saves
-    end_with_launcher()
-    try:
-        _train(recipe, overrides or [], gpus, processes)
-    except KeyboardInterrupt:
-        tell_stopped()
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    count, settings = asked_for(gpus, processes, overrides)
+    with ended_by_signals():
+        _train(recipe, settings, count)
 
 
-def _train(recipe: str, overrides: list[str], gpus: int, processes: int) -> None:
+def _train(recipe: str, settings: list[str], count: int) -> None:
     from modalora.config import load_stages
+    from modalora.training.run import run_recipe
 
-    if gpus and processes > 1:
-        raise InputError("--gpus N starts N processes by itself; leave --processes out")
-    if gpus:
-        overrides = [*overrides, "device=cuda"]
-
-    try:
-        from modalora.parallel.launch import check_processes, launch
-        from modalora.training.run import run_recipe
-        from modalora.training.signals import Interrupted
-    except ModuleNotFoundError as missing:
-        raise InputError(f"training needs {missing.name}; pip install 'modalora[train]'") from None
-
-    runs = load_stages(find_recipe(recipe), RECIPES, overrides)
-    if max(gpus, processes) > 1 and not is_one_of_many():
-        for title, run in runs.items():
-            shares = max(1, max(gpus, processes) // run.mesh.copies)
-            if run.accumulate % shares:
-                raise InputError(
-                    f"{title}: accumulate={run.accumulate} micro-batches cannot be shared by {shares} "
-                    f"{'processes' if run.mesh.copies == 1 else 'groups of processes'}; make it a multiple of it"
-                )
-            check_processes(run, max(gpus, processes))
-        code = launch(["train", recipe, *overrides], max(gpus, processes))
-        if code:
-            raise typer.Exit(code)
+    runs = load_stages(find_recipe(recipe), RECIPES, settings)
+    if launch_many(["train", recipe, *settings], count, runs):
         return
     for number, (title, run) in enumerate(runs.items(), 1):
         if len(runs) > 1 and is_first():
             print(f"stage {number} of {len(runs)}: {title}")
         told = "finished before, kept" if (Path(run.output) / "model").exists() else "wrote"
-        try:
-            with _shown(run.steps) as (show, say):
-                folder = run_recipe(run, show, say)
-        except Interrupted as stopped:
-            tell_stopped()
-            if is_first():
-                print(f"modalora: {stopped}", file=sys.stderr)
-            raise typer.Exit(stopped.exit_code) from None
+        with _shown(run.steps) as (show, say):
+            folder = run_recipe(run, show, say)
         if is_first():
-            print(f"{told} {folder}; curves: {folder.parent / 'loss.png'}")
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    tell_stopped()
-    if is_first():
-        print("modalora: ended outside of training; what was saved is whole", file=sys.stderr)
-    raise SystemExit(0)
+            curves = folder.parent / "loss.png"
+            print(f"{told} {folder}" + (f"; curves: {curves}" if curves.exists() else ""))
 
 
 @contextmanager
@@ -126,6 +86,8 @@ def find_recipe(name: str, sizes: Iterable[str] = ()) -> Path:
 
     sizes: what else the caller would have taken. Raises InputError for a data file, and where there is no file.
     """
+    from modalora.data.files import is_data
+
     bundled = RECIPES / f"{name}.yaml"
     if bundled.exists():
         return bundled
@@ -134,21 +96,13 @@ def find_recipe(name: str, sizes: Iterable[str] = ()) -> Path:
         named = "`modalora train --help` names the recipes" + (f", sizes are {', '.join(sizes)}" if sizes else "")
         hint = f"did you mean {close[0]}?" if close else named
         raise InputError(f"{name} is neither a file nor a bundled recipe{' nor a model' * bool(sizes)}; {hint}")
-    if not name.endswith((".yaml", ".yml")) and _is_data(Path(name)):
+    if not name.endswith((".yaml", ".yml")) and is_data(Path(name)):
         raise InputError(
             f"{name} holds data, and a recipe is asked for; give finetune-text "
             f"mixture.0.options.path={name}, or finetune-media where rows have pictures or sounds; "
             f"`modalora data check {name}` looks at it"
         )
     return Path(name)
-
-
-def _is_data(path: Path) -> bool:
-    try:
-        from modalora.data.files import is_data
-    except ModuleNotFoundError:  # without the extra that reads data, it is a path like any other
-        return False
-    return is_data(path)
 
 
 def _line(metrics: dict[str, Any]) -> None:

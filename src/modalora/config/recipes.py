@@ -7,9 +7,9 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
+from modalora.config import text as yaml
 from modalora.config.extend import ExtendConfig
 from modalora.config.run import ChainConfig, RunConfig
 from modalora.config.strict import parse
@@ -104,11 +104,12 @@ def _read_chain(path: Path, overrides: Sequence[str]) -> tuple[ChainConfig, list
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        written = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"recipe {path} does not exist; bundled ones are named by `modalora train --help`") from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+    except (UnicodeDecodeError, IsADirectoryError) as error:
         raise ConfigError(f"recipe {path} is not YAML: {error}") from None
+    fields = yaml.read(written, f"recipe {path}")
     if not isinstance(fields, dict):
         raise ConfigError(f"recipe {path} must be a mapping of settings; it holds {type(fields).__name__}")
     return fields
@@ -119,30 +120,20 @@ def _override(text: str) -> tuple[list[str], Any, str]:
     if not equals or not key:
         raise ConfigError(f"override {text!r} must look like key=value, e.g. optim.lr=1e-4")
     try:
-        return key.split("."), _number(yaml.safe_load(value)), text
-    except yaml.YAMLError:
-        raise ConfigError(f"override {text!r}: {value!r} is not YAML; quote text that holds symbols") from None
+        return key.split("."), yaml.read(value, "it"), text
+    except ConfigError as error:
+        raise ConfigError(f"override {text!r:.200}: {error}; quote text that holds symbols") from None
 
 
 def dump(settings: BaseModel) -> str:
     """Return the settings as YAML."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
-
-
-def _number(value: Any) -> Any:
-    # YAML 1.1 reads 1e-4 as text
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    return yaml.write(settings.model_dump(mode="json"))
 
 
 def _set(fields: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
     inner: Any = fields
     for key, following in zip(keys, [*keys[1:], None], strict=True):
-        if isinstance(inner, list) and key.isdigit() and int(key) < len(inner):
+        if isinstance(inner, list) and key.isdecimal() and key.isascii() and int(key) < len(inner):
             place: Any = int(key)  # mixture.0.weight=2
         elif isinstance(inner, dict):
             place = key

@@ -25,7 +25,16 @@ class FittedRate(Settings):
 
     def rate(self, tokens: float) -> float:
         """Return the learning rate for a run over so many tokens."""
-        return self.lr * (tokens / self.tokens) ** self.exponent
+        try:
+            rate = self.lr * (tokens / self.tokens) ** self.exponent
+        except OverflowError:
+            rate = inf
+        if not 0 < rate < inf:
+            raise ConfigError(
+                f"optim.fitted gives a rate of {rate:g} for {tokens:g} tokens; it needs tokens of the order of those "
+                "that lr was found for, and an exponent such as -0.32"
+            )
+        return rate
 
 
 class MediaConfig(Settings):
@@ -58,6 +67,12 @@ class OptimConfig(Settings):
         if self.state_bits == 16 and self.betas[1] > 0.99:
             raise ConfigError(
                 f"betas[1]={self.betas[1]} moves a bf16 moment by less than it can hold; use 0.99 or less, or 8 bits"
+            )
+        most = {8: 0.95, 16: 0.99, 32: 1.0}[self.state_bits]
+        if self.betas[0] > most:
+            raise ConfigError(
+                f"betas[0]={self.betas[0]} moves a first moment of {self.state_bits} bits by less than it can hold; "
+                f"use {most} or less, or state_bits: 32"
             )
         return self
 
@@ -237,7 +252,7 @@ class RunConfig(Settings):
             return self
         rate = law.rate(self.steps * self.step_tokens)
         if "lr" in self.optim.model_fields_set and self.optim.lr != rate:
-            raise ValueError(f"optim.lr={self.optim.lr:g} and optim.fitted, which gives {rate:g}: leave one out")
+            raise ConfigError(f"optim.lr={self.optim.lr:g} and optim.fitted, which gives {rate:g}: leave one out")
         object.__setattr__(self, "optim", self.optim.model_copy(update={"lr": rate}))  # frozen once it is made
         return self
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
-from typing import Any, Generic, TypeVar, get_args, get_type_hints
+from typing import Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -28,6 +28,8 @@ class _Strict(Settings, Generic[T]):
 
 def parse(kind: type[T], fields: Any, where: str) -> T:
     """Return `fields` as a `kind` (dataclass or Settings), strictly. Raises ConfigError naming key, value and rule."""
+    if wrong := _booleans(fields, kind):  # which pydantic reads as 0 and 1
+        raise ConfigError(f"{where}: {', '.join(wrong)} must be a number, and true and false are none")
     try:
         return _Strict[kind].model_validate({"fields": fields}).fields  # type: ignore[valid-type]
     except ValidationError as error:
@@ -72,12 +74,39 @@ def _explain(error: ValidationError, kind: Any) -> list[str]:
             line = f"{key} is missing"
         else:
             line = f"{key}{'=' if key else ''}{item['input']!r:.60}: {item['msg']}"
+            if item["type"] == "string_type" and isinstance(item["input"], int | float):
+                line += "; put it into quotes"
         lines.setdefault(tuple(taken), []).append(line)
     # Of a union, the member that was meant is the one that knows the most of the keys.
     members = [own for taken, own in lines.items() if taken]
     members.sort(key=lambda own: (sum(line.startswith("unknown") for line in own), len(own)))
     told = lines.get((), [])[: None if _groups(kind) else 1] + (members[0] if members else [])
     return told if len(told) <= _TOLD else [*told[:_TOLD], f"and {len(told) - _TOLD} more"]
+
+
+def _booleans(value: Any, kind: Any, key: str = "") -> list[str]:
+    """Return the keys of true and false where a number is asked for."""
+    leaves = _leaves(kind)
+    if isinstance(value, bool):
+        return [f"{key}={value}"] if leaves & {int, float} and not leaves & {bool, Any} else []
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return []
+    known = {name: hint for group in _groups(kind) for name, hint in _keys(group).items()}
+    return [
+        wrong
+        for name, own in value.items()
+        for wrong in _booleans(own, known.get(name, kind), f"{key}.{name}" if key else str(name))
+    ]
+
+
+def _leaves(kind: Any) -> set[Any]:
+    """Return the plain types in a type, such as int in list[int | None]; groups of settings say themselves."""
+    if get_origin(kind) is Literal:
+        return {type(value) for value in get_args(kind)}
+    inner = get_args(kind)
+    return set().union(*map(_leaves, inner)) if inner else {kind}
 
 
 def _groups(kind: Any) -> list[type]:

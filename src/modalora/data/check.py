@@ -17,7 +17,7 @@ from modalora.contracts import IGNORED
 from modalora.data.corpus import Corpus, Passages
 from modalora.data.documents import LongRows, ShortRows
 from modalora.data.forms import control_tokens
-from modalora.data.reader import check_route, make_source, source_names
+from modalora.data.reader import check_labels, check_length, check_route, make_source, source_names
 from modalora.data.sources import Bad, Context, Source, bad_row
 from modalora.errors import DataError, InputError
 from modalora.processing.processor import Row
@@ -64,12 +64,10 @@ class Found:
         }
 
 
-def check_data(
-    context: Context, sources: Sequence[SourceConfig], seed: int = 0, *, labelled: bool = True
-) -> list[Found]:
+def check_data(context: Context, sources: Sequence[SourceConfig], seed: int = 0) -> list[Found]:
     """Make every row of every source and say what was found; the lengths of files' rows are in the cache then.
 
-    labelled: whether rows need a trained token. Raises ConfigError for a setting that stops a run before its first row.
+    Raises ConfigError for a setting that stops a run before its first row.
     """
     found: list[Found] = []
     for place, (name, config) in enumerate(zip(source_names(sources), sources, strict=True)):
@@ -88,18 +86,21 @@ def check_data(
         if isinstance(source, ShortRows | LongRows):
             one.dropped, one.left_out = source.dropped, source.left_out
         for number in sorted(range(one.rows), key=source.place):
-            _look(one, source, number, context, config.route, labelled)
+            _look(one, source, number, context, config.route)
         found.append(one)
     return found
 
 
-def _look(found: Found, source: Source, number: int, context: Context, route: str | None, labelled: bool) -> None:
+def _look(found: Found, source: Source, number: int, context: Context, route: str | None) -> None:
     sample = f"{found.source}:{number}"
     try:
         measured = source.measure(number)
         row = source.row(number)
-        check_row(row, measured, labelled)
+        check_row(row, measured)
         check_route(row, route, context.processor)
+        check_length(len(row.ids), context.most)
+        if context.labelled:
+            check_labels(row)
         if isinstance(source, Corpus):
             record = source.shelf.ordered(number, source.rows)
             messages, dropped = source.conversation(record)
@@ -114,12 +115,10 @@ def _look(found: Found, source: Source, number: int, context: Context, route: st
     found.media.update(modality for modality, *_ in row.media)
 
 
-def check_row(row: Row, measured: int | None, labelled: bool) -> None:
-    """Check that labels and media spans of a row are whole. Raises DataError."""
+def check_row(row: Row, measured: int | None) -> None:
+    """Check that the length and media spans of a row are whole. Raises DataError."""
     if measured is not None and measured != len(row.ids):
         raise DataError(f"its media's headers promise {measured} tokens and it has {len(row.ids)}; remove the cache")
-    if labelled and not any(label != IGNORED for label in row.labels[1:]):
-        raise DataError("no token of it is trained; give it an answer")
     for modality, _, start, tokens in row.media:
         span = row.ids[start : start + tokens]
         if (

@@ -7,7 +7,6 @@ known.
 from __future__ import annotations
 
 import hashlib
-import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from modalora.data.forms import FORMS, Options, detect, read_record, read_text, 
 from modalora.data.order import shuffled
 from modalora.data.sources import Context, Key, check_window
 from modalora.data.text import token_stream
+from modalora.disk import drafted
 from modalora.errors import ConfigError, DataError, InputError, PromptError
 from modalora.processing.processor import Row
 from modalora.processing.tokenizer import END_OF_TEXT, PLACEHOLDERS
@@ -246,7 +246,7 @@ class Corpus:
         if self.truncate is None:
             return messages, 0
         kept = self._fitting(messages)
-        if not any(message.get("loss", message["role"] == "assistant") for message in messages[:kept]):
+        if not any(message["role"] == "assistant" and message.get("loss", True) for message in messages[:kept]):
             raise DataError(
                 f"cut to fit {self.most} tokens it has no answer left that is trained; shorten it, or drop the record"
             )
@@ -289,10 +289,8 @@ def _lengths(context: Context, volumes: Sequence[Volume], how: str, rows: int) -
     digest = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
     target = context.cache / "files" / f"lengths-{digest}.npy"
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f".{target.stem}.{os.getpid()}.npy")
-        np.save(draft, np.zeros(rows, dtype=np.int32))
-        draft.replace(target)
+        with drafted(target) as draft:
+            np.save(draft, np.zeros(rows, dtype=np.int32))
     return np.load(target, mmap_mode="r+")
 
 

@@ -6,8 +6,6 @@ A form is told by the keys of a record; a file is of one form. Media stand besid
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from modalora.errors import DataError
-from modalora.processing.chat import ROLES
+from modalora.errors import DataError, PromptError
+from modalora.processing.chat import check_message, decode_base64, read_part
 from modalora.processing.tokenizer import CONTROL_TOKENS, PLACEHOLDERS
 
 Fields = Mapping[str, Any]
@@ -114,7 +112,10 @@ def read_record(fields: Fields, form: str, options: Options) -> Messages:
         raise DataError(
             f"it is not of the form {form} ({FORMS[form].because}): its keys are {keys}; give it those of the others"
         )
-    messages = FORMS[form].read(fields, options)
+    try:
+        messages = FORMS[form].read(fields, options)
+    except PromptError as error:  # what no conversation may hold
+        raise DataError(str(error)) from None
     _check_turns(messages)
     return _with_media(messages, fields, options)
 
@@ -170,11 +171,7 @@ def _messages(fields: Fields, options: Options) -> Messages:
     made: Messages = []
     for number, turn in enumerate(_list(fields["messages"], "messages"), start=1):
         what = f"message {number}"
-        if not isinstance(turn, Mapping) or turn.get("role") not in ROLES:
-            role = turn.get("role") if isinstance(turn, Mapping) else turn
-            raise DataError(f"{what} has the role {role!r:.40}; use one of {', '.join(ROLES)}")
-        if turn.get("tool_calls"):
-            raise DataError(f"{what} has tool_calls, which are not read; write the call as the assistant's text")
+        check_message(turn, what)
         content = turn.get("content")
         if isinstance(content, list):
             content = [_part(part, f"{what}, part {place}", options) for place, part in enumerate(content, start=1)]
@@ -195,25 +192,12 @@ def _loss(turn: Fields, what: str) -> dict[str, bool]:
 
 
 def _part(part: Any, what: str, options: Options) -> dict[str, Any]:
-    kinds = ("text", *PLACEHOLDERS, "image_url", "input_audio", *options.more)
-    if not isinstance(part, Mapping) or part.get("type") not in kinds:
-        raise DataError(f"{what} is {part!r:.60}; write a part with a type of {', '.join(kinds)}")
-    kind = part["type"]
-    payload = part.get(kind)
+    kind, payload = read_part(part, what, (*PLACEHOLDERS, *options.more), empty=PLACEHOLDERS)
     if kind == "text":
-        return {"type": "text", "text": _string(payload, what)}
-    if kind == "image_url":
-        return {"type": "image", "image": payload.get("url") if isinstance(payload, Mapping) else payload}
-    if kind == "input_audio":
-        data = payload.get("data") if isinstance(payload, Mapping) else payload
-        return {"type": "audio", "audio": _bare_base64(data, what)}
-    if kind in options.more:
-        if payload is None:
-            raise DataError(
-                f"{what} has no {kind!r}; write the payload in the part: {{'type': '{kind}', '{kind}': ...}}"
-            )
-        return {"type": kind, kind: _path(payload, kind, options) if isinstance(payload, Mapping) else payload}
-    return {"type": kind, kind: payload}  # without payload: the next of the record's media
+        payload = _string(payload, what)
+    elif kind in options.more and isinstance(payload, Mapping):
+        payload = _path(payload, kind, options)
+    return {"type": kind, kind: payload}  # media without payload: the next of the record's
 
 
 def _path(payload: Mapping[str, Any], kind: str, options: Options) -> Any:
@@ -444,7 +428,9 @@ def resolve(value: Any, kind: str, options: Options) -> Any:
             raise DataError(f"an {kind} is {value!r:.40}; give a path, bytes, or a data URL")
         return value
     if value.startswith("data:"):
-        return _bare_base64(value.partition(",")[2], f"the data URL of an {kind}")
+        if (data := decode_base64(value)) is None:
+            raise DataError(f"the data URL of an {kind} is not base64; write 'data:TYPE;base64,...'")
+        return data
     if "://" in value:
         raise DataError(f"the {kind} {value!r:.60} is on the network, and nothing is fetched; download it beforehand")
     if "\0" in value or not value or value.encode(errors="ignore").decode() != value:  # half of a surrogate pair
@@ -462,10 +448,3 @@ def _numbers(array: Any, kind: str) -> np.ndarray:
         return np.asarray(array, dtype=np.float32)
     except (OverflowError, TypeError, ValueError):
         raise DataError(f"the array of an {kind} is {array!r:.60}; give one number per sample") from None
-
-
-def _bare_base64(data: Any, what: str) -> bytes:
-    try:
-        return base64.b64decode(data, validate=True)
-    except (binascii.Error, TypeError, ValueError):
-        raise DataError(f"{what} is not base64; write 'data:TYPE;base64,...'") from None

@@ -1,4 +1,4 @@
-"""Genomes: files of genes and whole sequences, and the rows that a codon model is trained on.
+"""Genomes: files of genes and whole sequences.
 
 Files are FASTA, GenBank or EMBL, read with Biopython. Those of `FILES` are known by their bytes: some lie in the data
 folder under genomes/, the rest are test data of Biopython's source archive, which `modalora data genomes` fetches into
@@ -22,13 +22,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from modalora.errors import ConfigError, DataError, WorkError
-from modalora.science.codons import CODONS, END, NUMBER, encode, reverse_complement, reverse_complement_ids
+from modalora.disk import digest
+from modalora.errors import DataError, WorkError
+from modalora.science.codons import encode
 
 if TYPE_CHECKING:
     from Bio.SeqRecord import SeqRecord
-
-Rng = np.random.Generator
 
 TRAINING = {  # file -> sha256
     "NC_000932.gb": "a8b5d8239001f56a5b8b3ff047b10338b839329cf594aad36bfa4755a0dfb480",  # Arabidopsis, chloroplast
@@ -85,9 +84,6 @@ class Genome:
         return self.genes[0].organism if self.genes else self.file
 
 
-# --------------------------------------------------------------------------------------------------------------- files
-
-
 def records(path: Path) -> list[SeqRecord]:
     """Return the records of a FASTA, GenBank or EMBL file, told by its ending. Raises DataError."""
     try:
@@ -129,7 +125,7 @@ def read_genome(path: Path) -> Genome:
     strand. Raises DataError, also when a file of `FILES` has other bytes than it had.
     """
     found = records(path)
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    sha256 = digest(path)
     if sha256 != FILES.get(path.name, sha256):
         raise DataError(f"{path} has the sha256 {sha256}, not {FILES[path.name]}; fetch it again, or rename your own")
     genes: list[Gene] = []
@@ -214,7 +210,7 @@ def fetch_archive(folder: Path) -> Path:
         if done.returncode or not found:
             raise WorkError(f"pip could not fetch {ARCHIVE}: {done.stderr[-500:].strip()}; try again with a network")
     (archive,) = found
-    if hashlib.sha256(archive.read_bytes()).hexdigest() != ARCHIVE_SHA256:
+    if digest(archive) != ARCHIVE_SHA256:
         raise WorkError(f"{archive} has not the sha256 {ARCHIVE_SHA256} and is not used; delete it and try again")
     return archive
 
@@ -241,156 +237,3 @@ def fetch_genomes(cache: Path) -> list[Path]:
     if absent := [path.name for path in wanted if not path.is_file()]:
         raise WorkError(f"{ARCHIVE} holds no {', '.join(absent)} of the known bytes")
     return wanted
-
-
-# --------------------------------------------------------------------------------------------------- made-up organisms
-
-_FORWARD = "KNKNTTTTRSRSIIMIQHQHPPPPRRRRLLLLEDEDAAAAGGGGVVVV*Y*YSSSS*CWCLFLF"  # of the codons in order; NCBI table 11
-AMINO = dict(zip(CODONS, _FORWARD, strict=True))
-SYNONYMS = {amino: [codon for codon in CODONS if AMINO[codon] == amino] for amino in sorted(set(_FORWARD))}
-
-# Shares of amino acids in the proteins of UniProtKB/Swiss-Prot (release notes 2023_05), in percent.
-SWISS_PROT = dict(zip("ALGVESIKRDTPNQFYMHCW", (
-    8.25, 9.65, 7.07, 6.86, 6.71, 6.65, 5.91, 5.80, 5.53, 5.46, 5.36, 4.74, 4.06, 3.93, 3.86, 2.92, 2.41, 2.27, 1.38,
-    1.10,
-), strict=True))  # fmt: skip
-
-
-def usage(rng: Rng) -> dict[str, tuple[list[str], np.ndarray]]:
-    """Return the codons of each amino acid and their shares in one made-up organism.
-
-    The organism prefers G and C at the third place, or A and T, as real ones do; other preferences are small.
-    """
-    strong = rng.uniform(0.15, 0.85)
-    made = {}
-    for amino, codons in SYNONYMS.items():
-        weights = np.array([strong if codon[2] in "GC" else 1 - strong for codon in codons])
-        made[amino] = (codons, rng.dirichlet(1 + 8 * weights / weights.mean()) * weights)
-    return {amino: (codons, shares / shares.sum()) for amino, (codons, shares) in made.items()}
-
-
-def made_up(proteins: Sequence[str], rng: Rng, length: int) -> list[str]:
-    """Return codons of a made-up organism: real proteins, changed here and there, or random ones, in its own codons."""
-    own = usage(rng)
-    letters, shares = list(SWISS_PROT), np.array(list(SWISS_PROT.values()))
-    shares = rng.dirichlet(120 * shares / shares.sum())
-    change = rng.choice([0.1, 0.4, 1.0])
-    protein = ""
-    while len(protein) < length:
-        one = str(rng.choice(proteins))
-        keep = rng.random(len(one)) >= change
-        random = rng.choice(letters, size=len(one), p=shares)
-        protein += "M" + "".join(np.where(keep, list(one), random)[1:-1]) + "*"
-    at = int(rng.integers(0, len(protein) - length + 1))
-    return [str(rng.choice(own[amino][0], p=own[amino][1])) for amino in protein[at : at + length]]
-
-
-# ---------------------------------------------------------------------------------------------------------------- rows
-
-
-def _check_share(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ConfigError(f"{name}={value} is a share of the rows, and must lie in 0 to 1")
-
-
-class GeneRows:
-    """Windows of the coding sequences of one genome, in any order, an END before, between and behind them."""
-
-    def __init__(self, genomes: Sequence[Genome], window: int, *, made: float = 0.0, shuffled: bool = False) -> None:
-        """made: share of rows of made-up organisms. shuffled: put the codons of each gene into any order, a control."""
-        _check_share("made", made)
-        self.genes = [[gene.ids for gene in genome.genes] for genome in genomes if genome.genes]
-        if not self.genes:
-            raise DataError("these files hold no coding sequence; give GenBank or EMBL files, or FASTA of genes")
-        self.window, self.made, self.shuffled = window, made, shuffled
-        sizes = np.array([sum(map(len, own)) for own in self.genes], dtype=float) ** 0.5  # small genomes are seen, too
-        self.shares = sizes / sizes.sum()
-        letters = [gene.letters for genome in genomes for gene in genome.genes]
-        self.proteins = ["".join(AMINO[one[at : at + 3]] for at in range(0, len(one), 3)) for one in letters]
-
-    def __call__(self, rng: Rng) -> list[int]:
-        """Return the ids of one window."""
-        if rng.random() < self.made:
-            ids = [END, *(NUMBER[codon] for codon in made_up(self.proteins, rng, self.window - 1))]
-            return self._mixed(ids, rng)
-        own = self.genes[int(rng.choice(len(self.genes), p=self.shares))]
-        ids = [END]
-        while len(ids) < 2 * self.window:
-            for place in rng.permutation(len(own)):
-                gene = own[place]
-                ids += [*(rng.permutation(gene).tolist() if self.shuffled else gene), END]
-                if len(ids) >= 2 * self.window:
-                    break
-        start = int(rng.integers(0, len(ids) - self.window)) if rng.random() < 0.5 else 0
-        return ids[start : start + self.window]
-
-    def _mixed(self, ids: list[int], rng: Rng) -> list[int]:
-        return [END, *rng.permutation(ids[1:]).tolist()] if self.shuffled else ids
-
-
-class WindowRows:
-    """Windows of whole sequences, on either strand, in any frame."""
-
-    def __init__(self, genomes: Sequence[Genome], window: int) -> None:
-        self.sequences = [one for genome in genomes for one in genome.sequences if len(one) >= 3 * window + 2]
-        if not self.sequences:
-            raise DataError(f"none of these sequences has the {3 * window + 2} letters of a window; make it shorter")
-        self.window = window
-        sizes = np.array([len(one) for one in self.sequences], dtype=float)
-        self.shares = sizes / sizes.sum()
-
-    def __call__(self, rng: Rng) -> list[int]:
-        """Return the ids of one window."""
-        letters = self.sequences[int(rng.choice(len(self.sequences), p=self.shares))]
-        start = int(rng.integers(0, len(letters) - 3 * self.window + 1))
-        piece = letters[start : start + 3 * self.window]
-        return encode(reverse_complement(piece) if rng.random() < 0.5 else piece)
-
-
-def repeat(ids: Sequence[int], kind: str) -> list[int]:
-    """Return a second copy of codon ids: "direct" as they are, "inverted" as the other strand has them.
-
-    "mirrored" is the order turned round without the complement, which no genome does: a control.
-    """
-    if kind == "inverted":
-        return reverse_complement_ids(ids)
-    if kind == "mirrored":
-        return list(ids)[::-1]
-    if kind == "direct":
-        return list(ids)
-    raise DataError(f"a repeat of kind {kind!r} is none of direct, inverted, mirrored")
-
-
-class RepeatRows:
-    """Windows of genomes in which a stretch comes again further on, as it is or as the other strand has it.
-
-    The stretch is as it stands in the genome, or half the time with its codons in any order, so that there is
-    nothing to know by heart. Half of the rows hold two copies; in the others they follow one another to the end.
-    """
-
-    def __init__(self, genomes: Sequence[Genome], window: int, *, inverted: float = 0.7, least: int = 16) -> None:
-        """inverted: share of the repeats that are. least: codons of a stretch."""
-        _check_share("inverted", inverted)
-        self.windows, self.inverted, self.least = WindowRows(genomes, window), inverted, least
-        if window < 2 * least:
-            raise DataError(f"a window of {window} codons has no room for two copies of {least}; make it longer")
-
-    def __call__(self, rng: Rng) -> list[int]:
-        """Return the ids of one window."""
-        ids = self.windows(rng)
-        size = int(np.exp(rng.uniform(np.log(self.least), np.log(len(ids) // 2))))
-        copy = list(ids[:size])
-        if rng.random() < 0.5:
-            copy = rng.permutation(copy).tolist()
-        at = int(rng.integers(0, len(ids) - 2 * size + 1))
-        ids[at : at + size] = copy
-        only_two = rng.random() < 0.5
-        while (room := len(ids) - at - 2 * size) >= 0:
-            between = rng.integers(0, room + 1) if only_two else np.exp(rng.uniform(0, np.log(room + 1))) - 1
-            at += size + int(between)
-            if rng.random() < self.inverted:
-                copy = reverse_complement_ids(copy)
-            ids[at : at + size] = copy
-            if only_two:
-                break
-        return ids

@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from modalora.data.numbers import DIGITS, number_words
 from modalora.data.questions import questions
-from modalora.data.rows import TRUE_OR_FALSE, Conversation, conversation
+from modalora.data.rows import Conversation, conversation, judged
 from modalora.data.scenes import COLORS, KINDS, SIZES, caption, free_scene, nlvr_like
-from modalora.data.speech import DIGITS, Clip, number_words, speech_questions
+from modalora.data.speech import Clip, speech_questions
 from modalora.data.statements import nlvr_case, statement
+from modalora.data.text import check_length, windows
 from modalora.processing.tokenizer import TextTokenizer
 
 Rng = np.random.Generator
@@ -54,10 +56,15 @@ _MANNERS = (
     ),
 )  # fmt: skip
 _VALUES = (*COLORS, *KINDS, *SIZES, *DIGITS)  # what recall says of things
+LONGEST = 200  # ids of running text that a passage is cut from, at most
 
 
 def instruct(stream: np.ndarray, tokenizer: TextTokenizer) -> Callable[[Rng], Conversation]:
-    """Return a source of text conversations. stream: token ids of running text, as token_stream gives them."""
+    """Return a source of text conversations. stream: token ids of running text, as token_stream gives them.
+
+    Raises DataError when the text is shorter than a passage.
+    """
+    check_length(stream, LONGEST)
     makers: tuple[tuple[float, Callable[[Rng], Conversation]], ...] = (
         (0.47, described_scene),
         (0.11, described_digits),
@@ -88,18 +95,13 @@ def described_scene(rng: Rng) -> Conversation:
     draw = rng.random()
     if draw < 0.5:
         scene, sentence, truth = nlvr_case(rng, towers=1.0)
-        more, also = statement(scene, rng)
-        judged = [(sentence + TRUE_OR_FALSE, _truth(truth)), (more + TRUE_OR_FALSE, _truth(also))]
-        pairs = [*judged[:1], *questions(scene, rng, 10, (*_TOLD, "position")), *judged[1:]]
+        more = judged(*statement(scene, rng))
+        pairs = [judged(sentence, truth), *questions(scene, rng, 10, (*_TOLD, "position")), more]
     else:
         scene = nlvr_like(rng, towers=0.0) if draw < 0.78 else free_scene(rng)
         pairs = list(questions(scene, rng, 12, (*_TOLD, "position") if scene.boxes > 1 else _TOLD))
     (question, answer), *rest = pairs
     return conversation([], [(f"Picture: {caption(scene)}\n{question}", answer), *rest])
-
-
-def _truth(value: bool) -> str:
-    return "true" if value else "false"
 
 
 def described_digits(rng: Rng) -> Conversation:
@@ -151,10 +153,10 @@ def recall(stream: np.ndarray, tokenizer: TextTokenizer, rng: Rng) -> Conversati
 
 def story(stream: np.ndarray, tokenizer: TextTokenizer, rng: Rng) -> Conversation:
     """Return a passage of a book as question and what follows it as answer."""
-    start = int(rng.integers(0, len(stream) - 200))
-    cut = start + int(rng.integers(25, 80))
+    (ids,) = windows(stream, LONGEST, 1, rng)
+    cut = int(rng.integers(25, 80))
     asked = str(rng.choice(("Continue the story: ", "Continue: ", "What happens next? ")))
-    before, after = tokenizer.decode(stream[start:cut].tolist()), tokenizer.decode(stream[cut : cut + 70].tolist())
+    before, after = tokenizer.decode(ids[:cut]), tokenizer.decode(ids[cut : cut + 70])
     return conversation([], [(asked + before, after.strip())])
 
 
@@ -215,6 +217,6 @@ def _copy(words: Sequence[str], rng: Rng) -> Pair:
 
 
 def _words(stream: np.ndarray, tokenizer: TextTokenizer, rng: Rng, most: int = 8) -> list[str]:
-    start = int(rng.integers(0, len(stream) - 128))
-    words = [word for word in tokenizer.decode(stream[start : start + 96].tolist()).split() if word.isalpha()][1:-1]
+    (ids,) = windows(stream, 128, 1, rng)
+    words = [word for word in tokenizer.decode(ids[:96]).split() if word.isalpha()][1:-1]
     return words[: int(rng.integers(2, most + 1))] or ["yes"]

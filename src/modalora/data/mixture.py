@@ -241,7 +241,8 @@ class Mixture:
                 pool += more
             places = fill([self._lengths[name] for name in pool], self.tokens) if pool else []
             made.append([pool[place] for place in places])
-            pool[:] = [name for place, name in enumerate(pool) if place not in set(places)]
+            taken = set(places)
+            pool[:] = [name for place, name in enumerate(pool) if place not in taken]
         return made
 
     def _draw(self, count: int, bad: list[Bad]) -> list[Name]:

@@ -15,9 +15,9 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as parquet
 from PIL import Image
 
+from modalora.data.files import load_arrow
 from modalora.data.scenes import BOX_NAMES, BOX_STEP, SIZES, Scene, Shape
 from modalora.errors import DataError
 
@@ -54,7 +54,7 @@ def nlvr_scenes(folder: Path, split: str) -> list[NlvrRow]:
             f"no NLVR split {split!r}: {names[0]} is missing; it must be a table with the columns {', '.join(_COLUMNS)}"
         )
     try:
-        rows: list[dict[str, Any]] = parquet.read_table(found, columns=_COLUMNS).to_pylist()
+        rows: list[dict[str, Any]] = load_arrow().parquet.read_table(found, columns=_COLUMNS).to_pylist()
     except (OSError, ValueError) as error:
         raise DataError(
             f"{found} cannot be read: {error}; it must be a table with the columns {', '.join(_COLUMNS)}"

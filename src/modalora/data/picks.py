@@ -19,7 +19,6 @@ from modalora.data.scenes import (
     Shape,
 )
 
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 PLAIN = ("object", "object", "object", "thing", "item", "shape")
 _LIFTS = ("bottom", "second", "third", "fourth")  # blocks of a tower, from the base
 MANY_TRIES = 6  # before a kind of question is given up for now

@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from modalora.data.picks import NUMBERS
+from modalora.data.numbers import NUMBERS
 from modalora.data.scenes import dice
 
 _WORDS = (

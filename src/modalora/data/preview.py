@@ -23,24 +23,10 @@ from modalora.errors import InputError
 from modalora.processing.audio import open_audio
 from modalora.processing.image import open_image
 from modalora.processing.processor import Processor, Row
+from modalora.processing.spans import Span, spans
 
 WIDEST = 320  # pixels of a picture in the page
 LONGEST_SECONDS = 30
-
-
-@dataclass(frozen=True)
-class Span:
-    """Neighbouring tokens of one sort. kind: "text", "control" or a modality. text: what they say."""
-
-    kind: str
-    text: str
-    tokens: int
-    trained: bool
-
-    @property
-    def is_medium(self) -> bool:
-        """Whether it is a picture, a sound or another medium."""
-        return self.kind not in ("text", "control")
 
 
 @dataclass(frozen=True)
@@ -77,7 +63,7 @@ def preview(context: Context, sources: Sequence[SourceConfig], rows: int, seed: 
             except InputError as error:
                 yield Shown(sample, where, bad=bad_row(error, sample, source, number))
                 continue
-            yield Shown(sample, where, spans(row, context.processor), media)
+            yield Shown(sample, where, _spans(row, context.processor), media)
 
 
 def _payloads(messages: Sequence[Message]) -> list[tuple[str, Any]]:
@@ -85,28 +71,10 @@ def _payloads(messages: Sequence[Message]) -> list[tuple[str, Any]]:
     return [(part["type"], part[part["type"]]) for part in parts if part["type"] != "text"]
 
 
-def spans(row: Row, processor: Processor) -> list[Span]:
+def _spans(row: Row, processor: Processor) -> list[Span]:
     """Return a row as spans, cut where media, control tokens or labels begin and end."""
-    tokenizer, media = processor.tokenizer, {start: (kind, tokens) for kind, _, start, tokens in row.media}
-    found: list[Span] = []
-    at = 0
-    while at < len(row.ids):
-        trained = row.labels[at] != IGNORED
-        if at in media:
-            kind, tokens = media[at]
-            found.append(Span(kind, "", tokens, trained))
-            at += tokens
-            continue
-        control = row.ids[at] in tokenizer.control_ids
-        end = at + 1
-        while not control and end < len(row.ids) and end not in media and (row.labels[end] != IGNORED) == trained:
-            if row.ids[end] in tokenizer.control_ids:
-                break
-            end += 1
-        text = tokenizer.show(row.ids[at]) if control else tokenizer.decode(row.ids[at:end])
-        found.append(Span("control" if control else "text", text, end - at, trained))
-        at = end
-    return found
+    media = {start: (kind, tokens) for kind, _, start, tokens in row.media}
+    return list(spans(row.ids, media, processor.tokenizer, [label != IGNORED for label in row.labels]))
 
 
 def as_terminal(shown: Shown) -> Text:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from modalora.data.sources import Bad
+from modalora.disk import cut_lines
 from modalora.errors import TrainingError
 
 LEAST = 1000  # rows that the share is counted over at least: one bad row of the first three says little
@@ -46,16 +46,5 @@ class Quarantine:
     def rewind(self, step: int, count: int) -> None:
         """Go back to the state behind a step: what later steps wrote down is written again when they come again."""
         self.count = count
-        if self.path is None or not self.path.exists():
-            return
-        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
-        draft = self.path.with_suffix(".draft")
-        draft.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        draft.replace(self.path)
-
-
-def _step(line: str) -> Any:
-    try:
-        return json.loads(line)["step"]
-    except ValueError:  # a line that was cut short as the process died
-        return float("inf")
+        if self.path is not None and self.path.exists():
+            cut_lines(self.path, step)

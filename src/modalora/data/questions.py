@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from modalora.data.numbers import NUMBERS
 from modalora.data.picks import (
     MANY_TRIES,
-    NUMBERS,
     PLAIN,
     Pick,
     attribute,

@@ -12,6 +12,7 @@ from pydantic import PydanticUserError
 
 from modalora import modality
 from modalora.config import SourceConfig, parse
+from modalora.contracts import IGNORED
 from modalora.data.corpus import Passages, open_corpus, open_documents
 from modalora.data.sources import CUT, SOURCES, WINDOWED, Bad, Context, Drawn, Key, Source, bad_row, check_window
 from modalora.errors import ConfigError, DataError, InputError
@@ -78,6 +79,18 @@ def check_route(row: Row, asked: str | None, processor: Processor) -> None:
     processor.router({kind for kind, *_ in row.media}, asked or "auto")
 
 
+def check_length(tokens: int, most: int) -> None:
+    """Refuse a row that the budget of a micro-batch cannot hold; most 0: it has none. Raises DataError."""
+    if most and tokens > most:
+        raise DataError(f"it is {tokens} tokens and tokens={most}; raise tokens, or shorten the row or its window")
+
+
+def check_labels(row: Row) -> None:
+    """Refuse a row that trains nothing. Raises DataError."""
+    if not any(label != IGNORED for label in row.labels[1:]):
+        raise DataError("no token of it is trained; give it an answer")
+
+
 def source_names(sources: Sequence[SourceConfig]) -> list[str]:
     """Return what each source is called in the names of samples: its own name, numbered where that is not unique."""
     names = [source.name or source.source for source in sources]
@@ -93,6 +106,7 @@ class Reader:
     routes: list[str | None]  # that the rows of each source ask for; None: by their media
     most: int  # tokens of a row, 0: whatever the model reads
     processor: Processor
+    labelled: bool = True  # whether rows need a token that trains
 
     def sample(self, name: Name) -> str:
         """Return what a row is called: SOURCE:NUMBER."""
@@ -105,7 +119,13 @@ class Reader:
             tokens = source.measure(number)
         except InputError as error:
             return bad_row(error, self.sample(name), source, number)
-        return self.make(name) if tokens is None else tokens
+        if tokens is None:
+            return self.make(name)
+        try:
+            check_length(tokens, self.most)
+        except DataError as error:
+            return bad_row(error, self.sample(name), source, number)
+        return tokens
 
     def make(self, name: Name) -> Made:
         """Return a row."""
@@ -113,11 +133,11 @@ class Reader:
         try:
             row = source.row(number)
             check_route(row, self.routes[name[0]], self.processor)
+            check_length(len(row.ids), self.most)
+            if self.labelled:
+                check_labels(row)
         except InputError as error:
             return bad_row(error, self.sample(name), source, number)
-        if self.most and len(row.ids) > self.most:
-            told = DataError(f"it is {len(row.ids)} tokens and tokens={self.most}; raise tokens, or shorten the row")
-            return bad_row(told, self.sample(name), source, number)
         row.sample, row.route = self.sample(name), self.routes[name[0]]
         return row
 
@@ -126,7 +146,8 @@ def open_reader(context: Context, sources: Sequence[SourceConfig], seed: int, mo
     """Open every source. Raises ConfigError, DataError."""
     context = replace(context, most=most)
     opened = [make_source(context, source, (seed, place)) for place, source in enumerate(sources)]
-    return Reader(opened, source_names(sources), [source.route for source in sources], most, context.processor)
+    routes = [source.route for source in sources]
+    return Reader(opened, source_names(sources), routes, most, context.processor, context.labelled)
 
 
 def mean_tokens(reader: Reader, place: int) -> float:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from modalora.contracts import IGNORED, Message
 from modalora.data.nlvr import NlvrRow
-from modalora.data.picks import NUMBERS
+from modalora.data.numbers import DIGITS, NUMBERS
 from modalora.data.pictures import chart_picture, word_picture
 from modalora.data.questions import DESCRIBE, questions
 from modalora.data.scenes import COLORS, KINDS, SIZES, Scene, Shape, caption, cell_labels, free_scene, nlvr_like
-from modalora.data.speech import DIGITS, TRANSCRIBE, Clip, digit_string, speech_questions
+from modalora.data.speech import TRANSCRIBE, Clip, digit_string, speech_questions
 from modalora.data.statements import nlvr_case, statement
 
 Rng = np.random.Generator
@@ -40,13 +40,18 @@ def conversation(media: Sequence[tuple[str, Any]], pairs: Pairs) -> Conversation
     return messages
 
 
+def judged(sentence: str, truth: bool) -> tuple[str, str]:
+    """Return a sentence as the question whether it is true, with the answer."""
+    return sentence + TRUE_OR_FALSE, "true" if truth else "false"
+
+
 def scene_conversation(scene: Scene, rng: Rng, turns: int) -> Conversation:
     """Return questions, statements or a caption about a scene."""
     draw = rng.random()
     if draw < 0.15:
         pairs = [(str(rng.choice(DESCRIBE)), caption(scene))]
     elif draw < 0.45 and scene.boxes > 1:
-        pairs = [_judged(*statement(scene, rng)) for _ in range(turns)]
+        pairs = [judged(*statement(scene, rng)) for _ in range(turns)]
     else:
         pairs = list(questions(scene, rng, turns))
     return conversation([("image", scene.image)], pairs)
@@ -67,8 +72,8 @@ def drawn_picture(rng: Rng, turns: int, ask: Sequence[str] | None = None, towers
         return conversation([("image", image)], pairs[:turns])
     if draw < 0.28:
         scene, sentence, truth = nlvr_case(rng)
-        rest = [*questions(scene, rng, turns - 2), _judged(*statement(scene, rng))]
-        return conversation([("image", scene.image)], [_judged(sentence, truth), *rest])
+        rest = [*questions(scene, rng, turns - 2), judged(*statement(scene, rng))]
+        return conversation([("image", scene.image)], [judged(sentence, truth), *rest])
     scene = free_scene(rng) if draw < 0.42 else nlvr_like(rng, towers)
     return scene_conversation(scene, rng, turns)
 
@@ -78,9 +83,9 @@ def real_scene(row: NlvrRow, rng: Rng, turns: int, ask: Sequence[str] | None = N
     scene = row.scene
     if ask is not None:
         return conversation([("image", scene.image)], questions(scene, rng, turns, ask))
-    rest = list(questions(scene, rng, turns - 2)) + [_judged(*statement(scene, rng))]
+    rest = list(questions(scene, rng, turns - 2)) + [judged(*statement(scene, rng))]
     rng.shuffle(rest)
-    return conversation([("image", scene.image)], [_judged(row.sentence, row.label), *rest])
+    return conversation([("image", scene.image)], [judged(row.sentence, row.label), *rest])
 
 
 def heard_digits(rows: Sequence[Clip], rng: Rng, most: int = 7, *, transcribe_only: bool = False) -> Conversation:
@@ -199,9 +204,9 @@ def cells(shapes: Sequence[Shape], size: tuple[int, int], features: dict[str, Te
     """Return what each token of a picture covers, as targets of training.objectives.Cells.
 
     "cells" (tokens, 3): kind, colour, size of the shape centred there, counted from 1; 0 empty; IGNORED separators.
-    "counts" (tokens, 2, COUNTED): how many shapes of each colour, kind, size and colour with kind, at most MOST:
-    first in the token's crop (in its third of the picture, for the global view), then in the picture (global view
-    only, else IGNORED).
+    "counts" (tokens, 2, COUNTED): how many shapes of each colour, kind, size and colour with kind, at most
+    MOST_COUNTED: first in the token's crop (in its third of the picture, for the global view), then in the picture
+    (global view only, else IGNORED).
     size: width and height of the picture in pixels. features: what image_features gave for it.
     """
     mask = features["mask"]
@@ -228,20 +233,16 @@ def cells(shapes: Sequence[Shape], size: tuple[int, int], features: dict[str, Te
     return {
         "cells": torch.cat((_with_ends(fine), torch.full((1, 3), IGNORED), _with_ends(coarse))),
         "counts": torch.cat((_with_ends(counts), torch.full((1, 2, COUNTED), IGNORED), _with_ends(whole))).clamp(
-            max=MOST
+            max=MOST_COUNTED
         ),
     }
 
 
 COUNTED = 16 + 8 * 5  # colours, kinds, sizes, and each colour with each kind
-MOST = 8
+MOST_COUNTED = 8
 
 
 def _with_ends(labels: np.ndarray) -> Tensor:
     table = torch.from_numpy(labels)
     ends = torch.full((len(table), 1, *table.shape[2:]), IGNORED)
     return torch.cat((table, ends), dim=1).flatten(0, 1)
-
-
-def _judged(sentence: str, truth: bool) -> tuple[str, str]:
-    return sentence + TRUE_OR_FALSE, "true" if truth else "false"

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from modalora.contracts import Message
-from modalora.data.genomes import TRAINING, GeneRows, Genome, RepeatRows, WindowRows, read_genomes
+from modalora.data.genome_rows import GeneRows, RepeatRows, WindowRows
+from modalora.data.genomes import TRAINING, Genome, read_genomes
 from modalora.data.instruct import instruct
 from modalora.data.nlvr import nlvr_scenes
 from modalora.data.questions import QUESTION_KINDS
@@ -32,8 +33,9 @@ from modalora.data.rows import (
     spoken_question,
 )
 from modalora.data.scenes import free_scene, nlvr_like
-from modalora.data.speech import Clip, augment, mask_bands, spoken_digits
-from modalora.data.text import recurring_window, token_stream, windows
+from modalora.data.speech import Clip, spoken_digits
+from modalora.data.text import check_length, recurring_window, token_stream, windows
+from modalora.data.variation import augment, mask_bands
 from modalora.data.voices import digit_voices, question_voices, sentence_voices
 from modalora.errors import ConfigError, DataError, InputError
 from modalora.processing.processor import Processor, Row
@@ -49,6 +51,7 @@ class Context:
 
     folder: the data of docs/nano.md. cache: where derived files are kept. window: tokens of a plain text window.
     most: tokens that a row may have, where that is less than the model reads (0: it is not).
+    labelled: whether a row needs a token that trains.
     """
 
     folder: Path
@@ -56,6 +59,7 @@ class Context:
     processor: Processor
     window: int
     most: int = 0
+    labelled: bool = True
 
 
 class Source(Protocol):
@@ -145,6 +149,7 @@ def bad_row(error: InputError, sample: str, source: Source, number: int) -> Bad:
 
 def _books(context: Context, split: str = "train", recurring: float = 0.0) -> Draw:
     stream = token_stream(context.folder, split, context.processor.tokenizer, context.cache)
+    check_length(stream, context.window)
 
     def draw(rng: np.random.Generator) -> Row:
         if rng.random() < recurring:
@@ -163,6 +168,7 @@ def _retrieval(
         raise ConfigError(f"distances={distances!r} of source 'retrieval' must be one of {', '.join(DISTANCES)}")
     tokenizer = context.processor.tokenizer
     stream, phrases = token_stream(context.folder, split, tokenizer, context.cache), Phrases(tokenizer)
+    check_length(stream, context.window)
 
     def draw(rng: np.random.Generator) -> Row:
         text = np.array(windows(stream, context.window, 1, rng)[0])

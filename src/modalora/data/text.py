@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as parquet
 
-from modalora.data.files import cached
+from modalora.data.files import cached, load_arrow
 from modalora.errors import DataError
 from modalora.processing.tokenizer import END_OF_TEXT, TextTokenizer
 
 
 def books(folder: Path, split: str) -> Iterator[str]:
     """Yield the whole texts of folder/books/SPLIT.parquet (columns name, title, text). Raises DataError when absent."""
-    for batch in parquet.ParquetFile(books_file(folder, split)).iter_batches(batch_size=1, columns=["text"]):
+    table = load_arrow().parquet.ParquetFile(books_file(folder, split))
+    for batch in table.iter_batches(batch_size=1, columns=["text"]):
         yield from batch.column(0).to_pylist()
 
 
@@ -48,9 +48,20 @@ def token_stream(folder: Path, split: str, tokenizer: TextTokenizer, cache: Path
     return np.asarray(np.load(cached(books_file(folder, split), cache, f"-{key}.npy", make), mmap_mode="r"))
 
 
+def check_length(stream: np.ndarray, length: int) -> None:
+    """Refuse a text that has no window of `length` ids. Raises DataError."""
+    if len(stream) < length:
+        raise DataError(
+            f"the text is {len(stream)} tokens long, and windows of {length} are cut from it; give more text, or a "
+            "shorter window where the recipe sets it"
+        )
+
+
 def windows(stream: np.ndarray, length: int, rows: int, rng: np.random.Generator) -> list[list[int]]:
-    """Return `rows` random windows of `length` ids."""
-    starts = rng.integers(0, len(stream) - length, size=rows)
+    """Return `rows` random windows of `length` ids. Raises DataError when the stream is shorter."""
+    check_length(stream, length)
+    # the last start is drawn where it is the only one: a bound one higher would move half of the draws of earlier runs
+    starts = rng.integers(0, max(1, len(stream) - length), size=rows)
     return [stream[start : start + length].tolist() for start in starts]
 
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -19,7 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from modalora.data.speech import DIGITS, Clip, number_words, read_wave, resample
+from modalora.data.numbers import DIGITS, number_words
+from modalora.data.scenes import BOX_NAMES
+from modalora.data.speech import Clip, read_wave
+from modalora.data.variation import resample
+from modalora.disk import drafted
 from modalora.errors import DataError
 
 ACCENTS = (
@@ -126,23 +128,16 @@ def trim(wave: np.ndarray, rate: int) -> np.ndarray:
 
 
 def _write_bank(path: Path, clips: Sequence[Clip]) -> None:
-    """Write the clips whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     waves = [np.rint(np.clip(clip.wave, -1, 1) * 32_767).astype(np.int16) for clip in clips]
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".voices-", suffix=".npz")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(
-                file,
-                samples=np.concatenate(waves) if waves else np.zeros(0, np.int16),
-                lengths=np.array([len(wave) for wave in waves], dtype=np.int64),
-                rates=np.array([clip.rate for clip in clips], dtype=np.int64),
-                texts=np.array([clip.text for clip in clips], dtype=np.str_),
-                speakers=np.array([clip.speaker for clip in clips], dtype=np.str_),
-            )
-        Path(name).replace(path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with drafted(path) as draft:
+        np.savez(
+            draft,
+            samples=np.concatenate(waves) if waves else np.zeros(0, np.int16),
+            lengths=np.array([len(wave) for wave in waves], dtype=np.int64),
+            rates=np.array([clip.rate for clip in clips], dtype=np.int64),
+            texts=np.array([clip.text for clip in clips], dtype=np.str_),
+            speakers=np.array([clip.speaker for clip in clips], dtype=np.str_),
+        )
 
 
 def _read_bank(path: Path) -> list[Clip]:
@@ -183,12 +178,11 @@ def picture_questions(split: str = "train") -> tuple[str, ...]:
     """
     nouns = ("object", "thing", "item", "shape", "block", "circle", "square", "triangle")
     colors, sizes = ("black ", "blue ", "yellow ", "red ", "green "), ("small ", "medium ", "large ")
-    boxes = ("left box", "middle box", "right box")
     many = [f"{color}{noun}s" for color, noun in product(("", *colors), nouns)]
     texts = [f"how many {things} are there" for things in many]
-    texts += [f"how many {things} are in the {box}" for things, box in product(many[:32], boxes)]
+    texts += [f"how many {things} are in the {box}" for things, box in product(many[:32], BOX_NAMES)]
     texts += [f"what color is the {size}{noun}" for size, noun in product(("", *sizes), nouns)]
-    texts += [f"what color is the {place} block in the {box}" for place, box in product(("top", "bottom"), boxes)]
+    texts += [f"what color is the {place} block in the {box}" for place, box in product(("top", "bottom"), BOX_NAMES)]
     texts += [f"where is the {pick}{noun}" for pick, noun in product((*colors, *sizes), nouns)]
     texts += [
         f"where is the tower with a {color}block at the {end}" for color, end in product(colors[:3], ("top", "base"))

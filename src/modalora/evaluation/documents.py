@@ -22,6 +22,7 @@ import numpy as np
 
 from modalora.config.extend import MOST_DISTRACTORS, MOST_NEEDLES
 from modalora.data.retrieval import Phrases
+from modalora.data.text import books
 from modalora.errors import ConfigError, DataError
 from modalora.evaluation.names import Part, draw_names, draw_numbers
 from modalora.evaluation.needle import Document, fingerprint
@@ -40,8 +41,6 @@ def part_of_books(folder: Path, part: Literal["search", "evaluation"]) -> list[s
 
     Raises DataError when there is no such file.
     """
-    from modalora.data.text import books  # needs pyarrow, which a text file does not
-
     return list(books(folder, "validation"))[["search", "evaluation"].index(part) :: 2]
 
 

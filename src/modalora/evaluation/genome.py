@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from modalora.contracts import Batch, Route
-from modalora.data.genomes import Genome, repeat
+from modalora.data.genome_rows import repeat
+from modalora.data.genomes import Genome
 from modalora.errors import ConfigError, DataError
 from modalora.models.multimodal import Multimodal
 from modalora.nn.products import wide_products

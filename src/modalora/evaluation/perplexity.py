@@ -18,7 +18,7 @@ from modalora.evaluation.needle import answer_losses, plain_document
 from modalora.models.multimodal import Multimodal
 from modalora.nn.products import wide_products
 from modalora.processing.processor import Row
-from modalora.processing.tokenizer import TextTokenizer
+from modalora.processing.tokenizer import END_OF_TEXT, TextTokenizer
 
 _STREAM = 105  # of the passages, apart from those of documents with needles
 
@@ -31,7 +31,7 @@ def bits_per_byte(assistant: Assistant, texts: Iterable[str], *, window: int = 7
     The first token of a window is predicted from <|endoftext|> alone. Raises DataError when there is no text.
     """
     tokenizer = assistant.processor.tokenizer
-    start = tokenizer.control("<|endoftext|>")
+    start = tokenizer.control(END_OF_TEXT)
     nats, size = 0.0, 0
     waiting: list[Row] = []
 

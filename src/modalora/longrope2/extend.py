@@ -18,10 +18,11 @@ import torch
 
 from modalora.assistant import check_device
 from modalora.checkpoint.adapters import fingerprint
-from modalora.checkpoint.files import read_json, weights_digest, write_json
+from modalora.checkpoint.files import weights_digest
 from modalora.checkpoint.resume import locked
 from modalora.checkpoint.store import load_model
 from modalora.config import ExtendConfig, NeedleConfig, RunConfig, SourceConfig, dump, load_extension
+from modalora.disk import drafted, read_json, write_json
 from modalora.errors import ConfigError
 from modalora.evaluation.documents import make_documents, part_of_books
 from modalora.evaluation.needle import Document, Grid, measure_grid, plain_document
@@ -127,9 +128,8 @@ def _run_stages(
     with ExitStack() as stack:
         if _is_first():
             stack.enter_context(locked(folder))
-            draft = folder / f".{SETTINGS}.draft"
-            draft.write_text(dump(config), encoding="utf-8")
-            draft.replace(folder / SETTINGS)
+            with drafted(folder / SETTINGS) as draft:
+                draft.write_text(dump(config), encoding="utf-8")
         factors, outcome = _search(work, guides, say)
         trained = _train(work, factors, say, report)
         if not _is_first():
@@ -275,7 +275,8 @@ def _search(work: Extension, documents: Sequence[Document], say: Say) -> tuple[F
     found = json.loads(json.dumps(_outcome(outcome, others, documents)))  # as it will be read back
     if not _is_first():
         return outcome.best, found
-    _write_whole(told, found)
+    with drafted(told) as draft:
+        write_json(draft, found)
     settings = {"search": config.model_dump(mode="json"), "guide": work.config.guide.model_dump(mode="json")}
     provenance = Provenance(
         model=model, documents=hashes, seed=config.seed, settings=settings, loss=outcome.loss,
@@ -385,7 +386,8 @@ def _score(
             work.model.set_rope(own.rope(work.base))
             (grid,) = measure_grid(work.model, documents, rows=config.rows)
             work.model.set_rope(work.base)
-            _write_whole(path, {**grid.as_json(), "made_with": made_with})
+            with drafted(path) as draft:
+                write_json(draft, {**grid.as_json(), "made_with": made_with})
         grids[TITLES[name]] = _read_grid(path, made_with)
     if trained is None:
         return grids
@@ -397,7 +399,8 @@ def _score(
         say(f"measuring the trained model: {len(documents)} documents, twice")
         model = _placed(load_model(trained).model, config, work.device)
         for path, grid in zip(paths, measure_grid(model, documents, regimes=regimes, rows=config.rows), strict=True):
-            _write_whole(path, {**grid.as_json(), "made_with": made_with})
+            with drafted(path) as draft:
+                write_json(draft, {**grid.as_json(), "made_with": made_with})
     for path, regime in zip(paths, regimes, strict=True):
         grids[f"LongRoPE2, {TRAINED[regime]}"] = _read_grid(path, made_with)
     return grids
@@ -458,9 +461,3 @@ def _draw(
         (work.folder / f"{name}.png").write_bytes(png)
     page = as_page(summary, factors, outcome, pictures, dump(work.config))
     (work.folder / REPORT).write_text(page, encoding="utf-8")
-
-
-def _write_whole(path: Path, fields: Mapping[str, Any]) -> None:
-    draft = path.with_name(f".{path.name}.draft")
-    write_json(draft, fields)
-    draft.replace(path)

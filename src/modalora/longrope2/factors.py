@@ -12,8 +12,8 @@ from math import ceil, inf, isfinite, log, pi
 from pathlib import Path
 from typing import Any, Literal
 
-from modalora.checkpoint.files import read_json, write_json
 from modalora.config import parse
+from modalora.disk import drafted, read_json, write_json
 from modalora.errors import CheckpointError, ConfigError
 from modalora.nn.rope import LongRope, Rope, su_temperature, yarn_temperature
 
@@ -189,10 +189,8 @@ class _File:
 
 def write_factors(path: Path, factors: Factors, provenance: Provenance) -> None:
     """Write a factors file: JSON, whole or not at all."""
-    draft = path.with_name(f".{path.name}.draft")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(draft, {"format": FORMAT, "factors": asdict(factors), "provenance": asdict(provenance)})
-    draft.replace(path)
+    with drafted(path) as draft:
+        write_json(draft, {"format": FORMAT, "factors": asdict(factors), "provenance": asdict(provenance)})
 
 
 def read_factors(path: Path) -> tuple[Factors, Provenance]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from math import atan2, cos, exp, isfinite, pi, sin, sqrt
 from pathlib import Path
 from statistics import fmean
@@ -23,11 +24,11 @@ from torch import Tensor
 
 from modalora.checkpoint.resume import locked
 from modalora.config import SearchConfig
+from modalora.disk import Journal, read_lines, step_of
 from modalora.errors import ConfigError, WorkError
 from modalora.longrope2.factors import Factors
 from modalora.longrope2.space import Genome, Space
 from modalora.parallel import ranks
-from modalora.training.journal import Journal
 from modalora.training.signals import Asked, Interrupted, Stop
 
 LOG = "search.jsonl"
@@ -147,7 +148,10 @@ class _Log:
 @contextmanager
 def _opened(path: Path | None, told: Mapping[str, Any]) -> Iterator[_Log]:
     """Open the log that rank 0 sees. Raises ConfigError when it is of another search."""
-    lines = _lines(path) if path is not None and _rank() == 0 else []
+    lines: list[dict[str, Any]] = []
+    if path is not None and _rank() == 0:  # up to the first that is none, as a killed process may leave behind
+        numbered = takewhile(lambda own: step_of(own[1]) == own[0], enumerate(read_lines(path)))
+        lines = [json.loads(line) for _, line in numbered]
     if ranks.has_joined():
         lines = ranks.gathered(lines)[0]
     given = json.loads(json.dumps(told))
@@ -164,20 +168,6 @@ def _opened(path: Path | None, told: Mapping[str, Any]) -> Iterator[_Log]:
         if not lines:
             journal.write({"step": 0, "search": given})
         yield _Log(lines[1:], journal)
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines up to the first that is none, as a killed process may leave behind."""
-    found: list[dict[str, Any]] = []
-    for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else ():
-        try:
-            fields = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(fields, dict) or fields.get("step") != len(found):
-            break
-        found.append(fields)
-    return found
 
 
 def _rank() -> int:

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
 import torch
@@ -350,6 +351,11 @@ def part_of(name: str) -> str:
     if pieces[0] == "projectors":
         return f"{pieces[1]}.projector.{pieces[2]}"
     return "decoder"
+
+
+def matches(part: str, *patterns: str) -> bool:
+    """Tell whether a name of `part_of` is meant by one of the patterns, in which * stands for any text."""
+    return any(fnmatchcase(part, pattern) for pattern in patterns)
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:

@@ -6,7 +6,9 @@ Phi-4-Multimodal, arXiv:2503.01743, section 2.2; SigLIP, arXiv:2303.15343. patch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isqrt
 from typing import ClassVar
 
 import torch
@@ -193,8 +195,8 @@ class ImageEmbedder(nn.Module):
         features = self.tower(pixels, masks).split(counts)
         return [self._assemble(own, *place) for own, place in zip(features, places, strict=True)]
 
-    def _assemble(self, features: Tensor, grid: tuple[int, int], extent: tuple[int, int]) -> Tensor:
-        (rows, columns), (down, across), side = grid, extent, self.tower.config.side
+    def _assemble(self, features: Tensor, grid: Sequence[int], extent: Sequence[int]) -> Tensor:
+        (rows, columns), (down, across), side = grid, extent, isqrt(features.shape[1])
         maps = features.transpose(1, 2).unflatten(-1, (side, side))
         pooled = functional.avg_pool2d(maps, 2).permute(0, 2, 3, 1)  # (1 + h w, side / 2, side / 2, width)
         crops = pooled[1:].unflatten(0, (rows, columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1)

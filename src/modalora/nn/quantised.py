@@ -7,6 +7,7 @@ of a row (QLoRA, arXiv:2305.14314, section 3), 4.25 bits a number. A matrix is (
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,6 @@ class Nf4(nn.Module):
 
     codes: Tensor
     scales: Tensor
-    levels: Tensor  # here, so that no product waits for them to be brought to a device
 
     def __init__(self, matrix: Tensor) -> None:
         super().__init__()
@@ -55,15 +55,19 @@ class Nf4(nn.Module):
         codes = torch.bucketize(blocks / scales.float(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
         self.register_buffer("codes", codes[:, ::2] * 16 + codes[:, 1::2], persistent=False)
         self.register_buffer("scales", scales, persistent=False)
-        self.register_buffer("levels", levels, persistent=False)
         self.shape = matrix.shape
 
     def expand(self, dtype: torch.dtype) -> Tensor:
         """Return the matrix."""
-        levels = self.levels.to(dtype)
-        pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1)  # what each byte stands for
-        numbers = pairs.index_select(0, self.codes.flatten().int()).view(-1, BLOCK)
+        numbers = _pairs(self.codes.device, dtype).index_select(0, self.codes.flatten().int()).view(-1, BLOCK)
         return numbers.mul_(self.scales.to(dtype)).view(self.shape)
+
+
+@cache  # no product waits for them to be brought to a device
+def _pairs(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return what each byte stands for, (256, 2)."""
+    levels = torch.tensor(LEVELS, device=device, dtype=dtype)
+    return torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1)
 
 
 class Half(nn.Module):

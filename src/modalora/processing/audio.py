@@ -22,7 +22,7 @@ from torch import Tensor
 
 from modalora.contracts import subsampled
 from modalora.errors import ConfigError, MediaError
-from modalora.processing.image import read_source
+from modalora.processing.source import read_source
 
 Wave = NDArray[np.float32]
 
@@ -33,6 +33,7 @@ TOP_HZ = 7690.0  # upper edge of the last mel filter
 EMPHASIS = 0.97
 LOUDEST = 10.0  # float samples above this were never divided by their integer range
 MOST_MELS = 112  # the narrowest filters still reach a bin of the Fourier transform
+_GIVEN = "the given audio"  # what messages call an array
 _UNTOLD = 1 << 48  # samples: a header that says more does not know the length, as of what was written to a pipe
 _FIRST, _LAST = 2, 4  # flags of an Ogg page that begins or ends a stream
 BLOCK = 256  # frames transformed at a time: they stay in a core's cache
@@ -68,11 +69,14 @@ def open_audio(source: str | Path | bytes | tuple[ArrayLike, int], config: Audio
     25 ms, or holds numbers that are not finite.
     """
     if isinstance(source, tuple):
-        name = "the given audio"
-        wave, rate = _from_array(name, source, config)
-    else:
-        name, data = read_source(source, "audio", config.max_bytes)
-        wave, rate = _decode(name, data, config)
+        return _checked(_GIVEN, *_from_array(_GIVEN, source, config))
+    name, data = read_source(source, "audio", config.max_bytes)
+    with _sound_file(name, data) as file:
+        return _checked(name, *_decode(name, data, file, config))
+
+
+def _checked(name: str, wave: Wave, rate: int) -> tuple[Wave, int]:
+    """Return the wave and its rate, where it is long enough and its numbers are those of a sound."""
     if not wave.size:
         raise MediaError(f"{name} holds no samples (0 seconds); give at least {WINDOW_MS} ms of sound")
     if wave.size * 1000 < WINDOW_MS * rate:
@@ -105,22 +109,21 @@ def count_audio_tokens(source: str | Path | bytes | tuple[ArrayLike, int], confi
 
     Raises MediaError as open_audio does for what the header tells.
     """
-    if not isinstance(source, tuple):
+    if isinstance(source, tuple):
+        name = _GIVEN
+        wave, rate = open_audio(source, config)
+        samples = len(wave)
+    else:
         name, data = read_source(source, "audio", config.max_bytes)
         with _sound_file(name, data) as file:
             samples, rate = int(file.frames), int(file.samplerate)
-            exact = file.format in ("WAV", "FLAC")
             _check_told(name, samples)
-        if exact and not _missing_bytes(data):
-            _check_rate(name, rate)
-            _check_seconds(name, samples, rate, config)
-        else:
-            wave, rate = open_audio(data, config)
-            samples = len(wave)
-    else:
-        name = "the given audio"
-        wave, rate = open_audio(source, config)
-        samples = len(wave)
+            if file.format in ("WAV", "FLAC") and not _missing_bytes(data):
+                _check_rate(name, rate)
+                _check_seconds(name, samples, rate, config)
+            else:
+                wave, rate = _checked(name, *_decode(name, data, file, config))
+                samples = len(wave)
     target = rate if rate in (WIDE, NARROW) else WIDE if rate > NARROW else NARROW
     if target != rate:
         samples = int(samples * target / rate + 0.5)  # what soxr gives
@@ -216,24 +219,22 @@ def _sound_file(name: str, data: bytes) -> soundfile.SoundFile:
         ) from error
 
 
-def _decode(name: str, data: bytes, config: AudioConfig) -> tuple[Wave, int]:
-    with _sound_file(name, data) as file:
-        rate, promised = int(file.samplerate), int(file.frames)
-        _check_told(name, promised)
-        counted = file.format not in ("MP3", "MPEG") or _has_frame_count(data)
-        _check_rate(name, rate)
-        if counted:
-            _check_seconds(name, promised, rate, config)
-        blocks, held = [np.zeros(0, dtype=np.float32)], 0
-        try:
-            while len(block := file.read(10 * rate, dtype="float32", always_2d=True)):
-                held += len(block)
-                _check_seconds(name, held, rate, config)
-                blocks.append(block.mean(axis=1))
-        except (soundfile.LibsndfileError, RuntimeError) as error:
-            raise MediaError(
-                f"{name} cannot be decoded ({error}), it is damaged or cut short; export it again"
-            ) from error
+def _decode(name: str, data: bytes, file: soundfile.SoundFile, config: AudioConfig) -> tuple[Wave, int]:
+    """Return one channel of a file that was opened from these bytes, and its rate."""
+    rate, promised = int(file.samplerate), int(file.frames)
+    _check_told(name, promised)
+    counted = file.format not in ("MP3", "MPEG") or _has_frame_count(data)
+    _check_rate(name, rate)
+    if counted:
+        _check_seconds(name, promised, rate, config)
+    blocks, held = [np.zeros(0, dtype=np.float32)], 0
+    try:
+        while len(block := file.read(10 * rate, dtype="float32", always_2d=True)):
+            held += len(block)
+            _check_seconds(name, held, rate, config)
+            blocks.append(block.mean(axis=1))
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        raise MediaError(f"{name} cannot be decoded ({error}), it is damaged or cut short; export it again") from error
     if _ogg_streams(data) > 1:
         raise MediaError(f"{name} holds several recordings one after the other, of which one is read; split it")
     missing = _missing_bytes(data)

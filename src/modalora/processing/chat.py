@@ -70,15 +70,8 @@ def render(
         messages = [{"role": "system", "content": chat.default_system}, *messages]
     for number, message in enumerate(messages, start=1):
         where = f"message {number}"
-        if not isinstance(message, Mapping) or "role" not in message:
-            raise PromptError(f"{where} must be a mapping with 'role' and 'content'; got {message!r:.80}")
+        check_message(message, where)
         role = message["role"]
-        if role not in ROLES:
-            raise PromptError(f"{where} has role {role!r}; use one of {', '.join(ROLES)}")
-        if message.get("tool_calls"):
-            raise PromptError(f"{where} has tool_calls, which are not read; write the call as the assistant's text")
-        if message.get("tools") and role != "system":
-            raise PromptError(f"{where} has tools, which the system message holds; move them there")
         trained = role == "assistant" and bool(message.get("loss", True))
         pieces += [Piece("control", f"<|{role}|>"), Piece("text", chat.after_role, trained)]
         pieces.extend(_content(message.get("content"), where, trained, kinds))
@@ -90,6 +83,56 @@ def render(
     if answer:
         pieces += [Piece("control", ASSISTANT), Piece("text", chat.after_role)]
     return _joined(pieces)
+
+
+def check_message(message: Any, where: str) -> None:
+    """Refuse what is no message, whatever its content. where: what errors call it. Raises PromptError."""
+    if not isinstance(message, Mapping) or "role" not in message:
+        raise PromptError(f"{where} is {message!r:.60}; give a mapping with 'role' and 'content'")
+    role = message["role"]
+    if role not in ROLES:
+        raise PromptError(f"{where} has role {role!r:.40}; use one of {', '.join(ROLES)}")
+    if message.get("tool_calls"):
+        raise PromptError(f"{where} has tool_calls, which are not read; write the call as the assistant's text")
+    if message.get("tools") and role != "system":
+        raise PromptError(f"{where} has tools, which the system message holds; move them there")
+
+
+def read_part(part: Any, where: str, kinds: Collection[str], empty: Collection[str] = ()) -> tuple[str, Any]:
+    """Return the kind of a content part, "text" or a modality, and its payload.
+
+    OpenAI's image_url becomes an image, its payload the URL as it is; input_audio becomes audio, decoded.
+    kinds: the modalities. empty: those whose parts may stand without payload, which is None then. Raises PromptError.
+    """
+    kinds = ("text", *kinds, "image_url", "input_audio")
+    if not isinstance(part, Mapping) or part.get("type") not in kinds:
+        got = part.get("type") if isinstance(part, Mapping) else part
+        raise PromptError(f"{where} has type {got!r:.40}; use one of {', '.join(kinds)}")
+    kind = part["type"]
+    payload = part.get(kind)
+    if payload is None and kind not in empty:
+        raise PromptError(
+            f"{where} has no {kind!r}; write the payload in the part: {{'type': '{kind}', '{kind}': ...}}"
+        )
+    if kind == "text" and not isinstance(payload, str):
+        raise PromptError(f"{where} has text of type {type(payload).__name__}; give a string")
+    if kind == "image_url":
+        return "image", payload.get("url") if isinstance(payload, Mapping) else payload
+    if kind == "input_audio":
+        data = decode_base64(payload.get("data") if isinstance(payload, Mapping) else payload, bare=True)
+        return "audio", _inline(data, where)
+    return kind, payload
+
+
+def decode_base64(text: Any, *, bare: bool = False) -> bytes | None:
+    """Return the bytes of a base64 data URL, or None. bare: base64 alone will do, where OpenAI's format has that."""
+    if not isinstance(text, str) or not (bare or text.startswith("data:")):
+        return None
+    _, comma, data = text.partition(",")
+    try:
+        return base64.b64decode(data if comma else text, validate=True)
+    except ValueError:  # binascii.Error is one; text beyond ASCII raises its parent
+        return None
 
 
 def render_raw(
@@ -164,25 +207,10 @@ def _content(content: Any, where: str, trained: bool, kinds: Collection[str]) ->
 
 
 def _part(part: Any, where: str, trained: bool, kinds: Collection[str]) -> Piece:
-    kinds = ("text", *kinds, "image_url", "input_audio")
-    if not isinstance(part, Mapping) or part.get("type") not in kinds:
-        got = part.get("type") if isinstance(part, Mapping) else part
-        raise PromptError(f"{where} has type {got!r:.40}; use one of {', '.join(kinds)}")
-    kind = part["type"]
-    if kind not in part:
-        raise PromptError(f"{where} has no {kind!r}; the payload stands under the key that its type names")
-    payload = part[kind]
-    if kind == "text":
-        if not isinstance(payload, str):
-            raise PromptError(f"{where} has text of type {type(payload).__name__}; give a string")
-        return Piece("text", payload, trained)
-    if kind == "image_url":
-        url = payload.get("url") if isinstance(payload, Mapping) else payload
-        return Piece("image", _inline(url, where))
-    if kind == "input_audio":
-        data = payload.get("data") if isinstance(payload, Mapping) else payload
-        return Piece("audio", _inline(data, where, bare=True))
-    return Piece(kind, payload)
+    kind, payload = read_part(part, where, kinds)
+    if part["type"] == "image_url":
+        payload = _inline(decode_base64(payload), where)
+    return Piece(kind, payload, trained and kind == "text")
 
 
 def _as_json(tools: Any, where: str) -> str:
@@ -192,12 +220,7 @@ def _as_json(tools: Any, where: str) -> str:
         raise PromptError(f"{where} has tools that JSON cannot hold ({error}); write them as a string") from None
 
 
-def _inline(url: Any, where: str, *, bare: bool = False) -> bytes:
-    """Return the bytes of a base64 data URL, or of bare base64 where OpenAI's format has that."""
-    if isinstance(url, str) and (bare or url.startswith("data:")):
-        _, comma, data = url.partition(",")
-        try:
-            return base64.b64decode(data if comma else url, validate=True)
-        except ValueError:  # binascii.Error is one; text beyond ASCII raises its parent
-            pass
-    raise PromptError(f"{where} must hold base64 data ('data:...;base64,...'); nothing is fetched from the network")
+def _inline(data: bytes | None, where: str) -> bytes:
+    if data is None:
+        raise PromptError(f"{where} must hold base64 data ('data:...;base64,...'); nothing is fetched from the network")
+    return data

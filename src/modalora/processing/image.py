@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import re
-import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from torch.nn import functional
 
 from modalora.contracts import image_tokens
 from modalora.errors import ConfigError, MediaError
+from modalora.processing.source import read_source
 
 # Formats read: each is decoded inside Pillow, none starts another program (EPS would).
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -79,45 +79,6 @@ def read_image(source: str | Path | bytes | Image.Image, config: ImageConfig) ->
         if config.fast and image is not source and (levels := _decode_small(image, config)) is not None:
             return _features(levels, _layout(_upright_size(image), config), config)
         return image_features(_decode(name, image), config)
-
-
-def read_source(source: str | Path | bytes, noun: str, max_bytes: int) -> tuple[str, bytes]:
-    """Return what to call a file or a byte string in messages, and its bytes; the size is checked before reading.
-
-    noun: "image" or "audio". Raises MediaError when there is nothing to read or too much of it.
-    """
-    if isinstance(source, bytes):
-        name, size = f"{noun} bytes", len(source)
-    elif isinstance(source, str | Path):
-        name = repr(str(source))
-        if "://" in name or name.startswith(("'data:", '"data:')):
-            short = name if len(name) <= 80 else name[:76] + "...'"
-            raise MediaError(f"{short} is a URL, and {noun} sources are files or bytes; load it and give its bytes")
-        try:
-            status = Path(source).stat()
-        except FileNotFoundError as error:
-            raise MediaError(
-                f"{name} does not exist (seen from '{Path.cwd()}'); give the path of an {noun} file"
-            ) from error
-        except (OSError, ValueError) as error:
-            raise MediaError(f"{name} cannot be reached ({error}); give the path of an {noun} file") from error
-        if not stat.S_ISREG(status.st_mode):
-            what = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-            raise MediaError(f"{name} is {what}; give the path of one {noun} file")
-        size = status.st_size
-    else:
-        what = type(source).__name__
-        raise MediaError(f"an {noun} was given as {what}; give a path, the bytes of a file or decoded {noun}")
-    if not size:
-        raise MediaError(f"{name}: empty, 0 bytes; give an {noun} file with content")
-    if size > max_bytes:
-        raise MediaError(f"{name}: {size:,} bytes, and at most {max_bytes:,} are read; compress it or raise max_bytes")
-    if isinstance(source, bytes):
-        return name, source
-    try:
-        return name, Path(source).read_bytes()
-    except OSError as error:
-        raise MediaError(f"{name} cannot be read ({error.strerror}); check its permissions") from error
 
 
 def open_image(source: str | Path | bytes | Image.Image, config: ImageConfig) -> Image.Image:
@@ -248,16 +209,10 @@ def _to_rgb(name: str, image: Image.Image) -> Image.Image:
 def _grids(max_crops: int) -> tuple[tuple[int, int], ...]:
     """Return every (columns, rows) of at most max_crops crops, fewest crops first.
 
-    Grids of equal size stay in the order of the set, which these loops fix: it decides exact ties as in the
-    released code.
+    Among grids of equal size the order decides nothing: between the shapes of two such lies that of a grid with fewer
+    crops, which is nearer to every picture that is equally far from both.
     """
-    found = {
-        (columns, rows)
-        for most in range(1, max_crops + 1)
-        for columns in range(1, most + 1)
-        for rows in range(1, most + 1)
-        if columns * rows <= max_crops
-    }
+    found = [(columns, rows) for columns in range(1, max_crops + 1) for rows in range(1, max_crops // columns + 1)]
     return tuple(sorted(found, key=lambda grid: grid[0] * grid[1]))
 
 
@@ -328,8 +283,7 @@ def count_image_tokens(source: str | Path | bytes | Image.Image, config: ImageCo
 
     Raises MediaError as open_image does for what the header tells.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _unwarned():
         name, image = _open_unread(source, config)
         if image.format == "TIFF":  # Pillow turns it while decoding
             image = open_image(source, config)

@@ -14,7 +14,7 @@ from modalora.errors import PromptError
 from modalora.processing.audio import AudioConfig
 from modalora.processing.chat import FORMATS, ChatFormat, Piece, as_text, render, render_raw
 from modalora.processing.image import ImageConfig
-from modalora.processing.tokenizer import TextTokenizer
+from modalora.processing.tokenizer import END_OF_TEXT, TextTokenizer
 
 Compat = Literal["official"] | None
 _NOUNS = {"image": "picture", "audio": "sound"}
@@ -182,7 +182,7 @@ class Processor:
 
         route: "auto", "none" or an adapter, for the rows that do not ask for one themselves.
         """
-        pad = self.tokenizer.control("<|endoftext|>")
+        pad = self.tokenizer.control(END_OF_TEXT)
         lengths = torch.tensor([len(row.ids) for row in rows])
         time = int(lengths.max())
         ids = torch.full((len(rows), time), pad)

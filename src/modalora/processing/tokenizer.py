@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -170,12 +171,12 @@ class TextTokenizer:
         """Tell whether there is a control token of this name."""
         return token in self._control
 
-    @property
+    @cached_property
     def controls(self) -> frozenset[str]:
         """Names of the control tokens."""
         return frozenset(self._control)
 
-    @property
+    @cached_property
     def control_ids(self) -> frozenset[int]:
         """Ids that only the chat template writes."""
         return frozenset(self._control.values())

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from modalora.config import RunConfig
 from modalora.contracts import Batch, terms
 from modalora.errors import ConfigError, TrainingError
-from modalora.models.multimodal import part_of
+from modalora.models.multimodal import matches, part_of
 from modalora.parallel.engine import Engine
 
 AUDITED = 4  # steps with rows for a part after which it is judged: the fault is told before the fifth
@@ -58,7 +57,7 @@ def check_preserved(model: nn.Module, run: RunConfig) -> None:
     """Refuse what is to be preserved and is no part of the model. Raises ConfigError."""
     parts = _parts(name for name, _ in model.named_parameters())
     for pattern in run.preserve:
-        if not any(fnmatchcase(part, pattern) for part in parts):
+        if not any(matches(part, pattern) for part in parts):
             raise ConfigError(f"preserve: {pattern!r} matches no part of this model; its parts are {', '.join(parts)}")
 
 
@@ -76,13 +75,13 @@ def check_trained(declared: Mapping[str, nn.Parameter], trained: Mapping[str, nn
             raise TrainingError(f"{', '.join(_parts(lost))} {told} ({len(lost)} tensors, such as {min(lost)})")
     parts = _parts(trained)
     for pattern in run.preserve:
-        if wide := [part for part in parts if fnmatchcase(part, pattern)]:
+        if wide := [part for part in parts if matches(part, pattern)]:
             raise ConfigError(
                 f"preserve: {pattern!r} is to stay as it is, and train: {', '.join(run.train)} trains {wide[0]}; "
                 "narrow train: to the parts that learn"
             )
     for pattern in run.optim.lr_scale:
-        if not any(fnmatchcase(part, pattern) for part in parts):
+        if not any(matches(part, pattern) for part in parts):
             raise ConfigError(f"optim.lr_scale: {pattern!r} matches no part that trains; these do: {', '.join(parts)}")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from modalora.errors import ConfigError
-from modalora.models.multimodal import Multimodal, part_of
+from modalora.models.multimodal import Multimodal, matches, part_of
 
 
 def add_dropout(model: Multimodal, rates: Mapping[str, float]) -> list[RemovableHandle]:
@@ -24,7 +23,7 @@ def add_dropout(model: Multimodal, rates: Mapping[str, float]) -> list[Removable
     trained = {part_of(name) for name, own in model.named_parameters() if own.requires_grad}
     handles = []
     for pattern, rate in rates.items():
-        chosen = [name for name in model.encoders if fnmatchcase(f"{name}.encoder", pattern)]
+        chosen = [name for name in model.encoders if matches(f"{name}.encoder", pattern)]
         learning = [name for name in chosen if f"{name}.encoder" in trained]
         if not learning:
             told = "is not in train:" if chosen else "matches no encoder of this model"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
 from modalora.contracts import IGNORED, Batches
 from modalora.errors import ConfigError
-from modalora.models.multimodal import Multimodal
+from modalora.models.multimodal import Multimodal, matches
 from modalora.models.speech import SpeechEncoder
 from modalora.nn.mlp import Projector
 
@@ -57,7 +56,7 @@ def whiten_projectors(
     chosen = [
         projector
         for branch, projector in model.projectors.get_submodule(modality).named_children()
-        if any(fnmatchcase(f"{modality}.projector.{branch}", pattern) for pattern in patterns)
+        if matches(f"{modality}.projector.{branch}", *patterns)
     ]
     if not chosen or not media:
         raise ConfigError(

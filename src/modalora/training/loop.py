@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modalora.checkpoint.files import write_json
 from modalora.checkpoint.preserve import differences, preservation
 from modalora.checkpoint.resume import locked
 from modalora.config import RunConfig, dump
 from modalora.contracts import BLANK, Batch, Batches
+from modalora.disk import Journal, write_json
 from modalora.errors import InputError, ShapeError, TrainingError
 from modalora.models.multimodal import Multimodal
 from modalora.nn.products import wide_products
@@ -33,7 +33,6 @@ from modalora.parallel.stops import tell_stopped, tell_training
 from modalora.training.audit import Audit, check_preserved, check_settings, check_trained, parts_reached, trained_part
 from modalora.training.dropout import add_dropout
 from modalora.training.flops import StepFlops
-from modalora.training.journal import Journal
 from modalora.training.machines import resident
 from modalora.training.nonfinite import Fault, guilty_rows, not_finite, row_name
 from modalora.training.objectives import OBJECTIVES, Ctc, Losses

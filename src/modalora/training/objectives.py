@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from modalora.contracts import BLANK, IGNORED, Batch
+from modalora.data.rows import COUNTED, MOST_COUNTED
 from modalora.errors import ConfigError, DataError
 from modalora.models.multimodal import Multimodal
 
@@ -104,7 +105,7 @@ class Cells(nn.Module):
 
     idle: tuple[str, ...] = ("encoders.image.line_end", "encoders.image.view_end")  # separators lie on no cell
     ATTRIBUTES, CLASSES = 3, 24  # kind, colour, size; 0 = empty cell
-    COUNTS, MOST = 2 * 56, 9  # data/rows.py: COUNTED in two regions, 0 .. MOST
+    COUNTS, LEVELS = 2 * COUNTED, 1 + MOST_COUNTED  # of two regions; 0 .. MOST_COUNTED
 
     def __init__(self, model: Multimodal) -> None:
         super().__init__()
@@ -112,7 +113,7 @@ class Cells(nn.Module):
             raise ConfigError("objective=cells trains a picture encoder, and this model has none; leave objective out")
         width = model.config.vision.hidden_size
         self.cells = nn.Linear(width, self.ATTRIBUTES * self.CLASSES)
-        self.counts = nn.Linear(width, self.COUNTS * self.MOST)
+        self.counts = nn.Linear(width, self.COUNTS * self.LEVELS)
 
     def count(self, batch: Batch) -> int:
         """Return how many losses a batch has. Raises DataError for a row without cells."""
@@ -138,7 +139,7 @@ class Cells(nn.Module):
         features = features[real]
         in_cell = _token_losses(self.cells(features).unflatten(-1, (self.ATTRIBUTES, self.CLASSES)), cells[real])
         in_cell = in_cell * self.ATTRIBUTES
-        counted = _token_losses(self.counts(features).unflatten(-1, (self.COUNTS, self.MOST)), counts[real])
+        counted = _token_losses(self.counts(features).unflatten(-1, (self.COUNTS, self.LEVELS)), counts[real])
         return Losses(torch.cat((in_cell, counted)), rows[real.cpu()].repeat(2))
 
 

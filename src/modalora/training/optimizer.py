@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from functools import partial
 from math import cos, pi
 
@@ -13,7 +12,7 @@ from torch import nn
 
 from modalora.config import OptimConfig
 from modalora.errors import ConfigError
-from modalora.models.multimodal import part_of
+from modalora.models.multimodal import matches, part_of
 from modalora.models.vision import VisionTower
 from modalora.training.moments import SmallAdamW
 
@@ -25,14 +24,14 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]
     """
     parts = sorted({part_of(name) for name, _ in model.named_parameters()})
     for pattern in patterns:
-        if not any(fnmatchcase(part, pattern) for part in parts):
+        if not any(matches(part, pattern) for part in parts):
             raise ConfigError(f"train: {pattern!r} matches no part of this model; its parts are {', '.join(parts)}")
     if not patterns:
         raise ConfigError(f"train: names no part, so nothing would learn; its parts are {', '.join(parts)}")
     trained: dict[str, nn.Parameter] = {}
     idle = _never_run(model)
     for name, parameter in model.named_parameters():
-        chosen = any(fnmatchcase(part_of(name), pattern) for pattern in patterns) and id(parameter) not in idle
+        chosen = matches(part_of(name), *patterns) and id(parameter) not in idle
         parameter.requires_grad_(chosen)
         if chosen:
             trained[name] = parameter
@@ -128,5 +127,5 @@ def _start(part: torch.optim.Optimizer) -> None:
 
 
 def _factor(part: str, config: OptimConfig) -> float:
-    factors = [factor for pattern, factor in config.lr_scale.items() if fnmatchcase(part, pattern)]
+    factors = [factor for pattern, factor in config.lr_scale.items() if matches(part, pattern)]
     return factors[-1] if factors else 1.0

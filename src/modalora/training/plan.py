@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from itertools import cycle, islice
 from typing import Any
 
@@ -32,7 +31,7 @@ from modalora.config import MediaConfig, MeshConfig, RunConfig
 from modalora.contracts import IGNORED, Batch, Media, Route
 from modalora.data.sources import Context
 from modalora.errors import CheckpointError, ConfigError, DataError, InputError
-from modalora.models.multimodal import ModelConfig, Multimodal, part_of
+from modalora.models.multimodal import ModelConfig, Multimodal, matches, part_of
 from modalora.models.recompute import recompute
 from modalora.models.router import route
 from modalora.models.sizes import SIZES
@@ -127,7 +126,9 @@ def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype
         weights = meter.now
         for moment in optimizer.state().values():
             meter.hold(moment)
-        for batch in micro[:2]:  # of like size: a third adds neither memory nor anything new
+        # the two largest, the largest last: others add no memory, and about as much work for a token
+        metered = sorted(micro, key=_tokens)[-2:]
+        for batch in metered:
             with torch.autocast("cpu", torch.bfloat16, enabled=run.precision == "bf16"):
                 losses = objective(model, batch)
             mean = losses.values.sum() / max(1, labels)
@@ -139,12 +140,12 @@ def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype
         step_and_clear(optimizer)
     states = _state_sizes(optimizer)
     parts = _parts(model, objective, gradients, states)
-    times = len(micro) / min(2, len(micro))
+    times = sum(map(_tokens, micro)) / sum(map(_tokens, metered))
     total_gradients, total_states = sum(gradients.values()), sum(states.values())
     return Plan(
         parts=parts,
         rows=sum(len(batch.input_ids) for batch in micro),
-        tokens=sum(int(batch.lengths.sum()) for batch in micro),
+        tokens=sum(map(_tokens, micro)),
         media_tokens=sum(item.tokens for batch in micro for item in batch.media),
         labels=labels,
         weights=weights,
@@ -156,6 +157,10 @@ def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype
         moved=round(meter.moved * times) * run.mesh.sequence,
         steps=run.steps,
     )
+
+
+def _tokens(batch: Batch) -> int:
+    return int(batch.lengths.sum())
 
 
 @contextmanager
@@ -245,7 +250,7 @@ def _blank_payload(kind: str, size: str, config: ModelConfig) -> Any:
 
 def _dtype(name: str, run: RunConfig, stored: torch.dtype) -> torch.dtype:
     """Return what a tensor is kept in: what trains, in float32 (training/start.py:widen)."""
-    return torch.float32 if any(fnmatchcase(part_of(name), pattern) for pattern in run.train) else stored
+    return torch.float32 if matches(part_of(name), *run.train) else stored
 
 
 def _labels(batch: Batch) -> int:

@@ -44,10 +44,15 @@ def what_trains(model: nn.Module, trained: Mapping[str, nn.Parameter], optimizer
     return lines
 
 
-def plot_metrics(metrics: Path, picture: Path) -> None:
-    """Draw the losses, the rate, the gradient norms and the speed of a metrics.jsonl into a PNG."""
-    from matplotlib.figure import Figure  # only runs that end need it
+def plot_metrics(metrics: Path, picture: Path) -> bool:
+    """Draw the losses, the rate, the gradient norms and the speed of a metrics.jsonl into a PNG.
 
+    Return whether there is one: without matplotlib, an extra, there is none.
+    """
+    try:
+        from matplotlib.figure import Figure  # only runs that end need it
+    except ModuleNotFoundError:
+        return False
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     figure = Figure(figsize=(12, 8), layout="constrained")
     for axes, (title, patterns) in zip(figure.subplots(2, 2).flat, _PANELS.items(), strict=True):
@@ -61,3 +66,4 @@ def plot_metrics(metrics: Path, picture: Path) -> None:
             axes.legend()
     figure.suptitle(str(picture.parent))
     figure.savefig(picture, dpi=120)
+    return True

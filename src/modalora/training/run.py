@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from modalora.checkpoint.store import read_card, rounded_by_int8, save_model
 from modalora.config import RunConfig, load_run
 from modalora.data.quarantine import Quarantine
 from modalora.errors import ConfigError
-from modalora.models.multimodal import Multimodal, part_of
+from modalora.models.multimodal import Multimodal, matches, part_of
 from modalora.models.recompute import recompute
 from modalora.models.sizes import SIZES
 from modalora.parallel.engine import Engine
@@ -27,7 +26,15 @@ from modalora.quantize import quantize, restore
 from modalora.training.fresh import count_said, set_mel_statistics, whiten_projectors
 from modalora.training.loop import Metrics, train
 from modalora.training.report import plot_metrics
-from modalora.training.start import context_of, digest_of_start, load_modalities, make_mixture, open_start, widen
+from modalora.training.start import (
+    changed_data,
+    context_of,
+    digest_of_start,
+    load_modalities,
+    make_mixture,
+    open_start,
+    widen,
+)
 from modalora.training.states import FREE
 
 
@@ -46,6 +53,8 @@ def run_recipe(
     target = Path(run.output) / "model"
     if target.exists():
         _check_finished(run, target)
+        if changed := changed_data(run, target / "config.json"):
+            say(f"{changed:.200} has changed since; remove {target.parent} to train on it anew")
         return target
     check_device(run.device)
     joined_before = has_joined()
@@ -66,7 +75,7 @@ def _carry_out(
     if engine.rank:  # one process speaks
         report, say = lambda metrics: None, lambda line: None
     parts = (*run.train, *run.take)
-    if run.init in SIZES and run.objective == "next_token" and not any(fnmatchcase("decoder", own) for own in parts):
+    if run.init in SIZES and run.objective == "next_token" and not matches("decoder", *parts):
         trained = f", and the trained one is bundled/{run.init}" if (BUNDLED / run.init).is_dir() else ""
         say(
             f"init={run.init} names a size, so the decoder is random, and frozen; a folder has trained weights{trained}"
@@ -75,7 +84,7 @@ def _carry_out(
     model, tokenizer, chat = open_start(run)
     context = context_of(run, model.config, tokenizer, chat)
     widen(model, run.train)
-    if any(fnmatchcase("audio.encoder", own) for own in run.train):
+    if matches("audio.encoder", *run.train):
         set_mel_statistics(model, make_mixture(run, context))
     said = count_said(make_mixture(run, context), model.config.decoder.vocab_size) if run.objective == "ctc" else None
     device = run.device if engine.world == 1 else "cpu"  # an engine of many processes moves what a process keeps
@@ -98,7 +107,8 @@ def _carry_out(
         restore(model.cpu(), open_start(run)[0])
     if whole := engine.whole():
         _write(run, whole, tokenizer, chat, target, notes, say)
-        plot_metrics(target.parent / "metrics.jsonl", target.parent / "loss.png")
+        if not plot_metrics(target.parent / "metrics.jsonl", target.parent / "loss.png"):
+            say("no picture of the curves, which stand in metrics.jsonl: pip install 'modalora[train]' draws it")
 
 
 def _check_finished(run: RunConfig, target: Path) -> None:

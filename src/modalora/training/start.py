@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from modalora.checkpoint.adapters import fingerprint
 from modalora.checkpoint.files import weights_digest
 from modalora.checkpoint.store import load_model, read_texts
 from modalora.config import MediaConfig, RunConfig, parse
+from modalora.data.files import find_files
 from modalora.data.mixture import Mixture
 from modalora.data.quarantine import Quarantine
 from modalora.data.sources import Context
@@ -23,7 +24,7 @@ from modalora.data.text import learnt_tokenizer
 from modalora.errors import CheckpointError, ConfigError, DataError
 from modalora.modality import add as add_modality
 from modalora.modality import load_file
-from modalora.models.multimodal import ModelConfig, Multimodal, part_of
+from modalora.models.multimodal import ModelConfig, Multimodal, matches, part_of
 from modalora.models.sizes import SIZES
 from modalora.nn.lora import LoraConfig
 from modalora.nn.rope import read_rope
@@ -96,8 +97,22 @@ def context_of(run: RunConfig, config: ModelConfig, tokenizer: TextTokenizer, ch
     processor = make_processor(config, tokenizer, chat)
     _limit_media(processor, run.media)
     return Context(
-        folder=Path(run.data), cache=Path(run.cache), processor=processor, window=run.window, most=run.tokens
+        folder=Path(run.data),
+        cache=Path(run.cache),
+        processor=processor,
+        window=run.window,
+        most=run.tokens,
+        labelled=run.objective == "next_token",
     )
+
+
+def changed_data(run: RunConfig, since: Path) -> str:
+    """Return the data files of a run that are newer than another file, for a message; "" where none is."""
+    found: list[str] = []
+    for path in [source.options.get("path", []) for source in run.mixture]:
+        with suppress(DataError, TypeError):  # what is no file is told where files are opened
+            found += [str(file) for file in find_files(path) if file.stat().st_mtime > since.stat().st_mtime]
+    return ", ".join(dict.fromkeys(found))
 
 
 def _grow(model: Multimodal, run: RunConfig) -> None:
@@ -121,14 +136,14 @@ def _fresh_tokenizer(run: RunConfig, vocab_size: int) -> TextTokenizer:
 
 def _take_parts(model: Multimodal, tokenizer: TextTokenizer, take: dict[str, str]) -> None:
     """Copy the parts that match a pattern from other model folders."""
-    tensors, decoder_too = model.state_dict(), any(fnmatchcase("decoder", own) for own in take)
+    tensors, decoder_too = model.state_dict(), matches("decoder", *take)
     for pattern, folder in take.items():
         loaded = load_model(find_model(folder))
         other, given = loaded.model, loaded.model.state_dict()
-        chosen = [name for name in given if fnmatchcase(part_of(name), pattern)]
+        chosen = [name for name in given if matches(part_of(name), pattern)]
         if not chosen:
             raise CheckpointError(f"take: {folder} has no part that matches {pattern!r}")
-        if fnmatchcase("decoder", pattern) and loaded.tokenizer.definition != tokenizer.definition:
+        if matches("decoder", pattern) and loaded.tokenizer.definition != tokenizer.definition:
             raise CheckpointError(
                 f"take: the decoder of {folder} was trained on other tokens than those of `init`; "
                 f"give init={folder}, or another with its tokenizer"
@@ -171,7 +186,7 @@ def _copy_parts(model: Multimodal, copies: dict[str, str]) -> None:
 def widen(model: Multimodal, patterns: Sequence[str]) -> None:
     """Keep in float32 what trains: of bf16's eight bits, a step of the learning rate's size would be rounded away."""
     for name, parameter in model.named_parameters():
-        if any(fnmatchcase(part_of(name), pattern) for pattern in patterns):
+        if matches(part_of(name), *patterns):
             parameter.data = parameter.data.float()
 
 

@@ -18,15 +18,16 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from modalora.checkpoint.files import read_json, write_json
 from modalora.checkpoint.resume import STATE, begin, commit, draft_of, newest, retire
 from modalora.config import RunConfig, parse
 from modalora.contracts import Batches
+from modalora.disk import read_json, write_json
 from modalora.errors import CheckpointError, ConfigError, TrainingError, WorkError
 from modalora.parallel.engine import Engine, Snapshot
 from modalora.parallel.files import read, write_whole
 from modalora.training.optimizer import Optimizer
 from modalora.training.randomness import random_state, seed_all, set_random_state
+from modalora.training.start import changed_data
 
 # settings that may differ between a run and its resumption
 FREE = {
@@ -224,6 +225,8 @@ class States:
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{folder / STATE}: its place in the data is not whole: {error!r}") from None
         say(f"goes on after step {progress.step}, from {folder}")
+        if changed := changed_data(self.run, folder / STATE):
+            say(f"{changed:.200} has changed since that state; its rows are read as they are now")
         return progress
 
     def _compare(self, fields: Mapping[str, Any], folder: Path) -> None:

@@ -11,7 +11,7 @@ from glob import glob
 from pathlib import Path
 from typing import Protocol
 
-from modalora.data.files.arrow import Rows, unpack_parquet
+from modalora.data.files.arrow import Rows, load_arrow, unpack_parquet
 from modalora.data.files.cache import cached, gunzip
 from modalora.data.files.limits import Fields
 from modalora.data.files.saved import Saved
@@ -19,7 +19,7 @@ from modalora.data.files.tar import Tar, index_tar
 from modalora.data.files.texts import Document, Lines, first_byte, index_array, index_lines
 from modalora.errors import DataError
 
-__all__ = ["Fields", "Records", "cached", "find_files", "is_data", "open_records"]
+__all__ = ["Fields", "Records", "cached", "find_files", "is_data", "load_arrow", "open_records"]
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".tar", ".tgz", ".txt")  # and each but .tgz with .gz behind it
 

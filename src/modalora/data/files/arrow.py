@@ -20,7 +20,7 @@ class Rows:
 
     def __init__(self, path: Path, table: Path) -> None:
         """path: what messages name. table: the Arrow file that is read."""
-        arrow = _arrow()
+        arrow = load_arrow()
         self.path = path
         self._file = arrow.ipc.open_file(arrow.memory_map(str(table)))
         sizes = [self._file.get_batch(number).num_rows for number in range(self._file.num_record_batches)]
@@ -44,7 +44,8 @@ class Rows:
         return number + 1
 
 
-def _arrow() -> Any:
+def load_arrow() -> Any:
+    """Return pyarrow with its readers: an extra, loaded when a file asks for it. Raises DataError without it."""
     try:
         import pyarrow
         import pyarrow.ipc
@@ -56,7 +57,7 @@ def _arrow() -> Any:
 
 def unpack_parquet(path: Path, target: Path) -> None:
     """Write a Parquet file as Arrow, row group after row group: rows of it can be read singly."""
-    arrow = _arrow()
+    arrow = load_arrow()
     try:
         table = arrow.parquet.ParquetFile(path)
         with arrow.OSFile(str(target), "wb") as sink, arrow.ipc.new_file(sink, table.schema_arrow) as writer:

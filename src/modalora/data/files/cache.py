@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import os
 import zlib
 from collections.abc import Callable
 from glob import escape
 from pathlib import Path
 
 from modalora.data.files.limits import MOST_BYTES
+from modalora.disk import drafted
 from modalora.errors import DataError
 
 MOST_GROWTH = 200  # times that a gzip file may grow; JSON grows about 5 to 30 times
@@ -27,16 +27,11 @@ def cached(path: Path, cache: Path, ending: str, make: Callable[[Path, Path], No
     target = cache / "files" / f"{stem}-{before.st_size}-{before.st_mtime_ns}{ending}"
     if target.exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.stem}.{os.getpid()}.draft{target.suffix}")
-    try:
+    with drafted(target) as draft:
         make(plain or path, draft)
         after = path.stat()
         if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
             raise DataError(f"{path} was written to while it was indexed; try again when it is complete")
-        draft.replace(target)
-    finally:
-        draft.unlink(missing_ok=True)
     for old in target.parent.glob(f"{escape(stem)}-*{ending}"):
         if old != target:
             old.unlink(missing_ok=True)

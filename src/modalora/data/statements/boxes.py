@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from random import Random
 
-from modalora.data.picks import NUMBERS, Pick, wall_gaps
+from modalora.data.numbers import NUMBERS
+from modalora.data.picks import Pick, wall_gaps, with_article
 from modalora.data.scenes import NLVR_COLORS, NLVR_KINDS, Shape
 from modalora.data.statements.words import Amount, Boxes, Statement, colors_of, draw_amount, draw_number, plural, repeat
 
@@ -82,17 +83,14 @@ def _corner(roll: Random) -> Statement:
     words = roll.choice(("closely touching a corner of a box", "touching the corner", "closely touching a box corner"))
     if roll.random() < 0.35:
         return Statement(
-            f"{amount.there} {amount.of('box|')} with {_a(noun)} closely touching a corner".replace("boxs", "boxes"),
+            f"{amount.there} {amount.of('box|').replace('boxs', 'boxes')} with {with_article(noun)} closely touching "
+            "a corner",
             lambda boxes: amount.right(sum(any(pick.fits(one) and _cornered(one) for one in box) for box in boxes)),
         )
     return Statement(
         f"{amount.there} {amount.of(noun)} {words}",
         lambda boxes: amount.right(sum(pick.fits(one) and _cornered(one) for one in _spread(boxes))),
     )
-
-
-def _a(words: str) -> str:
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def _boxes(roll: Random, amount: Amount) -> str:
@@ -117,7 +115,7 @@ def _box_total(roll: Random) -> Statement:
         )
         has = roll.choice(("has exactly", "contains exactly"))
         if roll.random() < 0.4 and thing.count(" ") <= 1:
-            one = f"one of which is {_a(thing)}" if number > 1 else f"which is {_a(thing)}"
+            one = f"one of which is {with_article(thing)}" if number > 1 else f"which is {with_article(thing)}"
             if pick.color and pick.kind is None:
                 one = f"{'one of ' if number > 1 else ''}which is {pick.color}"
             return Statement(
@@ -136,7 +134,7 @@ def _box_total(roll: Random) -> Statement:
         )
     one = pick.words("one" if pick.color and not pick.kind else "item")
     return Statement(
-        f"{_boxes(roll, amount)} with {word} {noun} and {_a(one)} touching the wall",
+        f"{_boxes(roll, amount)} with {word} {noun} and {with_article(one)} touching the wall",
         lambda boxes: amount.right(
             sum(len(box) == number and any(pick.fits(s) and _touches(s) for s in box) for box in boxes)
         ),
@@ -206,7 +204,7 @@ def _box_colors(roll: Random) -> Statement:
     pick, thing = _thing(roll, color=0.9)
     tailed = roll.random() < 0.3
     if tailed:
-        tail = f" and {_a(thing)}"
+        tail = f" and {with_article(thing)}"
     return Statement(
         f"{opening} {words}{tail}",
         lambda boxes: amount.right(
@@ -228,22 +226,22 @@ def _box_top(roll: Random) -> Statement:
     number, word = draw_number(roll, 2, 7)
     if draw < 0.35:
         return Statement(
-            f"{opening} with {_a(noun)} on top",
+            f"{opening} with {with_article(noun)} on top",
             lambda boxes: amount.right(sum(pick.count(box[:1]) > 0 for box in boxes)),
         )
     if draw < 0.75:
-        one = f"{_a(roll.choice((pick.words('one'), noun)))} on top"
+        one = f"{with_article(roll.choice((pick.words('one'), noun)))} on top"
         return Statement(
             f"{opening} with {word} items and {one}",
             lambda boxes: amount.right(sum(len(box) == number and pick.count(box[:1]) > 0 for box in boxes)),
         )
     if draw < 0.9:
         return Statement(
-            f"{opening} with all 3 colors and {_a(noun)} on top",
+            f"{opening} with all 3 colors and {with_article(noun)} on top",
             lambda boxes: amount.right(sum(len(colors_of(box)) == 3 and pick.count(box[:1]) > 0 for box in boxes)),
         )
     return Statement(
-        f"There is {_a(noun)} {roll.choice(('on top', 'on top of other items'))}",
+        f"There is {with_article(noun)} {roll.choice(('on top', 'on top of other items'))}",
         lambda boxes: any(pick.count(box[:1]) > 0 for box in boxes),
     )
 
@@ -293,7 +291,7 @@ def _above(roll: Random) -> Statement:
     (upper, noun), (lower, other) = _thing(roll, 0.95, 0.4, 0.0), _thing(roll, 0.95, 0.4, 0.0)
     word, down = roll.choice((("above", 1), ("above", 1), ("below", -1)))
     return Statement(
-        f"There is {amount.words} {noun} {word} {_a(other)}",
+        f"There is {amount.words} {noun} {word} {with_article(other)}",
         lambda boxes: amount.right(
             sum(
                 any(lower.fits(two) and (two.y - one.y) * down > 0 for two in box)

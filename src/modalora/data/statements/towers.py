@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from random import Random
 
-from modalora.data.picks import NUMBERS, Pick
+from modalora.data.numbers import NUMBERS
+from modalora.data.picks import Pick
 from modalora.data.scenes import NLVR_COLORS, Shape
 from modalora.data.statements.words import Statement, colors_of, draw_amount, draw_number, draw_with, plural, repeat
 

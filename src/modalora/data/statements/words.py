@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from random import Random
 from typing import NamedTuple
 
-from modalora.data.picks import NUMBERS
+from modalora.data.numbers import NUMBERS
 from modalora.data.scenes import BOX_NAMES, Shape
 
 Boxes = Sequence[Sequence[Shape]]  # the shapes of each box, the highest first
