@@ -145,6 +145,26 @@ def test_settings_that_would_change_the_numbers_are_refused(
         load_adapter(moved(TEXT), tmp_path / "lora", "mine")
 
 
+def test_a_tied_output_matrix_that_was_saved_twice_and_is_the_base_is_no_change(tmp_path: Path) -> None:
+    model = moved(TEXT, LoraConfig(r=4, lora_alpha=8))
+    save_adapter(model, "mine", tmp_path / "lora")
+    path, own = tmp_path / "lora" / "adapter_config.json", model.decoder.embed_tokens.weight.detach()
+    write_json(path, read_json(path) | {"modules_to_save": ["lm_head", "embed_tokens"]})
+    twice = {f"base_model.model.{key}.weight": own.clone() for key in ("lm_head", "model.embed_tokens")}
+    save_file(load_file(tmp_path / "lora" / ADAPTER) | twice, tmp_path / "lora" / ADAPTER)
+    plain = moved(TEXT)
+    assert load_adapter(plain, tmp_path / "lora", "mine").modules == ()
+    assert torch.equal(logits(plain, "mine"), logits(model, "mine"))
+
+
+def test_an_adapter_of_encoders_is_told_as_such(tmp_path: Path) -> None:
+    save_adapter(moved(TEXT, LoraConfig(r=4, lora_alpha=8)), "mine", tmp_path / "lora")
+    key = "base_model.model.model.embed_tokens_extend.image_embed.img_processor.layers.0.q_proj.lora_A.weight"
+    save_file(load_file(tmp_path / "lora" / ADAPTER) | {key: torch.ones(4, 8)}, tmp_path / "lora" / ADAPTER)
+    with pytest.raises(CheckpointError, match="LoRA on encoders would change rows of every route"):
+        load_adapter(moved(TEXT), tmp_path / "lora", "mine")
+
+
 @pytest.mark.parametrize("route", ["mine@1e39", "mine@-10001"])
 def test_weights_of_a_sum_are_bounded(route: str) -> None:
     model = moved(TEXT, LoraConfig(r=4, lora_alpha=8))

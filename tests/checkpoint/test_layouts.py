@@ -197,6 +197,8 @@ def test_an_original_window_is_read_where_transformers_reads_it() -> None:
     fields = configs.write_config("phi3", phi4_mini(), TOKENS)
     del fields["original_max_position_embeddings"]
     assert configs.read_config("phi3", fields, "config.json") == phi4_mini()
+    with pytest.raises(ConfigError, match="original_max_position_embeddings is missing, and 4096"):
+        configs.read_config("phi3", fields | {"max_position_embeddings": 256}, "config.json")
     fields["rope_scaling"]["original_max_position_embeddings"] = 64
     with pytest.raises(ConfigError, match="=64 stands within the rotary object alone.* add it beside max_position_emb"):
         configs.read_config("phi3", fields, "config.json")

@@ -565,6 +565,8 @@ def _stranger(keys: Sequence[str], places: Mapping[str, Stored], otherwise: str 
         return (
             "LoRA on embeddings or on the output matrix would change rows of every route; train it on the Linears alone"
         )
+    if any(".embed_tokens_extend." in key for key in keys):
+        return "LoRA on encoders would change rows of every route; train the decoder's Linears alone"
     split = [one for one in _SPLIT if not any(kind.endswith(f".{one}") for kind in kinds)]
     if any(f".{one}." in key for key in keys for one in split):
         return (

@@ -240,6 +240,12 @@ def _with_original(fields: Fields, where: str) -> Fields:
             f"{where}: {key}={inner[key]!r:.40} stands within the rotary object alone, where transformers puts "
             f"{_ORIGINAL} in its place; add it beside max_position_embeddings, as published files have it"
         )
+    window = fields.get("max_position_embeddings", _ORIGINAL)
+    if fields.get(key) is None and type(window) is int and window < _ORIGINAL:
+        raise ConfigError(
+            f"{where}: {key} is missing, and {_ORIGINAL}, which transformers takes then, is beyond "
+            f"max_position_embeddings={window}; add it"
+        )
     if told := [one for one in ("short_mscale", "long_mscale") if inner.get(one) is not None]:
         raise ConfigError(
             f"{where}: {told[0]}={inner[told[0]]!r:.40} is read by some engines, and left out by transformers; give "
@@ -403,7 +409,8 @@ def _write_official(config: ModelConfig) -> dict[str, Any]:
     _need_factor_of_windows(config.decoder.rope)
     if set(config.adapters) != {"vision", "speech"}:
         raise ConfigError(
-            f"the layout 'phi4mm' holds the adapters vision and speech; this model has {', '.join(config.adapters)}: "
+            "the layout 'phi4mm' holds the adapters vision and speech; this model has "
+            f"{', '.join(config.adapters) or 'none'}: "
             "choose the layout phi4_multimodal or modalora, which hold more"
         )
     own = {

@@ -279,7 +279,8 @@ def fitted(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
     if tensor.dtype == dtype:
         return tensor
     found = tensor.to(dtype)
-    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and bool((found.isinf() & tensor.isfinite()).any()):
+    narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
+    if narrower and bool((infinite := found.isinf()).any()) and bool((infinite & tensor.isfinite()).any()):
         wider = "the file was altered" if dtype == torch.float32 else "load the model with dtype='float32'"
         raise CheckpointError(
             f"{what} holds {float(tensor.abs().nan_to_num(0, 0).max()):.3g}, which {dtype} cannot tell from infinity; "
