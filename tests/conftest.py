@@ -86,7 +86,9 @@ SECONDS = float(os.environ.get("MODALORA_TEST_SECONDS", "60"))
 
 
 def _work(rank: int, world: int, store: Path, answers: Any, function: Callable[..., Any], arguments: Any) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), GLOO_SOCKET_IFNAME="lo")
+    from modalora.parallel.stops import LOOPBACK
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), GLOO_SOCKET_IFNAME=LOOPBACK)
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)

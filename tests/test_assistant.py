@@ -280,6 +280,30 @@ def test_tags_in_a_question_place_its_media() -> None:
     assert shown([message]) == ("<|user|>Is <|image_1|> like <|image_2|>, as <|audio_1|> says?<|end|><|assistant|>")
 
 
+def test_the_number_of_a_tag_is_that_of_its_picture() -> None:
+    other = PICTURE.rotate(90)
+    (message,) = question_messages("A <|image_2|> B <|image_1|>", [PICTURE, other])
+    assert [part["image"] for part in message["content"] if part["type"] == "image"] == [other, PICTURE]
+
+
+def test_a_conversation_that_ends_with_an_answer_is_not_answered_but_read(assistant: Assistant) -> None:
+    said = [{"role": "user", "content": "Repeat: one two"}, {"role": "assistant", "content": "one"}]
+    open_one = question_messages("Hi")
+    for ask in (assistant.ask, lambda messages: list(assistant.stream(messages))):
+        with pytest.raises(PromptError, match="the conversation ends with the assistant's own message; leave that out"):
+            ask(said)
+    with pytest.raises(PromptError, match="conversation 2 ends with the assistant's own message"):
+        assistant.ask_many([open_one, said])
+    assert assistant.ask([*said, *open_one], max_tokens=1).finish_reason == "length"
+    assert len(assistant.logits(said)) == len(assistant.processor.row(said).ids)
+
+
+def test_logits_may_go_into_what_is_trained(assistant: Assistant) -> None:
+    weight = torch.ones(320, requires_grad=True)
+    (assistant.logits("Hi") * weight).sum().backward()
+    assert weight.grad is not None
+
+
 def test_media_without_tags_stand_before_the_text() -> None:
     assert shown(question_messages("Is it?", [PICTURE, PICTURE], SOUND)) == (
         "<|user|><|image_1|><|image_2|><|audio_1|>Is it?<|end|><|assistant|>"
@@ -301,6 +325,10 @@ def test_media_without_tags_stand_before_the_text() -> None:
         ("Is <|image_1|> like <|image_2|>?", 1, r"has 2 image placeholder\(s\) and 1 image\(s\)"),
         ("Is <|image_1|> blue?", 0, r"has 1 image placeholder\(s\) and 0 image\(s\)"),
         ("Say <|audio_1|>", 1, r"has 1 audio placeholder\(s\) and 0 audio\(s\)"),
+        ("<|image_1|> or <|image_1|>?", 2, "placeholders are numbered 1, 1; number them 1 to 2, each once"),
+        ("<|image_2|> or <|image_3|>?", 2, "placeholders are numbered 2, 3; number them 1 to 2"),
+        ("<|image_0|> or <|image_1|>?", 2, "placeholders are numbered 0, 1; number them 1 to 2"),
+        ("Is <|image_01|> blue?", 1, "placeholders are numbered 01; number them 1 to 1"),
     ],
 )
 def test_tags_must_be_as_many_as_media(assistant: Assistant, question: str, images: int, told: str) -> None:
@@ -617,6 +645,8 @@ def test_media_beside_messages_and_twice_named_media_are_not_dropped(assistant: 
 
 WRONG_KINDS = """
 import sys, modalora
+from fractions import Fraction
+import numpy as np
 from modalora.errors import InputError
 model = modalora.load(sys.argv[1])
 for settings in ({"route": None}, {"seed": None}, {"top_k": 5.0}, {"temperature": "hot"}, {"stop": 5}):
@@ -624,7 +654,13 @@ for settings in ({"route": None}, {"seed": None}, {"top_k": 5.0}, {"temperature"
         print(model.ask("Hi", max_tokens=1, **settings).text)
     except InputError as error:
         print(error)
-"""
+mine = {"seed": np.int64(4), "temperature": Fraction(1, 2), "top_p": np.float32(0.5)}
+print(model.ask("Hi", max_tokens=4, **mine).tokens == model.ask("Hi", max_tokens=4, seed=4, temperature=0.5, top_p=0.5).tokens)
+try:
+    model.model([{"role": "user", "content": "Hi"}])
+except InputError as error:
+    print(error)
+"""  # noqa: E501
 
 
 def test_settings_of_another_kind_are_told(folder: Path) -> None:
@@ -638,6 +674,8 @@ def test_settings_of_another_kind_are_told(folder: Path) -> None:
         "top_k=5.0 must be a whole number",
         "temperature='hot' must be a number",
         "stop=5 must be a string or a list of strings",
+        "True",
+        "the model takes a Batch, not list; make one: processor([messages])",
     ]
 
 
@@ -681,10 +719,28 @@ def test_raw_prompts_take_control_tokens_of_any_form_and_no_bare_placeholder(ass
         (lambda m: m.ask("Hi", max_tokens=True), "max_tokens=True must be a whole number"),
         (lambda m: m.load_adapter(None, "z"), "takes a folder, and a name"),
         (lambda m: m.load_adapter("folder", None), "takes a folder, and a name"),
+        (lambda m: m.load_adapter("a\0b", "z"), "takes a folder, and a name"),
         (lambda m: modalora.load(None), "the model None must be a folder"),
         (lambda m: modalora.load(5), "the model 5 must be a folder"),
         (lambda m: modalora.load("nano", dtype=[]), r"dtype=\[\] must be one of"),
         (lambda m: modalora.load("nano", device="meta"), "device='meta' cannot be used"),
+        (lambda m: modalora.load("nano", device=None), "device=None cannot be used: it is no device of torch; 'cpu'"),
+        (lambda m: modalora.load("nano", device=5), "device=5 cannot be used"),
+        (lambda m: modalora.load("nano", device="gpu"), "device='gpu' .* 'cpu' always can, 'cuda' and 'cuda:1'"),
+        (lambda m: modalora.load("nano", fast_images="yes"), "fast_images='yes' must be True or False"),
+        (lambda m: modalora.load("nano", pack="no"), "pack='no' must be True or False"),
+        (lambda m: modalora.load("nano", modalities=None), "modalities=None must be a list of Python files"),
+        (lambda m: modalora.load("nano", modalities="x.py"), "modalities='x.py' must be a list"),
+        (lambda m: m.ask("Hi", raw="yes"), "raw='yes' must be True or False"),
+        (lambda m: m.ask("Hi", media={5: "x"}), "media has 5 as a modality's name"),
+        (lambda m: m.ask_many(5), "conversations=5 must be a list of message lists"),
+        (lambda m: m.ask_many("Hi"), "conversations='Hi' must be a list of message lists"),
+        (lambda m: m.save(None), r"save\(None\) takes the path of a new folder"),
+        (lambda m: m.save("a\0b"), r"save\('a\\x00b'\) takes the path of a new folder"),
+        (lambda m: m.ask("Hi", audio=(SOUND[0], "8000")), r"it must be \(array, rate\), such as"),
+        (lambda m: m.ask("Hi", audio=[SOUND[0], 8000]), r"was given as list; give .* or \(samples, rate\)"),
+        (lambda m: m.ask("Hi", audio=SOUND[0]), r"was given as ndarray; give .* or \(samples, rate\)"),
+        (lambda m: m.ask("Hi", image=np.asarray(PICTURE)), r"ndarray; give .* or a PIL image \(Image.fromarray\(array"),
     ],
 )
 def test_what_is_of_another_type_is_told(assistant: Assistant, call: Callable[[Any], Any], told: str) -> None:

@@ -30,7 +30,7 @@ from modalora.nn.rope import LongRope, Regime
 from modalora.processing.chat import FORMATS, ChatFormat
 from modalora.processing.processor import Compat, Processor
 from modalora.processing.spans import spans
-from modalora.processing.tokenizer import TextTokenizer
+from modalora.processing.tokenizer import Growing, TextTokenizer
 
 BUNDLED = Path(__file__).parent / "bundled"
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,7 +55,11 @@ class Answer:
 
 @dataclass
 class Assistant:
-    """A loaded model with its processor."""
+    """A loaded model with its processor.
+
+    For one thread at a time: answers of two threads at once do not mix, but a float32 prompt on some CPUs sets for the
+    whole process how products are summed (nn.products), so that another thread's last bits may differ.
+    """
 
     model: Multimodal
     processor: Processor
@@ -84,16 +88,17 @@ class Assistant:
         """Answer a question, or go on from a list of messages.
 
         image, audio: one or several (paths, bytes, PIL images, (samples, rate)); they stand before the text unless it
-        has tags such as <|image_1|>. media: the same for further modalities, {name: one payload or a list of them}.
-        Messages hold their media themselves, as parts.
+        has tags: the first of a kind at <|image_1|>, and so on. media: the same for further modalities, {name: one
+        payload or a list of them}. Messages hold their media themselves, as parts, and end with what is to be answered.
         route: "auto", "none" or an adapter. sampling: fields of generation.sampling.Sampling.
         raw: the question is a whole prompt in the model's own format, whose control tokens count as such; else they are
         text. switch: when a row changes to the rotary table of longer rows (generation.windows.Switch): "crossing",
         once it outgrows the original window, or "planned", from the start if prompt and max_tokens together do.
-        Raises PromptError, MediaError, RouteError, ConfigError.
+        Raises PromptError, MediaError, RouteError, ConfigError; WorkError where the model's logits are no numbers.
         """
         if not isinstance(question, Sequence):
             raise PromptError(f"question={question!r:.60} must be a string or a list of messages")
+        _check_bool("raw", raw)
         if raw:
             batch = self.raw_batch(question, image=image, audio=audio, media=media, route=route)
             return self._answers(batch, max_tokens, stop, switch, sampling)[0]
@@ -135,6 +140,10 @@ class Assistant:
     ) -> list[Answer]:
         """Answer several conversations in one batch, whatever media each holds; each answer is what it would be
         alone."""
+        if isinstance(conversations, str | Mapping) or not isinstance(conversations, Sequence):
+            raise PromptError(f"conversations={conversations!r:.60} must be a list of message lists")
+        for number, messages in enumerate(conversations, start=1):
+            _check_open(messages, f"conversation {number}" if len(conversations) > 1 else "the conversation")
         return self._answers(self.processor(conversations, route=route), max_tokens, stop, switch, sampling)
 
     def _answers(
@@ -172,22 +181,22 @@ class Assistant:
         """Yield the answer in pieces of whole characters as they come; the pieces together are `ask`'s text."""
         stop = _stops(stop)
         conversation = question_messages(messages) if isinstance(messages, str) else messages
+        _check_open(conversation, "the conversation")
         batch = self._prompt(self.processor([conversation], route=route), max_tokens)
-        ids: list[int] = []
-        sent = ""
+        growing, text, sent = Growing(self.processor.tokenizer), "", ""
         held_back = max((len(word) for word in stop), default=1) - 1  # a stop string may have begun
         for token in self._generate(batch, max_tokens, stop, switch, sampling):
             if token.id not in self.stop_ids:
-                ids.append(token.id)
-            text = _cut(self.processor.tokenizer.decode(ids), stop)
+                text = growing.add(token.id)
+            known = _cut(text, stop)
             if token.finish is None:
-                text = text.rstrip("\ufffd")  # the rest of a character is still to come
-                text = text[: max(len(sent), len(text) - held_back)]
-            if len(text) > len(sent):
-                yield text[len(sent) :]
-                sent = text
+                known = known.rstrip("\ufffd")  # the rest of a character is still to come
+                known = known[: max(len(sent), len(known) - held_back)]
+            if len(known) > len(sent):
+                yield known[len(sent) :]
+                sent = known
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, messages: str | Sequence[Message], *, route: str = "auto") -> Tensor:
         """Return logits, (time, vocab) float32, of the rendered prompt including its media spans."""
         conversation = question_messages(messages) if isinstance(messages, str) else messages
@@ -221,7 +230,7 @@ class Assistant:
         A modality or projectors that the folder brings come along. Raises CheckpointError, or ConfigError where the
         package of its modality is missing.
         """
-        if not isinstance(folder, str | os.PathLike) or not isinstance(name, str):
+        if not isinstance(folder, str | os.PathLike) or "\0" in str(folder) or not isinstance(name, str):
             raise ConfigError(f"load_adapter({folder!r:.60}, {name!r:.40}) takes a folder, and a name for its adapter")
         verdict = load_adapter(self.model, Path(folder), name)
         self._renew()
@@ -245,6 +254,8 @@ class Assistant:
 
         Raises ConfigError for a layout that cannot hold the model, CheckpointError when the folder exists.
         """
+        if not isinstance(folder, str | os.PathLike) or "\0" in str(folder):
+            raise ConfigError(f"save({folder!r:.60}) takes the path of a new folder, such as 'my-model'")
         self.processor.tokenizer.stop_ids = self.stop_ids
         save_model(
             self.model, self.processor.tokenizer, Path(folder), layout=layout, chat=self.processor.chat,
@@ -256,9 +267,12 @@ class Assistant:
         """Where the model is."""
         return self.model.decoder.embed_tokens.weight.device
 
-    def _prompt(self, batch: Batch, max_tokens: int) -> Batch:
+    def check_room(self, batch: Batch, max_tokens: int) -> None:
+        """Raise ConfigError or PromptError unless an answer of max_tokens fits behind every prompt."""
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, Integral):
             raise ConfigError(f"max_tokens={max_tokens!r:.40} must be a whole number, such as 128")
+        if max_tokens < 1:
+            raise ConfigError(f"max_tokens={max_tokens} must be at least 1")
         longest = int(batch.lengths.max())
         room = self.processor.window - longest
         if max_tokens > room:
@@ -267,16 +281,19 @@ class Assistant:
                 f"a prompt of {longest} tokens and max_tokens={max_tokens} exceed this model's window of "
                 f"{self.processor.window}; {lower}"
             )
+
+    def _prompt(self, batch: Batch, max_tokens: int) -> Batch:
+        self.check_room(batch, max_tokens)
         return batch.to(self.device)
 
     def _generate(
         self, batch: Batch, max_tokens: int, stop: Sequence[str], switch: Switch, sampling: Mapping[str, Any]
     ) -> Iterator[Any]:
-        decode = self.processor.tokenizer.decode
         check_switch(self.model.config.decoder.rope, switch)
+        growing = [Growing(self.processor.tokenizer) for _ in batch.input_ids]
 
         def stops(row: int, ids: list[int]) -> bool:
-            text = decode(ids)
+            text = growing[row].add(ids[-1])
             return any(word in text for word in stop)
 
         known = Sampling.__dataclass_fields__
@@ -346,7 +363,11 @@ def load(
         raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
     if compat not in ("official", None):
         raise ConfigError(f"compat={compat!r} must be 'official' or None")
+    _check_bool("pack", pack)
+    _check_bool("fast_images", fast_images)
     check_device(device)
+    if isinstance(modalities, str) or not isinstance(modalities, Sequence):
+        raise ConfigError(f"modalities={modalities!r:.60} must be a list of Python files, such as ['motion.py']")
     for path in modalities:
         modality.load_file(path)
     folder = find_model(model)
@@ -363,6 +384,13 @@ def load(
 
 def check_device(device: str) -> None:
     """Refuse a device that this machine does not have. Raises ConfigError."""
+    try:
+        torch.device(device if isinstance(device, str | torch.device) else "")  # torch takes numbers, and None
+    except RuntimeError:
+        raise ConfigError(
+            f"device={device!r:.40} cannot be used: it is no device of torch; 'cpu' always can, 'cuda' and 'cuda:1' "
+            "where there are GPUs"
+        ) from None
     try:
         found = torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch's builds without a kind of device assert
@@ -424,29 +452,33 @@ def question_messages(
     audio: Media | Sequence[Media] = (),
     media: Mapping[str, Any] | None = None,
 ) -> list[Message]:
-    """Return one user message with its media: at their tags (<|image_1|>, in reading order), or before the text.
+    """Return one user message with its media: the first of a kind at <|image_1|> and so on, or all before the text.
 
-    Raises PromptError when the text has tags of a kind and their number is not that of the media.
+    Raises PromptError when the text has tags of a kind, and not one for each of its media.
     """
     by_kind = _by_kind(image, audio, media)
-    tag = re.compile(rf"<\|({'|'.join(map(re.escape, by_kind))})_\d+\|>")
-    tags = [match.group(1) for match in tag.finditer(question)]
+    tag = re.compile(rf"<\|({'|'.join(map(re.escape, by_kind))})_(\d+)\|>")
     parts: list[dict[str, Any]] = []
     for kind, given in by_kind.items():
-        if kind not in tags:
+        numbers = [match[2] for match in tag.finditer(question) if match[1] == kind]
+        if not numbers:
             parts += [{"type": kind, kind: item} for item in given]
-        elif tags.count(kind) != len(given):
+        elif len(numbers) != len(given):
             raise PromptError(
-                f"the text has {tags.count(kind)} {kind} placeholder(s) and {len(given)} {kind}(s) were given; give as "
+                f"the text has {len(numbers)} {kind} placeholder(s) and {len(given)} {kind}(s) were given; give as "
                 f"many as there are <|{kind}_N|> tags, or write no tags to put the media first"
             )
-    waiting = {kind: iter(given) for kind, given in by_kind.items()}
+        elif set(numbers) != {str(number) for number in range(1, len(given) + 1)}:
+            raise PromptError(
+                f"the {kind} placeholders are numbered {', '.join(numbers):.60}; number them 1 to {len(given)}, each "
+                f"once: <|{kind}_1|> is the first {kind} given"
+            )
     at = 0
     for match in tag.finditer(question):
         kind = match.group(1)
         if question[at : match.start()]:
             parts.append({"type": "text", "text": question[at : match.start()]})
-        parts.append({"type": kind, kind: next(waiting[kind])})
+        parts.append({"type": kind, kind: by_kind[kind][int(match.group(2)) - 1]})
         at = match.end()
     if question[at:]:
         parts.append({"type": "text", "text": question[at:]})
@@ -458,6 +490,8 @@ def question_messages(
 def _by_kind(image: Any, audio: Any, media: Mapping[str, Any] | None) -> dict[str, list[Any]]:
     if media is not None and not isinstance(media, Mapping):
         raise PromptError(f"media={media!r:.60} must be {{modality: payload}}, such as {{'motion': 'wrist.csv'}}")
+    if wrong := [kind for kind in media or {} if not isinstance(kind, str)]:
+        raise PromptError(f"media has {wrong[0]!r:.40} as a modality's name; names are strings, such as 'motion'")
     found = {"image": _listed(image), "audio": _listed(audio)}
     for kind, given in (media or {}).items():
         found[kind] = [*found.get(kind, ()), *_listed(given)]
@@ -467,12 +501,35 @@ def _by_kind(image: Any, audio: Any, media: Mapping[str, Any] | None) -> dict[st
 def _listed(media: Media | Sequence[Media]) -> list[Media]:
     if isinstance(media, list | tuple) and len(media) > 0 and all(isinstance(one, Real) for one in media):
         return [media]  # one series of numbers
+    if isinstance(media, list | tuple) and len(media) == 2 and _is_pair(*media):
+        return [media]
     if isinstance(media, list):
         return media
     if isinstance(media, tuple):
-        # (samples, rate) is one sound; any other tuple is several media
-        return [media] if len(media) == 2 and isinstance(media[1], Real) else list(media)
+        return list(media)
     return [] if media is None else [media]
+
+
+def _is_pair(first: Any, second: Any) -> bool:
+    """Tell whether two things are one sound, (samples, rate), or meant as one, (samples, "16000"), not two media."""
+    if isinstance(second, str):
+        return second.isdecimal() and not isinstance(first, str | bytes | os.PathLike)
+    return isinstance(second, Real)
+
+
+def _check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r:.40} must be True or False")
+
+
+def _check_open(messages: Sequence[Message], what: str) -> None:
+    """Refuse a conversation in which there is nothing to answer; what else is wrong with it is told elsewhere."""
+    last = messages[-1] if isinstance(messages, Sequence) and messages else None
+    if isinstance(last, Mapping) and last.get("role") == "assistant":
+        raise PromptError(
+            f"{what} ends with the assistant's own message; leave that out or add a user's, or let the model go on "
+            "inside an answer: ask(prompt, raw=True), the prompt written with its control tokens"
+        )
 
 
 def _stops(stop: str | Sequence[str]) -> list[str]:

@@ -109,17 +109,19 @@ def test_chat_answers_and_survives_bad_lines(
         ]
     )
     monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
-    code, out, _ = run("chat", "nano", "--max-tokens", "3")
-    assert code == 0
-    assert "! 'no-such.png'" in out or "no-such.png" in out
-    assert "unknown route 'shout'" in out
-    assert "unknown command /nonsense" in out
+    code, out, err = run("chat", "nano", "--max-tokens", "3")
+    assert code == 2
+    assert [line[:30] for line in err.splitlines()] == [
+        "! 'no-such.png' does not exist",
+        "! unknown route 'shout'; use o",
+        "! unknown command /nonsense; /",
+    ]
     assert "adapter    vision" in out
     roles = [message["role"] for message in json.loads(saved.read_text())["messages"]]
     assert roles == ["user", "assistant", "user", "assistant"]
 
 
-def test_chat_loses_nothing_when_an_answer_fails(
+def test_chat_loses_nothing_when_a_line_fails(
     run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     picture, saved = tmp_path / "s.png", tmp_path / "chat.jsonl"
@@ -145,12 +147,12 @@ def test_chat_loses_nothing_when_an_answer_fails(
         raise EOFError
 
     monkeypatch.setattr("builtins.input", line)
-    code, out, _ = run("chat", "nano", "--max-tokens", "2")
-    assert code == 0
+    code, out, err = run("chat", "nano", "--max-tokens", "2")
+    assert code == 2
     assert [message["role"] for message in json.loads(saved.read_text())["messages"]] == ["user", "assistant"]
     assert "adapter    speech" in out  # what was attached before /retry goes with the next message
     assert "adapter    vision+speech@0.5" in out
-    assert out.count("! '~nobody-of-this-name/x") == 2
+    assert err.count("! '~nobody-of-this-name/x") == 2
 
 
 def test_a_piped_question_is_the_same_without_the_newline_of_echo(
@@ -161,6 +163,8 @@ def test_a_piped_question_is_the_same_without_the_newline_of_echo(
     for piped in ("What is two plus two?", "What is two plus two?\n", "What is two plus two?\r\n"):
         monkeypatch.setattr("sys.stdin", io.StringIO(piped))
         assert json.loads(run("ask", "nano", "-", *asked)[1])["tokens"] == told["tokens"]
+        monkeypatch.setattr("sys.stdin", io.StringIO(piped))
+        assert json.loads(run("route", "explain", "nano", "-", *asked)[1])["spans"] == told["route"]["spans"]
 
 
 def _picture(path: Path, width: int, height: int) -> str:

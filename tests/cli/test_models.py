@@ -38,6 +38,7 @@ def test_a_model_goes_to_the_official_layout_and_back(run: Run, tmp_path: Path) 
     assert (code, "exists; give a new folder, nothing was written" in err) == (2, True)
     code, _, err = run("convert", "nano", str(tmp_path / "x"), "--layout", "phi3")
     assert (code, "has no place for" in err, (tmp_path / "x").exists()) == (2, True, False)
+    assert err.rstrip().endswith("choose a layout that has: modalora, phi4mm, phi4_multimodal")
 
 
 def test_an_adapter_is_listed_and_certified(run: Run, style: Path) -> None:
@@ -95,6 +96,15 @@ def test_route_explain_tells_what_the_released_code_would_do(run: Run, tmp_path:
     assert [json.loads(line)["adapter"] for line in rows.splitlines()] == ["vision", "vision"]
     more.write_text("{")
     assert run("route", "explain", "nano", "Hi", "--batch", str(more))[0] == 2
+    more.write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n\n[{"role": "bot", "content": "Hi"}]\n')
+    code, _, err = run("route", "explain", "nano", "Hi", "--batch", str(more))
+    assert (code, f"{more}, line 3: message 1 has role 'bot'" in err) == (2, True)
+    more.write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n' + "[" * 100_000)
+    code, _, err = run("route", "explain", "nano", "Hi", "--batch", str(more))
+    assert (code, f"{more}, line 2 is not JSON" in err) == (2, True)
+    for tokens, told in (("0", "max_tokens=0 must be at least 1"), ("99999", "exceed this model's window")):
+        code, _, err = run("route", "explain", "nano", "Hi", "--max-tokens", tokens)
+        assert (code, told in err) == (2, True)
     assert "compat='x' must be 'official' or None" in run("route", "explain", "nano", "Hi", "--compat", "x")[2]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,21 @@ def test_sigterm_where_nothing_listens_ends_with_0(
     )
     assert told == ["stopped"]
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_sigterm_is_heard_though_a_library_drops_it(
+    verb: str, command: list[str], told: list[str], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drop() -> None:
+        with suppress(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+        time.sleep(30)
+        pytest.fail("it was not heard")
+
+    monkeypatch.setattr("modalora.cli.processes.AGAIN_SECONDS", 0.1)
+    instead(monkeypatch, verb, drop)
+    assert run(*command) == (0, "", "modalora: ended at once; what was saved is whole\n")
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(

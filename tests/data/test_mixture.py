@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -162,6 +164,23 @@ def test_a_worker_that_dies_ends_the_run_with_its_reason(context: Context) -> No
             list(iter(mixture.take, []))  # some steps are ready still
     finally:
         mixture.close()
+
+
+def test_a_worker_that_never_begins_ends_the_run(tmp_path: Path) -> None:
+    """What workers are told is more than a pipe holds, and Python waits for ever to write it to one that has ended."""
+    script = tmp_path / "trains.py"
+    rows = Path(__file__).parents[2] / "examples" / "finetune" / "rows.jsonl"
+    script.write_text(
+        "import multiprocessing\nif multiprocessing.current_process().name != 'MainProcess':\n    raise SystemExit(3)\n"
+        "from modalora.cli.train import find_recipe\nfrom modalora.config import load_run\n"
+        "from modalora.training.run import run_recipe\n"
+        f"run_recipe(load_run(find_recipe('finetune-media'), ['mixture.0.options.path={rows}', 'steps=2',"
+        f" 'workers=1', 'output={tmp_path / 'out'}']))\n"
+    )
+    ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=120)
+    assert ran.returncode == 1
+    assert "a worker that prepares rows ended by itself" in ran.stderr
+    assert "if __name__ == '__main__':" in ran.stderr
 
 
 @pytest.mark.parametrize("budget", [{"rows": 2}, {"tokens": 300}], ids=str)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from modalora.assistant import make_processor
 from modalora.contracts import Batch, Message, Route
-from modalora.errors import ConfigError
+from modalora.errors import ConfigError, WorkError
 from modalora.generation.engine import Token, generate
 from modalora.generation.sampling import Sampling
 from modalora.generation.windows import Switch
@@ -117,6 +117,20 @@ def test_rows_that_stop_leave_the_batch_with_their_route() -> None:
         ([3, 42], ("vision", "speech")),
         ([4], ("vision",)),
     ]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_end_the_answer_with_row_and_token(temperature: float) -> None:
+    class Overflowing(Counter):
+        def _say(self, last: Sequence[int]) -> Tensor:
+            logits = super()._say(last) * 1000
+            return logits.masked_fill(logits[:, 53:54] > 0, torch.nan)
+
+    tokens = generate(
+        Overflowing(), rows_of([5], [50]), sampling=Sampling(temperature=temperature), max_tokens=9, stop_ids=()
+    )
+    with pytest.raises(WorkError, match="row 2 has logits that are NaN or infinite at token 3 of its answer"):
+        list(tokens)
 
 
 def test_tokens_come_as_they_are_made() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modalora.errors import ConfigError
-from modalora.generation.sampling import Sampling, sample
+from modalora.generation.sampling import NONE, Sampling, sample
 
 SHARES = (0.5, 0.3, 0.15, 0.05)  # of four tokens, no two sums at a limit that the tests use
 
@@ -153,3 +153,19 @@ def test_a_row_draws_what_it_draws_alone() -> None:
 def test_a_bad_setting_is_refused_with_its_rule(setting: str, value: float, rule: str) -> None:
     with pytest.raises(ConfigError, match=f"{setting}={value} must be {rule}"):
         Sampling(**{setting: value})
+
+
+def test_rows_without_a_finite_highest_logit_get_no_token() -> None:
+    logits = torch.tensor([[0.0, 1.0], [float("nan"), 1.0], [float("inf"), 1.0], [-float("inf"), 1.0]])
+    generators = [torch.Generator()] * 4
+    for setting in ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.5, "repetition_penalty": 1.5}):
+        chosen = sample(logits, [[0]] * 4, Sampling(**setting), generators).tolist()
+        assert chosen[1:3] == [NONE, NONE]
+        assert chosen[3] == 1
+        assert chosen[0] in (0, 1)
+
+
+def test_numbers_are_pythons_own_and_none_is_more_than_a_float_holds() -> None:
+    assert type(Sampling(temperature=1).temperature) is float
+    with pytest.raises(ConfigError, match="temperature=1000.* is more than a float holds"):
+        Sampling(temperature=10**400)

@@ -176,6 +176,51 @@ def test_calls_and_tools_that_would_be_lost_are_refused() -> None:
         render([{"role": "user", "content": "Hi", "tools": [{"name": "f"}]}])
 
 
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ({"content": "Hi", "name": "Bob"}, "message 1 has 'name', which is not read; take it out, or write it into"),
+        ({"content": "Hi", "weather": 5}, "message 1 has 'weather', which is not read"),
+        ({"role": "assistant", "content": "", "function_call": {"name": "f"}}, "has function_call, which are not read"),
+        (
+            {"role": "system", "content": "", "tools": 5},
+            "message 1 has tools=5; give a list of definitions, or its JSON",
+        ),
+        ({"content": [{**text("Hi"), "image": PNG}]}, "message 1, part 1 has 'image', which is not read"),
+        ({"content": [{**image(), "url": "other"}]}, r"part 1 has 'url', .*\(read here: type, image\)"),
+    ],
+)
+def test_fields_that_would_be_lost_are_refused(message: dict[str, Any], told: str) -> None:
+    with pytest.raises(PromptError, match=told):
+        render([{"role": "user", **message}])
+
+
+def test_fields_that_say_nothing_are_let_through() -> None:
+    empty: dict[str, Any] = {"tool_calls": [], "function_call": None, "refusal": None, "annotations": [], "name": ""}
+    given = [
+        {"role": "user", "content": [{**text("Hi"), "image": None}]},
+        {"role": "assistant", "content": "Ho", "id": "m1", **empty},
+        {"role": "tool", "content": "[12]", "tool_call_id": "c1"},
+    ]
+    assert as_text(render(given)) == "<|user|>Hi<|end|><|assistant|>Ho<|end|><|tool|>[12]<|end|><|assistant|>"
+
+
+def test_what_openai_parts_say_of_their_media_must_hold() -> None:
+    data = base64.b64encode(b"RIFFwave").decode()
+    picture = {"url": "data:image/png;base64," + base64.b64encode(PNG).decode(), "detail": "low"}
+    for kind, payload, told in (
+        ("image_url", picture, "part 1 has detail='low'; pictures are read whole: 'high', or scale it down"),
+        ("input_audio", {"data": data, "format": "mp3"}, "part 1 has format='mp3'; its bytes are wav; write that"),
+        (
+            "input_audio",
+            {"data": "AAAA", "format": "pcm16"},
+            "format='pcm16'; write one of wav, flac, ogg, mp3, or none",
+        ),
+    ):
+        with pytest.raises(PromptError, match=told):
+            render(user({"type": kind, kind: payload}))
+
+
 def test_tools_that_json_cannot_hold_are_refused() -> None:
     system = {"role": "system", "content": "", "tools": [{"since": datetime.date(2026, 1, 1)}]}
     with pytest.raises(PromptError, match=r"message 1 has tools that JSON cannot hold .*; write them as a string"):
@@ -189,6 +234,7 @@ def test_tools_that_json_cannot_hold_are_refused() -> None:
         "cat.png",
         {"url": "data:image/png;base64,@@@"},
         {"url": "data:image/png;base64,ä"},
+        {"url": "data:image/png," + base64.b64encode(PNG).decode()},
         {"url": None},
         {},
         b"data:",
@@ -199,7 +245,9 @@ def test_nothing_but_inline_data_is_taken_from_an_image_url(payload: Any) -> Non
         render(user(text("Hi"), {"type": "image_url", "image_url": payload}))
 
 
-@pytest.mark.parametrize("payload", [{"data": "not base64!"}, {"data": "größe"}, {"format": "wav"}, 7])
+@pytest.mark.parametrize(
+    "payload", [{"data": "not base64!"}, {"data": "größe"}, {"data": "xx,AAAA"}, {"format": "wav"}, 7]
+)
 def test_broken_audio_data_is_refused(payload: Any) -> None:
     with pytest.raises(PromptError, match=r"message 1, part 1 must hold base64 data"):
         render(user({"type": "input_audio", "input_audio": payload}))

@@ -17,7 +17,7 @@ from PIL import Image
 
 from modalora.contracts import image_tokens
 from modalora.errors import ConfigError, MediaError
-from modalora.processing.image import ImageConfig, grid, image_features, open_image, read_image
+from modalora.processing.image import ImageConfig, count_image_tokens, grid, image_features, open_image, read_image
 
 CONFIG = ImageConfig()
 # the reference values are printed to five digits (pixels) and six (means): half a unit of the last one, plus rounding
@@ -378,6 +378,7 @@ def test_fast_preparation_refuses_and_accepts_what_the_exact_one_does() -> None:
         ("nowhere/x.png", "'nowhere/x.png' does not exist"),
         ("https://example.com/x.png", "'https://example.com/x.png' is a URL"),
         ("data:image/png;base64," + "A" * 100_000, "is a URL"),
+        (Path("https://example.com/x.png"), "'https:/example.com/x.png' is a URL"),
         ("x" * 5000, "cannot be reached"),
         ("a\0b", "cannot be reached"),
         (17, "given as int"),
@@ -391,6 +392,22 @@ def test_what_is_no_usable_image_is_refused_in_one_message(source: object, messa
         warnings.simplefilter("error")
         with pytest.raises(MediaError, match=message):
             open_image(source, CONFIG)  # type: ignore[arg-type]
+
+
+def test_a_picture_that_was_closed_is_not_called_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    ramp(30, 20).save(path)
+    with Image.open(path) as closed:
+        pass
+    with pytest.raises(MediaError, match="it was closed before it was read, or is damaged; give it open, or its path"):
+        open_image(closed, CONFIG)
+    with pytest.raises(MediaError, match="it was closed before it was read"):
+        count_image_tokens(closed, CONFIG)
+
+
+def test_premultiplied_grey_is_read_as_grey_with_transparency() -> None:
+    grey = ramp(30, 20).convert("LA")
+    assert open_image(grey.convert("La"), CONFIG).tobytes() == open_image(grey, CONFIG).tobytes()
 
 
 def test_files_are_named_in_the_refusal(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from modalora.processing.chat import FORMATS, ChatFormat, Piece, as_text, render, render_raw
 from modalora.processing.processor import Processor
-from modalora.processing.tokenizer import CONTROL_TOKENS, TextTokenizer
+from modalora.processing.tokenizer import CONTROL_TOKENS, Growing, TextTokenizer
 
 CORPUS = ["the quick brown fox jumps over the lazy dog; 123 apples.\n\nseven blue boxes, don't touch!  twice " * 6]
 PHI3 = ("<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>", "<|placeholder1|>")
@@ -97,6 +97,43 @@ def test_text_goes_there_and_back_and_never_becomes_a_control_token(kind: str, t
         assert not set(ids) & words.control_ids
         if kind == "o200k" or ("▁" not in said and "metaspace" not in kind):  # it drops some spaces
             assert words.decode(ids) == said
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_text_only_grows_as_ids_come(kind: str, data: st.DataObject) -> None:
+    words, _ = KINDS[kind]
+    texts = st.text(st.sampled_from("東京😀é▁ a\nthe\ufffd"), max_size=30).map(words.encode)
+    ids = data.draw(st.one_of(texts, st.lists(st.integers(0, words.last_id), max_size=60)))
+    if ids and data.draw(st.booleans()):
+        del ids[data.draw(st.integers(0, len(ids) - 1))]  # half a character is lost
+    growing, before = Growing(words), ""
+    for count, index in enumerate(ids, start=1):
+        text = growing.add(index)
+        assert text == words.decode(ids[:count])
+        assert text.startswith(before)
+        before = text.rstrip("\ufffd")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "o200k"])
+def test_a_character_stays_when_the_next_is_cut(kind: str) -> None:
+    words, _ = KINDS[kind]
+    ids = words.encode("😀😀", after="<|user|>")
+    ids = ids[ids.index(words.encode("😀")[-4]) :]
+    assert [words.decode(ids[:count]) for count in range(1, 9)] == [
+        *("\ufffd",) * 3, "😀", *("😀\ufffd",) * 3, "😀😀",
+    ]  # fmt: skip
+    assert words.decode([*ids[:2], *ids[:4]]) == "\ufffd😀"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+def test_text_is_decoded_as_the_library_does(kind: str, text: str) -> None:
+    words, _ = KINDS[kind]
+    ids = words.encode(text)
+    assert words.decode(ids) == Tokenizer.from_str(words.definition).decode(ids, skip_special_tokens=False)
 
 
 @pytest.mark.parametrize("kind", KINDS)

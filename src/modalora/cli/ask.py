@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from typing import Annotated, Any, cast
 
 import typer
 
 from modalora.cli import options
-from modalora.cli.loading import media_by_name, open_model
+from modalora.cli.loading import media_by_name, open_model, typed
 
 
 def ask(
@@ -46,10 +45,7 @@ def ask(
 
     Example: modalora ask nano "How many circles are there?" --image scene.png
     """
-    text = question
-    if question == "-":
-        text = sys.stdin.read()
-        text = text if raw else text.removesuffix("\n").removesuffix("\r")  # that of echo is no part of a question
+    text = typed(question, raw=raw)
     answer = open_model(model, adapter, modality_file, dtype=dtype, device=device, rope=cast(Any, rope), pack=pack).ask(
         text,
         raw=raw,

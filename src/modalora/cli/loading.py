@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,3 +49,11 @@ def pair(text: str, option: str, form: str) -> tuple[str, str]:
     if not (name and equals and value):
         raise ConfigError(f"{option} {text!r} must be {form}")
     return name, value
+
+
+def typed(question: str, *, raw: bool = False) -> str:
+    """Return the question, - for standard input's."""
+    if question != "-":
+        return question
+    text = sys.stdin.read()
+    return text if raw else text.removesuffix("\n").removesuffix("\r")  # that of echo is no part of a question

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import sys
 
 import typer
@@ -58,6 +59,11 @@ _UNUSABLE = (
 
 def main() -> None:
     """Run the command line; deliberate errors become one line and their exit code, Ctrl-C becomes 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what a terminal's encoding lacks
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is refused where it is used
     try:
         app()
     except ModaloraError as error:

@@ -18,6 +18,8 @@ from modalora.training.signals import Interrupted
 if TYPE_CHECKING:
     from modalora.config import RunConfig
 
+AGAIN_SECONDS = 5.0
+
 
 def asked_for(gpus: int, processes: int, overrides: Sequence[str] | None) -> tuple[int, list[str]]:
     """Return how many processes --gpus and --processes mean, and the settings with the device. Raises InputError."""
@@ -54,7 +56,7 @@ def ended_by_signals() -> Iterator[None]:
 
     A launcher is told that this process was stopped, and did not fail.
     """
-    before = signal.signal(signal.SIGTERM, _end)
+    before = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGALRM)}
     end_with_launcher()
     try:
         yield
@@ -64,11 +66,15 @@ def ended_by_signals() -> Iterator[None]:
             print(f"modalora: {str(stopped) or 'interrupted'}", file=sys.stderr)
         raise typer.Exit(stopped.exit_code if isinstance(stopped, Interrupted) else 130) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
+    # a library in C may drop the exception, as numpy does where torch imports it: it is raised again until it is heard
+    signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
     tell_stopped()
-    if is_first():
+    if is_first() and number == signal.SIGTERM:
         print("modalora: ended at once; what was saved is whole", file=sys.stderr)
     raise SystemExit(0)

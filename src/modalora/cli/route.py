@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from modalora.cli import options
-from modalora.cli.loading import media_by_name, open_model
+from modalora.cli.loading import media_by_name, open_model, typed
+
+if TYPE_CHECKING:
+    from modalora.processing.processor import Processor, Row
 
 
 def explain(
     model: options.Model,
-    question: Annotated[str, typer.Argument(help="The question.")] = "",
+    question: Annotated[str, typer.Argument(help="The question; - reads it from standard input.")] = "",
     image: options.Images = None,
     audio: options.Sounds = None,
     media: options.MediaFiles = None,
@@ -22,7 +25,10 @@ def explain(
     modality_file: options.ModalityFiles = None,
     route: options.Route = "auto",
     batch: Annotated[
-        Path | None, typer.Option(help="A file with more prompts of the same batch: a JSON list of messages a line.")
+        Path | None,
+        typer.Option(
+            help="More prompts of the same batch: a JSON list of messages a line, or what /save of chat wrote."
+        ),
     ] = None,
     rope: options.Rope = "reference",
     switch: options.Switch = "crossing",
@@ -37,11 +43,10 @@ def explain(
     from modalora.assistant import question_messages
 
     assistant = open_model(model, adapter, modality_file, rope=cast(Any, rope), compat=cast(Any, compat or None))
-    conversations = [
-        question_messages(question, list(image or []), list(audio or []), media_by_name(media)),
-        *(_more(batch) if batch else []),
-    ]
-    prompts = assistant.processor(conversations, route=route)
+    own = question_messages(typed(question), list(image or []), list(audio or []), media_by_name(media))
+    rows = [assistant.processor.row(own), *(_more(batch, assistant.processor) if batch else [])]
+    prompts = assistant.processor.collate(rows, route=route, labelled=False)
+    assistant.check_room(prompts, max_tokens)
     records = assistant.explain(prompts, max_tokens=max_tokens, switch=cast(Any, switch))
     for number, (record, official) in enumerate(
         zip(records, assistant.explain_official(prompts), strict=True), start=1
@@ -56,13 +61,25 @@ def explain(
         print(f"released   {_official(record)}")
 
 
-def _more(path: Path) -> list[Any]:
-    from modalora.errors import PromptError
+def _more(path: Path, processor: Processor) -> list[Row]:
+    from modalora.errors import InputError, PromptError
 
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise PromptError(f"{path} is not a file of JSON lines, a list of messages each: {error}") from None
+    rows: list[Row] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            held = json.loads(line)
+            rows.append(processor.row(held["messages"] if isinstance(held, dict) and "messages" in held else held))
+        except (ValueError, RecursionError) as error:
+            raise PromptError(f"{path}, line {number} is not JSON: {error}; write a list of messages") from None
+        except InputError as error:
+            raise type(error)(f"{path}, line {number}: {error}") from None
+    return rows
 
 
 def _official(record: dict[str, Any]) -> str:

@@ -30,7 +30,7 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise yaml.YAMLError(f"line {key.start_mark.line + 1} sets {key.value!r} for the second time")
+                raise ConfigError(f"line {key.start_mark.line + 1} sets {key.value!r} for the second time")
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
@@ -57,7 +57,7 @@ def read(text: str, where: str) -> Any:
         place = f"line {mark.line + 1}: " if mark else ""
         tab = "; indent with spaces" if "'\\t'" in str(error.problem) else ""
         raise ConfigError(f"{where} is not YAML: {place}{error.problem or error.context}{tab}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ConfigError) as error:
         raise ConfigError(f"{where} is not YAML: {error}".replace("\n", " ")) from None
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, !!int abc, lists in lists in lists
         raise ConfigError(f"{where} is not YAML that settings are made of: {error}") from None

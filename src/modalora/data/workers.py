@@ -5,10 +5,12 @@ from __future__ import annotations
 import pickle
 import signal
 import threading
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, cast
 
 import numpy as np
@@ -22,7 +24,8 @@ from modalora.errors import ConfigError, TrainingError
 from modalora.processing.processor import Row
 
 WORKER_ENDED = TrainingError(
-    "a worker that prepares rows ended by itself, most likely for want of memory; set fewer workers, or smaller media"
+    "a worker that prepares rows ended by itself, most likely for want of memory; set fewer workers, or smaller media; "
+    "a script of your own must train under `if __name__ == '__main__':`, since workers run it too"
 )
 _READER: list[Reader] = []  # of a worker process
 
@@ -41,21 +44,27 @@ def start_workers(
             f"workers={count}: what reads the rows cannot be sent to other processes ({error}); a modality's features "
             "and count must be functions at the top of its file, or set workers: 0"
         ) from None
-    return ProcessPoolExecutor(
+    # a file, as Python waits for ever where a process ends before it has read more than a pipe holds
+    file = NamedTemporaryFile(prefix="modalora-workers-")  # noqa: SIM115  open as long as the workers
+    file.write(told)
+    file.flush()
+    workers = ProcessPoolExecutor(
         count,
         mp_context=get_context("spawn"),  # a fork would inherit torch's threads in an unknown state
         initializer=_begin,
-        initargs=(modality.files(), told),
+        initargs=(modality.files(), Path(file.name)),
     )
+    weakref.finalize(workers, file.close)
+    return workers
 
 
-def _begin(files: Sequence[Path], told: bytes) -> None:
+def _begin(files: Sequence[Path], told: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
     torch.set_num_threads(1)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     for file in files:  # before what is told names their functions
         modality.load_file(file)
-    _READER.append(open_reader(*pickle.loads(told)))  # noqa: S301  (from the main process)
+    _READER.append(open_reader(*pickle.loads(told.read_bytes())))  # noqa: S301  (from the main process)
 
 
 def _leave_with_parent() -> None:

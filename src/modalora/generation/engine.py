@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from modalora.contracts import Batch, Route
-from modalora.errors import ConfigError
-from modalora.generation.sampling import Sampling, sample
+from modalora.errors import ConfigError, WorkError
+from modalora.generation.sampling import NONE, Sampling, sample
 from modalora.generation.windows import Switch
 from modalora.nn.cache import KVCache
 
@@ -68,6 +68,7 @@ def generate(
 
     max_tokens: most tokens per row. stops: asked after each token with the row and its new ids; true ends the row.
     switch: when a row's rotary table changes.
+    Raises WorkError where a row's logits are not finite.
     """
     if max_tokens < 1:
         raise ConfigError(f"max_tokens={max_tokens} must be at least 1")
@@ -83,6 +84,11 @@ def generate(
         chosen = sample(logits, [seen[row] for row in rows], sampling, [generators[row] for row in rows])
         going: list[int] = []
         for place, (row, index) in enumerate(zip(rows, chosen.tolist(), strict=True)):
+            if index == NONE:
+                raise WorkError(
+                    f"row {row + 1} has logits that are NaN or infinite at token {len(new[row]) + 1} of its answer; "
+                    "the weights are damaged, or too large for their precision: try dtype='float32'"
+                )
             new[row].append(index)
             seen[row].add(index)
             finish = None

@@ -40,8 +40,15 @@ class Sampling:
         for name, kept, rule in rules:
             if not kept:
                 raise ConfigError(f"{name}={getattr(self, name)} must be {rule}")
+        for field in fields(self):  # torch takes no fractions, and of numpy's numbers not all
+            value = getattr(self, field.name)
+            try:
+                object.__setattr__(self, field.name, int(value) if field.name in ("top_k", "seed") else float(value))
+            except OverflowError:
+                raise ConfigError(f"{field.name}={value!r:.40} is more than a float holds; 1 works") from None
 
 
+NONE = -1  # in place of a token where there is none to choose
 _COLDEST = 1e-6  # below it no logit but the largest is ever drawn, and float32 divides by 0
 _FINITE = (torch.finfo(torch.float32).min / 2, torch.finfo(torch.float32).max / 2)
 
@@ -49,11 +56,12 @@ _FINITE = (torch.finfo(torch.float32).min / 2, torch.finfo(torch.float32).max / 
 def sample(
     logits: Tensor, seen: Sequence[Collection[int]], sampling: Sampling, generators: Sequence[torch.Generator]
 ) -> Tensor:
-    """Return one token per row, (batch,), for logits (batch, vocab).
+    """Return one token per row, (batch,), for logits (batch, vocab); NONE where the highest logit is not finite.
 
     seen: the ids that each row holds, prompt included. generators: one per row, which draws what it draws alone.
     """
     logits = logits.float()
+    broken = ~logits.amax(-1).isfinite()  # NaN wins every comparison; not asked for here, which would wait for a GPU
     if sampling.repetition_penalty != 1.0:
         logits = logits.clone()
         for row, ids in enumerate(seen):
@@ -64,11 +72,12 @@ def sample(
             )
         logits = logits.clamp(*_FINITE)  # a penalty near 0 makes them infinite
     if sampling.temperature < _COLDEST:
-        return logits.argmax(-1)
+        return logits.argmax(-1).masked_fill(broken, NONE)
+    logits = logits.masked_fill(broken[:, None], 0.0)
     logits = logits - logits.amax(-1, keepdim=True)  # so that no temperature makes them infinite
     shares = torch.softmax(_filtered(logits / sampling.temperature, sampling), dim=-1).cpu()
     drawn = [torch.multinomial(own, 1, generator=generator) for own, generator in zip(shares, generators, strict=True)]
-    return torch.cat(drawn).to(logits.device)
+    return torch.cat(drawn).to(logits.device).masked_fill(broken, NONE)
 
 
 def _filtered(logits: Tensor, sampling: Sampling) -> Tensor:

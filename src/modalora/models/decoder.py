@@ -217,11 +217,15 @@ class Decoder(nn.Module):
                 f"pack rearranges bfloat16 for a CPU that multiplies it; this model is {weight.dtype} on "
                 f"{weight.device}, or the CPU cannot: leave pack out, or load with dtype='bfloat16'"
             )
-        head = self.lm_head or self.embed_tokens
-        self._head = packed.pack(head.weight)
-        done(head.weight.data)  # tied: rows of embeddings are still read
+        self._head = packed.pack(self.output.weight)
+        done(self.output.weight.data)  # tied: rows of embeddings are still read
         for linear in self.routed().values():
             linear.pack(done)
+
+    @property
+    def output(self) -> nn.Linear | nn.Embedding:
+        """What holds the output matrix: a head of its own, or the embeddings that are tied to it."""
+        return self.lm_head or self.embed_tokens
 
     @property
     def is_packed(self) -> bool:
@@ -283,7 +287,7 @@ class Decoder(nn.Module):
         if self._head is not None:
             logits = packed.linear(hidden, self._head)
         else:
-            logits = products.linear(hidden, (self.lm_head or self.embed_tokens).weight)
+            logits = products.linear(hidden, self.output.weight)
         if small := self.config.phi3_small:
             logits = logits / small.logit_scale
             if small.hidden_tokens:
@@ -295,7 +299,7 @@ class Decoder(nn.Module):
 
         hidden: (tokens, width); targets: (tokens,) ids.
         """
-        weight, small = (self.lm_head or self.embed_tokens).weight, self.config.phi3_small
+        weight, small = self.output.weight, self.config.phi3_small
         if small is None:
             return cross_entropy(hidden, weight, targets)
         return cross_entropy(hidden, weight, targets, scale=1 / small.logit_scale, unsaid=small.hidden_tokens)

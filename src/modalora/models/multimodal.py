@@ -232,7 +232,9 @@ class Multimodal(nn.Module):
         return Step(lengths=lengths, route=route, long=long, cache=cache, rotations=rotations, cut=cut)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return logits, (batch, time, vocab)."""
+        """Return logits, (batch, time, vocab). Raises ShapeError for what is no Batch."""
+        if not isinstance(batch, Batch):
+            raise ShapeError(f"the model takes a Batch, not {type(batch).__name__}; make one: processor([messages])")
         return self.decoder.head(self.hidden(batch))
 
     def new_cache(self, batch: int) -> KVCache:

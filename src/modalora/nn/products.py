@@ -38,7 +38,8 @@ def wide_products() -> Iterator[None]:
     oneDNN's AVX-512 does 209. torch has no setting for oneDNN in float32 but the one that also allows it to round to
     bf16, which it does where there is AMX. So this asks for a CPU without, and compares with float64 before it trusts.
     A shape costs half a millisecond when first met: for training, searches, grids and prompts, not for single tokens.
-    A setting of the caller's own stands.
+    A setting of the caller's own stands. It is the whole process's: what another thread multiplies meanwhile may get
+    other last bits, so inference is for one thread at a time where bits count.
     """
     if SETTING.fp32_precision != "none" or not gains():
         yield

@@ -128,7 +128,10 @@ class Engine(Protocol):
         ...
 
     def whole(self) -> Multimodal | None:
-        """Return the model as one process has it, on the CPU of rank 0; None on the others."""
+        """Return the model as one process has it, on rank 0; None on the others.
+
+        A model that was spread is gathered on the CPU; one process has its own where it is.
+        """
         ...
 
     def barrier(self) -> None:

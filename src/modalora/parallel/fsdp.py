@@ -37,7 +37,7 @@ from modalora.models.vision import ImageEmbedder
 from modalora.parallel.engine import NONE, Snapshot, Updates, clear, kept, step_and_clear
 from modalora.parallel.files import read, write_pieces
 from modalora.parallel.idle import Presence, gate_adapters
-from modalora.parallel.ranks import shared_totals
+from modalora.parallel.ranks import NOTHING_TO_OFFLOAD, shared_totals
 from modalora.parallel.sequence import split_tokens
 from modalora.parallel.tensor import rejoin_heads, split_heads
 
@@ -159,9 +159,7 @@ class Sharded:
     def __init__(self, mesh: MeshConfig, plan: Plan, device: torch.device) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         if plan.offload and device.type == "cpu":
-            raise ConfigError(
-                "offload moves what a GPU holds to the CPU; with device=cpu it is there: leave offload out"
-            )
+            raise ConfigError(NOTHING_TO_OFFLOAD)
         self.plan = replace(plan, ring=mesh.ring, heads=mesh.sequence // mesh.ring)
         self.device = device
         # where a mesh has more dimensions, one collective for each is what is meant

@@ -21,8 +21,8 @@ import torch
 from modalora.config import RunConfig
 from modalora.errors import ConfigError, TrainingError
 from modalora.parallel.engine import Engine, Single
-from modalora.parallel.ranks import join
-from modalora.parallel.stops import STORE, is_one_of_many, told
+from modalora.parallel.ranks import NOTHING_TO_OFFLOAD, join
+from modalora.parallel.stops import LOOPBACK, STORE, is_one_of_many, told
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -68,9 +68,7 @@ def check_processes(run: RunConfig, count: int) -> None:
 
         sizes(run.mesh, count)
         if run.offload and torch.device(run.device).type == "cpu":
-            raise ConfigError(
-                "offload moves what a GPU holds to the CPU; with device=cpu it is there: leave offload out"
-            )
+            raise ConfigError(NOTHING_TO_OFFLOAD)
         return
     if find_spec("deepspeed") is None:
         raise ConfigError(f"engine={run.engine} needs DeepSpeed; pip install 'modalora[deepspeed]', or use engine=fsdp")
@@ -97,8 +95,8 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         folder = Path(name)
         given = {
             STORE: str(folder / "store"),
-            "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
-            "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", "lo"),
+            "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", LOOPBACK),
+            "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", LOOPBACK),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes))),
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # it would listen on every address
         }

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from modalora.errors import ConfigError, TrainingError
 from modalora.parallel.stops import STORE
 
+NOTHING_TO_OFFLOAD = "offload moves what a GPU holds to the CPU; with device=cpu it is there: leave offload out"
+
 
 def join(device: str, patience_seconds: int) -> torch.device:
     """Join the processes that a launcher started; return the device of this one.
@@ -52,7 +54,7 @@ def join(device: str, patience_seconds: int) -> torch.device:
 @contextmanager
 def _at_once() -> Iterator[None]:
     """Let signals end the process while it waits inside a library, where Python would hear them after the wait."""
-    heard = (signal.SIGINT, signal.SIGTERM) if current_thread() is main_thread() else ()
+    heard = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM) if current_thread() is main_thread() else ()
     before = {number: signal.signal(number, signal.SIG_DFL) for number in heard}
     try:
         yield

@@ -8,6 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"  # the interface of processes on one machine
 STORE = "MODALORA_STORE"  # a file by which the processes of one machine find each other
 
 

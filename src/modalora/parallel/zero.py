@@ -118,7 +118,7 @@ class Zero:
         self.adam.state.clear()
         if self.stage == 3:  # an adapter's matrices are gathered with their Linear
             deepspeed.utils.set_z3_leaf_modules(self.task, [RoutedLinear])
-            head = self.model.decoder.lm_head or self.model.decoder.embed_tokens
+            head = self.model.decoder.output
             deepspeed.zero.register_external_parameter(self.task, head.weight)  # losses read it
         self.engine, *_ = deepspeed.initialize(model=self.task, optimizer=self.adam, config=self.settings)
         self._take(moments)

@@ -1,6 +1,7 @@
 """Phi's chat formats: messages to pieces of text, control tokens and media, in reading order.
 
 <|role|>content<|end|> for every message, tools inside the system message. Phi-4 has nothing between, Phi-3 newlines.
+Fields of a message or a part that are not read are refused, unless they are empty or of IGNORED.
 Templates that come with a model are never run: a format is code here, or not read.
 Source: model cards of Phi-4-multimodal-instruct and Phi-3-mini-4k-instruct; see docs/papers.md.
 """
@@ -20,6 +21,9 @@ from modalora.errors import PromptError
 from modalora.processing.tokenizer import ASSISTANT, END, END_OF_TEXT, PLACEHOLDERS
 
 ROLES = ("system", "user", "assistant", "tool")
+READ = ("role", "content", "tools", "loss")  # fields of a message
+IGNORED = ("id", "tool_call_id")  # names that OpenAI's API gives, which say nothing to a model
+_MARKS = {"wav": (b"RIFF", b"RF64"), "flac": (b"fLaC",), "ogg": (b"OggS",)}  # first bytes by format
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +75,7 @@ def render(
     for number, message in enumerate(messages, start=1):
         where = f"message {number}"
         check_message(message, where)
+        _check_fields(message, (*READ, *IGNORED), where)
         role = message["role"]
         trained = role == "assistant" and bool(message.get("loss", True))
         pieces += [Piece("control", f"<|{role}|>"), Piece("text", chat.after_role, trained)]
@@ -92,10 +97,13 @@ def check_message(message: Any, where: str) -> None:
     role = message["role"]
     if role not in ROLES:
         raise PromptError(f"{where} has role {role!r:.40}; use one of {', '.join(ROLES)}")
-    if message.get("tool_calls"):
-        raise PromptError(f"{where} has tool_calls, which are not read; write the call as the assistant's text")
-    if message.get("tools") and role != "system":
+    for name in ("tool_calls", "function_call"):
+        if message.get(name):
+            raise PromptError(f"{where} has {name}, which are not read; write the call as the assistant's text")
+    if (tools := message.get("tools")) and role != "system":
         raise PromptError(f"{where} has tools, which the system message holds; move them there")
+    if tools and not isinstance(tools, str | list | tuple | Mapping):
+        raise PromptError(f"{where} has tools={tools!r:.40}; give a list of definitions, or its JSON as a string")
 
 
 def read_part(part: Any, where: str, kinds: Collection[str], empty: Collection[str] = ()) -> tuple[str, Any]:
@@ -114,21 +122,48 @@ def read_part(part: Any, where: str, kinds: Collection[str], empty: Collection[s
         raise PromptError(
             f"{where} has no {kind!r}; write the payload in the part: {{'type': '{kind}', '{kind}': ...}}"
         )
+    _check_fields(part, ("type", kind), where)
     if kind == "text" and not isinstance(payload, str):
         raise PromptError(f"{where} has text of type {type(payload).__name__}; give a string")
     if kind == "image_url":
-        return "image", payload.get("url") if isinstance(payload, Mapping) else payload
+        fields = payload if isinstance(payload, Mapping) else {"url": payload}
+        _check_fields(fields, ("url", "detail"), where)
+        if (detail := fields.get("detail")) not in (None, "auto", "high"):
+            raise PromptError(f"{where} has detail={detail!r:.40}; pictures are read whole: 'high', or scale it down")
+        return "image", fields.get("url")
     if kind == "input_audio":
-        data = decode_base64(payload.get("data") if isinstance(payload, Mapping) else payload, bare=True)
-        return "audio", _inline(data, where)
+        fields = payload if isinstance(payload, Mapping) else {"data": payload}
+        _check_fields(fields, ("data", "format"), where)
+        data = _inline(decode_base64(fields.get("data"), bare=True), where)
+        _check_format(fields.get("format"), data, where)
+        return "audio", data
     return kind, payload
+
+
+def _check_fields(given: Mapping[Any, Any], known: Collection[str], where: str) -> None:
+    """Refuse what would be lost; None and empty values, as APIs and tables fill in, mean nothing."""
+    for name, value in given.items():
+        if name not in known and value is not None and not (isinstance(value, str | list | Mapping) and not value):
+            raise PromptError(
+                f"{where} has {name!r:.40}, which is not read; take it out, or write it into the text (read here: "
+                f"{', '.join(known)})"
+            )
+
+
+def _check_format(told: Any, data: bytes, where: str) -> None:
+    found = next((name for name, marks in _MARKS.items() if data.startswith(marks)), None)
+    if told is not None and (told not in (*_MARKS, "mp3") or (found and found != told)):
+        rule = f"its bytes are {found}; write that" if found else f"write one of {', '.join(_MARKS)}, mp3, or none"
+        raise PromptError(f"{where} has format={told!r:.40}; {rule}")
 
 
 def decode_base64(text: Any, *, bare: bool = False) -> bytes | None:
     """Return the bytes of a base64 data URL, or None. bare: base64 alone will do, where OpenAI's format has that."""
-    if not isinstance(text, str) or not (bare or text.startswith("data:")):
+    if not isinstance(text, str):
         return None
-    _, comma, data = text.partition(",")
+    head, comma, data = text.partition(",")
+    if not (re.fullmatch(r"data:.*;base64", head) if comma else bare):
+        return None
     try:
         return base64.b64decode(data if comma else text, validate=True)
     except ValueError:  # binascii.Error is one; text beyond ASCII raises its parent

@@ -35,6 +35,8 @@ from modalora.processing.source import read_source
 # Formats read: each is decoded inside Pillow, none starts another program (EPS would).
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 _WHITE_IS_ZERO = 262  # tag of a TIFF: 0 where white is 0
+_GIVEN = "the given image"
+_CLOSED = "it was closed before it was read, or is damaged; give it open, or its path"
 THINNEST = 10  # pixels: a picture whose short side would be scaled below this is refused
 
 
@@ -112,7 +114,8 @@ def _decode(name: str, image: Image.Image) -> Image.Image:
     except MediaError:
         raise
     except Exception as error:  # decoders fail in many ways on damaged data
-        raise MediaError(f"{name} cannot be decoded ({error}), it is damaged or cut short; export it again") from error
+        why = _CLOSED if name == _GIVEN else "it is damaged or cut short; export it again"
+        raise MediaError(f"{name} cannot be decoded ({error}), {why}") from error
 
 
 def _orientation(image: Image.Image) -> object:
@@ -148,7 +151,7 @@ def _decode_small(image: Image.Image, config: ImageConfig) -> Tensor | None:
 def _open_unread(source: str | Path | bytes | Image.Image, config: ImageConfig) -> tuple[str, Image.Image]:
     """Return what to call a picture, and it with its header read; the limits of the config are checked."""
     if isinstance(source, Image.Image):
-        name, image = "the given image", source
+        name, image = _GIVEN, source
     else:
         name, data = read_source(source, "image", config.max_bytes)
         image = _read_header(name, data, config)
@@ -199,6 +202,8 @@ def _to_rgb(name: str, image: Image.Image) -> Image.Image:
         return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise MediaError(f"{name} has floating-point pixels, which have no agreed white; convert it to 8 bit")
+    if image.mode == "La":  # the only mode that Pillow turns into no other but one
+        image = image.convert("LA")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
@@ -290,7 +295,8 @@ def count_image_tokens(source: str | Path | bytes | Image.Image, config: ImageCo
         try:
             size = image.size if _is_upright_png(image) else _upright_size(image)
         except Exception as error:  # decoders fail in many ways on damaged data
-            raise MediaError(f"{name} has damaged metadata ({error}); export it again") from error
+            why = _CLOSED if name == _GIVEN else "its metadata are damaged; export it again"
+            raise MediaError(f"{name} cannot be measured ({error}), {why}") from error
     _, _, (columns, rows) = _layout(size, config)
     return image_tokens(rows, columns, config.side)
 

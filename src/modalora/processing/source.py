@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import stat
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def read_source(source: str | Path | bytes, noun: str, max_bytes: int) -> tuple[
         name, size = f"{noun} bytes", len(source)
     elif isinstance(source, str | Path):
         name = repr(str(source))
-        if "://" in name or name.startswith(("'data:", '"data:')):
+        if re.match(r"data:|[a-z][a-z\d+.-]+:/", str(source), re.IGNORECASE):  # Path makes "//" one
             short = name if len(name) <= 80 else name[:76] + "...'"
             raise MediaError(f"{short} is a URL, and {noun} sources are files or bytes; load it and give its bytes")
         try:
@@ -34,7 +35,10 @@ def read_source(source: str | Path | bytes, noun: str, max_bytes: int) -> tuple[
         size = status.st_size
     else:
         what = type(source).__name__
-        raise MediaError(f"an {noun} was given as {what}; give a path, the bytes of a file or decoded {noun}")
+        decoded = {"image": "a PIL image (Image.fromarray(array))", "audio": "(samples, rate)"}.get(
+            noun, f"decoded {noun}"
+        )
+        raise MediaError(f"an {noun} was given as {what}; give a path, the bytes of a file or {decoded}")
     if not size:
         raise MediaError(f"{name}: empty, 0 bytes; give an {noun} file with content")
     if size > max_bytes:

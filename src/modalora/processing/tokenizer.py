@@ -6,6 +6,7 @@ The rule: `encode` sees text only, so "<|end|>" typed by a user becomes ordinary
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -53,6 +54,10 @@ _SPLIT = "|".join(
 )
 
 
+_SETTLED = 16  # ids after which text that ends with a whole character is not decoded again
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # a token of byte fallback
+
+
 def _is_control(token: Mapping[str, Any]) -> bool:
     """Tell whether an added token is one that only a chat format writes; others are words like any.
 
@@ -94,6 +99,10 @@ class TextTokenizer:
         if (never := _never_first(split)) != split:
             # SentencePiece puts a space before the first word of a prompt, not after a control token
             self._later = Tokenizer.from_str(json.dumps({**fields, **off, "pre_tokenizer": never}))
+        # the decoder of byte fallback makes a whole run of bytes U+FFFD where one of its characters is not whole
+        falls_back = '"ByteFallback"' in json.dumps(fields.get("decoder"))
+        words_by_id = self._full.get_vocab() if falls_back else {}
+        self._bytes = {index: int(word[3:5], 16) for word, index in words_by_id.items() if _BYTE.fullmatch(word)}
         self.definition = definition
         ends = (END, END_OF_TEXT)
         self.stop_ids = frozenset(self._control[token] for token in ends if token in self._control)
@@ -182,11 +191,54 @@ class TextTokenizer:
         return frozenset(self._control.values())
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of the ids, control tokens left out."""
+        """Return the text of the ids, control tokens left out; bytes that are no character become U+FFFD.
+
+        Further ids change nothing of it but U+FFFD at its end.
+        """
         hidden = self.control_ids
-        text: str = self._full.decode([index for index in ids if index not in hidden], skip_special_tokens=False)
+        shown = [index for index in ids if index not in hidden]
+        if not self._bytes.keys().isdisjoint(shown):
+            text: str = self._full.decoder.decode(self._whole(shown))
+        else:
+            text = self._full.decode(shown, skip_special_tokens=False)
         return text
+
+    def _whole(self, ids: Sequence[int]) -> list[str]:
+        """Return the ids as written, but U+FFFD for bytes that are no character: the others of their run stay whole."""
+        words: list[str] = []
+        for is_byte, run in itertools.groupby(ids, self._bytes.__contains__):
+            own = list(run)
+            written = [word for index in own if (word := self._full.id_to_token(index)) is not None]
+            data = bytes(self._bytes[index] for index in own) if is_byte else b""
+            while data:
+                try:
+                    data.decode()
+                    break
+                except UnicodeDecodeError as error:
+                    words += [*written[: error.start], "\ufffd"]
+                    data, written = data[error.end :], written[error.end :]
+            words += written
+        return words
 
     def show(self, index: int) -> str:
         """Return how one id is written in explanations."""
         return str(self._full.id_to_token(index))
+
+
+class Growing:
+    """The text of ids that come one by one: what `decode` gives of all so far, for the work of the last few."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        """tokenizer: whose ids they are."""
+        self._tokenizer = tokenizer
+        self._settled = ""  # text that no further id changes
+        self._lead = 0  # characters of it that `_ids` begin with: a first word is decoded otherwise than a later one
+        self._ids: list[int] = []
+
+    def add(self, index: int) -> str:
+        """Return the text, this id included."""
+        self._ids.append(index)
+        text = self._settled + self._tokenizer.decode(self._ids)[self._lead :]
+        if len(self._ids) >= _SETTLED and not text.endswith("\ufffd") and (own := self._tokenizer.decode([index])):
+            self._settled, self._lead, self._ids = text, len(own), [index]
+        return text

@@ -14,6 +14,7 @@ from modalora.config import OptimConfig
 from modalora.errors import ConfigError
 from modalora.models.multimodal import matches, part_of
 from modalora.models.vision import VisionTower
+from modalora.training.audit import trained_part
 from modalora.training.moments import SmallAdamW
 
 
@@ -62,7 +63,7 @@ class Optimizer:
         muon: dict[float, list[nn.Parameter]] = defaultdict(list)
         adam: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
         for name, parameter in trained.items():
-            factor = _factor(part_of(name), config)
+            factor = _factor(trained_part(name), config)
             matrix = parameter.ndim == 2 and not any(word in name for word in _NOT_FOR_MUON)
             if config.name == "muon" and matrix:
                 muon[factor].append(parameter)
