@@ -269,7 +269,7 @@ def test_a_model_folder_without_its_package_says_which(tmp_path: Path, monkeypat
     modality.register(replace(SMELL, package="smell-o-vision"))
     smelling().save(tmp_path / "model")
     monkeypatch.setattr(modality, "_given", {})
-    with pytest.raises(ConfigError, match="needs the modality 'smell' of smell-o-vision.*pip install smell-o-vision"):
+    with pytest.raises(ConfigError, match="needs the modality 'smell' of 'smell-o-vision'.*pip install smell-o-vision"):
         modalora.load(tmp_path / "model")
 
 
@@ -550,7 +550,7 @@ def test_a_file_that_is_named_is_run_and_remembered_in_the_model(
     assistant.save(tmp_path / "model")
     monkeypatch.setattr(modality, "_given", {})
     with pytest.raises(
-        ConfigError, match="needs the modality 'taste' of the file taste.py.*name taste.py with --modality"
+        ConfigError, match="needs the modality 'taste' of 'the file taste.py'.*name taste.py with --modality"
     ):
         modalora.load(tmp_path / "model")
     back = modalora.load(tmp_path / "model", modalities=[tmp_path / "taste.py"])

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from modalora.errors import RouteError
 
+MOST_WEIGHT = 10_000.0  # of an adapter in a sum
 IGNORED = -100  # label of a token that is not trained on, as torch's cross_entropy has it
 BLANK = "(blank)"  # sample of a row that stands in where all rows of a micro-batch turned out bad
 NOWHERE = -1  # row of a medium that belongs to none: it is encoded, since other ranks encode theirs, and dropped
@@ -29,7 +30,7 @@ Message = Mapping[str, Any]  # {"role": "user", "content": text or a list of par
 def terms(adapter: str) -> tuple[tuple[str, float], ...]:
     """Return the names and weights of an adapter sum: "vision+mine@0.7" is vision once and 0.7 of mine.
 
-    Raises RouteError for what is no such sum.
+    Raises RouteError for what is no such sum, and for a weight beyond 10,000.
     """
     found: list[tuple[str, float]] = []
     for part in adapter.split("+"):
@@ -40,6 +41,11 @@ def terms(adapter: str) -> tuple[tuple[str, float], ...]:
             found.append(("", 0.0))
     if not all(name and isfinite(weight) for name, weight in found) or len({name for name, _ in found}) < len(found):
         raise RouteError(f"{adapter!r} is no sum of adapters; write names with + between and weights behind @: a+b@0.7")
+    if wrong := [weight for _, weight in found if abs(weight) > MOST_WEIGHT]:
+        raise RouteError(
+            f"{adapter!r:.80}: the weight {wrong[0]:g} must lie within {-MOST_WEIGHT:,.0f} and {MOST_WEIGHT:,.0f}, "
+            "such as 0.7"
+        )
     return tuple(found)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from modalora.errors import CheckpointError, TrainingError
 
 MOST_JSON_BYTES = 64_000_000
+CONFIG_BYTES = 1_000_000  # of what people or libraries write by hand: published configs have 10 KB
 
 
 def draft_beside(path: Path) -> Path:
@@ -108,12 +109,20 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; a key given twice is refused. Raises CheckpointError."""
+def check_file(path: Path, most: int) -> None:
+    """Refuse what would be read for ever: a pipe or device, or more bytes than are read. An absent file passes."""
+    if not path.exists() or path.is_dir():  # which opening it tells
+        return
+    if not path.is_file():
+        raise CheckpointError(f"{path} is a pipe or a device, and was not opened; a folder holds plain files")
+    if (size := path.stat().st_size) > most:
+        raise CheckpointError(f"{path} has {size:,} bytes; at most {most:,} are read")
+
+
+def read_json(path: Path, *, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
+    """Return the object in a JSON file of at most so many bytes. Raises CheckpointError, for a key given twice too."""
+    check_file(path, most)
     try:
-        size = path.stat().st_size
-        if size > MOST_JSON_BYTES:
-            raise CheckpointError(f"it has {size:,} bytes; at most {MOST_JSON_BYTES:,} are read")
         fields = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; a model folder needs it") from None

@@ -210,8 +210,9 @@ def find(name: str, package: str = "") -> Modality:
         file = package.removeprefix("the file ")
         ways = "--modality-file, modality_files=[FILE] in a recipe, or load(..., modalities=)"
         named = f"name {'its Python file' if file == package else file} with {ways}"
-        mend = f"pip install {package}, or {named}" if package and file == package else named
-        raise ConfigError(f"the modality {name!r} is not installed (there are {', '.join(known())}); {mend}")
+        plain = file == package and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", package)
+        mend = f"if you trust the package {package!r}, pip install {package}, or {named}" if plain else named
+        raise ConfigError(f"the modality {name!r:.60} is not installed (there are {', '.join(known())}); {mend}")
     origins = [entry.dist.name if entry.dist else entry.value for entry in entries]
     if len(entries) > 1:
         raise ConfigError(f"the modality {name!r} is brought by {' and '.join(sorted(origins))}; uninstall one of them")
@@ -333,6 +334,6 @@ def read_encoders(fields: Any, where: str) -> dict[str, EncoderConfig]:
         try:
             row = find(name, told["package"])
         except ConfigError as error:
-            raise ConfigError(f"{where} needs the modality {name!r:.60} of {told['package']:.60}: {error}") from error
+            raise ConfigError(f"{where} needs the modality {name!r:.60} of {told['package']!r:.60}: {error}") from error
         found[name] = parse(row.config, told["sizes"], f"{where}: {name}")
     return found

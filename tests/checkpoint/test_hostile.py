@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import pickle
 import struct
 import subprocess
@@ -16,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from modalora.checkpoint.files import Weights
-from modalora.checkpoint.store import load_model, save_model
+from modalora.checkpoint.files import Weights, check_manifest
+from modalora.checkpoint.store import load_model, read_card, save_model
 from modalora.errors import CheckpointError, ConfigError, InputError
 from modalora.models.multimodal import ModelConfig, Multimodal
 from modalora.models.sizes import tiny
@@ -72,6 +73,9 @@ FILES: dict[str, bytes] = {
     "a million empty tensors": header({str(number): entry([0], 0, 0) for number in range(1_000_000)}),
     "30,000 empty tensors": header({str(number): entry([0], 0, 0) for number in range(30_000)}),
     "a pickle": pickle.dumps({"a": 1}),
+    "a million nested lists": header(b'{"a":[' + b"[]," * 1_300_000 + b"[]]}"),
+    "a million nested objects": header(b'{"a":[' + b"{}," * 1_300_000 + b"{}]}"),
+    "numbers of 8 bits": header({"a": entry([8], dtype="F8_E4M3")}, DATA),
 }
 
 
@@ -118,7 +122,8 @@ for folder in sys.argv[1:]:
 print(peak() - before)
 """
     folders = []
-    for number, name in enumerate(("a million empty tensors", "30,000 empty tensors", "nested 100,000 deep")):
+    worst = ("a million empty tensors", "30,000 empty tensors", "nested 100,000 deep", "a million nested lists")
+    for number, name in enumerate(worst):
         folders.append(tmp_path / str(number))
         folders[-1].mkdir()
         (folders[-1] / "model.safetensors").write_bytes(FILES[name])
@@ -148,6 +153,78 @@ def test_a_link_out_of_the_folder_is_not_followed(folder: Path, name: str) -> No
     link(folder, name)
     with pytest.raises(CheckpointError, match="lies outside the folder; it was not opened"):
         load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json"])
+def test_a_pipe_is_not_waited_for(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(CheckpointError, match="is a pipe or a device"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors"])
+def test_links_in_a_circle_are_told(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    (folder / name).symlink_to(name)
+    with pytest.raises(CheckpointError, match=name):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["x\0y", "x\ud800y", "x" * 5000, "../../etc/passwd", "/dev/zero"])
+def test_a_shard_of_a_name_that_no_file_has_is_told(folder: Path, name: str) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError, match="lies outside the folder; it was not opened"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_config_of_many_megabytes_is_not_parsed(folder: Path, name: str) -> None:
+    (folder / name).write_text('{"a": [' + "[]," * 1_000_000 + "[]]}")
+
+    def refused() -> None:
+        with pytest.raises(CheckpointError, match="at most 1,000,000 are read"):
+            load_model(folder)
+
+    assert seconds(refused) < 1
+
+
+OWN: list[tuple[dict[str, object], str]] = [
+    ({"adapters": {"../x": {"r": 2, "lora_alpha": 2}}}, "'../x' cannot name an adapter"),
+    ({"branches": {"smell": ["a"]}}, "branches are of 'smell', a modality that this model lacks"),
+    ({"aliases": {"a": "nowhere"}}, "aliases leads from 'a' to 'nowhere', which is no adapter"),
+    ({"notes": [1]}, r"notes=\[1\] must be an object"),
+    ({"stop_ids": [10**400]}, "stop_ids has a large number; it must be a token id"),
+    ({"tokens": {"eos_token_id": -1}}, "eos_token_id has -1"),
+    ({"tokens": {"x": 1}}, "tokens=.* must be an object of bos_token_id"),
+]
+
+
+@pytest.mark.parametrize(("change", "told"), OWN)
+def test_a_config_of_our_own_names_what_there_is(tmp_path: Path, change: dict[str, object], told: str) -> None:
+    torch.manual_seed(0)
+    words = TextTokenizer.train(["the quick brown fox " * 9], 320)
+    save_model(Multimodal(ModelConfig(decoder=tiny().decoder)), words, tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises((CheckpointError, ConfigError), match=told):
+        read_card(tmp_path / "m", check=False)
+
+
+@pytest.mark.parametrize("name", ["x\0y", "x\ud800y", "x" * 5000, "loop"])
+def test_a_manifest_of_names_that_no_file_has_is_told(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": 1, "files": {name: {"bytes": 1}}}))
+    with pytest.raises(CheckpointError, match="lies outside the folder"):
+        check_manifest(tmp_path)
+
+
+def test_a_manifest_of_too_many_names_is_not_walked(tmp_path: Path) -> None:
+    files = {str(number): {} for number in range(30_000)}
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
+    with pytest.raises(CheckpointError, match="lists 30,000 files; at most 20,000 are read"):
+        check_manifest(tmp_path)
 
 
 def test_the_links_of_a_hugging_face_cache_are_followed(folder: Path, tmp_path: Path) -> None:

@@ -155,7 +155,13 @@ def test_older_and_newer_spellings_of_a_config_are_one() -> None:
     [
         ({"hidden_act": "gelu"}, "hidden_act='gelu'; these networks have hidden_act='silu'"),
         ({"attention_bias": True}, "attention_bias=True"),
-        ({"quantization_config": {"bits": 4}}, "unknown key 'quantization_config'; if it changes nothing, remove it"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config tells that the weights were quantised"),
+        ({"attention_sinks": 4}, "unknown key 'attention_sinks'; if it changes nothing, remove it"),
+        ({"sliding_window": True}, "sliding_window=True must be a number"),
+        ({"rms_norm_eps": 0}, r"config.json: rms_norm_eps=0.0 must lie in \(0, 1\]"),
+        ({"head_dim": 64}, "head_dim=64; these networks have head_dim=128"),
+        ({"layer_types": ["sliding_attention"] * 32}, "layer_types must be 'full_attention'"),
+        ({"max_position_embeddings": 10**400}, "max_position_embeddings=a number of many digits must be"),
         (
             {"rope_scaling": {"type": "linear", "factor": 2}},
             "this is linear; of a Phi model, default and longrope are read",
@@ -168,6 +174,52 @@ def test_a_config_that_these_networks_do_not_have_is_refused(change: dict[str, A
     fields = {**configs.write_config("phi3", phi4_mini(), TOKENS), **change}
     with pytest.raises(ConfigError, match=told):
         configs.read_config("phi3", fields, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"factor": -4}, r"factor=-4 must lie in \(0, 1e6\]"),
+        ({"factor": float("nan")}, r"factor=nan must lie in \(0, 1e6\]"),
+        ({"long_factor": [1e308] * 48}, r"lie in \[1e-6, 1e9\]; 1e\+308 does not"),
+        ({"short_mscale": 1.1, "long_mscale": 1.2}, "short_mscale=1.1 is read by some engines, and left out by transf"),
+        ({"original_max_position_embeddings": 64}, "original_max_position_embeddings is 64 within and 4096 beside"),
+    ],
+)
+def test_a_longrope_that_transformers_reads_otherwise_is_refused(change: dict[str, Any], told: str) -> None:
+    fields = configs.write_config("phi3", phi4_mini(), TOKENS)
+    with pytest.raises(ConfigError, match=told):
+        configs.read_config("phi3", {**fields, "rope_scaling": fields["rope_scaling"] | change}, "config.json")
+
+
+def test_an_original_window_is_read_where_transformers_reads_it() -> None:
+    """Beside the rotary object; 4096 if it is not there, whatever stands within."""
+    fields = configs.write_config("phi3", phi4_mini(), TOKENS)
+    del fields["original_max_position_embeddings"]
+    assert configs.read_config("phi3", fields, "config.json") == phi4_mini()
+    with pytest.raises(ConfigError, match="original_max_position_embeddings is missing, and 4096"):
+        configs.read_config("phi3", fields | {"max_position_embeddings": 256}, "config.json")
+    fields["rope_scaling"]["original_max_position_embeddings"] = 64
+    with pytest.raises(ConfigError, match="=64 stands within the rotary object alone.* add it beside max_position_emb"):
+        configs.read_config("phi3", fields, "config.json")
+
+
+def test_keys_that_older_versions_wrote_change_nothing() -> None:
+    fields = configs.write_config("phi3", phi4_mini(), TOKENS)
+    old = {
+        "task_specific_params": None, "top_k": 50, "torchscript": False, "pruned_heads": {},
+        "use_sliding_window": False, "tie_encoder_decoder": False, "head_dim": 128,
+        "layer_types": ["full_attention"] * 32,
+    }  # fmt: skip
+    assert configs.read_config("phi3", fields | old, "config.json") == phi4_mini()
+    with pytest.raises(ConfigError, match="unknown key 'pruned_heads', 'torchscript'"):
+        configs.read_config("phi3", fields | {"torchscript": True, "pruned_heads": {"0": [1]}}, "config.json")
+
+
+def test_a_sliding_window_beyond_the_window_is_kept() -> None:
+    fields = configs.write_config("phi3", phi4_mini(), TOKENS) | {"sliding_window": 262_144}
+    config = configs.read_config("phi3", fields, "config.json")
+    assert configs.write_config("phi3", config, TOKENS)["sliding_window"] == 262_144
 
 
 def test_a_layout_that_cannot_hold_a_model_is_refused_and_nothing_written(words: TextTokenizer, tmp_path: Path) -> None:

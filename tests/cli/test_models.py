@@ -72,6 +72,7 @@ def test_a_sum_is_composed_and_merged(run: Run, style: Path, tmp_path: Path) -> 
     code, out, _ = run("adapter", "merge", "nano", "style", str(tmp_path / "merged"), *given)
     assert code == 0
     assert "left out, as they were trained on the decoder as it was: speech, vision" in out
+    assert "no adapter is left for audio, image: ask about them with --route none" in out
     torch.testing.assert_close(
         load(tmp_path / "merged").logits("Hello there"), model.logits("Hello there", route="style"), atol=1e-4, rtol=0
     )

@@ -11,20 +11,21 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod, sqrt
+from math import hypot, isfinite, prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-from modalora.checkpoint.files import Weights, inside, sort_metadata, write_folder
-from modalora.checkpoint.modules import MODALITY, add_modules, find_modules, modules_of, own_projectors
+from modalora.checkpoint.files import Weights, fitted, inside, sort_metadata, write_folder
+from modalora.checkpoint.modules import MODALITY, Modules, add_modules, find_modules, modules_of, own_projectors
+from modalora.checkpoint.names import Stored, plan
 from modalora.checkpoint.preserve import CERTIFICATE, Preservation
 from modalora.config import parse
 from modalora.contracts import Batch, Route, terms
-from modalora.disk import read_json, write_json
+from modalora.disk import CONFIG_BYTES, read_json, write_json
 from modalora.errors import CheckpointError, ConfigError
 from modalora.models.multimodal import Multimodal
 from modalora.nn.lora import LoraConfig, RoutedLinear, check_name, check_pattern
@@ -32,6 +33,8 @@ from modalora.nn.rope import Plain
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NATIVE_FOLDERS = ("vision", "speech")  # NAME-lora beside the weights of transformers' Phi-4-Multimodal
+_SPLIT = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # of other architectures, and of copies like them
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 _BASE = "modalora.base"  # metadata of the weights: the fingerprint of the model they were trained on
 # Published adapters differ in the prefix and in whether the adapter's name stands inside the key.
@@ -50,7 +53,18 @@ _REFUSED = {
     "alora_invocation_tokens": "the adapter starts in the middle of a row",
     "arrow_config": "the adapter routes between experts",
     "corda_config": "the base weights were changed with it",
+    "kasa_config": "KaSA takes small singular values out of the base, and scales the ranks",
+    "monteclora_config": "MonteCLoRA brings a sampler of its own",
+    "velora_config": "VeLoRA brings projections of its own",
+    "use_bdlora": "the matrices are block-diagonal",
 }
+# PEFT's keys that are read, or change no number when an adapter is used.
+_KNOWN = frozenset(
+    """alpha_pattern auto_mapping base_model_name_or_path bias ensure_weight_tying eva_config fan_in_fan_out
+    inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout lora_dtype
+    lora_ga_config lorap_emb_lr lorap_lr_ratio megatron_config megatron_core modules_to_save peft_type peft_version
+    qalora_group_size r rank_pattern revision runtime_config target_modules task_type use_rslora""".split()
+)
 _CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # init_lora_weights that take W - s B A for W
 
 
@@ -59,7 +73,8 @@ class Verdict:
     """What loading an adapter found.
 
     consumed: tensors used; none is missing or left over, or loading would have failed. linears: how many of the
-    decoder's Linears it changes, of how many. zero: those among them whose B is zero. base: the name of the model that
+    decoder's Linears it changes, of how many. zero: those among them that it leaves as they are: A, B or alpha is zero.
+    base: the name of the model that
     it was trained on, as its config has it. fingerprint: of this model; matched: whether the adapter has the same one.
     logit_change: largest change of a logit on a fixed probe of 16 tokens. modules: modalities and projectors that came
     along.
@@ -94,16 +109,20 @@ def save_adapter(model: Multimodal, name: str, folder: Path, certificate: Preser
     _needs_plain(model)
     held = _held(model, name)
     config = model.config.adapters[name]
-    tensors = {
-        f"base_model.model.model.{place}.lora_{side}.weight": getattr(linear, f"lora_{side}")[name]
-        .detach()
-        .cpu()
-        .contiguous()
-        for place, linear in held.items()
-        for side in "AB"
-    }
+    places = _places(model)
+    tensors: dict[str, Tensor] = {}
+    for place, linear in held.items():
+        key = f"base_model.model.{_published(places[place])}"
+        tensors[f"{key}.lora_A.weight"] = linear.lora_A[name].detach().cpu().contiguous()
+        up = places[place].pair.to_theirs(linear.lora_B[name].detach(), model.config)
+        tensors[f"{key}.lora_B.weight"] = up.cpu().contiguous()
     saved, modules, modality = modules_of(model, name)
     tensors |= {key: tensor.detach().cpu().contiguous() for key, tensor in saved.items()}
+    if model.config.decoder.phi3_small is None:
+        targets = [end.rsplit(".", 1)[1] if end in _LINEARS else end for end in config.target_modules or _LINEARS]
+    else:
+        targets = [_published(places[place]) for place in held] if config.target_modules else _kinds(places)
+    config = _with_patterns(config, {f"model.{place}": _published(told) for place, told in places.items()})
     fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -111,9 +130,7 @@ def save_adapter(model: Multimodal, name: str, folder: Path, certificate: Preser
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
-        "target_modules": [
-            end.rsplit(".", 1)[1] if end in _LINEARS else end for end in config.target_modules or _LINEARS
-        ],
+        "target_modules": targets,
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),
         "bias": "none",
@@ -134,24 +151,82 @@ def save_adapter(model: Multimodal, name: str, folder: Path, certificate: Preser
     write_folder(folder, fill, manifest=False)
 
 
-def load_adapter(model: Multimodal, folder: Path, name: str, *, idle: bool = False) -> Verdict:
+@dataclass(frozen=True)
+class _Found:
+    """An adapter's folder, checked. at: size by place. tensors: by place and side."""
+
+    config: LoraConfig
+    at: Mapping[str, LoraConfig]
+    tensors: Mapping[tuple[str, str], Tensor]
+    zero: tuple[str, ...]
+    modules: Modules
+    weights: Weights
+    base: str | None
+    fingerprint: str
+    matched: bool | None
+
+
+def load_adapter(model: Multimodal, folder: Path, name: str) -> Verdict:
     """Add a PEFT LoRA folder to the decoder under a new name, with the modality or the projectors that it brings.
 
     Raises CheckpointError when the name is taken, the folder is not LoRA for this decoder, tensors are missing, unknown
-    or of another shape, or, unless idle, the whole adapter changes nothing; the model is then as before.
+    or of another shape, a logit would not be finite, or the whole adapter changes nothing; the model is then as before.
     """
+    found = _find(model, folder, name)
+    if len(found.zero) == len(found.at) and not found.modules.names:
+        raise CheckpointError(
+            f"{folder}: lora_B is zero in all {len(found.zero)} Linears, or lora_A, or lora_alpha, so the adapter "
+            "changes nothing: it was saved before training, or its training never reached it"
+        )
+    _put(model, found, name, as_stored=False)
+    change = logit_change(model, name)
+    if not isfinite(change):
+        for linear in model.decoder.routed().values():
+            if name in linear.adapters:
+                linear.drop_adapter(name)
+        raise CheckpointError(
+            f"{folder}: with this adapter logits of a probe of 16 tokens are not finite; its numbers are too large for "
+            f"{model.decoder.embed_tokens.weight.dtype}, or its lora_alpha={found.config.lora_alpha:g} is"
+        )
+    model.config = replace(model.config, adapters={**model.config.adapters, name: found.config})
+    add_modules(model, found.modules, found.weights, name)
+    return Verdict(
+        consumed=len(found.weights.entries),
+        linears=(len(found.at), len(model.decoder.routed())),
+        zero=found.zero,
+        base=found.base,
+        fingerprint=found.fingerprint,
+        matched=found.matched,
+        logit_change=change,
+        modules=found.modules.names,
+    )
+
+
+def restore_adapter(model: Multimodal, folder: Path, name: str, *, as_stored: bool = False) -> None:
+    """Add an adapter that belongs to a model's own folder, untrained ones too; no logit is computed.
+
+    as_stored: its tensors keep their dtype, whatever the model's. Raises CheckpointError as `load_adapter` does.
+    """
+    found = _find(model, folder, name)
+    _put(model, found, name, as_stored=as_stored)
+    model.config = replace(model.config, adapters={**model.config.adapters, name: found.config})
+    add_modules(model, found.modules, found.weights, name, as_stored=as_stored)
+
+
+def _find(model: Multimodal, folder: Path, name: str) -> _Found:
+    """Return what an adapter's folder holds for this model. Raises CheckpointError."""
     _check_name(model, name)
     path = _config_path(folder)
-    fields = read_json(path)
-    linears = model.decoder.routed()
-    config = _read_config(path, fields, linears)
+    fields = read_json(path, most=CONFIG_BYTES)
+    linears, places = model.decoder.routed(), _places(model)
+    config = _read_config(path, fields, places)
     weights = _weights(folder)
-    given, others = _match(weights, linears)
+    given, others = _match(weights, places)
     modules = find_modules(model, folder, weights, others, fields.get("modules_to_save"), path)
     if unknown := modules.unknown:
         raise CheckpointError(
             f"{folder}: {len(unknown)} of {len(weights.entries)} tensors belong to no Linear of this decoder, such as "
-            f"{unknown[0]!r}; keys look like base_model.model.model.layers.0.self_attn.qkv_proj.lora_A.weight"
+            f"{unknown[0]!r}; {_stranger(unknown, places)}"
         )
     found = {place: config.at(f"model.{place}") for place in linears if config.targets(f"model.{place}")}
     wanted = {(place, side) for place in found for side in "AB"}
@@ -166,10 +241,14 @@ def load_adapter(model: Multimodal, folder: Path, name: str, *, idle: bool = Fal
         )
     for (place, side), stored in given.items():
         rows, columns = linears[place].weight.shape
-        shape, r = weights.entries[stored].shape, found[place].r
-        if shape != ((r, columns) if side == "A" else (rows, r)):
+        entry, r = weights.entries[stored], found[place].r
+        if entry.dtype not in _FLOATS:
             raise CheckpointError(
-                f"{folder}: {place}.lora_{side} has shape {list(shape)}, and this decoder needs "
+                f"{folder}: {place}.lora_{side} has dtype {entry.dtype}; {', '.join(_FLOATS)} are read"
+            )
+        if entry.shape != ((r, columns) if side == "A" else (rows, r)):
+            raise CheckpointError(
+                f"{folder}: {place}.lora_{side} has shape {list(entry.shape)}, and this decoder needs "
                 f"{[r, columns] if side == 'A' else [rows, r]}: it was trained on another base model"
                 f"{_base(fields)}, or its rank is not the config's"
             )
@@ -181,36 +260,53 @@ def load_adapter(model: Multimodal, folder: Path, name: str, *, idle: bool = Fal
             f"{_base(fields)}; load it on the model that it was trained on"
         )
     tensors = {at: weights.get(stored) for at, stored in given.items()}
-    zero = tuple(sorted(place for (place, side), tensor in tensors.items() if side == "B" and not tensor.any()))
-    if len(zero) == len(found) and not idle and not modules.names:
-        raise CheckpointError(
-            f"{folder}: lora_B is zero in all {len(zero)} Linears, so the adapter changes nothing: it was saved before "
-            "training, or its training never reached it"
-        )
-    with torch.no_grad():
-        for place, one in found.items():
-            linear = linears[place]
-            linear.add_adapter(name, one)
-            for side, held in (("A", linear.lora_A), ("B", linear.lora_B)):
-                held[name] = nn.Parameter(tensors[place, side].to(linear.weight))  # in the dtype that the model runs in
-    model.config = replace(model.config, adapters={**model.config.adapters, name: config})
-    add_modules(model, modules, weights, name)
-    return Verdict(
-        consumed=len(weights.entries),
-        linears=(len(found), len(linears)),
-        zero=zero,
-        base=fields.get("base_model_name_or_path") or None,
-        fingerprint=own,
-        matched=None if told is None else True,
-        logit_change=logit_change(model, name),
-        modules=modules.names,
-    )
+    for (place, side), tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{folder}: {place}.lora_{side} holds numbers that are not finite; its training went wrong, train it "
+                "anew or take an earlier state"
+            )
+        if side == "B":  # a published layout may have the rows in another order
+            tensors[place, side] = places[place].pair.to_ours(tensor, model.config)
+    idle = {place for (place, _), tensor in tensors.items() if not (tensor.any() and found[place].scaling)}
+    return _Found(
+        config, found, tensors, tuple(sorted(idle)), modules, weights,
+        fields.get("base_model_name_or_path") or None, own, None if told is None else True,
+    )  # fmt: skip
+
+
+def _put(model: Multimodal, found: _Found, name: str, *, as_stored: bool) -> None:
+    """Add the matrices, in the dtype that the model runs in unless as_stored."""
+    linears = model.decoder.routed()
+    ready = {
+        (place, side): tensor
+        if as_stored
+        else fitted(tensor, linears[place].weight.dtype, f"{found.weights.folder}: {place}.lora_{side}")
+        for (place, side), tensor in found.tensors.items()
+    }
+    for place, size in found.at.items():
+        linear = linears[place]
+        linear.add_adapter(name, size)
+        for side, held in (("A", linear.lora_A), ("B", linear.lora_B)):
+            held[name] = nn.Parameter(ready[place, side].to(linear.weight.device))
+
+
+def _places(model: Multimodal) -> dict[str, Stored]:
+    """Return for each Linear of the decoder how the published code has it, by whose names PEFT goes."""
+    shapes = {f"decoder.{place}.weight": linear.weight.shape for place, linear in model.decoder.routed().items()}
+    layout = "phi3" if model.config.decoder.phi3_small is None else "phi3small"
+    stored = plan(layout, shapes, model.config)
+    return {name.removeprefix("decoder.").removesuffix(".weight"): told for name, told in stored.items()}
+
+
+def _published(told: Stored) -> str:
+    return told.name.removesuffix(".weight")
 
 
 def peek(model: Multimodal, folder: Path) -> tuple[LoraConfig, int]:
     """Return the size of the adapter in a PEFT folder and how many numbers it has; the model may be without memory."""
     path = _config_path(folder)
-    config = _read_config(path, read_json(path), model.decoder.routed())
+    config = _read_config(path, read_json(path, most=CONFIG_BYTES), _places(model))
     return config, sum(prod(entry.shape) for entry in _weights(folder).entries.values())
 
 
@@ -232,7 +328,8 @@ def logit_change(model: Multimodal, route: str) -> float:
     ids = torch.arange(16, device=model.decoder.embed_tokens.weight.device)[None] % model.config.decoder.vocab_size
     lengths = torch.tensor([16], device=ids.device)
     plain, changed = (model(Batch(ids, lengths, Route((name,)))).float() for name in (None, route))
-    return float((changed - plain).abs().nan_to_num(torch.inf).max())
+    said = plain.isfinite()  # Phi-3-small has ids that are never said
+    return float((changed - plain)[said].abs().nan_to_num(torch.inf).max()) if said.any() else 0.0
 
 
 def compose(model: Multimodal, route: str, name: str) -> LoraConfig:
@@ -251,20 +348,26 @@ def compose(model: Multimodal, route: str, name: str) -> LoraConfig:
     routed = model.decoder.routed()
     places = [place for place in routed if any(place in linears for linears in held.values())]
     config = LoraConfig(r=r, lora_alpha=r, target_modules=_shortest(places, routed))
-    model.decoder.add_adapter(name, config)
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
     with torch.no_grad():
         for place in places:
             linear = routed[place]
-            down, up = torch.zeros_like(linear.lora_A[name]), torch.zeros_like(linear.lora_B[name])
+            like: dict[str, Any] = {"dtype": _exact(linear.weight), "device": linear.weight.device}
+            down = torch.zeros(r, linear.weight.shape[1], **like)
+            up = torch.zeros(len(linear.weight), r, **like)
             at = 0
             for one, weight in parts:
                 if one in linear.adapters:
                     rows = slice(at, at + linear.adapters[one].r)
-                    down[rows] = linear.lora_A[one]
-                    up[:, rows] = linear.lora_B[one] * (weight * linear.adapters[one].scaling)
+                    down[rows] = linear.lora_A[one].to(down)
+                    up[:, rows] = linear.lora_B[one].to(up) * (weight * linear.adapters[one].scaling)
                 at += ranks[one]
-            linear.lora_A[name].copy_(down)
-            linear.lora_B[name].copy_(up)
+            if not (down.isfinite().all() and up.isfinite().all()):
+                raise CheckpointError(f"{route!r} makes {place} infinite; give smaller weights, such as 0.7")
+            sums[place] = down, up
+    model.decoder.add_adapter(name, config)
+    for place, (down, up) in sums.items():  # in no fewer bits: rounding would change the sum
+        routed[place].lora_A[name], routed[place].lora_B[name] = nn.Parameter(down), nn.Parameter(up)
     model.config = replace(model.config, adapters={**model.config.adapters, name: config})
     return config
 
@@ -281,7 +384,7 @@ class Merged:
 
 @torch.no_grad()
 def merge(model: Multimodal, route: str) -> Merged:
-    """Add a sum of adapters to the decoder's own weights, in float32 and rounded once, and remove every adapter.
+    """Add a sum of adapters to the decoder's own weights, in float32 or more and rounded once; remove every adapter.
 
     The others go because they were trained on the decoder as it was. Text then changes too: nothing is routed any more.
     """
@@ -293,27 +396,44 @@ def merge(model: Multimodal, route: str) -> Merged:
         _held(model, one)
     _needs_matrices_alone(model, [one for one, _ in parts])
     errors: dict[str, tuple[float, float]] = {}
-    for place, linear in model.decoder.routed().items():
-        change = torch.zeros_like(linear.weight, dtype=torch.float32)
-        for one, weight in parts:
-            if one in linear.adapters:
-                scaling = weight * linear.adapters[one].scaling
-                change += linear.lora_B[one].float() @ linear.lora_A[one].float() * scaling
-        exact = linear.weight.float() + change
-        merged = exact.to(linear.weight.dtype)
-        if change.any():
-            lost = float((merged.float() - exact).square().sum())
-            errors[place] = (lost, float(change.square().sum()))
-        linear.weight = nn.Parameter(merged)
-    if not errors:  # nor was any weight changed
+    results: dict[str, Tensor] = {}
+    routed = model.decoder.routed()
+    for place, linear in routed.items():
+        held = [(one, weight * linear.adapters[one].scaling) for one, weight in parts if one in linear.adapters]
+        if not held:
+            continue
+        dtype = _exact(linear.weight)
+        change = torch.zeros_like(linear.weight, dtype=dtype)
+        for one, scaling in held:
+            change += linear.lora_B[one].to(dtype) @ linear.lora_A[one].to(dtype) * scaling
+        exact = linear.weight.to(dtype) + change
+        if not change.isfinite().all():
+            raise CheckpointError(f"{route!r} makes {place} infinite; give smaller weights, such as 0.7")
+        if _size(change):
+            results[place] = merged = fitted(exact, linear.weight.dtype, f"{place} with {route!r}")
+            made = merged.to(dtype) - linear.weight.to(dtype)
+            errors[place] = _size(made - change), _size(change)
+    if not errors:
         raise CheckpointError(f"{route!r} changes no weight; there is nothing to merge")
-    for linear in model.decoder.routed().values():
+    for place, result in results.items():  # once all of them are finite
+        routed[place].weight = nn.Parameter(result)
+    for linear in routed.values():
         for one in list(linear.adapters):
             linear.drop_adapter(one)
-    model.config = replace(model.config, adapters={})
-    lost, wanted = (sum(pair[side] for pair in errors.values()) for side in (0, 1))
+    model.config = replace(model.config, adapters={}, aliases={})
+    lost, wanted = (hypot(*(pair[side] for pair in errors.values())) for side in (0, 1))
     worst = max(errors, key=lambda place: errors[place][0] / errors[place][1])
-    return Merged(len(errors), sqrt(lost / wanted), worst, sqrt(errors[worst][0] / errors[worst][1]))
+    return Merged(len(errors), lost / wanted, worst, errors[worst][0] / errors[worst][1])
+
+
+def _size(change: Tensor) -> float:
+    """Return the root of the sum of squares, in float64: float32 has no squares of what a weight of 1e-25 makes."""
+    return float(torch.linalg.vector_norm(change, dtype=torch.float64))
+
+
+def _exact(weight: Tensor) -> torch.dtype:
+    """Return the dtype in which sums of matrices are made: float32, or float64 where the matrix has that."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def _weighted(route: str) -> tuple[tuple[str, float], ...]:
@@ -344,11 +464,16 @@ def _check_name(model: Multimodal, name: str) -> None:
         raise CheckpointError(f"the adapter name {name!r} is taken; choose another")
 
 
-def _read_config(path: Path, fields: Mapping[str, Any], linears: Mapping[str, RoutedLinear]) -> LoraConfig:
+def _read_config(path: Path, fields: Mapping[str, Any], places: Mapping[str, Stored]) -> LoraConfig:
     if fields.get("peft_type") != "LORA":
         raise CheckpointError(f"{path} has peft_type={fields.get('peft_type')!r}; LORA is read")
     if fields.get("bias", "none") != "none":
         raise CheckpointError(f"{path} has bias={fields['bias']!r}: biases of the base were trained; 'none' is read")
+    if unknown := sorted(key for key in set(fields) - _KNOWN - set(_REFUSED) if fields[key]):
+        raise CheckpointError(
+            f"{path} has {unknown[0]!r:.60}={fields[unknown[0]]!r:.60}, which is not known here; if it changes "
+            "nothing, remove it from the file"
+        )
     for key, reason in _REFUSED.items():
         if fields.get(key):
             raise CheckpointError(
@@ -367,17 +492,30 @@ def _read_config(path: Path, fields: Mapping[str, Any], linears: Mapping[str, Ro
         "lora_alpha": fields["lora_alpha"],
         "lora_dropout": fields.get("lora_dropout", 0.0),
         "use_rslora": fields.get("use_rslora", False),
-        "target_modules": _targets(fields, linears, path),
+        "target_modules": _targets(fields, places, path),
         "rank_pattern": fields.get("rank_pattern") or {},
         "alpha_pattern": fields.get("alpha_pattern") or {},
     }
     try:
-        return parse(LoraConfig, size, str(path))
+        config = parse(LoraConfig, size, str(path))
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
+    return _with_patterns(config, {_published(told): f"model.{place}" for place, told in places.items()})
 
 
-def _targets(fields: Mapping[str, Any], linears: Mapping[str, RoutedLinear], path: Path) -> tuple[str, ...]:
+def _with_patterns(config: LoraConfig, names: Mapping[str, str]) -> LoraConfig:
+    """Return the config with its patterns, which are of the modules' old names, for new ones; names: old -> new."""
+    if all(old == new for old, new in names.items()):
+        return config
+    sizes = {re.escape(new): config.at(old) for old, new in names.items()}
+    return replace(
+        config,
+        rank_pattern={new: one.r for new, one in sizes.items() if one.r != config.r},
+        alpha_pattern={new: one.lora_alpha for new, one in sizes.items() if one.lora_alpha != config.lora_alpha},
+    )
+
+
+def _targets(fields: Mapping[str, Any], linears: Mapping[str, Stored], path: Path) -> tuple[str, ...]:
     """Return the ends of module names that PEFT's settings mean here; empty: all Linears."""
     targets, layers = fields.get("target_modules"), fields.get("layers_to_transform")
     if targets in ("all-linear", None):
@@ -385,25 +523,60 @@ def _targets(fields: Mapping[str, Any], linears: Mapping[str, RoutedLinear], pat
     elif isinstance(targets, str):  # a regular expression for the whole name
         try:
             check_pattern(targets)
-            places = [place for place in linears if re.fullmatch(targets, f"model.{place}")]
+            places = [place for place, told in linears.items() if re.fullmatch(targets, _published(told))]
         except ConfigError as error:
             raise CheckpointError(f"{path}: target_modules: {error}") from None
     elif isinstance(targets, Sequence) and all(isinstance(one, str) for one in targets):
-        places = [place for place in linears if any(f".model.{place}".endswith(f".{one}") for one in targets)]
+        places = [
+            place
+            for place, told in linears.items()
+            if any(f".{_published(told)}".endswith(f".{one}") for one in targets)
+        ]
     else:
         raise CheckpointError(f"{path}: target_modules={targets!r:.80} must be names or a regular expression")
     if layers not in (None, []):  # PEFT takes an empty list for all layers
+        pattern = fields.get("layers_pattern")
+        if pattern and pattern != "layers" and pattern != ["layers"]:
+            raise CheckpointError(f"{path}: layers_pattern={pattern!r:.60}; the layers of this decoder are in 'layers'")
         numbers = {str(layer) for layer in (layers if isinstance(layers, list) else [layers])}
         places = [place for place in places if place.split(".")[1] in numbers]
     if not places:
         raise CheckpointError(
             f"{path}: target_modules={targets!r:.80} name no Linear of this decoder, which has "
-            f"{', '.join(_LINEARS)} in every layer; it was trained on another architecture"
+            f"{', '.join(_kinds(linears))} in every layer; "
+            f"{_stranger([f'.{one}.' for one in _listed(targets)], linears, 'it was trained on another architecture')}"
         )
     return _shortest(places, linears)
 
 
-def _shortest(places: Sequence[str], linears: Mapping[str, RoutedLinear]) -> tuple[str, ...]:
+def _listed(targets: Any) -> list[str]:
+    return [targets] if isinstance(targets, str) else list(targets or ())
+
+
+def _kinds(places: Mapping[str, Stored]) -> list[str]:
+    """Return what the published code calls the Linears of a layer."""
+    return list(dict.fromkeys(_published(told).split(".", 3)[3] for told in places.values()))
+
+
+def _stranger(keys: Sequence[str], places: Mapping[str, Stored], otherwise: str = "") -> str:
+    """Return in words why an adapter's names are none of this decoder's; otherwise: if nothing is known of them."""
+    kinds = _kinds(places)
+    if any(f".{one}." in key for key in keys for one in ("lm_head", "embed_tokens")):
+        return (
+            "LoRA on embeddings or on the output matrix would change rows of every route; train it on the Linears alone"
+        )
+    if any(".embed_tokens_extend." in key for key in keys):
+        return "LoRA on encoders would change rows of every route; train the decoder's Linears alone"
+    split = [one for one in _SPLIT if not any(kind.endswith(f".{one}") for kind in kinds)]
+    if any(f".{one}." in key for key in keys for one in split):
+        return (
+            "it was trained on a copy whose matrices are split (q_proj, gate_proj and so on), which are one here: "
+            f"{', '.join(kinds)}; train it on the published model"
+        )
+    return otherwise or f"keys look like base_model.model.{_published(next(iter(places.values())))}.lora_A.weight"
+
+
+def _shortest(places: Sequence[str], linears: Mapping[str, Any]) -> tuple[str, ...]:
     """Name modules by their kind where all layers are meant, else one by one; empty: all Linears."""
     if len(places) == len(linears):
         return ()
@@ -411,13 +584,14 @@ def _shortest(places: Sequence[str], linears: Mapping[str, RoutedLinear]) -> tup
     return (*kinds, *(place for place in places if not place.endswith(tuple(kinds))))
 
 
-def _match(weights: Weights, linears: Mapping[str, Any]) -> tuple[dict[tuple[str, str], str], list[str]]:
+def _match(weights: Weights, places: Mapping[str, Stored]) -> tuple[dict[tuple[str, str], str], list[str]]:
+    ours = {_published(told): place for place, told in places.items()}
     given: dict[tuple[str, str], str] = {}
     unknown: list[str] = []
     for key in weights.entries:
         match = _KEY.fullmatch(key)
-        at = (match[1], match[2][-1]) if match else None
-        if at is None or at[0] not in linears or at in given:
+        at = (ours.get(f"model.{match[1]}", ""), match[2][-1]) if match else None
+        if at is None or not at[0] or at in given:
             unknown.append(key)
         else:
             given[at] = key

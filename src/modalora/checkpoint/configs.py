@@ -27,6 +27,21 @@ _INERT = frozenset(
     max_sequence_length model_type output_attentions output_hidden_states pad_token_id problem_type return_dict
     tokenizer_class torch_dtype transformers_version unsloth_fixed unsloth_version use_cache""".split()
 )
+# Keys that older versions of transformers wrote into every config, or that say what these networks are anyway.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "task_specific_params": (None, {}), "torchscript": (False, None), "pruned_heads": ({}, None),
+    "tie_encoder_decoder": (False, None), "add_cross_attention": (False, None), "use_sliding_window": (False, None),
+    "cross_attention_hidden_size": (None,), "use_bfloat16": (False, True, None), "finetuning_task": (None,),
+    "output_scores": (False, None), "return_dict_in_generate": (False, None),
+}  # fmt: skip
+# How answers are chosen, which is asked for here with every question.
+_GENERATION = frozenset(
+    """bad_words_ids begin_suppress_tokens decoder_start_token_id diversity_penalty do_sample early_stopping
+    encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id
+    length_penalty max_length max_new_tokens min_length no_repeat_ngram_size num_beam_groups num_beams
+    num_return_sequences prefix remove_invalid_values repetition_penalty sep_token_id suppress_tokens temperature top_k
+    top_p typical_p""".split()
+)
 # Rates that matter in training only, where dropout is not used.
 _NO_DROPOUT = dict.fromkeys(
     ("attention_dropout", "embd_pdrop", "resid_pdrop", "attention_dropout_prob", "embedding_dropout_prob",
@@ -76,7 +91,14 @@ class Reader:
 
     def finish(self) -> None:
         """Refuse every key that was not asked for and is not known to be inert."""
-        unknown = [key for key in self.fields if key not in self.asked | _INERT and not key.startswith("_")]
+        if "quantization_config" in self.fields:
+            raise ConfigError(
+                f"{self.where}: quantization_config tells that the weights were quantised; give the plain ones, and "
+                "modalora.quantize makes int8 or int4 of them"
+            )
+        known = self.asked | _INERT | _GENERATION
+        known |= {key for key, plain in _PLAIN.items() if self.fields.get(key) in plain}
+        unknown = [key for key in self.fields if key not in known and not key.startswith("_")]
         unknown = [key for key in unknown if not (key in _NO_DROPOUT and isinstance(self.fields[key], int | float))]
         if unknown:
             raise ConfigError(
@@ -176,6 +198,7 @@ def _as_written(rope: Rope) -> Rope:
     return rope
 
 
+_ORIGINAL = 4096  # original window of a Phi model whose config tells none, in transformers and in the released code
 _DECODER = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "rms_norm_eps",
@@ -186,17 +209,49 @@ def _read_decoder(reader: Reader) -> DecoderConfig:
     reader.must(hidden_act="silu", attention_bias=False, mlp_bias=False, lm_head_bias=False, pretraining_tp=1)
     sizes = {key: reader.get(key) for key in _DECODER if reader.fields.get(key) is not None}
     sizes.setdefault("num_key_value_heads", sizes.get("num_attention_heads"))
-    rope = _read_rope(reader.fields, reader.where)
+    rope = _read_rope(_with_original(reader.fields, reader.where), reader.where)
     reader.asked.update(ROPE_KEYS)
-    window = reader.get("sliding_window")
     fields = {
         **sizes,
         "tie_word_embeddings": reader.get("tie_word_embeddings", False),
         "rope": asdict(rope),
-        "sliding_window": None if type(window) is int and window >= rope.window else window,
+        "sliding_window": reader.get("sliding_window"),
     }
     reader.get("num_key_value_heads")
-    return parse(DecoderConfig, fields, reader.where)
+    found = parse(DecoderConfig, fields, reader.where)
+    reader.must(head_dim=(found.head_dim, None))
+    kinds = reader.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+        raise ConfigError(f"{reader.where}: layer_types must be 'full_attention' for every layer")
+    return found
+
+
+def _with_original(fields: Fields, where: str) -> Fields:
+    """Return the keys with the original window that transformers takes for a Phi model.
+
+    It reads the key beside the rotary object, 4096 where there is none, and puts that over the one within. Nor does it
+    know attention factors for short and long rows, which other engines read.
+    """
+    key, inner = "original_max_position_embeddings", fields.get("rope_parameters") or fields.get("rope_scaling")
+    if not isinstance(inner, Mapping) or not {"short_factor", "long_factor"} & set(inner):
+        return fields
+    if fields.get(key) is None and inner.get(key) not in (None, _ORIGINAL):
+        raise ConfigError(
+            f"{where}: {key}={inner[key]!r:.40} stands within the rotary object alone, where transformers puts "
+            f"{_ORIGINAL} in its place; add it beside max_position_embeddings, as published files have it"
+        )
+    window = fields.get("max_position_embeddings", _ORIGINAL)
+    if fields.get(key) is None and type(window) is int and window < _ORIGINAL:
+        raise ConfigError(
+            f"{where}: {key} is missing, and {_ORIGINAL}, which transformers takes then, is beyond "
+            f"max_position_embeddings={window}; add it"
+        )
+    if told := [one for one in ("short_mscale", "long_mscale") if inner.get(one) is not None]:
+        raise ConfigError(
+            f"{where}: {told[0]}={inner[told[0]]!r:.40} is read by some engines, and left out by transformers; give "
+            "attention_factor, one number, in its place"
+        )
+    return {**fields, key: _ORIGINAL if fields.get(key) is None else fields[key]}
 
 
 def _write_decoder(config: DecoderConfig) -> dict[str, Any]:
@@ -354,7 +409,8 @@ def _write_official(config: ModelConfig) -> dict[str, Any]:
     _need_factor_of_windows(config.decoder.rope)
     if set(config.adapters) != {"vision", "speech"}:
         raise ConfigError(
-            f"the layout 'phi4mm' holds the adapters vision and speech; this model has {', '.join(config.adapters)}: "
+            "the layout 'phi4mm' holds the adapters vision and speech; this model has "
+            f"{', '.join(config.adapters) or 'none'}: "
             "choose the layout phi4_multimodal or modalora, which hold more"
         )
     own = {

@@ -20,21 +20,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from modalora.disk import digest, draft_beside, parse_json, read_json, write_json
+from modalora.disk import CONFIG_BYTES, check_file, digest, draft_beside, parse_json, read_json, write_json
 from modalora.errors import CheckpointError, WorkError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 HEADER_BYTES, MOST_TENSORS = 4_000_000, 20_000
+INDEX_BYTES, TOKENIZER_BYTES = 8_000_000, 100_000_000
 _BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
     "U16": 16, "U8": 8, "BOOL": 8,
 }  # fmt: skip
 _NAME = re.compile(r"[\w./-]{1,250}", re.ASCII)
+_TOLD = 20  # files in one message
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
@@ -44,9 +47,20 @@ def inside(folder: Path, name: str) -> Path:
     root = folder.resolve()
     # a Hugging Face cache keeps the files beside its snapshots, under their hashes
     roots = [root, *(one.parent / "blobs" for one in root.parents if one.name == "snapshots")]
-    if "\0" in name or not any(path.resolve().is_relative_to(one) for one in roots):
-        raise CheckpointError(f"{folder} names the file {name!r}, which lies outside the folder; it was not opened")
+    if not _lies_in(path, roots):
+        raise CheckpointError(
+            f"{folder} names the file {name!r:.120}, which lies outside the folder; it was not opened"
+        )
     return path
+
+
+def _lies_in(path: Path, roots: Sequence[Path]) -> bool:
+    try:
+        resolved = path.resolve()
+        path.exists()  # a name that is too long is no error until it is asked for
+    except (OSError, RuntimeError, ValueError):  # links in a circle, zeros and surrogates in a name
+        return False
+    return any(resolved.is_relative_to(root) for root in roots)
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None], *, manifest: bool = True) -> None:
@@ -99,7 +113,7 @@ def sync(path: Path) -> None:
 def weights_digest(folder: Path) -> str | None:
     """Return what tells a folder's weights from others, by its manifest; None where it has none."""
     try:
-        files: Any = read_json(folder / MANIFEST)["files"]
+        files: Any = read_json(folder / MANIFEST, most=CONFIG_BYTES)["files"]
         listed = sorted((name, told["sha256"]) for name, told in files.items() if name.endswith(".safetensors"))
     except (AttributeError, CheckpointError, KeyError, TypeError):
         return None
@@ -113,16 +127,18 @@ def check_manifest(folder: Path, needed: Sequence[str] = ()) -> None:
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give a model folder or the name of a bundled model")
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_json(folder / MANIFEST, most=CONFIG_BYTES)
     files: Any = manifest.get("files")
     listed = isinstance(files, dict) and all(isinstance(told, dict) for told in files.values())
     if manifest.get("format") != FORMAT or not listed:
         raise CheckpointError(f"{folder / MANIFEST} is not a manifest of format {FORMAT}")
+    if len(files) > MOST_TENSORS:
+        raise CheckpointError(f"{folder / MANIFEST} lists {len(files):,} files; at most {MOST_TENSORS:,} are read")
     wrong = [f"{name} is not in the manifest" for name in needed if name not in files]
     for name, told in files.items():
         path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
-            wrong.append(f"{name} lies outside the folder")
+        if not _lies_in(path, [folder.resolve()]):
+            wrong.append(f"{name!r:.120} lies outside the folder")
         elif not path.is_file():
             wrong.append(f"{name} is missing")
         elif path.stat().st_size != told.get("bytes"):
@@ -130,6 +146,7 @@ def check_manifest(folder: Path, needed: Sequence[str] = ()) -> None:
         elif digest(path) != told.get("sha256"):
             wrong.append(f"{name} was altered: its SHA-256 is not the manifest's")
     if wrong:
+        wrong = wrong if len(wrong) <= _TOLD else [*wrong[:_TOLD], f"and {len(wrong) - _TOLD} more"]
         raise CheckpointError(f"{folder} fails its manifest: {'; '.join(wrong)}; copy the folder again from its source")
 
 
@@ -159,13 +176,14 @@ class Weights:
         if (folder / single).exists() or (folder / single).is_symlink():
             self.entries, self.metadata = _read_header(inside(folder, single))
             return
-        if not (folder / index).exists():
+        listing = inside(folder, index)
+        if not listing.exists():
             pickles = sorted(path.name for kind in _PICKLES for path in folder.glob(kind))
             had = f"; {pickles[0]} is a pickle, which can run code and is never opened" if pickles else ""
             raise CheckpointError(f"{folder} has neither {single} nor {index}{had}; save the model as safetensors")
-        listed = read_json(inside(folder, index)).get("weight_map")
+        listed = read_json(listing, most=INDEX_BYTES).get("weight_map")
         if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
-            raise CheckpointError(f"{folder / index} has no weight_map of tensor names to file names")
+            raise CheckpointError(f"{listing} has no weight_map of tensor names to file names")
         for name in dict.fromkeys(listed.values()):
             found, _ = _read_header(inside(folder, name))
             if twice := sorted(set(found) & set(self.entries)):
@@ -197,6 +215,7 @@ class Weights:
 def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """Return a file's tensors and metadata, refusing what no writer of safetensors makes."""
     try:
+        check_file(path, sys.maxsize)
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(8)
@@ -209,6 +228,8 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             header = file.read(length)
         if header.count(b'"data_offsets"') > MOST_TENSORS:  # before a million of them are parsed
             raise CheckpointError(f"its header lists more than {MOST_TENSORS:,} tensors")
+        if header.count(b"[") + header.count(b"{") > 4 * MOST_TENSORS:  # three for each tensor
+            raise CheckpointError("its header nests more lists and objects than tensors have")
         fields = parse_json(header.decode("utf-8"))
     except OSError as error:
         raise CheckpointError(
@@ -232,6 +253,11 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             sound = sound and 0 <= begin <= end and (end - begin) * 8 == count * _BITS[dtype]
         except (KeyError, TypeError, ValueError):
             sound = False
+        if isinstance(told, dict) and str(told.get("dtype")).startswith(("F8_", "F4", "F6_")):
+            raise CheckpointError(
+                f"{path}: {name!r:.80} has dtype {told['dtype']!r:.20}, numbers of 8 bits or fewer; expand them to "
+                "bf16 with the tool that made the file"
+            )
         if not sound:
             raise CheckpointError(f"{path}: the header's entry {name!r:.80} is no tensor: {told!r:.120}")
         spans.append((begin, end))
@@ -246,6 +272,21 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             f"{path} has {size:,} bytes and its header promises {at + 8 + length:,}; it is cut short or was altered"
         )
     return entries, metadata if isinstance(metadata, dict) else {}
+
+
+def fitted(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
+    """Return a tensor in a dtype. Raises CheckpointError when a finite number would become infinite."""
+    if tensor.dtype == dtype:
+        return tensor
+    found = tensor.to(dtype)
+    narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
+    if narrower and bool((infinite := found.isinf()).any()) and bool((infinite & tensor.isfinite()).any()):
+        wider = "the file was altered" if dtype == torch.float32 else "load the model with dtype='float32'"
+        raise CheckpointError(
+            f"{what} holds {float(tensor.abs().nan_to_num(0, 0).max()):.3g}, which {dtype} cannot tell from infinity; "
+            f"{wider}"
+        )
+    return found
 
 
 def sort_metadata(path: Path) -> None:

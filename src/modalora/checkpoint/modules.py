@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modalora.checkpoint.files import Weights, inside
+from modalora.checkpoint.files import Weights, fitted, inside
 from modalora.checkpoint.names import plan, theirs
-from modalora.disk import read_json
+from modalora.disk import CONFIG_BYTES, read_json
 from modalora.errors import CheckpointError
 from modalora.modality import brought_by, find, read_encoders, write_encoders
 from modalora.models.multimodal import EncoderConfig, Multimodal
@@ -74,6 +74,8 @@ def find_modules(
     unknown: list[str] = []
     for key in keys:
         own = ours.get(_WRAPPED.sub("", key).removeprefix(_PREFIX))
+        if own is not None and own in stored and torch.equal(weights.get(key), weights.get(stored[own])):
+            continue  # an output matrix that is tied, saved again beside the embedding
         if own is None or own in stored:
             unknown.append(key)
         else:
@@ -107,8 +109,10 @@ def find_modules(
     return Modules(new, tuple(branches), stored, tuple(unknown))
 
 
-def add_modules(model: Multimodal, modules: Modules, weights: Weights, adapter: str) -> None:
-    """Add what `find_modules` found, for the rows of an adapter."""
+def add_modules(
+    model: Multimodal, modules: Modules, weights: Weights, adapter: str, *, as_stored: bool = False
+) -> None:
+    """Add what `find_modules` found, for the rows of an adapter; as_stored: in the files' dtype."""
     for name, sizes in modules.modalities.items():
         model.add_modality(name, sizes)
         routed = find(name).routes[frozenset({name})].adapter
@@ -118,13 +122,14 @@ def add_modules(model: Multimodal, modules: Modules, weights: Weights, adapter: 
         old = model.projectors.get_submodule(f"{modality}.{branch}")
         # what the folder leaves out stays as it is in the old one
         model.add_branch(modality, f"{branch}-{adapter}").load_state_dict(old.state_dict())
-    tensors = model.state_dict()
+    held, found = model.state_dict(), {}
     for name, key in modules.stored.items():
         pieces = name.split(".")
         if tuple(pieces[1:3]) in modules.branches:
             pieces[2] = f"{pieces[2]}-{adapter}"
-        with torch.no_grad():
-            tensors[".".join(pieces)].copy_(weights.get(key))
+        own, stored = held[place := ".".join(pieces)], weights.get(key)
+        found[place] = (stored if as_stored else fitted(stored, own.dtype, f"{weights.folder}: {key}")).to(own.device)
+    model.load_state_dict(found, strict=False, assign=True)
 
 
 def modules_of(model: Multimodal, adapter: str) -> tuple[dict[str, Tensor], list[str], dict[str, Any]]:
@@ -164,7 +169,7 @@ def own_projectors(model: Multimodal, adapter: str) -> list[str]:
 
 def _read_modalities(folder: Path) -> dict[str, EncoderConfig]:
     path = inside(folder, MODALITY)
-    return read_encoders(read_json(path), str(path)) if path.exists() else {}
+    return read_encoders(read_json(path, most=CONFIG_BYTES), str(path)) if path.exists() else {}
 
 
 def _shapes(model: Multimodal, modalities: Mapping[str, EncoderConfig]) -> dict[str, tuple[int, ...]]:

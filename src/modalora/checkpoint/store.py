@@ -8,9 +8,11 @@ loaded. The published ones are what names.LAYOUTS lists, recognised by the model
 from __future__ import annotations
 
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,14 @@ import torch
 from torch import Tensor
 
 from modalora.checkpoint import configs
-from modalora.checkpoint.adapters import NATIVE_FOLDERS, load_adapter, peek, save_adapter
+from modalora.checkpoint.adapters import NATIVE_FOLDERS, peek, restore_adapter, save_adapter
 from modalora.checkpoint.files import (
     FORMAT,
     MANIFEST,
+    TOKENIZER_BYTES,
     Weights,
     check_manifest,
+    fitted,
     inside,
     mapped,
     release,
@@ -33,16 +37,19 @@ from modalora.checkpoint.files import (
 from modalora.checkpoint.names import HOLDS_ADAPTERS, LAYOUTS, Stored, plain_names, plan
 from modalora.checkpoint.preserve import CERTIFICATE, Preservation
 from modalora.config import parse
-from modalora.disk import read_json, write_json
+from modalora.disk import CONFIG_BYTES, check_file, read_json, write_json
 from modalora.errors import CheckpointError, ConfigError
 from modalora.modality import read_encoders, write_encoders
 from modalora.models.multimodal import ModelConfig, Multimodal, parameter_counts, part_of
+from modalora.nn.lora import check_name
 from modalora.nn.quantised import to_int8
 from modalora.processing.chat import FORMATS, ChatFormat
-from modalora.processing.tokenizer import END_OF_TEXT, PLACEHOLDERS, TextTokenizer
+from modalora.processing.tokenizer import ASSISTANT, END, END_OF_TEXT, PLACEHOLDERS, TextTokenizer
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 SHARD_BYTES = 5_000_000_000
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_SPOKEN = (END_OF_TEXT, END, ASSISTANT, "<|user|>")  # control tokens of every chat format
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Files beside the weights that another layout of the same model needs as well.
 _BESIDE = (
@@ -80,29 +87,58 @@ def read_card(folder: Path, *, check: bool = True) -> Card:
     path, sealed = inside(folder, CONFIG), (folder / MANIFEST).exists()
     if check and sealed:
         check_manifest(folder, (CONFIG, WEIGHTS, TOKENIZER))
-    fields = read_json(path)
+    fields = read_json(path, most=CONFIG_BYTES)
     layout = fields.get("model_type")
     if not isinstance(layout, str) or layout not in LAYOUTS:
         raise CheckpointError(f"{path} has model_type {layout!r}; the layouts read are {', '.join(LAYOUTS)}")
     if layout != "modalora":
         config = configs.read_config(layout, fields, str(path))
-        return Card(layout, _with_crops(folder, config), {}, None, _stop_ids(folder))
+        return Card(layout, _with_crops(folder, config), {}, None, _stop_ids(folder, config.decoder.vocab_size))
     if check and not sealed:
         check_manifest(folder)  # which says that it is missing
     fields.pop("model_type")
     if fields.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path} is not of format {FORMAT}; load it with the version that wrote it")
     notes, chat = fields.pop("notes", {}), parse(ChatFormat, fields.pop("chat", {}), str(path))
-    stop_ids = _ids(fields.pop("stop_ids", []), f"{path}: stop_ids")
+    if not isinstance(notes, dict):
+        raise CheckpointError(f"{path}: notes={notes!r:.60} must be an object, such as {{}}")
+    told, kept = fields.pop("stop_ids", []), fields.pop("tokens", {})
     encoders = read_encoders(fields.pop("encoders", {}), str(path))
-    return Card(layout, replace(parse(ModelConfig, fields, str(path)), encoders=encoders), notes, chat, stop_ids)
+    config = replace(parse(ModelConfig, fields, str(path)), encoders=encoders)
+    _check_names(config, path)
+    vocab_size = config.decoder.vocab_size
+    if not isinstance(kept, dict) or not set(kept) <= set(_TOKEN_IDS):
+        raise CheckpointError(f"{path}: tokens={kept!r:.60} must be an object of {', '.join(_TOKEN_IDS)}")
+    for key, value in kept.items():
+        _ids(value, f"{path}: {key}", vocab_size)
+    return Card(layout, config, notes, chat, _ids(told, f"{path}: stop_ids", vocab_size))
+
+
+def _check_names(config: ModelConfig, path: Path) -> None:
+    """Refuse names in a config of our own that no model of ours has."""
+    for name in (*config.adapters, *(one for branches in config.branches.values() for one in branches)):
+        try:
+            check_name(name)
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+    for modality in config.branches:
+        if modality not in config.modalities:
+            raise CheckpointError(f"{path}: branches are of {modality!r:.60}, a modality that this model lacks")
+    for name, other in config.aliases.items():
+        if other not in config.adapters:
+            raise CheckpointError(f"{path}: aliases leads from {name!r:.60} to {other!r:.60}, which is no adapter")
 
 
 def read_texts(folder: Path, *, check: bool = True) -> tuple[Card, TextTokenizer, ChatFormat]:
     """Return what makes a model folder's prompts, without opening a weight. Raises CheckpointError."""
     card = read_card(folder, check=check)
-    inside(folder, TOKENIZER)
+    check_file(inside(folder, TOKENIZER), TOKENIZER_BYTES)
     tokenizer = TextTokenizer.from_folder(folder)
+    if lacks := [token for token in _SPOKEN if not tokenizer.has_control(token)]:
+        raise CheckpointError(
+            f"{folder / TOKENIZER} has no control token {', '.join(lacks)}, without which no question can be put; take "
+            "the tokenizer.json of the model"
+        )
     if tokenizer.vocab_size > card.config.decoder.vocab_size:
         raise CheckpointError(
             f"{folder / TOKENIZER} has {tokenizer.vocab_size} ids, the config's vocab_size is "
@@ -114,23 +150,33 @@ def read_texts(folder: Path, *, check: bool = True) -> tuple[Card, TextTokenizer
 
 
 def load_model(
-    folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu", pack: bool = False, check: bool = True
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    pack: bool = False,
+    check: bool = True,
+    as_stored: bool = False,
 ) -> Loaded:
     """Read a model folder, checking names, shapes and dtypes against the config before allocating.
 
-    dtype: None keeps the stored one, and maps the files instead of copying them. pack: make the model faster to read
-    and impossible to change (Multimodal.pack). check: compare files with the manifest first. Raises CheckpointError.
+    dtype: None keeps the stored one, and maps the files instead of copying them; of several the one that most numbers
+    of a network have. pack: make the model faster to read and impossible to change (Multimodal.pack). check: compare
+    files with the manifest first. as_stored: every tensor keeps its own dtype, for writing, not for use.
+    Raises CheckpointError.
     """
     card, tokenizer, chat = read_texts(folder, check=check)
     weights, stored = _open(folder, card)
     model = _without_memory(folder, card, weights)
+    runs_in = _dtypes(weights, stored)
     tensors = {}
     for name, place in stored.items():
-        tensors[name] = _read(weights, place, card.config, dtype).to(device)
+        own = None if as_stored else dtype or runs_in[_network(name)]
+        tensors[name] = _read(weights, place, card.config, own).to(device)
     model.load_state_dict(tensors, assign=True)
     _check_memory(model)
     for name in _beside(folder, card):
-        load_adapter(model, folder / f"{name}-lora", name, idle=True)
+        restore_adapter(model, folder / f"{name}-lora", name, as_stored=as_stored)
     if pack:
         model.pack(partial(release, spans=mapped()))  # dropping is not enough: the file stays mapped
     return Loaded(model.eval(), tokenizer, chat, card.notes)
@@ -158,11 +204,12 @@ def save_model(
         raise ConfigError("this model was packed for reading; load it with pack=False to save it")
     if model.decoder.is_quantised:
         raise ConfigError("this model was quantised; quantize.restore it from its plain weights to save it")
+    _check_target(folder, beside)
     state = model.state_dict()
     fill = _filler(
         model.config, tokenizer, layout, chat or FORMATS["phi4"], notes or {}, beside,
         {name: tuple(tensor.shape) for name, tensor in state.items()},
-        lambda name: state[name].detach().cpu(),
+        lambda name: state[name].detach().cpu(), model.decoder.layers[0].get_parameter("mlp.down_proj.weight").dtype,
         int8=int8, shard_bytes=shard_bytes,
     )  # fmt: skip
 
@@ -193,6 +240,7 @@ def describe(folder: Path) -> dict[str, Any]:
         if (folder / MANIFEST).exists()
         else "sizes and shapes",
         "dtypes": sorted({weights.entries[place.name].dtype for place in stored.values()}),
+        "runs_in": {part: str(kind).removeprefix("torch.") for part, kind in _dtypes(weights, stored).items()},
         "tensors": len(stored),
         "parameters": sum(parts.values()),
         "parts": parts,
@@ -202,6 +250,14 @@ def describe(folder: Path) -> dict[str, Any]:
         "config": asdict(card.config),
         "notes": dict(card.notes),
     }
+
+
+def _check_target(target: Path, source: Path | None) -> None:
+    """Refuse a folder that could not be written, before the work; or one that would change what it is made from."""
+    if target.exists() or target.is_symlink():
+        raise CheckpointError(f"{target} exists; give a new folder, nothing was written")
+    if source is not None and target.resolve().is_relative_to(source.resolve()):
+        raise CheckpointError(f"{target} lies within {source}, which is read; give a folder outside it")
 
 
 def rounded_by_int8(model: Multimodal, names: Iterable[str]) -> str | None:
@@ -214,6 +270,22 @@ def rounded_by_int8(model: Multimodal, names: Iterable[str]) -> str | None:
             if not torch.equal((values.float() * scale).to(tensor.dtype), tensor):
                 return name
     return None
+
+
+def _network(name: str) -> str:
+    """Return the network that a tensor is of, which runs in one dtype: "decoder", or a modality."""
+    first, second, *_ = name.split(".")
+    return second if first in ("encoders", "projectors") else first
+
+
+def _dtypes(weights: Weights, stored: Mapping[str, Stored]) -> dict[str, torch.dtype]:
+    """Return the dtype that most numbers of each network have; int8 is expanded to float32."""
+    counts: dict[str, Counter[torch.dtype]] = defaultdict(Counter)
+    for name, place in stored.items():
+        if "lora_" not in name:
+            kind = _FLOATS.get(weights.entries[place.name].dtype, torch.float32)
+            counts[_network(name)][kind] += prod(place.shape)
+    return {network: found.most_common(1)[0][0] for network, found in counts.items()}
 
 
 def _without_memory(folder: Path, card: Card, weights: Weights) -> Multimodal:
@@ -296,7 +368,8 @@ def _tied_head(weights: Weights, stored: Mapping[str, Stored], card: Card) -> se
         return set()
     if "lm_head.weight" not in weights.entries:
         return set()
-    if not torch.equal(weights.get("lm_head.weight"), weights.get(embedding)):
+    head, table = weights.get("lm_head.weight"), weights.get(embedding)
+    if head.shape != table.shape or not torch.equal(head.to(torch.float64), table.to(torch.float64)):
         raise CheckpointError(
             f"{weights.folder}: lm_head.weight differs from {embedding}, and the config ties them; set "
             "tie_word_embeddings to false if they were trained apart"
@@ -309,14 +382,14 @@ def _read(weights: Weights, place: Stored, config: ModelConfig, dtype: torch.dty
     if tensor.dtype == torch.int8:
         tensor = tensor.float() * weights.get(f"{place.name}.scale")
     tensor = place.pair.to_ours(tensor, config)
-    return tensor if dtype is None else tensor.to(dtype)
+    return tensor if dtype is None else fitted(tensor, dtype, f"{weights.folder}: {place.name}")
 
 
 def _with_crops(folder: Path, config: ModelConfig) -> ModelConfig:
     path = inside(folder, "preprocessor_config.json")
     if config.vision is None or not path.exists():
         return config
-    most = read_json(path).get("dynamic_hd", config.vision.max_crops)
+    most = read_json(path, most=CONFIG_BYTES).get("dynamic_hd", config.vision.max_crops)
     if type(most) is not int or not 1 <= most <= 10_000:
         raise CheckpointError(f"{path}: dynamic_hd={most!r:.40} must be a number of crops; Phi-4-multimodal has 36")
     return replace(config, vision=replace(config.vision, max_crops=most))
@@ -352,17 +425,23 @@ def _chat(folder: Path, layout: str, tokenizer: TextTokenizer) -> ChatFormat:
     return replace(FORMATS["phi4"], default_system=own[1]) if own else FORMATS["phi4"]
 
 
-def _stop_ids(folder: Path) -> tuple[int, ...]:
-    """Return the ids that end an answer by a published model's generation_config.json."""
+def _stop_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
+    """Return the ids that end an answer by a published model's generation_config.json, or its config without one."""
     path = inside(folder, "generation_config.json")
-    return _ids(read_json(path).get("eos_token_id"), f"{path}: eos_token_id") if path.exists() else ()
+    path = path if path.exists() else inside(folder, CONFIG)
+    return _ids(read_json(path, most=CONFIG_BYTES).get("eos_token_id"), f"{path}: eos_token_id", vocab_size)
 
 
-def _ids(told: Any, where: str) -> tuple[int, ...]:
+def _ids(told: Any, where: str, vocab_size: int) -> tuple[int, ...]:
     ids = [] if told is None else told if isinstance(told, list) else [told]
-    if not all(type(index) is int for index in ids):
-        raise CheckpointError(f"{where}={told!r:.60} must be a token id or a list of them")
-    return tuple(ids)
+    wrong = [index for index in ids if type(index) is not int or not 0 <= index < 2**31]
+    if wrong:
+        number = f"{wrong[0]!r:.40}" if not isinstance(wrong[0], int) or abs(wrong[0]) < 2**63 else "a large number"
+        raise CheckpointError(
+            f"{where} has {number}; it must be a token id, below {vocab_size:,} in this model, or a list of them"
+        )
+    # small models that were made from a published one's config keep its ids, which end nothing
+    return tuple(index for index in ids if index < vocab_size)
 
 
 def _filler(
@@ -374,6 +453,7 @@ def _filler(
     beside: Path | None,
     shapes: Mapping[str, tuple[int, ...]],
     get: Any,
+    dtype: torch.dtype,
     *,
     int8: bool,
     shard_bytes: int,
@@ -390,9 +470,13 @@ def _filler(
             own["stop_ids"] = sorted(tokenizer.stop_ids)
         sizes = asdict(config) | {"encoders": write_encoders(config)}
         sizes = {key: value for key, value in sizes.items() if value != {} or key == "adapters"}
+        if kept := _kept_ids(beside):
+            own["tokens"] = kept
         fields = {"model_type": "modalora", "format": FORMAT, **sizes, **own, "notes": dict(notes)}
     else:
-        fields = configs.write_config(layout, config, _token_ids(tokenizer, beside))
+        end = tokenizer.control(END_OF_TEXT)
+        fields = configs.write_config(layout, config, {**dict.fromkeys(_TOKEN_IDS, end), **_kept_ids(beside)})
+        fields["torch_dtype"] = str(dtype).removeprefix("torch.")
     if layout == "phi4_multimodal":
         for modality, (part, key) in _PLACES.items():
             fields[part][key] = tokenizer.control(PLACEHOLDERS[modality])
@@ -411,32 +495,39 @@ def _filler(
         write_tensors(draft, tensors(), shard_bytes=shard_bytes if layout != "modalora" else 2**62)
         write_json(draft / CONFIG, fields)
         (draft / TOKENIZER).write_text(tokenizer.definition, encoding="utf-8")
+        _take_along(draft, tokenizer, config, beside)
         if layout != "modalora":
-            _write_beside(draft, tokenizer, config, beside)
+            _write_defaults(draft, tokenizer, config)
             if (back := _chat(draft, layout, tokenizer)) != chat:
                 raise ConfigError(f"the layout {layout!r} cannot express this chat format: {chat} becomes {back}")
 
     return fill
 
 
-def _token_ids(tokenizer: TextTokenizer, beside: Path | None) -> dict[str, Any]:
-    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-    fields = read_json(beside / CONFIG) if beside is not None and (beside / CONFIG).exists() else {}
-    end = tokenizer.control(END_OF_TEXT)
-    return {key: fields.get(key, end) for key in keys}
+def _kept_ids(beside: Path | None) -> dict[str, Any]:
+    """Return the bos, eos and pad ids of the folder that a model came from."""
+    fields = read_json(beside / CONFIG, most=CONFIG_BYTES) if beside is not None and (beside / CONFIG).exists() else {}
+    if fields.get("model_type") == "modalora":
+        fields = fields.get("tokens", {})
+    return {key: fields[key] for key in _TOKEN_IDS if key in fields}
 
 
-def _write_beside(draft: Path, tokenizer: TextTokenizer, config: ModelConfig, beside: Path | None) -> None:
-    """Take tokenizer and processor files along, and write those that transformers cannot do without."""
+def _take_along(draft: Path, tokenizer: TextTokenizer, config: ModelConfig, beside: Path | None) -> None:
+    """Copy tokenizer, generation and processor files of the folder that a model came from."""
     for name in _BESIDE:
         if beside is not None and (path := inside(beside, name)).is_file():
             (draft / name).write_bytes(path.read_bytes())
     ends = sorted(tokenizer.stop_ids)
     if (taken := draft / "generation_config.json").exists() and not {*ends} <= {
-        *_stop_ids(draft),
+        *_stop_ids(draft, config.decoder.vocab_size),
         *TextTokenizer(tokenizer.definition).stop_ids,
     }:
         write_json(taken, {**read_json(taken), "eos_token_id": ends})
+
+
+def _write_defaults(draft: Path, tokenizer: TextTokenizer, config: ModelConfig) -> None:
+    """Write the files beside a published model that transformers cannot do without, unless they came along."""
+    ends = sorted(tokenizer.stop_ids)
     defaults = {
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -462,9 +553,11 @@ def _write_beside(draft: Path, tokenizer: TextTokenizer, config: ModelConfig, be
 def convert(source: Path, target: Path, layout: str, *, shard_bytes: int = SHARD_BYTES) -> dict[str, Any]:
     """Rewrite a model folder in another layout, tensor by tensor; every tensor keeps its bits.
 
-    Raises ConfigError when the layout has no place for part of the model, CheckpointError when the target exists.
+    Raises ConfigError when the layout has no place for part of the model, CheckpointError when the target exists or
+    lies within the source.
     """
-    loaded = load_model(source)
+    _check_target(target, source)
+    loaded = load_model(source, as_stored=True)
     save_model(
         loaded.model, loaded.tokenizer, target, layout=layout, chat=loaded.chat, notes=loaded.notes, beside=source,
         shard_bytes=shard_bytes,

@@ -98,7 +98,7 @@ def verify(
     print(f"modules    {', '.join(found['modules']) or 'none'} come along")
     print(f"preserved  {preserved}")
     print(f"base       {base}; this model has the fingerprint {found['fingerprint']}")
-    print(f"idle       {len(idle)} Linears whose lora_B is zero{': ' + idle[0] if idle else ''}")
+    print(f"idle       {len(idle)} Linears that it leaves as they are{': ' + idle[0] if idle else ''}")
     print(f"logits     change by up to {found['logit_change']:.3g} on a probe where the adapter is on")
     print(f"text       {found['text_bits_changed']} of {before.numel():,} logits change where it is off")
 
@@ -154,7 +154,8 @@ def compose(
     from modalora.checkpoint.adapters import save_adapter
 
     assistant = open_model(model, adapter, modality_file)
-    name = "-".join(("sum", *assistant.model.adapters))  # of none there is
+    taken = assistant.model.adapters
+    name = next(name for name in (f"sum-{number}" for number in range(len(taken) + 1)) if name not in taken)
     config = add_up(assistant.model, route, name)
     save_adapter(assistant.model, name, target)
     print(f"wrote {target}: {route} as one adapter of rank {config.r}")
@@ -184,3 +185,5 @@ def merge(
     print(f"rounding to {kind} loses {found.error:.2%} of the change (worst: {found.worst}, {found.worst_error:.2%})")
     if dropped:
         print(f"left out, as they were trained on the decoder as it was: {', '.join(sorted(dropped))}")
+    if media := sorted(assistant.model.config.modalities):
+        print(f"no adapter is left for {', '.join(media)}: ask about them with --route none")

@@ -26,6 +26,8 @@ def inspect(
         print(json.dumps(found, ensure_ascii=False))
         return
     print(f"{found['folder']}: layout {found['layout']}, {found['bytes']:,} bytes of {', '.join(found['dtypes'])}")
+    if len(found["dtypes"]) > 1:
+        print(f"runs in    {', '.join(f'{kind} ({part})' for part, kind in found['runs_in'].items())}")
     print(f"integrity  {found['integrity']}")
     print(f"window     {found['window']:,} tokens, vocabulary {found['vocab_size']:,}")
     for name, lora in found["adapters"].items():

@@ -8,7 +8,7 @@ from typing import Any, Generic, Literal, TypeVar, get_args, get_origin, get_typ
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from modalora.errors import ConfigError
+from modalora.errors import ConfigError, InputError
 
 T = TypeVar("T")
 _TOLD = 8  # faults in one message
@@ -34,8 +34,8 @@ def parse(kind: type[T], fields: Any, where: str) -> T:
         return _Strict[kind].model_validate({"fields": fields}).fields  # type: ignore[valid-type]
     except ValidationError as error:
         raise ConfigError(f"{where}: {'; '.join(_explain(error, kind))}") from None
-    except ConfigError as error:  # of a validator, which pydantic lets through
-        raise ConfigError(f"{where}: {error}") from None
+    except InputError as error:  # a rule of the values' own, which knows no file
+        raise type(error)(f"{where}: {error}") from None
 
 
 def check_sizes(config: Any) -> None:

@@ -59,6 +59,8 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self)
+        if not 0 < self.rms_norm_eps <= 1:
+            raise ConfigError(f"rms_norm_eps={self.rms_norm_eps} must lie in (0, 1]; Phi-4-Mini uses 1e-5")
         if self.phi3_small is not None and self.sliding_window is not None:
             raise ConfigError("phi3_small has block-sparse attention; sliding_window must be None")
         if self.hidden_size % self.num_attention_heads:

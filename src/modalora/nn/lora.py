@@ -12,8 +12,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from math import isfinite, sqrt
+from functools import lru_cache, partial
+from math import sqrt
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from modalora.contracts import Route
 from modalora.errors import ConfigError
 from modalora.nn import packed, products
 from modalora.nn.quantised import KINDS, Kept, check_bits
+
+_MOST_ALPHA, _MOST_PATTERNS = 1e6, 2000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,12 +47,23 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if self.r < 1:
             raise ConfigError(f"r={self.r} must be at least 1; Phi-4-Multimodal uses 256 and 320")
-        if not all(isfinite(alpha) for alpha in (self.lora_alpha, *self.alpha_pattern.values())):
-            raise ConfigError(f"lora_alpha={self.lora_alpha}, alpha_pattern={dict(self.alpha_pattern)} must be finite")
+        for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
+            if not abs(alpha) <= _MOST_ALPHA:
+                raise ConfigError(
+                    f"lora_alpha={alpha} must lie within {-_MOST_ALPHA:,.0f} and {_MOST_ALPHA:,.0f}; Phi-4-Multimodal "
+                    "uses 512 and 640"
+                )
+        if any(r < 1 for r in self.rank_pattern.values()):
+            raise ConfigError(f"rank_pattern={dict(self.rank_pattern)!r:.80} must give ranks of at least 1")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout={self.lora_dropout} must lie in [0, 1); Phi-4-Multimodal uses 0 and 0.01")
-        for key in (*self.rank_pattern, *self.alpha_pattern):
-            check_pattern(key)
+        for patterns in (self.rank_pattern, self.alpha_pattern):
+            if len(patterns) > _MOST_PATTERNS:  # each is tried on the name of every Linear
+                raise ConfigError(
+                    f"an adapter has {len(patterns):,} patterns of ranks or alphas; at most {_MOST_PATTERNS:,} are read"
+                )
+            for key in patterns:
+                check_pattern(key)
 
     @property
     def scaling(self) -> float:
@@ -102,7 +115,12 @@ def check_pattern(text: str) -> None:
 
 
 def _pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    return next((value for key, value in patterns.items() if _ends(key).match(name)), default)
+
+
+@lru_cache(maxsize=2 * _MOST_PATTERNS)
+def _ends(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +167,10 @@ class RoutedLinear(nn.Module):
         groups = [group for group in route.groups_on(x.device) if group[0] in self.adapters]
         if torch.is_grad_enabled() and not self.is_packed:
             return self._differentiable(x, groups, made)
+        with torch.no_grad():  # what is packed has no gradient, and an adapter loaded later would ask for one
+            return self._read(x, groups)
+
+    def _read(self, x: Tensor, groups: list[tuple[str, float, Tensor | slice | None]]) -> Tensor:
         y = self._product(x, "", self._matrix(self.weight, x.dtype), self.bias)
         for name, weight, where in groups:
             inner = self._product(_pick(x, where), f"A.{name}", self.lora_A[name])

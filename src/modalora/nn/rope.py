@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import inf, log, sqrt
+from math import log, sqrt
 from typing import Annotated, Any, Literal
 
 import torch
@@ -71,10 +71,14 @@ class LongRope(Base):
                 f"short_factor has {len(self.short_factor)} entries and long_factor {len(self.long_factor)}; "
                 "both need one per rotated pair (Phi-4-Mini: 48)"
             )
-        if not self.short_factor or not all(0 < one < inf for one in (*self.short_factor, *self.long_factor)):
-            raise ConfigError("short_factor and long_factor must be given and positive; 1.0 leaves a pair unscaled")
-        if self.mscale is not None and not all(0 < one < inf for one in self.mscale):
-            raise ConfigError(f"mscale={self.mscale} must be two positive numbers, for short and long rows")
+        wrong = [one for one in (*self.short_factor, *self.long_factor) if not 1e-6 <= one <= 1e9]
+        if wrong or not self.short_factor:
+            told = f"; {wrong[0]:g} does not" if wrong else ""
+            raise ConfigError(
+                f"short_factor and long_factor must be given and lie in [1e-6, 1e9]{told}; 1.0 leaves a pair unscaled"
+            )
+        if self.mscale is not None and not all(1e-6 <= one <= 1e6 for one in self.mscale):
+            raise ConfigError(f"mscale={self.mscale} must be two numbers in [1e-6, 1e6], for short and long rows")
         if self.mscale is not None and self.temperature != "su":
             raise ConfigError("mscale and temperature both set the attention factors; leave one out")
 
@@ -328,9 +332,14 @@ def from_hf(fields: Mapping[str, Any], where: str = "config.json") -> Rope:
 
 
 def _whole(value: Any, key: str, place: str) -> int:
-    if type(value) is not int or value < 1:
-        raise ConfigError(f"{place}: {key}={value!r:.40} must be a whole number of tokens, at least 1")
+    if type(value) is not int or not 1 <= value < 2**31:
+        raise ConfigError(f"{place}: {key}={_short(value)} must be a whole number of tokens, at least 1 and below 2^31")
     return value
+
+
+def _short(value: Any) -> str:
+    """Return a value as in messages; Python refuses to write whole numbers of 4,300 digits."""
+    return "a number of many digits" if type(value) is int and value.bit_length() > 100 else f"{value!r:.40}"
 
 
 def _mscale(inner: dict[str, Any], window: int, original: int, place: str) -> tuple[Any, Any] | None:
@@ -346,6 +355,8 @@ def _mscale(inner: dict[str, Any], window: int, original: int, place: str) -> tu
         raise ConfigError(f"{place}: short_mscale and long_mscale belong together; give both, or none")
     if stretch is None or stretch == window / original:
         return None
-    if not isinstance(stretch, int | float):
-        raise ConfigError(f"{place}: factor={stretch!r:.40} must be a number, the window as a multiple of the original")
+    if not isinstance(stretch, int | float) or isinstance(stretch, bool) or not 0 < stretch <= 1e6:
+        raise ConfigError(
+            f"{place}: factor={_short(stretch)} must lie in (0, 1e6]; it is the window as a multiple of the original"
+        )
     return (su_temperature(stretch, original),) * 2
