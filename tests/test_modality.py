@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import modalora
 from modalora import modality
 from modalora.assistant import Assistant, make_processor, question_messages
-from modalora.checkpoint.adapters import CONFIG, WEIGHTS, compose, merge, save_adapter
+from modalora.checkpoint.adapters import CONFIG, WEIGHTS, save_adapter
+from modalora.checkpoint.sums import compose, merge
 from modalora.config import SourceConfig
 from modalora.contracts import Rule
 from modalora.data.mixture import Mixture

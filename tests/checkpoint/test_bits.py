@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from modalora.checkpoint.adapters import compose, load_adapter, merge, save_adapter
+from modalora.checkpoint.adapters import load_adapter, save_adapter
 from modalora.checkpoint.store import convert, describe, load_model, save_model
+from modalora.checkpoint.sums import compose, merge
 from modalora.contracts import Batch, Route
 from modalora.disk import read_json, write_json
 from modalora.errors import CheckpointError, RouteError

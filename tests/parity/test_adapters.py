@@ -13,7 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import modalora
 from modalora.assistant import Assistant
-from modalora.checkpoint.adapters import compose, merge, save_adapter
+from modalora.checkpoint.adapters import save_adapter
+from modalora.checkpoint.sums import compose, merge
 from modalora.contracts import Batch, Route
 from modalora.errors import CheckpointError
 

@@ -150,8 +150,8 @@ def compose(
 
     Example: modalora adapter compose nano vision+mine@0.7 both --adapter mine=my-lora
     """
-    from modalora.checkpoint.adapters import compose as add_up
     from modalora.checkpoint.adapters import save_adapter
+    from modalora.checkpoint.sums import compose as add_up
 
     assistant = open_model(model, adapter, modality_file)
     taken = assistant.model.adapters
@@ -174,7 +174,7 @@ def merge(
 
     Example: modalora adapter merge nano mine merged --adapter mine=my-lora
     """
-    from modalora.checkpoint.adapters import merge as add_for_good
+    from modalora.checkpoint.sums import merge as add_for_good
 
     assistant = open_model(model, adapter, modality_file)
     dropped = set(assistant.model.adapters) - {part.partition("@")[0] for part in route.split("+")}
