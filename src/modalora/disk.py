@@ -116,7 +116,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"it has {size:,} bytes; at most {MOST_JSON_BYTES:,} are read")
         fields = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; a model folder needs it") from None
+        raise CheckpointError(f"{path.absolute()} is missing; a model folder needs it") from None
     except (CheckpointError, ValueError, RecursionError, IsADirectoryError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
     if not isinstance(fields, dict):

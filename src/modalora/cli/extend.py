@@ -28,7 +28,11 @@ def extend(
     The same command goes on where it stopped; Ctrl-C saves and exits with 130, SIGTERM with 0. `modalora plan RECIPE`
     tells the cost before anything runs.
 
-    Example: modalora extend extend-study target=512 search.iterations=5
+    Example: modalora plan extend-phi4-mini
+
+    Example: modalora extend extend-study data=FOLDER
+
+    FOLDER has the books of docs/nano.md, and `modalora train window-1-base data=FOLDER` makes what extend-study extends.
     """
     count, settings = asked_for(gpus, processes, overrides)
     with ended_by_signals():

@@ -210,7 +210,7 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _check_budget(self) -> RunConfig:
         if self.tokens and self.rows != RunConfig.model_fields["rows"].default:
-            raise ConfigError(f"rows={self.rows} and tokens={self.tokens} both set the micro-batch; leave one out")
+            raise ConfigError(f"rows={self.rows} and tokens={self.tokens} both set the micro-batch; leave one out (tokens=0 to use rows)")
         return self
 
     @model_validator(mode="after")

@@ -40,6 +40,12 @@ class Sampling:
         for name, kept, rule in rules:
             if not kept:
                 raise ConfigError(f"{name}={getattr(self, name)} must be {rule}")
+        for name, none in (("top_k", 0), ("top_p", 1), ("min_p", 0)):
+            if self.temperature == 0 and getattr(self, name) != none:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} has no effect at temperature=0, which is greedy; give a temperature "
+                    "above 0, such as 1, or leave it out"
+                )
 
 
 _COLDEST = 1e-6  # below it no logit but the largest is ever drawn, and float32 divides by 0
