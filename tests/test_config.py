@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,21 @@ import pytest
 import yaml
 
 from modalora.cli.train import RECIPES
-from modalora.config import FittedRate, RunConfig, dump, load_chain_start, load_run, load_stages, parse
+from modalora.config import (
+    ExtendConfig,
+    FittedRate,
+    MediaConfig,
+    MeshConfig,
+    OptimConfig,
+    RunConfig,
+    SearchConfig,
+    SourceConfig,
+    dump,
+    load_chain_start,
+    load_run,
+    load_stages,
+    parse,
+)
 from modalora.config.text import read, write
 from modalora.errors import ConfigError
 from modalora.models.multimodal import ModelConfig
@@ -338,3 +353,13 @@ def test_a_value_that_would_be_taken_for_another_is_refused(
         return
     with pytest.raises(ConfigError, match=told):
         load_run(recipe(RECIPE), [override])
+
+
+def test_the_page_of_settings_is_what_the_code_says_and_names_every_key() -> None:
+    root = Path(__file__).parents[1]
+    written = (root / "docs" / "settings.md").read_text(encoding="utf-8")
+    own = runpy.run_path(str(root / "scripts" / "settings.py"))["page"]()
+    assert written == own, "write it anew: python scripts/settings.py > docs/settings.md"
+    for kind in (RunConfig, OptimConfig, MediaConfig, MeshConfig, SourceConfig, ExtendConfig, SearchConfig):
+        assert [name for name in kind.model_fields if f"\n| `{name}` |" not in written] == []
+    assert not [line for line in written.splitlines() if line.startswith("| `") and line.endswith("|  |")]

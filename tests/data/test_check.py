@@ -398,7 +398,7 @@ def test_a_file_of_broken_records_alone_is_told_with_their_lines(tmp_path: Path,
     rows.write_text('{"a\n{b\n[1]\n7\n')
     code, out, _ = run("data", "check", str(rows), f"cache={tmp_path}")
     assert code == 1
-    told = "line 1: it is not JSON (Unterminated string .*line 2: it is not JSON .*line 3: it is a JSON list.* and 1 more"
+    told = r"line 1: it is not JSON \(Unterminated .*line 2: it is not JSON .*line 3: it is a JSON list.* and 1 more"
     assert re.search(told, out)
     assert "-> write one JSON object per record" in out
     code, out, err = run("data", "check", str(tmp_path / "no.jsonl"))

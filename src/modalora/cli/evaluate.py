@@ -26,7 +26,8 @@ def evaluate(
     model: options.Model,
     tasks: Annotated[list[str], typer.Argument(help="needle, ruler or perplexity; one or several.")],
     lengths: Annotated[
-        str, typer.Option(
+        str,
+        typer.Option(
             help="Tokens, with commas between; else a quarter, a half and the whole of the window, where tasks fit."
         ),
     ] = "",

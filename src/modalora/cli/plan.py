@@ -214,7 +214,9 @@ def _mend(found: Plan, run: RunConfig, held: int) -> str:
         again = "" if run.recompute else "recompute=true, "
         fewer = f"rows below {run.rows}" if run.rows > 1 else "shorter rows"
         less = f"tokens below {run.tokens}" if run.tokens else fewer
-        return f"the step itself is the most: try {again}{less}, or mesh.sequence=N with --count N, whose rows are shared"
+        return (
+            f"the step itself is the most: try {again}{less}, or mesh.sequence=N with --count N, whose rows are shared"
+        )
     sizes = {"weights": found.weights, "gradients": found.gradients, "optimizer": found.optimizer}
     most = max(sizes, key=lambda name: sizes[name])
     ways = ["more of --count, which share them"]
