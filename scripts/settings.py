@@ -8,17 +8,16 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from pathlib import Path
 
 from modalora.config import extend, run
 
 HEAD = """\
 # Settings
 
-Every key of a recipe, from the comments in `src/modalora/config/` (`python scripts/settings.py` writes this page; a test
-holds it equal). A key can be given on the command line as `key=value`, one of a group with a dot, `optim.lr=1e-4`, one
-of a list with its place, `mixture.0.weight=2`. An unknown key is refused; None is `null` in YAML. What a recipe comes to,
-`modalora plan RECIPE` tells before it runs.
+Every key of a recipe, from the comments in `src/modalora/config/` (`python scripts/settings.py` writes this page; a
+test holds it equal). A key can be given on the command line as `key=value`, one of a group with a dot,
+`optim.lr=1e-4`, one of a list with its place, `mixture.0.weight=2`. An unknown key is refused; None is `null` in
+YAML. What a recipe comes to, `modalora plan RECIPE` tells before it runs.
 """
 TITLES = {
     "RunConfig": "A run",
@@ -39,12 +38,12 @@ TITLES = {
 
 def page() -> str:
     """Return the page."""
-    classes = {name: own for module in (run, extend) for name, own in _classes(Path(module.__file__)).items()}
+    classes = {name: own for module in (run, extend) for name, own in _classes(inspect.getsource(module)).items()}
     return HEAD + "".join(f"\n## {title}\n\n{classes[name]}" for name, title in TITLES.items())
 
 
-def _classes(path: Path) -> dict[str, str]:
-    source = path.read_text(encoding="utf-8")
+def _classes(source: str) -> dict[str, str]:
+    """Return the table of each class of a module."""
     lines = source.splitlines()
     found: dict[str, str] = {}
     for node in ast.parse(source).body:
@@ -83,7 +82,7 @@ def _default(value: ast.expr | None) -> str:
 
 def _comment(lines: list[str], node: ast.AnnAssign) -> str:
     """Return the comment behind a setting, and the lines of comment above it."""
-    above = []
+    above: list[str] = []
     for line in reversed(lines[: node.lineno - 1]):
         if not line.strip().startswith("#"):
             break

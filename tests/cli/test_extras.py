@@ -61,5 +61,5 @@ def test_a_table_without_pyarrow_is_one_line_that_says_what_to_install(
     path.parent.mkdir(exist_ok=True)
     path.touch()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(DataError, match=r"^Parquet files need pyarrow; pip install 'modalora\[train\]'$"):
+    with pytest.raises(DataError, match=r"^Parquet files need pyarrow; pip install -e '.\[train\]' in your clone$"):
         read(tmp_path)
