@@ -1,6 +1,6 @@
 """Does a small Evoformer learn from real alignments and real structures, and what beyond simple counts?
 
-    pip install 'modalora[science]'
+    pip install -e '.[science]'
     python benchmarks/evoformer_training.py              # about ten minutes of one core; --task picks one
 
 The data are test files of Biopython's source archive, taken from the package index once and checked by its SHA-256.

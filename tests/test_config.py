@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,21 @@ import pytest
 import yaml
 
 from modalora.cli.train import RECIPES
-from modalora.config import FittedRate, RunConfig, dump, load_chain_start, load_run, load_stages, parse
+from modalora.config import (
+    ExtendConfig,
+    FittedRate,
+    MediaConfig,
+    MeshConfig,
+    OptimConfig,
+    RunConfig,
+    SearchConfig,
+    SourceConfig,
+    dump,
+    load_chain_start,
+    load_run,
+    load_stages,
+    parse,
+)
 from modalora.config.text import read, write
 from modalora.errors import ConfigError
 from modalora.models.multimodal import ModelConfig
@@ -157,8 +172,34 @@ def test_a_recipe_that_is_no_mapping_is_refused(recipe: Callable[[Any], Path], t
 def test_a_recipe_that_is_absent_or_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         load_run(tmp_path / "none.yaml")
-    with pytest.raises(ConfigError, match="is not YAML"):
+    with pytest.raises(ConfigError, match="is a folder; give a YAML file"):
         load_run(tmp_path)
+    (tmp_path / "scene.png").write_bytes(b"\x89PNG")
+    with pytest.raises(ConfigError, match="is a binary file; give a YAML file"):
+        load_run(tmp_path / "scene.png")
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    with pytest.raises(ConfigError, match="is empty; write settings"):
+        load_run(tmp_path / "empty.yaml")
+
+
+def test_modality_files_of_a_recipe_are_seen_from_its_folder_and_those_of_an_override_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    package = Path("package")
+    package.mkdir()
+    for file in ("here.py", "package/beside.py"):
+        Path(file).touch()
+    own = package / "own.yaml"
+    own.write_text(yaml.safe_dump({**RECIPE, "modality_files": ["beside.py", "here.py", "nowhere.py"]}))
+    found = ["package/beside.py", "here.py", "package/nowhere.py"]
+    assert load_run(own).modality_files == found
+    assert load_run(own, ["modality_files=[here.py]"]).modality_files == ["here.py"]
+    chain = {"init": "tiny", "output": "out", "stages": [{"recipe": "own.yaml"}]}
+    (package / "chain.yaml").write_text(yaml.safe_dump(chain))
+    assert load_stages(package / "chain.yaml", RECIPES)["own"].modality_files == found
+    (package / "chain.yaml").write_text(yaml.safe_dump({**chain, "set": {"modality_files": ["beside.py"]}}))
+    assert load_stages(package / "chain.yaml", RECIPES)["own"].modality_files == ["package/beside.py"]
 
 
 def test_a_run_survives_its_own_yaml(recipe: Callable[[Any], Path]) -> None:
@@ -312,3 +353,13 @@ def test_a_value_that_would_be_taken_for_another_is_refused(
         return
     with pytest.raises(ConfigError, match=told):
         load_run(recipe(RECIPE), [override])
+
+
+def test_the_page_of_settings_is_what_the_code_says_and_names_every_key() -> None:
+    root = Path(__file__).parents[1]
+    written = (root / "docs" / "settings.md").read_text(encoding="utf-8")
+    own = runpy.run_path(str(root / "scripts" / "settings.py"))["page"]()
+    assert written == own, "write it anew: python scripts/settings.py > docs/settings.md"
+    for kind in (RunConfig, OptimConfig, MediaConfig, MeshConfig, SourceConfig, ExtendConfig, SearchConfig):
+        assert [name for name in kind.model_fields if f"\n| `{name}` |" not in written] == []
+    assert not [line for line in written.splitlines() if line.startswith("| `") and line.endswith("|  |")]

@@ -19,7 +19,7 @@ from modalora.errors import DataError, MediaError
 from modalora.science.codons import NUMBER
 from modalora.training.run import run_recipe
 
-pytest.importorskip("Bio", reason="the example reads genes with Biopython: pip install 'modalora[science]'")
+pytest.importorskip("Bio", reason="the example reads genes with Biopython: pip install -e '.[science]'")
 EXAMPLE = Path(__file__).parents[1] / "examples" / "dna"
 FASTA = ">gene\nATGGCC\nAAATAA\n"
 

@@ -125,7 +125,7 @@ def read_json(path: Path, *, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
     try:
         fields = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; a model folder needs it") from None
+        raise CheckpointError(f"{path.absolute()} is missing; a model folder needs it") from None
     except (CheckpointError, ValueError, RecursionError, IsADirectoryError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
     if not isinstance(fields, dict):

@@ -152,7 +152,8 @@ def load_file(path: str | Path) -> Modality:
     """Run a Python file that a user named, and register the Modality that it calls MODALITY. Raises ConfigError."""
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"the modality file {str(path)!r} does not exist; give a Python file that sets MODALITY")
+        wrong = "is a folder" if path.is_dir() else f"does not exist (seen from {str(Path.cwd())!r})"
+        raise ConfigError(f"the modality file {str(path)!r} {wrong}; give a Python file that sets MODALITY")
     path = path.absolute()  # a link is loaded under its own name, beside its own files
     digest = _digest(path)
     if digest not in _files:  # a second run would make other functions of one name
@@ -208,7 +209,7 @@ def find(name: str, package: str = "") -> Modality:
     entries = list(importlib.metadata.entry_points(group=GROUP, name=name))
     if not entries:
         file = package.removeprefix("the file ")
-        ways = "--modality-file, modality_files=[FILE] in a recipe, or load(..., modalities=)"
+        ways = "modality_files=[FILE] (train, plan, data), --modality-file FILE (other verbs) or load(..., modalities=)"
         named = f"name {'its Python file' if file == package else file} with {ways}"
         plain = file == package and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", package)
         mend = f"if you trust the package {package!r}, pip install {package}, or {named}" if plain else named

@@ -100,6 +100,14 @@ def test_without_a_text_ruler_says_what_it_leaves_out(run: Run, monkeypatch: pyt
     assert out.endswith("tasks in book text were left out: they need --text\n")
 
 
+def test_without_lengths_ruler_asks_those_that_all_its_tasks_fit(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ruler, "answer_samples", lambda assistant, samples: [""] * len(samples))
+    every = json.loads(run("eval", "nano", "ruler", "--samples", "1", "--json")[1])
+    assert every["lengths"] == [1024]  # common-words needs more than 512
+    one = json.loads(run("eval", "nano", "ruler", "--samples", "1", "--only", "single-repeated", "--json")[1])
+    assert one["lengths"] == [256, 512, 1024]
+
+
 def test_a_length_that_is_named_twice_is_asked_once(run: Run, book: str) -> None:
     once, twice = (
         run("eval", "nano", "needle", "--text", book, "--lengths", lengths, "--depths", depths, "--samples", "2")[1]
@@ -128,6 +136,9 @@ def test_a_length_that_is_named_twice_is_asked_once(run: Run, book: str) -> None
         (("ruler", "--threshold", "nan"), "--threshold nan must lie in 0 to 1, such as 0.856"),
         (("ruler", "--threshold", "85.6"), "--threshold 85.6 must lie in 0 to 1"),
         (("needle", "--depths", ""), "--depths '' must be numbers"),
+        (("needle", "--depths", "abc"), "--depths 'abc' must be numbers with commas between, such as 0,0.5,1"),
+        (("ruler", "--lengths", ""), "--lengths '' must be numbers with commas between, such as 256,1024"),
+        (("ruler", "--lengths", "256"), "and 256 are asked for; ask for a length of"),
     ],
 )
 def test_wrong_settings_are_one_clear_line(run: Run, given: tuple[str, ...], says: str) -> None:

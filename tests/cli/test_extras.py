@@ -38,7 +38,10 @@ def test_json_rows_are_planned_and_trained_without_pyarrow_and_matplotlib(tmp_pa
     assert done.returncode == 0, done.stderr
     assert "a step     2 rows" in done.stdout
     assert done.stdout.endswith(f"\nwrote {tmp_path / 'out' / 'model'}\n")
-    assert "no picture of the curves, which stand in metrics.jsonl: pip install 'modalora[train]'" in done.stderr
+    assert (
+        "no picture of the curves, which stand in metrics.jsonl: pip install -e '.[train]' in your clone draws it"
+        in done.stderr
+    )
     assert (tmp_path / "out" / "model" / "model.safetensors").exists()
 
 
@@ -58,5 +61,5 @@ def test_a_table_without_pyarrow_is_one_line_that_says_what_to_install(
     path.parent.mkdir(exist_ok=True)
     path.touch()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(DataError, match=r"^Parquet files need pyarrow; pip install 'modalora\[train\]'$"):
+    with pytest.raises(DataError, match=r"^Parquet files need pyarrow; pip install -e '.\[train\]' in your clone$"):
         read(tmp_path)

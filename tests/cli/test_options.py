@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +58,30 @@ def test_the_help_of_plan_names_every_machine() -> None:
     (option,) = (one for one in get_command(app).commands["plan"].params if one.name == "machine")
     assert option.help == f"this, or a GPU by name: {', '.join(MACHINES)}."
     assert [*EXPONENTIALS] == [*MACHINES]
+
+
+def test_help_lists_the_recipes_of_its_verb_and_breaks_no_name(run: Run) -> None:
+    for verb, own, others in (("train", "extend-mixed", "extend-study"), ("extend", "extend-study", "nano-1-base")):
+        listed = run(verb, "--help")[1].rpartition("Bundled recipes: ")[2]
+        assert own in listed
+        assert others not in listed
+        assert not [line for line in listed.splitlines() if line.endswith("-")]
+
+
+def test_the_package_runs_as_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "modalora", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("modalora ")
+
+
+def test_what_to_do_next_can_be_pasted(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, out, _ = run("adapter", "new", "--modality", "motion", "--out", "a b/c d")
+    assert "next: pip install -e 'a b/c d' && modalora train 'a b/c d/recipe.yaml'" in out
+
+
+def test_shards_are_refused_where_the_layout_has_none(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("convert", "nano", str(tmp_path / "out"), "--layout", "modalora", "--shard-gb", "1")
+    assert (code, "--shard-gb: the layout modalora is one weights file" in err) == (2, True)
 
 
 def test_bytes_and_seconds_read_as_people_say_them() -> None:

@@ -387,6 +387,24 @@ def test_data_check_loads_no_weight_and_fails_when_a_row_is_bad(
     assert "form='chat' must be auto or one of messages" in err
 
 
+def test_what_data_check_prints_to_a_file_has_a_line_for_each_figure(recipe: Path, run: Run) -> None:
+    _, out, _ = run("data", "check", str(recipe))
+    lines = out.splitlines()
+    assert {"source  own", "rows  4", "media  1 image, 1 audio", "bad  1", "1 bad row"} <= set(lines)
+
+
+def test_a_file_of_broken_records_alone_is_told_with_their_lines(tmp_path: Path, run: Run) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"a\n{b\n[1]\n7\n')
+    code, out, _ = run("data", "check", str(rows), f"cache={tmp_path}")
+    assert code == 1
+    told = r"line 1: it is not JSON \(Unterminated .*line 2: it is not JSON .*line 3: it is a JSON list.* and 1 more"
+    assert re.search(told, out)
+    assert "-> write one JSON object per record" in out
+    code, out, err = run("data", "check", str(tmp_path / "no.jsonl"))
+    assert (code, out, "no.jsonl' matches no file" in err) == (2, "", True)
+
+
 def test_a_file_of_data_is_looked_at_without_a_recipe_and_not_taken_for_one(recipe: Path, run: Run) -> None:
     rows = recipe.with_name("a.jsonl")
     code, out, _ = run("data", "check", str(rows), f"cache={recipe.parent / 'cache'}", "--json")

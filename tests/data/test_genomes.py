@@ -17,7 +17,7 @@ from modalora.science import codons
 from modalora.science.codons import END
 from modalora.training.start import make_mixture, open_context
 
-pytest.importorskip("Bio", reason="genomes are read with Biopython: pip install 'modalora[science]'")
+pytest.importorskip("Bio", reason="genomes are read with Biopython: pip install -e '.[science]'")
 
 GENBANK = """\
 LOCUS       MADE                     135 bp    DNA     linear   BCT 01-JAN-2000

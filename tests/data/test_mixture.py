@@ -356,8 +356,13 @@ def test_a_window_of_running_text_is_trained_on_whole(context: Context) -> None:
     ("config", "told"),
     [
         ({"source": "book"}, "unknown source 'book'; known are books, .*documents, .*files, .*pictures"),
-        ({"source": "pictures", "options": {"turn": 2}}, "source 'pictures' does not take these options: .*'turn'"),
-        ({"source": "files", "options": {"file": "a"}}, "source 'files' does not take these options: .*'file'"),
+        (
+            {"source": "pictures", "options": {"turn": 2}},
+            "source 'pictures' has no option 'turn'; did you mean 'turns'",
+        ),
+        ({"source": "files", "options": {"file": "a"}}, "source 'files' has no option 'file'; it takes path, form, "),
+        ({"source": "files", "options": {"form": "text"}}, "source 'files' needs the option 'path'"),
+        ({"source": "instruct", "options": {"turns": 2}}, "source 'instruct' has no option 'turns'; it takes none"),
         (
             {"source": "files", "options": {"path": 5}},
             "source 'files', path: 5: .* string; put it into quotes$",

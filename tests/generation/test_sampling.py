@@ -34,8 +34,15 @@ def kept(shares: Sequence[float], **settings: Any) -> list[int]:
 def test_temperature_0_takes_the_likeliest_whatever_the_seed() -> None:
     logits = logits_of(SHARES, SHARES[::-1])
     for seed in range(5):
-        sampling = Sampling(seed=seed, top_p=0.1, top_k=1, min_p=0.9)
+        sampling = Sampling(seed=seed)
         assert sample(logits, [[0], [0]], sampling, [torch.Generator()] * 2).tolist() == [0, 3]
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+def test_what_has_no_effect_on_greedy_tokens_is_refused(settings: dict[str, Any]) -> None:
+    (name,) = settings
+    with pytest.raises(ConfigError, match=f"{name}={settings[name]} has no effect at temperature=0"):
+        Sampling(**settings)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

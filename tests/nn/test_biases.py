@@ -26,9 +26,7 @@ from modalora.training.meter import Meter
 
 TRITON = importlib.util.find_spec("triton") is not None
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FUSED = pytest.param(
-    "fused", marks=pytest.mark.skipif(not TRITON, reason="needs triton: pip install 'modalora[fused]'")
-)
+FUSED = pytest.param("fused", marks=pytest.mark.skipif(not TRITON, reason="needs triton: pip install -e '.[fused]'"))
 OWN = ("eager", "blockwise", FUSED)  # which have all of it
 CASES = 200
 FUSED_CASES = int(os.environ.get("MODALORA_FUSED_CASES", "8"))
@@ -123,7 +121,7 @@ def test_blockwise_has_the_outputs_and_gradients_of_float64() -> None:
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.skipif(not TRITON, reason="needs triton: pip install 'modalora[fused]'")
+@pytest.mark.skipif(not TRITON, reason="needs triton: pip install -e '.[fused]'")
 def test_fused_has_the_outputs_and_gradients_of_float64() -> None:
     for seed in range(FUSED_CASES):
         case = inputs(seed, longest=70 if FUSED_CASES >= CASES else 20)
@@ -133,7 +131,7 @@ def test_fused_has_the_outputs_and_gradients_of_float64() -> None:
         assert max(worst.values()) < BOUND, (seed, worst)
 
 
-@pytest.mark.skipif(not TRITON, reason="needs triton: pip install 'modalora[fused]'")
+@pytest.mark.skipif(not TRITON, reason="needs triton: pip install -e '.[fused]'")
 def test_fused_in_fp16_errs_no_more_than_twice_what_eager_does() -> None:
     case = plain(length=19, head_dim=16)
     told = case.results("eager", torch.float64)

@@ -40,7 +40,7 @@ Ranks = Callable[..., list[Any]]
 # float32 sums in another order over rows and ranks; worst seen 1.2e-7 in gradients of norm 2
 GRADIENTS = {"atol": 1e-6, "rtol": 1e-6}
 # DeepSpeed is at odds with parts of torch that are to go
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="pip install 'modalora[deepspeed]'")
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="pip install -e '.[deepspeed]'")
 old_ways = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 PARTS = ("adapter.*", "image.*", "audio.*")
 

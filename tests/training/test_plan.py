@@ -347,7 +347,7 @@ def test_plan_prints_a_table_or_json() -> None:
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (["--row", "text=10"], "weights, gradients and optimizer are the most: share them with --count, or optim."),
+        (["--row", "text=10"], "the optimizer is the most, 30.7 GB before they are shared: try more of --count"),
         (["--row", "text=120000", "rows=1"], "the step itself is the most: try recompute=true, shorter rows, or mesh."),
     ],
 )
@@ -356,6 +356,31 @@ def test_a_plan_that_does_not_fit_says_what_would(more: list[str], told: str) ->
     shown = CliRunner().invoke(app, ["plan", "nano-1-base", *recipe, "--machine", "rtx4090", *more])
     assert shown.exit_code == 0, shown.output
     assert f"it does not fit: rtx4090 has 24 GB; {told}" in shown.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["finetune-text", "--sequence", "4", "--link", "3"], "--sequence and --link without --lengths would change"),
+        (["nano", "--alignment", "512"], "--alignment without --lengths would change nothing"),
+        (["finetune-text", "mixture.0.options.path=no.jsonl"], "path: 'no.jsonl' matches no file"),
+        (["chain-phi4", "vision-1-align.mixture.0.options.path=[no.jsonl]"], "path: 'no.jsonl' matches no file"),
+    ],
+)
+def test_what_would_not_be_planned_as_it_was_typed_is_refused(arguments: list[str], told: str) -> None:
+    shown = CliRunner().invoke(app, ["plan", *arguments])
+    assert told in str(shown.exception)
+    assert isinstance(shown.exception, InputError)
+
+
+def test_a_chain_is_planned_as_one_list_in_json(tmp_path: Path) -> None:
+    own = "mixture: [{source: books}]\ntrain: [decoder]\nsteps: 2\nrows: 2\ninit: tiny\noutput: out\n"
+    (tmp_path / "own.yaml").write_text(own)
+    (tmp_path / "chain.yaml").write_text(
+        f"init: tiny\noutput: {tmp_path}/out\nstages: [{{recipe: own.yaml, name: a}}, {{recipe: own.yaml, name: b}}]\n"
+    )
+    shown = CliRunner().invoke(app, ["plan", str(tmp_path / "chain.yaml"), "--row", "text=9", "--json"])
+    assert [one["run"] for one in json.loads(shown.output)] == ["a", "b"]
 
 
 def test_the_published_sizes_are_planned_without_memory() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -28,7 +29,8 @@ def new(
 
     folder = out or Path(f"modalora-{modality.replace('_', '-')}")
     print(f"wrote {folder}: {', '.join(new_package(modality, folder))}")
-    print(f"next: pip install -e {folder} && modalora train {folder / 'recipe.yaml'}")
+    where, recipe = shlex.quote(str(folder)), shlex.quote(str(folder / "recipe.yaml"))
+    print(f"next: pip install -e {where} && modalora train {recipe}")
     print("then replace what is marked CHANGE with your own")
 
 

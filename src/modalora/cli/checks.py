@@ -39,7 +39,7 @@ def checks() -> list[Check]:
     for package in ("torch", "tokenizers", "safetensors", "numpy", "pillow", "soundfile", "soxr"):
         found.append(_package(package, "pip install modalora"))
     for package, extra in (("pyarrow", "train"), ("matplotlib", "train")):
-        found.append(_package(package, f"pip install 'modalora[{extra}]'", needed=False))
+        found.append(_package(package, f"pip install -e '.[{extra}]' in your clone", needed=False))
     gpu = torch.cuda.is_available()
     found.append(
         Check("cuda", gpu, torch.cuda.get_device_name() if gpu else "no CUDA device; the CPU is used", needed=False)

@@ -12,6 +12,7 @@ from modalora.cli.loading import load_files
 
 
 def convert(
+    context: typer.Context,
     source: options.Model,
     target: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
     layout: Annotated[str, typer.Option(help="modalora, phi3, phi3small, phi4mm or phi4_multimodal.")],
@@ -28,6 +29,8 @@ def convert(
 
     if not 0 < shard_gb < 1e6:
         raise ConfigError(f"--shard-gb {shard_gb:g} must be above 0 and below a million; 5 works")
+    if layout == "modalora" and options.given(context, "shard_gb"):
+        raise ConfigError("--shard-gb: the layout modalora is one weights file; leave it out, or name another --layout")
     load_files(modality_file)
     found = rewrite(find_model(source), target, layout, shard_bytes=int(shard_gb * 1e9))
     print(f"wrote {target}: layout {layout}, {found['tensors']:,} tensors, {found['parameters']:,} parameters")

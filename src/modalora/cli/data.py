@@ -30,6 +30,7 @@ def check(
     """Make every row of data files: counts, lengths, labels, media. Lists every bad one; exit code 1 if any.
 
     Example: modalora data check rows.jsonl
+
     Example: modalora data check recipe.yaml tokens=4096
     """
     run, context = _open(recipe, overrides)
@@ -87,11 +88,12 @@ def genomes(
 
 def _open(recipe: str, overrides: list[str] | None) -> tuple[RunConfig, Context]:
     from modalora.config import load_run
-    from modalora.data.files import is_data
+    from modalora.data.files import find_files, is_data
     from modalora.training.start import open_context
 
     settings = overrides or []
     if is_data(Path(recipe)):
+        find_files(recipe)
         recipe, settings = "finetune-media", [f"mixture.0.options.path={json.dumps(recipe)}", *settings]
     run = load_run(find_recipe(recipe), settings)
     return run, open_context(run)
@@ -105,19 +107,16 @@ def _print(found: list[dict[str, Any]]) -> None:
     for one in found:
         for line in one["read"]:
             console.print(f"{one['source']}: {line}", markup=False, highlight=False)
-    table = Table("source", "rows", "tokens: min", "median", "max", "trained", "media", "truncated", "bad")
-    for one in found:
-        tokens = one["tokens"]
-        table.add_row(
-            one["source"],
-            f"{one['rows']:,}{' looked at, no end' if one['endless'] else ''}",
-            *(f"{tokens[key]:,}" for key in ("min", "median", "max")),
-            f"{one['trained_share']:.0%}",
-            ", ".join(f"{count:,} {kind}" for kind, count in one["media"].items()) or "-",
-            f"{one['truncated']:,}",
-            f"{len(one['bad']):,}",
-        )
-    console.print(table)
+    lines = [_figures(one) for one in found]
+    table = Table(*lines[0])
+    for line in lines:
+        table.add_row(*line.values())
+    needed = console.measure(table, options=console.options.update(width=10_000)).maximum
+    if console.is_terminal and needed <= console.width:
+        console.print(table)
+    else:  # a table would leave figures out, and nobody reads its frame
+        for line in lines:
+            print("\n".join(f"{name}  {figure}" for name, figure in line.items()))
     for one in found:
         if one["control_tokens"]:
             print(
@@ -134,4 +133,17 @@ def _print(found: list[dict[str, Any]]) -> None:
             where = f"{bad['file']}:{bad['line']}" if bad["file"] else bad["sample"]
             print(f"bad  {where}  {bad['reason']}\n     -> {bad['mend'] or 'see the message'}")
     bad_rows = sum(len(one["bad"]) for one in found)
-    print(f"{bad_rows:,} bad rows" if bad_rows else "every row is good")
+    print(f"{bad_rows:,} bad row{'s' * (bad_rows > 1)}" if bad_rows else "every row is good")
+
+
+def _figures(one: dict[str, Any]) -> dict[str, str]:
+    """Return what is told of a source, by the names of its columns."""
+    return {
+        "source": one["source"],
+        "rows": f"{one['rows']:,}{' looked at, no end' if one['endless'] else ''}",
+        **{f"tokens {key}": f"{one['tokens'][key]:,}" for key in ("min", "median", "max")},
+        "trained": f"{one['trained_share']:.0%}",
+        "media": ", ".join(f"{count:,} {kind}" for kind, count in one["media"].items()) or "-",
+        "truncated": f"{one['truncated']:,}",
+        "bad": f"{len(one['bad']):,}",
+    }

@@ -26,7 +26,10 @@ def evaluate(
     model: options.Model,
     tasks: Annotated[list[str], typer.Argument(help="needle, ruler or perplexity; one or several.")],
     lengths: Annotated[
-        str, typer.Option(help="Tokens, with commas between; else a quarter, a half and the whole of the window.")
+        str,
+        typer.Option(
+            help="Tokens, with commas between; else a quarter, a half and the whole of the window, where tasks fit."
+        ),
     ] = "",
     text: Annotated[
         list[Path] | None,
@@ -64,25 +67,34 @@ def evaluate(
     from modalora.evaluation.documents import check_lengths, grid_documents, load_texts
     from modalora.evaluation.needle import measure_grid
     from modalora.evaluation.perplexity import bits_by_length
-    from modalora.evaluation.ruler import TASKS, Report, run_tasks
+    from modalora.evaluation.ruler import TASKS, Report, least_length, run_tasks
 
     _check(context, tasks, samples, threshold)
     assistant = open_model(model, files=modality_file, dtype=dtype, device=device)
     window, tokenizer = assistant.processor.window, assistant.processor.tokenizer
-    if not depths:
-        raise ConfigError("--depths '' must be numbers with commas between, such as 0,0.5,1")
-    chosen = _numbers(lengths, int, "--lengths") or [window // 4, window // 2, window]
+    chosen = [window // 4, window // 2, window]
+    if asked := options.given(context, "lengths"):
+        chosen = _numbers(lengths, int, "--lengths", "256,1024")
     check_lengths(chosen, window)
+    places = _numbers(depths, float, "--depths", "0,0.5,1")
     texts = [one for path in text or [] for one in load_texts(path)]
     if not texts and {"needle", "perplexity"} & set(tasks):
         raise ConfigError("needle and perplexity read running text; give --text, a file or a folder of books")
+    names = [*dict.fromkeys(only or [])] or [name for name, task in TASKS.items() if texts or not task.needs_text]
+    if "ruler" in tasks and not asked:
+        how: dict[str, Any] = {"texts": texts, "form": form, "example": example, "seed": seed}
+        fit = [
+            length
+            for length in chosen
+            if all(least_length(assistant.processor, name, length, samples, **how) <= length for name in names)
+        ]
+        chosen = fit or chosen  # where no task fits, it says what it needs
     documents = []
     if "needle" in tasks:
         documents = grid_documents(
             tokenizer, texts, chosen, samples, part="evaluation", style=style, needles=needles,
-            depths=_numbers(depths, float, "--depths"), distractors=distractors, seed=seed,
+            depths=places, distractors=distractors, seed=seed,
         )  # fmt: skip
-    names = [*dict.fromkeys(only or [])] or [name for name, task in TASKS.items() if texts or not task.needs_text]
     found: dict[str, Any] = {"model": model, "seed": seed, "lengths": chosen, "results": []}
     for regime in dict.fromkeys(rope or ["reference"]):
         set_regime(assistant.model, cast(Any, regime))
@@ -120,10 +132,8 @@ def _check(context: typer.Context, tasks: list[str], samples: int, threshold: fl
         if task not in known:
             raise ConfigError(f"task {task!r} must be one of {', '.join(known)}")
     for task, own in _OWN.items():
-        for option in own:
-            source = context.get_parameter_source(option)
-            if task not in tasks and source is not None and source.name == "COMMANDLINE":
-                raise ConfigError(f"--{option} is a setting of {task}, which is not among the tasks; leave it out")
+        for option in options.given(context, *own) if task not in tasks else []:
+            raise ConfigError(f"{option} is a setting of {task}, which is not among the tasks; leave it out")
     if samples < 1:
         raise ConfigError(f"--samples {samples} must be at least 1")
     if samples < 2 and "perplexity" in tasks:
@@ -132,13 +142,13 @@ def _check(context: typer.Context, tasks: list[str], samples: int, threshold: fl
         raise ConfigError(f"--threshold {threshold} must lie in 0 to 1, such as 0.856")
 
 
-def _numbers(text: str, kind: type[int] | type[float], option: str) -> list[Any]:
+def _numbers(text: str, kind: type[int] | type[float], option: str, example: str) -> list[Any]:
     from modalora.errors import ConfigError
 
     try:
-        return [*dict.fromkeys(kind(part) for part in text.split(","))] if text else []  # each once
+        return [*dict.fromkeys(kind(part) for part in text.split(","))]  # each once
     except ValueError:
-        raise ConfigError(f"{option} {text!r} must be numbers with commas between, such as 256,1024") from None
+        raise ConfigError(f"{option} {text!r} must be numbers with commas between, such as {example}") from None
 
 
 def _share(cell: Cell) -> str:

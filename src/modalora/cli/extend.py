@@ -28,7 +28,11 @@ def extend(
     The same command goes on where it stopped; Ctrl-C saves and exits with 130, SIGTERM with 0. `modalora plan RECIPE`
     tells the cost before anything runs.
 
-    Example: modalora extend extend-study target=512 search.iterations=5
+    Example: modalora plan extend-phi4-mini
+
+    Example: modalora extend extend-study data=FOLDER
+
+    FOLDER has the books of docs/nano.md; `modalora train window-1-base data=FOLDER` makes what extend-study extends.
     """
     count, settings = asked_for(gpus, processes, overrides)
     with ended_by_signals():
@@ -43,7 +47,7 @@ def _extend(recipe: str, settings: list[str], count: int, as_json: bool) -> None
     try:
         from modalora.longrope2.extend import extend as carry_out
     except ModuleNotFoundError as missing:
-        raise InputError(f"extending needs {missing.name}; pip install 'modalora[train]'") from None
+        raise InputError(f"extending needs {missing.name}; pip install -e '.[train]' in your clone") from None
 
     training = config.run(rope={})  # its rotary factors are still to be searched for
     arguments = ["extend", recipe, *settings, *(["--json"] if as_json else [])]

@@ -34,3 +34,13 @@ Gpus = Annotated[int, typer.Option(min=0, help="GPUs of this machine to work on,
 Processes = Annotated[int, typer.Option(min=1, help="Processes on the CPU, for trying many-process runs.")]
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def given(context: typer.Context, *names: str) -> list[str]:
+    """Return which of these options the command line has, as they are written there."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return [
+        f"--{name.replace('_', '-')}"
+        for name, source in sources.items()
+        if source is not None and source.name == "COMMANDLINE"
+    ]

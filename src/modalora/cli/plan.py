@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from modalora.cli import options
+from modalora.cli.options import given
 from modalora.cli.words import lasting, sized
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 
 def plan(
+    context: typer.Context,
     what: Annotated[
         str, typer.Argument(help="A recipe (YAML file or bundled name), a model (folder or size), or evoformer.")
     ],
@@ -44,12 +47,15 @@ def plan(
 ) -> None:
     """Tell what trains, the memory by part, and the time, without allocating a weight.
 
-    Example: modalora plan nano-6-vision --row text=200,image=300x200 --machine h100
+    Example: modalora plan finetune-media --row text=200,image=300x200 --machine h100
+
     Example: modalora plan genome-25b --lengths 2k:1M --machine a100 --count 128
     """
     if lengths:
         if overrides or row or hourly:
             raise typer.BadParameter("--lengths is for planning a size; settings, --row and --hourly are for a recipe")
+        if what != "evoformer" and given(context, "alignment"):
+            raise typer.BadParameter(f"--alignment is the depth of an evoformer's alignment, and {what} has none")
         _by_length(what, lengths, (machine, count, share, link), (sequence, offload, alignment), as_json)
         return
     from modalora.cli.train import find_recipe
@@ -57,6 +63,11 @@ def plan(
     from modalora.errors import InputError
     from modalora.models.sizes import SIZES
 
+    if alone := given(context, "sequence", "offload", "link", "alignment"):
+        raise InputError(
+            f"{' and '.join(alone)} without --lengths would change nothing; a recipe says mesh.sequence=N and "
+            "recompute=offload, and a size is planned over --lengths 2k:1M"
+        )
     if what == "evoformer":
         raise typer.BadParameter("an evoformer is planned over lengths, such as --lengths 512,1024")
     if what in SIZES or Path(what).is_dir() or what.startswith("bundled/"):
@@ -130,15 +141,31 @@ def _training(
 
     runs = load_stages(path, RECIPES, overrides)
     size = load_chain_start(path, overrides)
+    _check_paths(overrides)
+    found: list[dict[str, Any]] = []
     for title, run in runs.items():
-        if len(runs) > 1 and not as_json:
+        if size is not None and not as_json:
             print(f"\n{title}")
-        _stage(title, run, shapes, size, where, as_json)
+        found.append(_stage(title, run, shapes, size, where, as_json))
+    if as_json:
+        print(json.dumps(found if size is not None else found[0]))
+
+
+def _check_paths(overrides: list[str]) -> None:
+    """Refuse a path that was typed and matches no file; other rows stand in for those of a recipe alone."""
+    from modalora.config import text
+    from modalora.data.files import find_files
+
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key.endswith("options.path"):
+            find_files(text.read(value, override))
 
 
 def _stage(
     title: str, run: RunConfig, shapes: list[str], size: str | None, where: tuple[str, int, float, float], as_json: bool
-) -> None:
+) -> dict[str, Any]:
+    """Plan a run, tell it unless JSON is asked for, and return what JSON tells."""
     from modalora.training.estimate import estimate
     from modalora.training.plan import plan_run
 
@@ -147,9 +174,9 @@ def _stage(
     found, source = plan_run(run, shapes, size)
     machine, count, share, hourly = where
     cost = estimate(found, run, machine, count, share, hourly)
+    told = {"run": title, "plan": asdict(found), "estimate": asdict(cost), "rows_from": source}
     if as_json:
-        print(json.dumps({"run": title, "plan": asdict(found), "estimate": asdict(cost), "rows_from": source}))
-        return
+        return told
     print(f"{'part':<26} {'numbers':>15} {'trains':>15} {'weights':>10} {'gradients':>10} {'optimizer':>10}")
     for part in found.parts:
         sizes = "".join(f" {sized(size):>10}" for size in (part.weights, part.gradients, part.optimizer))
@@ -177,17 +204,30 @@ def _stage(
     if found.steps < run.steps:
         print(f"           the data end after about so many, before steps={run.steps}; more epochs give more")
     if cost.fits is False:
-        print(f"it does not fit: {machine} has {sized(cost.capacity)}; {_mend(found, run, cost.capacity)}")
+        print(f"it does not fit: {machine} has {sized(cost.capacity)}; {_mend(found, run, cost.memory - found.step)}")
+    return told
 
 
-def _mend(found: Plan, run: RunConfig, capacity: float) -> str:
-    """Return what would make a run fit: what it keeps between steps is cut over machines, the step itself is not."""
-    if found.step < capacity / 2:
-        few = "" if run.optim.state_bits < 32 or run.optim.name != "adamw" else ", or optim.state_bits=8"
-        return f"weights, gradients and optimizer are the most: share them with --count{few}"
-    again = "" if run.recompute else "recompute=true, "
-    less = f"tokens below {run.tokens}" if run.tokens else f"rows below {run.rows}" if run.rows > 1 else "shorter rows"
-    return f"the step itself is the most: try {again}{less}, or mesh.sequence=N with --count N, whose rows are shared"
+def _mend(found: Plan, run: RunConfig, held: int) -> str:
+    """Return what would make a run fit, where the most goes. held: bytes that one machine keeps between steps."""
+    if found.step > held:
+        again = "" if run.recompute else "recompute=true, "
+        fewer = f"rows below {run.rows}" if run.rows > 1 else "shorter rows"
+        less = f"tokens below {run.tokens}" if run.tokens else fewer
+        return (
+            f"the step itself is the most: try {again}{less}, or mesh.sequence=N with --count N, whose rows are shared"
+        )
+    sizes = {"weights": found.weights, "gradients": found.gradients, "optimizer": found.optimizer}
+    most = max(sizes, key=lambda name: sizes[name])
+    ways = ["more of --count, which share them"]
+    if most == "weights" and run.base_bits is None and not any(fnmatchcase("decoder", one) for one in run.train):
+        ways.append("base_bits=8 or 4, which hold the frozen decoder in less")
+    if most != "weights":
+        if most == "optimizer" and run.optim.name == "adamw" and run.optim.state_bits == 32:
+            ways.append("optim.state_bits=8")
+        ways.append("adapters instead of whole parts in train")
+    verb = "is" if most == "optimizer" else "are"
+    return f"the {most} {verb} the most, {sized(sizes[most])} before they are shared: try {', or '.join(ways)}"
 
 
 def _reading(model: str, machine: str, as_json: bool) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+from textwrap import fill
 from typing import Annotated, Any
 
 import typer
@@ -79,6 +80,16 @@ def _shown(steps: int) -> Iterator[tuple[Callable[[dict[str, Any]], None], Calla
 def bundled_recipes() -> list[str]:
     """Return the names of the recipes that come along."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def names_of(*, extending: bool) -> str:
+    """Return the bundled recipes that `extend`, or `train`, carries out, in lines that help shows as they are."""
+    names = [one for one in bundled_recipes() if extending == ("\nkind: extend\n" in _written(one))]
+    return "\b\n" + fill(f"Bundled recipes: {', '.join(names)}.", 78, break_on_hyphens=False)
+
+
+def _written(name: str) -> str:
+    return (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def find_recipe(name: str, sizes: Iterable[str] = ()) -> Path:

@@ -23,7 +23,7 @@ class SearchConfig(Settings):
     iterations: int = Field(40, ge=0)  # each gives half a population of children
     mutation: float = Field(0.3, gt=0, le=1)  # probability that a pair of a child changes
     crossover: float = Field(0.0, ge=0, le=1)  # share of the children that have two parents
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0)  # of all that is random
     temperature: Literal["su", "yarn", "none"] = "su"  # of every candidate alike
     together: int = Field(4, ge=1)  # candidates that are judged in one call
     racing: bool = True  # drop a candidate once a part of the documents shows that it cannot become a parent
@@ -51,22 +51,21 @@ class NeedleConfig(Settings):
     needles: int = Field(1, ge=1, le=MOST_NEEDLES)  # facts of a document that are asked for
     distractors: int = Field(0, ge=0, le=MOST_DISTRACTORS)  # and that are not
     depths: list[float] = Field(default=[0.0, 0.25, 0.5, 0.75, 1.0], min_length=1)  # 0: the start of the text
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0)  # of all that is random
 
 
 class GuideConfig(NeedleConfig):
-    """What guides a search. score: the answers alone, or every token of the same texts (plain perplexity)."""
+    """What guides a search."""
 
-    score: Literal["answers", "text"] = "answers"
+    score: Literal["answers", "text"] = "answers"  # text: every token of the same texts, plain perplexity
 
 
 class ScoresConfig(NeedleConfig):
-    """What an extended model is measured by. lengths: tokens of documents; none: half the trained window to the target.
+    """What an extended model is measured by."""
 
-    methods: that are compared, untrained, all with the search's temperature.
-    """
-
+    # tokens of documents; []: half the trained window to the target
     lengths: list[Annotated[int, Field(ge=2)]] = Field(default_factory=list)
+    # that are compared, untrained, all with the search's temperature
     methods: list[Literal["none", "linear", "ntk", "scaling_law_ntk", "yarn", "longrope2"]] = Field(
         default=["none", "linear", "ntk", "scaling_law_ntk", "yarn", "longrope2"]
     )
@@ -75,21 +74,21 @@ class ScoresConfig(NeedleConfig):
 class ExtendConfig(Settings):
     """A recipe that extends a model's window: search, training and evaluation (LongRoPE2, arXiv:2502.20082)."""
 
-    kind: Literal["extend"]
+    kind: Literal["extend"]  # what tells it from a run
     init: str  # the model: a folder, bundled/nano, or a name of models/sizes.py for fresh weights
-    output: str = Field(min_length=1)
+    output: str = Field(min_length=1)  # the folder of search, training and scores
     target: int = Field(ge=16)  # tokens that the model is to read [L']
-    guide: GuideConfig = Field(default_factory=lambda: GuideConfig())
-    search: SearchConfig = Field(default_factory=lambda: SearchConfig())
+    guide: GuideConfig = Field(default_factory=lambda: GuideConfig())  # what the search reads
+    search: SearchConfig = Field(default_factory=lambda: SearchConfig())  # how divisors are searched
     training: dict[str, Any] | None = None  # fields of a run, but for init, output and rope; None: factors alone
-    scores: ScoresConfig = Field(default_factory=lambda: ScoresConfig())
+    scores: ScoresConfig = Field(default_factory=lambda: ScoresConfig())  # what is measured in the end
     rows: int = Field(4, ge=1)  # documents of one forward pass
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights while searching and measuring
-    device: str = "cpu"
+    device: str = "cpu"  # a torch device
     patience_seconds: int = Field(600, ge=1)  # how long a process waits for another
     threads: int = Field(0, ge=0)  # 0: torch's default
     data: str = "../shared/data"  # the folder of docs/nano.md
-    cache: str = "runs/cache"
+    cache: str = "runs/cache"  # the folder of files that are made once
 
     @model_validator(mode="after")
     def _training_is_a_run(self) -> ExtendConfig:

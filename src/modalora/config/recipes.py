@@ -15,6 +15,8 @@ from modalora.config.run import ChainConfig, RunConfig
 from modalora.config.strict import parse
 from modalora.errors import ConfigError
 
+_FILES = "modality_files"  # of a recipe: paths seen from its folder
+
 
 def load_extension(path: Path, overrides: Sequence[str] = ()) -> ExtendConfig:
     """Read a recipe of kind extend and apply "key.sub=value" overrides (values are YAML)."""
@@ -71,12 +73,24 @@ def load_stages(path: Path, bundled: Path, overrides: Sequence[str] = ()) -> dic
         own |= {"init": before, "output": f"{chain.output}/{stage.title}"}
         where = f"{path}, stage {stage.title}"
         for key, value in (chain.set | stage.set).items():
-            _set(own, key.split("."), _within(deepcopy(value), chain.output), f"{where}: {key}")
+            value = _within(deepcopy(value), chain.output)
+            _set(own, key.split("."), _beside(path, value) if key == _FILES else value, f"{where}: {key}")
         for override in given[stage.title]:
             _set(own, *_override(override))
         runs[stage.title] = parse(RunConfig, own, where)
         before = f"{runs[stage.title].output}/model"
     return runs
+
+
+def _beside(path: Path, files: Any) -> Any:
+    """Return the modality files that a recipe names, those of its own folder before those of the current one."""
+    if not isinstance(files, list):
+        return files
+    seen = [path.parent / one if isinstance(one, str) else Path() for one in files]
+    return [
+        str(own) if isinstance(one, str) and (own.exists() or not Path(one).exists()) else one
+        for one, own in zip(files, seen, strict=True)
+    ]
 
 
 def _within(value: Any, output: str) -> Any:
@@ -107,11 +121,17 @@ def _read(path: Path) -> dict[str, Any]:
         written = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"recipe {path} does not exist; bundled ones are named by `modalora train --help`") from None
-    except (UnicodeDecodeError, IsADirectoryError) as error:
-        raise ConfigError(f"recipe {path} is not YAML: {error}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"recipe {path} is a folder; give a YAML file in it, or a bundled recipe's name") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"recipe {path} is a binary file; give a YAML file, or a bundled recipe's name") from None
     fields = yaml.read(written, f"recipe {path}")
+    if fields is None:
+        raise ConfigError(f"recipe {path} is empty; write settings, such as init: bundled/nano (docs/settings.md)")
     if not isinstance(fields, dict):
         raise ConfigError(f"recipe {path} must be a mapping of settings; it holds {type(fields).__name__}")
+    if _FILES in fields:
+        fields[_FILES] = _beside(path, fields[_FILES])
     return fields
 
 

@@ -19,9 +19,9 @@ class FittedRate(Settings):
     Source: arXiv:2503.01743, section 3.1, after Bjorck et al. 2024.
     """
 
-    lr: float = Field(gt=0)
-    tokens: float = Field(gt=0)
-    exponent: float = -0.32
+    lr: float = Field(gt=0)  # the rate found best
+    tokens: float = Field(gt=0)  # of the runs that it was found with
+    exponent: float = -0.32  # how the best rate changes with tokens
 
     def rate(self, tokens: float) -> float:
         """Return the learning rate for a run over so many tokens."""
@@ -48,15 +48,17 @@ class OptimConfig(Settings):
     """The optimiser and its schedule: linear warm-up, then a cosine or a line down to final_lr_ratio, or no change."""
 
     name: Literal["adamw", "muon"] = "adamw"  # muon: hidden matrices by Muon, the rest by AdamW
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(1e-3, gt=0)  # the highest rate, which warm-up reaches
     fitted: FittedRate | None = None  # gives lr from the tokens of the run
+    # how slowly AdamW's two moments change
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: int = Field(50, ge=0)
-    final_lr_ratio: float = Field(0.1, ge=0, le=1)
-    clip_norm: float = Field(1.0, gt=0, allow_inf_nan=True)  # .inf: none
+    eps: float = Field(1e-8, gt=0)  # added to the divisor of AdamW's step
+    weight_decay: float = Field(0.01, ge=0)  # of matrices, a step, times the rate
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # from the end of warm-up to the last step
+    warmup_steps: int = Field(50, ge=0)  # in which the rate rises from 0
+    final_lr_ratio: float = Field(0.1, ge=0, le=1)  # share of lr at the last step; constant keeps lr
+    # longest gradient of a step, others are scaled down; .inf: none
+    clip_norm: float = Field(1.0, gt=0, allow_inf_nan=True)
     lr_scale: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)  # part -> factor on lr
     state_bits: Literal[8, 16, 32] = 32  # of each of AdamW's two moments; 8 and 16 are for name: adamw
 
@@ -78,20 +80,17 @@ class OptimConfig(Settings):
 
 
 class SourceConfig(Settings):
-    """One source of a mixture.
+    """One source of a mixture."""
 
-    weight: its share of the rows against the others' weights. Several phases of a run: {0: 3, 0.8: 1} is weight 3 from
-    the start and 1 from 80 % of the steps on. epochs: how often a source that ends is read; None: as long as the run.
-    window: tokens of its rows, for sources that cut text into windows; None: the run's.
-    name: what its rows are called in reports; by default the source.
-    """
-
-    source: str
-    name: str = Field("", pattern=r"^[\w.-]*$")
+    source: str  # files, documents, a name of data/sources.py:SOURCES, or MODALITY.SOURCE
+    name: str = Field("", pattern=r"^[\w.-]*$")  # what its rows are called in reports; "": the source
+    # its share of the rows against the others' weights, or phases of a run: {0: 3, 0.8: 1} is 3 from the start and 1
+    # from 80 % of the steps on
     weight: float | dict[float, float] = 1.0
-    epochs: int | None = Field(None, ge=1)
-    window: int | None = Field(None, ge=8)
+    epochs: int | None = Field(None, ge=1)  # how often a source that ends is read; None: as long as the run
+    window: int | None = Field(None, ge=8)  # tokens of its rows where it cuts text into windows; None: the run's
     route: str | None = None  # of its rows: "none" or an adapter, such as a language's; None: by their media
+    # what the source itself takes; docs/data.md has those of files
     options: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("weight")
@@ -146,56 +145,56 @@ class RunConfig(Settings):
     """One training run."""
 
     init: str  # a folder to start from, bundled/nano, or a name of models/sizes.py for fresh weights
-    output: str = Field(min_length=1)
+    output: str = Field(min_length=1)  # the folder of the run: model, states, metrics
     modalities: dict[str, dict[str, Any]] = Field(default_factory=dict)  # modality to add -> its sizes
     rope: dict[str, Any] | None = None  # rotary positions (nn/rope.py) and window that the start gets; None: its own
-    modality_files: list[str] = Field(default_factory=list)  # Python files that set MODALITY; they are run
+    # Python files that set MODALITY; they are run (docs/modality.md)
+    modality_files: list[str] = Field(default_factory=list)
     adapters: dict[str, dict[str, Any]] = Field(default_factory=dict)  # adapter to add -> fields of LoraConfig
     take: dict[str, str] = Field(default_factory=dict)  # part pattern -> folder that gives its weights
     copy_parts: dict[str, str] = Field(default_factory=dict)  # part -> part of the same shape that it starts from
     int8: bool = False  # store the matrices of the written model as int8
     train: list[str]  # parts that train, e.g. "decoder", "image.*", "adapter.vision"; all others are frozen
     preserve: list[str] = Field(default_factory=list)  # parts that must not train, whatever train: matches
-    mixture: list[SourceConfig] = Field(min_length=1)
+    mixture: list[SourceConfig] = Field(min_length=1)  # where rows come from
     weigh: Literal["rows", "tokens"] = "rows"  # what the weights of the mixture's sources are shares of
-    media: MediaConfig = Field(default_factory=MediaConfig)
-    whiten: list[str] = Field(
-        default_factory=list
-    )  # modalities whose fresh projectors start from their features' statistics
-    dropout: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(
-        default_factory=dict
-    )  # encoder, e.g. "audio.encoder" -> share of what each of its blocks hands on that training drops
-    objective: Literal["next_token", "ctc", "cells"] = "next_token"
+    media: MediaConfig = Field(default_factory=MediaConfig)  # limits on pictures and sounds
+    # modalities whose fresh projectors start from their features' statistics
+    whiten: list[str] = Field(default_factory=list)
+    # encoder, e.g. "audio.encoder" -> share of what each of its blocks hands on that training drops
+    dropout: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(default_factory=dict)
+    objective: Literal["next_token", "ctc", "cells"] = "next_token"  # ctc and cells pretrain encoders
     rows: int = Field(16, ge=1)  # conversations or windows per micro-batch
     tokens: int = Field(0, ge=0)  # instead of rows: the budget that rows of a micro-batch fill together
     accumulate: int = Field(1, ge=1)  # micro-batches per step, over all processes
     workers: int = Field(0, ge=0)  # processes that prepare rows ahead
     quarantine_most: float = Field(0.01, ge=0, lt=1)  # share of bad rows that stops the run
     window: int = Field(256, ge=8)  # tokens of a plain text window
-    steps: int = Field(ge=1)
-    precision: Literal["bf16", "fp32"] = "bf16"
+    steps: int = Field(ge=1)  # of the optimiser
+    precision: Literal["bf16", "fp32"] = "bf16"  # of products in training
     base_bits: Literal[4, 8, 16] | None = None  # of the frozen decoder's Linears in training; None: as they are
     # layers run again in the backward pass instead of keeping what they computed; offload: their inputs lie on the CPU
     recompute: bool | Literal["offload"] = False
-    seed: int = Field(0, ge=0, lt=2**63)
-    log_every: int = Field(10, ge=1)
-    save_every: int = Field(200, ge=1)
+    seed: int = Field(0, ge=0, lt=2**63)  # of all that is random
+    log_every: int = Field(10, ge=1)  # steps between lines of metrics
+    save_every: int = Field(200, ge=1)  # steps between resume checkpoints
     keep: int = Field(2, ge=1)  # resume checkpoints kept
     save_in_background: bool = False  # training goes on while a copy of what trains is written
     nonfinite: Literal["stop", "skip"] = "stop"  # what a loss or gradient that is not finite does to its step
     nonfinite_most: int = Field(5, ge=1)  # steps skipped in a row after which the run stops all the same
     ledger: bool = False  # write the samples of every step to ledger.jsonl
+    # that get the metrics, too
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = Field(default_factory=list)
     peak_tflops: float | None = Field(None, gt=0)  # of the machine at this precision, for the share of it that is used
     device: str = "cpu"  # a torch device
     engine: Literal["fsdp", "zero1", "zero2", "zero3"] = "fsdp"  # what spreads a model over many processes
-    mesh: MeshConfig = Field(default_factory=MeshConfig)
+    mesh: MeshConfig = Field(default_factory=MeshConfig)  # how many processes share the work
     offload: bool = False  # keep parameters and moments of many processes on the CPU
     patience_seconds: int = Field(600, ge=1)  # how long a process waits for another
     threads: int = Field(0, ge=0, le=1024)  # 0: torch's default
     data: str = "../shared/data"  # the folder of docs/nano.md
-    cache: str = "runs/cache"
-    optim: OptimConfig = Field(default_factory=OptimConfig)
+    cache: str = "runs/cache"  # the folder of files that are made once
+    optim: OptimConfig = Field(default_factory=OptimConfig)  # the optimiser and its schedule
 
     @field_validator("rope")
     @classmethod
@@ -210,7 +209,10 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _check_budget(self) -> RunConfig:
         if self.tokens and self.rows != RunConfig.model_fields["rows"].default:
-            raise ConfigError(f"rows={self.rows} and tokens={self.tokens} both set the micro-batch; leave one out")
+            raise ConfigError(
+                f"rows={self.rows} and tokens={self.tokens} both set the micro-batch; leave rows out, or add "
+                "tokens=0 to use rows"
+            )
         return self
 
     @model_validator(mode="after")
@@ -276,4 +278,4 @@ class ChainConfig(Settings):
     init: str  # what the first stage starts from
     output: str = Field(min_length=1)  # stages write output/NAME
     set: dict[str, Any] = Field(default_factory=dict)  # settings of every stage, by dotted key
-    stages: list[StageConfig] = Field(min_length=1)
+    stages: list[StageConfig] = Field(min_length=1)  # in order

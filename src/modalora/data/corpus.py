@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,6 +28,7 @@ from modalora.processing.processor import Row
 from modalora.processing.tokenizer import END_OF_TEXT, PLACEHOLDERS
 
 Truncate = Literal["messages"]
+LISTED = 3  # broken records of a file that has no others
 SAMPLED = 64  # records of a file, evenly spread, whose form is looked at
 
 
@@ -151,19 +152,28 @@ def _open_volume(file: Path, cache: Path, form: str, split: str | None, options:
         raise DataError(f"{file} holds no record; leave it out")
     if form != "auto":
         return Volume(records, form, "as the recipe says", options)
+    sample, broken = _sample(records)
+    if not sample:
+        told = ", ".join(f"{records.unit} {line}: {error.rpartition('; ')[0]}" for line, error in broken[:LISTED])
+        more = f" and {len(broken) - LISTED} more" if len(broken) > LISTED else ""
+        raise DataError(f"{file} holds no record that can be read: {told}{more}; {broken[0][1].rpartition('; ')[2]}")
     try:
-        found, because = detect(_sample(records), options)
+        found, because = detect(sample, options)
     except DataError as error:
         raise DataError(f"{file}: {error}") from None
     return Volume(records, found, f"its records have {because}", options)
 
 
-def _sample(records: Records) -> Iterator[Fields]:
+def _sample(records: Records) -> tuple[list[Fields], list[tuple[int, str]]]:
+    """Return some records, evenly spread, and the lines of those that cannot be read, with their errors."""
+    found: list[Fields] = []
+    broken: list[tuple[int, str]] = []
     for number in np.linspace(0, len(records) - 1, min(SAMPLED, len(records))).astype(int).tolist():
         try:
-            yield records.read(number)
-        except DataError:  # a bad record says nothing about the others; it is reported where it is used
-            continue
+            found.append(records.read(number))
+        except DataError as error:  # it says nothing about the others, and is reported where it is used
+            broken.append((records.line(number), str(error)))
+    return found, broken
 
 
 class _Shelf:

@@ -89,7 +89,7 @@ def records(path: Path) -> list[SeqRecord]:
     try:
         from Bio import BiopythonWarning, SeqIO
     except ModuleNotFoundError:
-        raise DataError(f"reading {path.name} needs Biopython; pip install 'modalora[science]'") from None
+        raise DataError(f"reading {path.name} needs Biopython; pip install -e '.[science]' in your clone") from None
     kinds = dict.fromkeys((".gb", ".gbk", ".gbff", ".genbank"), "genbank") | {".embl": "embl"}
     kind = kinds.get(path.suffix, "fasta")
     try:

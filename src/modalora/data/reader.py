@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from inspect import Parameter, signature
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -48,8 +50,29 @@ def make_source(context: Context, config: SourceConfig, key: Key = (0, 0)) -> So
         raise ConfigError(f"source {config.source!r} does not take these options: {error}") from None
 
 
+def _check_named(config: SourceConfig, maker: Callable[..., Any]) -> None:
+    """Refuse options that a maker does not have, and a want of those that it must have. Raises ConfigError."""
+    try:
+        _, *declared = signature(maker).parameters.values()  # all but the context
+    except (TypeError, ValueError):  # someone else's, of which nothing is known
+        return
+    if any(one.kind in (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL) for one in declared):
+        return
+    own = declared[1:] if maker in (open_corpus, open_documents) else declared  # theirs is the key, too
+    taken = {one.name: one.default is Parameter.empty for one in own}
+    where = f"source {config.source!r}"
+    for name in config.options:
+        if name not in taken:
+            close = get_close_matches(name, taken, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ConfigError(f"{where} has no option {name!r}; {hint}it takes {', '.join(taken) or 'none'}")
+    if lacking := [name for name, needed in taken.items() if needed and name not in config.options]:
+        raise ConfigError(f"{where} needs the option {lacking[0]!r}; write options: {{{lacking[0]}: ...}}")
+
+
 def _options(config: SourceConfig, maker: Callable[..., Any]) -> dict[str, Any]:
     """Return the options of a source as the types that its maker declares. Raises ConfigError naming key and value."""
+    _check_named(config, maker)
     try:
         kinds = get_type_hints(maker)
     except Exception:  # someone else's: types for a type checker alone, or no plain function

@@ -24,7 +24,7 @@ def books_file(folder: Path, split: str) -> Path:
     """Return the file of a split. Raises DataError when it is absent."""
     path = folder / "books" / f"{split}.parquet"
     if not path.is_file():
-        raise DataError(f"{path} is missing; `data` must name a folder with books/{split}.parquet (see docs/nano.md)")
+        raise DataError(f"{path} is missing; give a folder with books/{split}.parquet as data=FOLDER (docs/nano.md)")
     return path
 
 

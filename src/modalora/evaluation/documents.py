@@ -50,6 +50,8 @@ def load_texts(path: Path) -> list[str]:
     Raises DataError for what is neither UTF-8 text nor such a folder.
     """
     if path.is_dir():
+        if not (path / "books").is_dir():
+            raise DataError(f"{path} is a folder without books/validation.parquet; give a UTF-8 file, or such a folder")
         return part_of_books(path, "evaluation")
     try:
         return [path.read_text(encoding="utf-8")]

@@ -266,19 +266,46 @@ def make_samples(
     small solved puzzle of the same kind in front. texts: books for the tasks that need them (Task.needs_text).
     Raises ConfigError for an unknown task, DataError where nothing fits or the text runs out.
     """
+    _check(task, form, seed)
+    return [_sample(processor, task, length, texts, form, example, seed, number) for number in range(count)]
+
+
+def least_length(
+    processor: Processor, task: str, length: int, count: int, *, texts: Sequence[str] = (), form: str = "plain",
+    example: bool = False, seed: int = 0,
+) -> int:  # fmt: skip
+    """Return the tokens that each of the samples for a length can be had in; beyond the length, they do not fit.
+
+    Settings and errors as in `make_samples`.
+    """
+    _check(task, form, seed)
+    sheets = [_sheet(processor, task, length, texts, form, example, seed, number) for number in range(count)]
+    return max(sheet.tokens(sheet.sized.least) for sheet in sheets)
+
+
+def _check(task: str, form: str, seed: int) -> None:
     if task not in TASKS:
         raise ConfigError(f"task {task!r} must be one of {', '.join(TASKS)}")
     if form not in FORMS:
         raise ConfigError(f"form={form!r} must be one of {', '.join(FORMS)}")
     if seed < 0:
         raise ConfigError(f"seed={seed} must be at least 0")
-    return [_sample(processor, task, length, texts, form, example, seed, number) for number in range(count)]
 
 
-def _sample(
+@dataclass(frozen=True, slots=True)
+class _Sheet:
+    """A puzzle of still open size. front: what stands before it. tokens: size -> tokens of prompt and answer."""
+
+    sized: Sized
+    front: str
+    budget: int
+    tokens: Callable[[int], int]
+
+
+def _sheet(
     processor: Processor, task: str, length: int, texts: Sequence[str], form: str, example: bool, seed: int,
     number: int,
-) -> Sample:  # fmt: skip
+) -> _Sheet:  # fmt: skip
     key = (crc32(task.encode()), seed, number)
     front = ""
     if example:
@@ -293,10 +320,18 @@ def _sample(
         puzzle = sized.at(size)
         return _measure(processor, form, front + puzzle.prompt, puzzle.prefix) + budget
 
-    size = _largest(tokens, sized.least, sized.most, length, task)
-    puzzle = sized.at(size)
-    ids = _prompt_ids(processor, form, front + puzzle.prompt, puzzle.prefix)
-    return Sample(task, length, tuple(ids), puzzle.answers, budget, seed, fingerprint(ids))
+    return _Sheet(sized, front, budget, tokens)
+
+
+def _sample(
+    processor: Processor, task: str, length: int, texts: Sequence[str], form: str, example: bool, seed: int,
+    number: int,
+) -> Sample:  # fmt: skip
+    sheet = _sheet(processor, task, length, texts, form, example, seed, number)
+    size = _largest(sheet.tokens, sheet.sized.least, sheet.sized.most, length, task)
+    puzzle = sheet.sized.at(size)
+    ids = _prompt_ids(processor, form, sheet.front + puzzle.prompt, puzzle.prefix)
+    return Sample(task, length, tuple(ids), puzzle.answers, sheet.budget, seed, fingerprint(ids))
 
 
 def _largest(tokens: Callable[[int], int], least: int, most: int, length: int, task: str) -> int:
@@ -304,7 +339,8 @@ def _largest(tokens: Callable[[int], int], least: int, most: int, length: int, t
     low, low_tokens = least, tokens(least)
     if low_tokens > length:
         raise DataError(
-            f"task {task!r} needs {low_tokens} tokens for prompt and answer at its smallest, and {length} are asked for"
+            f"task {task!r} needs {low_tokens} tokens for prompt and answer at its smallest, and {length} are asked "
+            f"for; ask for a length of {low_tokens} and more, or leave the task out"
         )
     high, high_tokens = most + 1, 0
     step = least

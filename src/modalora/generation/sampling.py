@@ -46,6 +46,12 @@ class Sampling:
                 object.__setattr__(self, field.name, int(value) if field.name in ("top_k", "seed") else float(value))
             except OverflowError:
                 raise ConfigError(f"{field.name}={value!r:.40} is more than a float holds; 1 works") from None
+        for name, none in (("top_k", 0), ("top_p", 1), ("min_p", 0)):
+            if self.temperature == 0 and getattr(self, name) != none:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} has no effect at temperature=0, which is greedy; give a temperature "
+                    "above 0, such as 1, or leave it out"
+                )
 
 
 NONE = -1  # in place of a token where there is none to choose

@@ -71,7 +71,9 @@ def check_processes(run: RunConfig, count: int) -> None:
             raise ConfigError(NOTHING_TO_OFFLOAD)
         return
     if find_spec("deepspeed") is None:
-        raise ConfigError(f"engine={run.engine} needs DeepSpeed; pip install 'modalora[deepspeed]', or use engine=fsdp")
+        raise ConfigError(
+            f"engine={run.engine} needs DeepSpeed; pip install -e '.[deepspeed]' in your clone, or use engine=fsdp"
+        )
     if run.mesh.replicate * run.mesh.tensor > 1:
         raise ConfigError(
             f"mesh: engine={run.engine} cuts over all processes alike, and takes mesh.sequence alone; use engine=fsdp "

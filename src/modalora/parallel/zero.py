@@ -319,7 +319,7 @@ def _deepspeed(device: torch.device) -> Any:
         import deepspeed
     except ModuleNotFoundError:
         raise ConfigError(
-            "engine=zero needs DeepSpeed; pip install 'modalora[deepspeed]', or use engine=fsdp"
+            "engine=zero needs DeepSpeed; pip install -e '.[deepspeed]' in your clone, or use engine=fsdp"
         ) from None
     # or the first run on a CPU waits minutes for a compiler; torch's own collectives do as well
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -103,7 +103,10 @@ def _carry_out(
     if whole := engine.whole():
         _write(run, whole, tokenizer, chat, target, notes, say)
         if not plot_metrics(target.parent / "metrics.jsonl", target.parent / "loss.png"):
-            say("no picture of the curves, which stand in metrics.jsonl: pip install 'modalora[train]' draws it")
+            say(
+                "no picture of the curves, which stand in metrics.jsonl: pip install -e '.[train]' in your clone "
+                "draws it"
+            )
 
 
 def _check_finished(run: RunConfig, target: Path) -> None:

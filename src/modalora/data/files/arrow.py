@@ -51,7 +51,7 @@ def load_arrow() -> Any:
         import pyarrow.ipc
         import pyarrow.parquet
     except ModuleNotFoundError:
-        raise DataError("Parquet files need pyarrow; pip install 'modalora[train]'") from None
+        raise DataError("Parquet files need pyarrow; pip install -e '.[train]' in your clone") from None
     return pyarrow
 
 

@@ -18,7 +18,7 @@ class Saved:
         try:
             import datasets
         except ModuleNotFoundError:
-            raise DataError(f"{path} is a folder, read by `datasets`; pip install 'modalora[hf]'") from None
+            raise DataError(f"{path} is a folder, read by `datasets`; pip install -e '.[hf]' in your clone") from None
         try:
             if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
                 found = datasets.load_from_disk(str(path))

@@ -1,0 +1,5 @@
+"""`python -m modalora` is the command `modalora`."""
+
+from modalora.cli.main import main
+
+main()
