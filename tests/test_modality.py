@@ -551,7 +551,8 @@ def test_a_file_that_is_named_is_run_and_remembered_in_the_model(
     assistant.save(tmp_path / "model")
     monkeypatch.setattr(modality, "_given", {})
     with pytest.raises(
-        ConfigError, match="needs the modality 'taste' of 'the file taste.py'.*name taste.py with --modality"
+        ConfigError,
+        match="the modality 'taste' of 'the file taste.py'.*name taste.py with modality_files=.*--modality-file",
     ):
         modalora.load(tmp_path / "model")
     back = modalora.load(tmp_path / "model", modalities=[tmp_path / "taste.py"])
