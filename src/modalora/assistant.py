@@ -421,6 +421,8 @@ def find_model(name: str | Path) -> Path:
     path = Path(name)
     if path.is_dir():
         return path
+    if path.is_file():
+        raise CheckpointError(f"{str(name)!r} is a file; give the folder of a model")
     short = str(name).removeprefix("bundled/")
     if (BUNDLED / short).is_dir():
         return BUNDLED / short

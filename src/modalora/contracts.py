@@ -144,6 +144,11 @@ class Cache(Protocol):
         """The same as plain numbers, for which no device is asked twice."""
         ...
 
+    @property
+    def is_even(self) -> bool:
+        """Whether every row holds as many tokens as the others."""
+        ...
+
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store this call's keys and values behind each row's own; return all held."""
         ...

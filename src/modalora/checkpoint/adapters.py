@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from modalora.checkpoint.files import Weights, fitted, inside, sort_metadata, write_folder
-from modalora.checkpoint.modules import MODALITY, Modules, add_modules, find_modules, modules_of
+from modalora.checkpoint.modules import MODALITY, Modules, add_modules, find_modules, modules_of, ready_modules
 from modalora.checkpoint.names import Stored, plan
 from modalora.checkpoint.preserve import CERTIFICATE, Preservation
 from modalora.config import parse
@@ -92,7 +92,11 @@ class Verdict:
 
 def fingerprint(model: Multimodal) -> str:
     """Return 16 hexadecimal digits that tell decoders apart: of sizes, norms and a few rows of each matrix."""
-    found = hashlib.sha256(repr(replace(model.config.decoder, rope=Plain())).encode())
+    sizes = model.config.decoder
+    window = sizes.sliding_window
+    if window is not None and window >= sizes.rope.window:  # hides nothing
+        window = None
+    found = hashlib.sha256(repr(replace(sizes, rope=Plain(), sliding_window=window)).encode())
     some = {f"{place}.weight": linear.some_rows() for place, linear in model.decoder.routed().items()}
     for name, tensor in sorted(model.decoder.named_parameters()):
         if "lora_" not in name:
@@ -178,6 +182,7 @@ def load_adapter(model: Multimodal, folder: Path, name: str) -> Verdict:
             f"{folder}: lora_B is zero in all {len(found.zero)} Linears, or lora_A, or lora_alpha, so the adapter "
             "changes nothing: it was saved before training, or its training never reached it"
         )
+    brought = ready_modules(model, found.modules, found.weights)
     _put(model, found, name, as_stored=False)
     change = logit_change(model, name)
     if not isfinite(change):
@@ -189,7 +194,7 @@ def load_adapter(model: Multimodal, folder: Path, name: str) -> Verdict:
             f"{model.decoder.embed_tokens.weight.dtype}, or its lora_alpha={found.config.lora_alpha:g} is"
         )
     model.config = replace(model.config, adapters={**model.config.adapters, name: found.config})
-    add_modules(model, found.modules, found.weights, name)
+    add_modules(model, found.modules, brought, name)
     return Verdict(
         consumed=len(found.weights.entries),
         linears=(len(found.at), len(model.decoder.routed())),
@@ -208,9 +213,10 @@ def restore_adapter(model: Multimodal, folder: Path, name: str, *, as_stored: bo
     as_stored: its tensors keep their dtype, whatever the model's. Raises CheckpointError as `load_adapter` does.
     """
     found = _find(model, folder, name)
+    brought = ready_modules(model, found.modules, found.weights, as_stored=as_stored)
     _put(model, found, name, as_stored=as_stored)
     model.config = replace(model.config, adapters={**model.config.adapters, name: found.config})
-    add_modules(model, found.modules, found.weights, name, as_stored=as_stored)
+    add_modules(model, found.modules, brought, name)
 
 
 def _find(model: Multimodal, folder: Path, name: str) -> _Found:

@@ -109,10 +109,28 @@ def find_modules(
     return Modules(new, tuple(branches), stored, tuple(unknown))
 
 
-def add_modules(
-    model: Multimodal, modules: Modules, weights: Weights, adapter: str, *, as_stored: bool = False
-) -> None:
-    """Add what `find_modules` found, for the rows of an adapter; as_stored: in the files' dtype."""
+def ready_modules(
+    model: Multimodal, modules: Modules, weights: Weights, *, as_stored: bool = False
+) -> dict[str, Tensor]:
+    """Return the tensors of what `find_modules` found, by our names, in the dtype that the model runs in.
+
+    as_stored: in the files' dtype. Raises CheckpointError for numbers that are not finite, or not of the right kind.
+    """
+    held, ready = model.state_dict(), {}
+    for name, key in modules.stored.items():
+        tensor, what = weights.get(key), f"{weights.folder}: {key}"
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{what} holds numbers that are not finite, or whole ones; its training went wrong, train it anew or "
+                "take an earlier state"
+            )
+        dtype = held.get(name, model.decoder.embed_tokens.weight).dtype
+        ready[name] = tensor if as_stored else fitted(tensor, dtype, what)
+    return ready
+
+
+def add_modules(model: Multimodal, modules: Modules, tensors: Mapping[str, Tensor], adapter: str) -> None:
+    """Add what `find_modules` found, for the rows of an adapter; tensors: what `ready_modules` made of it."""
     for name, sizes in modules.modalities.items():
         model.add_modality(name, sizes)
         routed = find(name).routes[frozenset({name})].adapter
@@ -123,12 +141,12 @@ def add_modules(
         # what the folder leaves out stays as it is in the old one
         model.add_branch(modality, f"{branch}-{adapter}").load_state_dict(old.state_dict())
     held, found = model.state_dict(), {}
-    for name, key in modules.stored.items():
+    for name, tensor in tensors.items():
         pieces = name.split(".")
         if tuple(pieces[1:3]) in modules.branches:
             pieces[2] = f"{pieces[2]}-{adapter}"
-        own, stored = held[place := ".".join(pieces)], weights.get(key)
-        found[place] = (stored if as_stored else fitted(stored, own.dtype, f"{weights.folder}: {key}")).to(own.device)
+        place = ".".join(pieces)
+        found[place] = tensor.to(held[place].device)
     model.load_state_dict(found, strict=False, assign=True)
 
 

@@ -162,7 +162,7 @@ def load_model(
 
     dtype: None keeps the stored one, and maps the files instead of copying them; of several the one that most numbers
     of a network have. pack: make the model faster to read and impossible to change (Multimodal.pack). check: compare
-    files with the manifest first. as_stored: every tensor keeps its own dtype, for writing, not for use.
+    files with the manifest first. as_stored: every tensor keeps its own dtype, to be written or trained, not read.
     Raises CheckpointError.
     """
     card, tokenizer, chat = read_texts(folder, check=check)
@@ -171,7 +171,8 @@ def load_model(
     runs_in = _dtypes(weights, stored)
     tensors = {}
     for name, place in stored.items():
-        own = None if as_stored else dtype or runs_in[_network(name)]
+        keeps = as_stored or (dtype is None and ".lora_" in name)  # an adapter is cast where it is used
+        own = None if keeps else dtype or runs_in[_network(name)]
         tensors[name] = _read(weights, place, card.config, own).to(device)
     model.load_state_dict(tensors, assign=True)
     _check_memory(model)

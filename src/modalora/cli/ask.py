@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Annotated, Any, cast
 
@@ -10,6 +9,7 @@ import typer
 
 from modalora.cli import options
 from modalora.cli.loading import media_by_name, open_model, typed
+from modalora.cli.words import to_json
 
 
 def ask(
@@ -63,4 +63,4 @@ def ask(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    print(json.dumps(asdict(answer), ensure_ascii=False) if as_json else answer.text)
+    print(to_json(asdict(answer)) if as_json else answer.text)

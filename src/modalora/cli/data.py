@@ -10,6 +10,7 @@ import typer
 
 from modalora.cli import options
 from modalora.cli.train import find_recipe
+from modalora.cli.words import to_json
 
 if TYPE_CHECKING:
     from modalora.config import RunConfig
@@ -38,7 +39,7 @@ def check(
 
     found = check_data(context, run.mixture, run.seed)
     if as_json:
-        print(json.dumps([one.summary() for one in found], ensure_ascii=False))
+        print(to_json([one.summary() for one in found]))
     else:
         _print([one.summary() for one in found])
     if any(one.bad for one in found):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import typer
 
 from modalora.cli import options
+from modalora.cli.words import to_json
 
 
 def doctor(as_json: options.Json = False) -> None:
@@ -18,7 +17,7 @@ def doctor(as_json: options.Json = False) -> None:
 
     found = checks()
     if as_json:
-        print(json.dumps([vars(check) for check in found], ensure_ascii=False))
+        print(to_json([vars(check) for check in found]))
     else:
         for check in found:
             mark = "ok  " if check.ok else "miss" if check.needed else "opt."

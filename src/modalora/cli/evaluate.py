@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -10,6 +9,7 @@ import typer
 
 from modalora.cli import options
 from modalora.cli.loading import open_model
+from modalora.cli.words import to_json
 
 if TYPE_CHECKING:
     from modalora.evaluation.needle import Cell, Grid
@@ -121,7 +121,7 @@ def evaluate(
         if not as_json:
             print("\n".join(shown))
     if as_json:
-        print(json.dumps(found, ensure_ascii=False))
+        print(to_json(found))
 
 
 def _check(context: typer.Context, tasks: list[str], samples: int, threshold: float) -> None:

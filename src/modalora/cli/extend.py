@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Annotated, Any
 
@@ -10,6 +9,7 @@ import typer
 
 from modalora.cli import options
 from modalora.cli.processes import asked_for, ended_by_signals, launch_many
+from modalora.cli.words import to_json
 from modalora.errors import InputError
 from modalora.parallel.stops import is_first
 
@@ -55,7 +55,7 @@ def _extend(recipe: str, settings: list[str], count: int, as_json: bool) -> None
         return
     found = carry_out(config, _say, _report)
     if is_first():
-        print(json.dumps(found, ensure_ascii=False) if as_json else _told(found))
+        print(to_json(found) if as_json else _told(found))
 
 
 def _say(line: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 from modalora.cli import options
 from modalora.cli.loading import load_files
 
@@ -23,7 +21,7 @@ def inspect(
     load_files(modality_file)
     found = describe(find_model(model))
     if as_json:
-        print(json.dumps(found, ensure_ascii=False))
+        print(to_json(found))
         return
     print(f"{found['folder']}: layout {found['layout']}, {found['bytes']:,} bytes of {', '.join(found['dtypes'])}")
     if len(found["dtypes"]) > 1:

@@ -158,8 +158,9 @@ def _check_paths(overrides: list[str]) -> None:
 
     for override in overrides:
         key, _, value = override.partition("=")
-        if key.endswith("options.path"):
-            find_files(text.read(value, override))
+        path = text.read(value, override) if key.endswith("options.path") else None
+        if isinstance(path, str) or (isinstance(path, list) and all(isinstance(one, str) for one in path)):
+            find_files(path)  # what is no path is told where the source is opened
 
 
 def _stage(

@@ -56,7 +56,10 @@ def ended_by_signals() -> Iterator[None]:
 
     A launcher is told that this process was stopped, and did not fail.
     """
-    before = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGALRM)}
+    heard = [signal.SIGTERM, signal.SIGALRM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is ignored by what runs in the background
+        heard.append(signal.SIGINT)
+    before = {number: signal.signal(number, _end) for number in heard}
     end_with_launcher()
     try:
         yield
@@ -67,13 +70,23 @@ def ended_by_signals() -> Iterator[None]:
         raise typer.Exit(stopped.exit_code if isinstance(stopped, Interrupted) else 130) from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        _asked.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
+_asked: list[int] = []  # the signals that came
+
+
 def _end(number: int, frame: FrameType | None) -> None:
     # a library in C may drop the exception, as numpy does where torch imports it: it is raised again until it is heard
+    if number != signal.SIGALRM:
+        _asked.append(number)
+    elif not _asked or isinstance(sys.exc_info()[1], SystemExit | KeyboardInterrupt):
+        return  # it is on its way, and what cleans up behind it is left alone
     signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
+    if _asked[-1] == signal.SIGINT:
+        raise KeyboardInterrupt
     tell_stopped()
     if is_first() and number == signal.SIGTERM:
         print("modalora: ended at once; what was saved is whole", file=sys.stderr)

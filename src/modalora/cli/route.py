@@ -10,6 +10,7 @@ import typer
 
 from modalora.cli import options
 from modalora.cli.loading import media_by_name, open_model, typed
+from modalora.cli.words import to_json
 
 if TYPE_CHECKING:
     from modalora.processing.processor import Processor, Row
@@ -53,7 +54,7 @@ def explain(
     ):
         record["official"] = official
         if as_json:
-            print(json.dumps(record, ensure_ascii=False))
+            print(to_json(record))
             continue
         if len(records) > 1:
             print(f"row {number}")

@@ -1,6 +1,15 @@
-"""Bytes and seconds as people read them."""
+"""Bytes and seconds as people read them, and JSON as programs do."""
 
 from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+
+def to_json(value: Any) -> str:
+    """Return a value as JSON in letters that standard output can write."""
+    return json.dumps(value, ensure_ascii="utf" not in (sys.stdout.encoding or "").lower())
 
 
 def sized(size: float) -> str:

@@ -130,8 +130,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"recipe {path} is empty; write settings, such as init: bundled/nano (docs/settings.md)")
     if not isinstance(fields, dict):
         raise ConfigError(f"recipe {path} must be a mapping of settings; it holds {type(fields).__name__}")
-    if _FILES in fields:
-        fields[_FILES] = _beside(path, fields[_FILES])
+    for group in (fields, fields.get("training")):  # of an extension
+        if isinstance(group, dict) and _FILES in group:
+            group[_FILES] = _beside(path, group[_FILES])
     return fields
 
 

@@ -28,7 +28,11 @@ class _Strict(Settings, Generic[T]):
 
 def parse(kind: type[T], fields: Any, where: str) -> T:
     """Return `fields` as a `kind` (dataclass or Settings), strictly. Raises ConfigError naming key, value and rule."""
-    if wrong := _booleans(fields, kind):  # which pydantic reads as 0 and 1
+    try:
+        wrong = _booleans(fields, kind)  # which pydantic reads as 0 and 1
+    except RecursionError:
+        raise ConfigError(f"{where}: a setting holds itself; write it out") from None
+    if wrong:
         raise ConfigError(f"{where}: {', '.join(wrong)} must be a number, and true and false are none")
     try:
         return _Strict[kind].model_validate({"fields": fields}).fields  # type: ignore[valid-type]

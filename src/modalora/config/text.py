@@ -29,9 +29,11 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(f"line {key.start_mark.line + 1} has a list or a mapping for a key")
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
                 raise ConfigError(f"line {key.start_mark.line + 1} sets {key.value!r} for the second time")
-            seen.add(str(key.value))
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -44,7 +46,7 @@ class _Dumper(yaml.SafeDumper):
 for _kind in (_Loader, _Dumper):
     for _tag, (_pattern, _first) in _PLAIN.items():
         _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<"])
+    _kind.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<"])
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
@@ -59,7 +61,7 @@ def read(text: str, where: str) -> Any:
         raise ConfigError(f"{where} is not YAML: {place}{error.problem or error.context}{tab}") from None
     except (yaml.YAMLError, ConfigError) as error:
         raise ConfigError(f"{where} is not YAML: {error}".replace("\n", " ")) from None
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, !!int abc, lists in lists in lists
+    except (ValueError, RecursionError, KeyError, AttributeError) as error:  # 5,000 digits, !!int abc, [[[[...
         raise ConfigError(f"{where} is not YAML that settings are made of: {error}") from None
 
 

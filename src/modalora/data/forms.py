@@ -169,17 +169,31 @@ def _list(value: Any, what: str) -> list[Any]:
 
 def _messages(fields: Fields, options: Options) -> Messages:
     made: Messages = []
+    seen: Counter[str] = Counter()
     for number, turn in enumerate(_list(fields["messages"], "messages"), start=1):
         what = f"message {number}"
         check_message(turn, what)
         content = turn.get("content")
         if isinstance(content, list):
+            _check_order(content, seen, what)
             content = [_part(part, f"{what}, part {place}", options) for place, part in enumerate(content, start=1)]
         else:
             content = _string(content, f"the content of {what}")
         tools = {"tools": turn["tools"]} if turn.get("tools") is not None else {}
         made.append({"role": turn["role"], "content": content, **tools, **_loss(turn, what)})
     return made
+
+
+def _check_order(parts: Sequence[Any], seen: Counter[str], what: str) -> None:
+    """Refuse parts that name another of the record's media than the next of their kind."""
+    for part in parts:
+        if not isinstance(part, Mapping) or (kind := part.get("type")) not in PLACEHOLDERS:
+            continue
+        if part.get("index", seen[kind]) not in (None, seen[kind]):
+            raise DataError(
+                f"{what} has {kind} number {part['index']!r:.20} where {seen[kind]} is next; put them in order"
+            )
+        seen[kind] += 1
 
 
 def _loss(turn: Fields, what: str) -> dict[str, bool]:
@@ -192,6 +206,8 @@ def _loss(turn: Fields, what: str) -> dict[str, bool]:
 
 
 def _part(part: Any, what: str, options: Options) -> dict[str, Any]:
+    if isinstance(part, Mapping) and part.get("type") in PLACEHOLDERS:
+        part = {key: value for key, value in part.items() if key != "index"}  # which _check_order has seen
     kind, payload = read_part(part, what, (*PLACEHOLDERS, *options.more), empty=PLACEHOLDERS)
     if kind == "text":
         payload = _string(payload, what)

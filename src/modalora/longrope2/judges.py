@@ -147,6 +147,11 @@ class _Before:
         """The same as plain numbers."""
         return self._lengths.tolist()
 
+    @property
+    def is_even(self) -> bool:
+        """True: every row has the same tokens."""
+        return True
+
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return what was kept, turned, and behind it this call's keys and values."""
         before, said = (kept.expand(self._rows, -1, -1, -1) for kept in self._kept[layer])

@@ -355,7 +355,9 @@ def _mscale(inner: dict[str, Any], window: int, original: int, place: str) -> tu
         raise ConfigError(f"{place}: short_mscale and long_mscale belong together; give both, or none")
     if stretch is None or stretch == window / original:
         return None
-    if not isinstance(stretch, int | float) or isinstance(stretch, bool) or not 0 < stretch <= 1e6:
+    if not isinstance(stretch, int | float) or isinstance(stretch, bool):
+        raise ConfigError(f"{place}: factor={_short(stretch)} must be a number")
+    if not 0 < stretch <= 1e6:
         raise ConfigError(
             f"{place}: factor={_short(stretch)} must lie in (0, 1e6]; it is the window as a multiple of the original"
         )

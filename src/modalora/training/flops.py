@@ -65,10 +65,10 @@ class StepFlops:
                 learns[item.row] |= own or after
         if not self.decodes:
             return total
-        for row, (length, adapter) in enumerate(zip(batch.lengths.tolist(), batch.route.adapters, strict=True)):
+        counts = zip(batch.lengths.tolist(), batch.route.adapters, batch.labelled.sum(1).tolist(), strict=True)
+        for row, (length, adapter, labels) in enumerate(counts):
             names = [name for name, _ in terms(adapter)] if adapter else []
             back = learns[row] or any(f"adapter.{name}" in self.trained for name in names)
-            labels = int(batch.labelled[row].sum())
             wide = "decoder" in self.trained
             total += 2 * self.decoder * length * (1 + back + wide)
             total += self.attention * length**2 * (1 + 2 * back)  # the causal half of 4 per pair

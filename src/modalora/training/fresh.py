@@ -41,12 +41,18 @@ def count_said(batches: Batches, vocab_size: int, steps: int = 20) -> Tensor:
 
 @torch.no_grad()
 def whiten_projectors(
-    model: Multimodal, modality: str, patterns: Sequence[str], batches: Batches, steps: int = 8
+    model: Multimodal,
+    modality: str,
+    patterns: Sequence[str],
+    batches: Batches,
+    device: str | torch.device = "cpu",
+    steps: int = 8,
 ) -> None:
     """Let the trained projectors of a modality start on features of mean 0 and deviation 1, at the scale of embeddings.
 
     An encoder's features share a large mean, which leaves all media tokens nearly parallel: the decoder then sees
-    their average only. The statistics go into the first layer, so the projector stays what it was.
+    their average only. The statistics go into the first layer, so the projector stays what it was. device: where the
+    encoder runs.
     """
     if modality not in model.encoders:
         raise ConfigError(f"whiten: this model has no {modality!r} encoder; it has {', '.join(model.encoders)}")
@@ -64,12 +70,13 @@ def whiten_projectors(
             + ("train: names none of its projectors" if not chosen else f"the first {steps} steps have none")
             + ", so add it there, or leave it out of whiten:"
         )
-    device = model.decoder.embed_tokens.weight.device
+    encoder = model.encoders[modality].to(device)  # and no more: the decoder may be too large before it is quantised
     given_features = [{name: value.to(device) for name, value in item.features.items()} for item in media]
-    features = torch.cat(model.encoders[modality](given_features))
+    features = torch.cat(encoder(given_features))
     mean, deviation = features.mean(0), features.std(0).clamp(min=1e-3)
     for projector in chosen:
         assert isinstance(projector, Projector)
+        projector.to(device)
         projector.up.weight.div_(deviation)
         projector.up.bias.copy_(-projector.up.weight @ mean)
         given = projector(features)

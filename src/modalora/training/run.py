@@ -84,7 +84,7 @@ def _carry_out(
     said = count_said(make_mixture(run, context), model.config.decoder.vocab_size) if run.objective == "ctc" else None
     device = run.device if engine.world == 1 else "cpu"  # an engine of many processes moves what a process keeps
     for modality in run.whiten:
-        whiten_projectors(model.to(device), modality, run.train, make_mixture(run, context))
+        whiten_projectors(model, modality, run.train, make_mixture(run, context), device)
     if run.recompute:
         recompute(model, offload=run.recompute == "offload")
     if run.base_bits is not None:

@@ -59,7 +59,7 @@ def open_start(run: RunConfig) -> tuple[Multimodal, TextTokenizer, ChatFormat]:
         model, chat = Multimodal(SIZES[run.init]()), FORMATS["phi4"]
         tokenizer = _fresh_tokenizer(run, model.config.decoder.vocab_size)
     else:
-        loaded = load_model(find_model(run.init))
+        loaded = load_model(find_model(run.init), as_stored=True)
         model, tokenizer, chat = loaded.model, loaded.tokenizer, loaded.chat
     _grow(model, run)
     _take_parts(model, tokenizer, run.take)
@@ -138,7 +138,7 @@ def _take_parts(model: Multimodal, tokenizer: TextTokenizer, take: dict[str, str
     """Copy the parts that match a pattern from other model folders."""
     tensors, decoder_too = model.state_dict(), matches("decoder", *take)
     for pattern, folder in take.items():
-        loaded = load_model(find_model(folder))
+        loaded = load_model(find_model(folder), as_stored=True)
         other, given = loaded.model, loaded.model.state_dict()
         chosen = [name for name in given if matches(part_of(name), pattern)]
         if not chosen:

@@ -63,5 +63,5 @@ def unpack_parquet(path: Path, target: Path) -> None:
         with arrow.OSFile(str(target), "wb") as sink, arrow.ipc.new_file(sink, table.schema_arrow) as writer:
             for batch in table.iter_batches(batch_size=64):
                 writer.write_batch(batch)
-    except (arrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is no whole Parquet file ({error}); copy or export it again") from None
