@@ -319,6 +319,8 @@ def test_plain_values_are_those_of_yaml_1_2_and_survive_being_written(text: str,
         ("!!int abc", r"^x is not YAML that settings are made of: invalid literal"),
         ("9" * 5000, r"^x is not YAML that settings are made of: Exceeds the limit"),
         ("[" * 3000, r"^x is not YAML that settings are made of: maximum recursion"),
+        ("? [a]\n: 1", r"^x is not YAML: line 1 has a list or a mapping for a key$"),
+        ("!!bool abc", r"^x is not YAML that settings are made of: 'abc'$"),
         ("!!python/object:os.system x", r"^x is not YAML: line 1: could not determine a constructor"),
     ],
 )
@@ -326,6 +328,11 @@ def test_what_is_no_plain_yaml_is_told_in_a_line(text: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told) as raised:
         read(text, "x")
     assert "\n" not in str(raised.value)
+
+
+def test_a_setting_that_holds_itself_is_refused(recipe: Callable[[Any], Path]) -> None:
+    with pytest.raises(ConfigError, match="a setting holds itself"):
+        load_run(recipe(RECIPE), ["preserve=&a [*a]"])
 
 
 @pytest.mark.parametrize(

@@ -381,6 +381,19 @@ def test_a_saved_projector_stands_beside_the_old_one_for_the_rows_of_its_adapter
     assert torch.equal(modalora.load(tmp_path / "model").logits(asked, route="mine"), ours)
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), 1e300, 1])
+def test_a_projector_that_cannot_be_used_leaves_the_model_as_it_was(tmp_path: Path, wrong: float) -> None:
+    assistant = base()
+    old = assistant.model.projectors.get_submodule("image.vision").up.weight.detach()
+    dtype = torch.int64 if wrong == 1 else torch.float64
+    folder = with_module(tmp_path, {UP: torch.full(old.shape, wrong, dtype=dtype)}, ["img_projection_up"])
+    adapters, branches, config = assistant.model.adapters, assistant.model.branches, assistant.model.config
+    with pytest.raises(CheckpointError, match="not finite, or whole ones|cannot tell from infinity"):
+        assistant.load_adapter(folder, "mine")
+    assert (assistant.model.adapters, assistant.model.branches, assistant.model.config) == (adapters, branches, config)
+    assert not any("mine" in linear.adapters for linear in assistant.model.decoder.routed().values())
+
+
 def test_a_projector_of_its_own_is_lost_in_no_sum_and_no_merge(tmp_path: Path) -> None:
     assistant = base()
     old = assistant.model.projectors.get_submodule("image.vision").up.weight.detach()

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from modalora.checkpoint.adapters import load_adapter, save_adapter
+from modalora.checkpoint.adapters import fingerprint, load_adapter, save_adapter
 from modalora.checkpoint.store import convert, describe, load_model, save_model
 from modalora.checkpoint.sums import compose, merge
 from modalora.contracts import Batch, Route
@@ -317,3 +317,13 @@ def test_an_adapter_is_used_on_packed_weights_where_gradients_are_asked_for(
     for name in ("mine", "later"):
         found = model(Batch(torch.arange(20)[None], torch.tensor([20]), Route((name,))))
         torch.testing.assert_close(found, wanted, atol=0.05, rtol=0)
+
+
+def test_a_sliding_window_that_hides_nothing_makes_no_other_base(words: TextTokenizer, tmp_path: Path) -> None:
+    """Its adapters were saved when such windows were not kept."""
+    one = moved(TEXT)
+    torch.manual_seed(0)
+    other = moved(replace(TEXT, decoder=replace(TEXT.decoder, sliding_window=TEXT.decoder.rope.window)))
+    assert fingerprint(one) == fingerprint(other)
+    narrow = moved(replace(TEXT, decoder=replace(TEXT.decoder, sliding_window=40)))
+    assert fingerprint(one) != fingerprint(narrow)

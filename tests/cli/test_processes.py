@@ -68,19 +68,50 @@ def test_sigterm_where_nothing_listens_ends_with_0(
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_sigterm_is_heard_though_a_library_drops_it(
-    verb: str, command: list[str], told: list[str], run: Run, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("number", "ends"),
+    [
+        (signal.SIGTERM, (0, "", "modalora: ended at once; what was saved is whole\n")),
+        (signal.SIGINT, (130, "", "modalora: interrupted\n")),
+    ],
+)
+def test_a_signal_is_heard_though_a_library_drops_it(
+    verb: str,
+    command: list[str],
+    told: list[str],
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    ends: tuple[int, str, str],
 ) -> None:
     def drop() -> None:
-        with suppress(SystemExit):
-            signal.raise_signal(signal.SIGTERM)
+        with suppress(SystemExit, KeyboardInterrupt):
+            signal.raise_signal(number)
         time.sleep(30)
         pytest.fail("it was not heard")
 
     monkeypatch.setattr("modalora.cli.processes.AGAIN_SECONDS", 0.1)
     instead(monkeypatch, verb, drop)
-    assert run(*command) == (0, "", "modalora: ended at once; what was saved is whole\n")
+    assert run(*command) == ends
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_what_cleans_up_behind_a_signal_is_left_alone(
+    verb: str, command: list[str], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def work() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            time.sleep(0.3)
+            done.append("cleaned")
+
+    monkeypatch.setattr("modalora.cli.processes.AGAIN_SECONDS", 0.05)
+    instead(monkeypatch, verb, work)
+    assert run(*command)[0] == 0
+    assert done == ["cleaned"]
 
 
 @pytest.mark.parametrize(

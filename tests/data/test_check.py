@@ -313,6 +313,20 @@ def test_the_check_and_training_refuse_the_same_rows(context: Context, tmp_path:
     assert {one.line for one in (*seen.values(), *made.values()) if isinstance(one, Bad)} == bad
 
 
+def test_parts_may_number_the_records_media_in_their_order(context: Context, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "b.png").write_bytes(picture(60, 60))
+
+    def record(*order: int) -> dict[str, Any]:
+        parts = [{"index": index, "text": None, "type": "image"} for index in order]
+        asked = {"role": "user", "content": [*parts, {"index": None, "text": "one?", "type": "text"}]}
+        return {"messages": [asked, {"role": "assistant", "content": "two"}], "images": ["a.png", "b.png"]}
+
+    (found,) = check_data(context, [write(tmp_path / "a.jsonl", record(0, 1), record(1, 0))])
+    assert [(bad.line, bad.reason) for bad in found.bad] == [(2, "message 1 has image 1 where 0 is next")]
+    assert found.media == {"image": 2}
+
+
 def test_a_users_weight_makes_no_label(context: Context, tmp_path: Path) -> None:
     turns = [
         ("user", "one?", 1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from modalora.cli import options
 from modalora.cli.loading import load_files
+from modalora.cli.words import to_json
 
 
 def inspect(

@@ -190,9 +190,7 @@ def _check_order(parts: Sequence[Any], seen: Counter[str], what: str) -> None:
         if not isinstance(part, Mapping) or (kind := part.get("type")) not in PLACEHOLDERS:
             continue
         if part.get("index", seen[kind]) not in (None, seen[kind]):
-            raise DataError(
-                f"{what} has {kind} number {part['index']!r:.20} where {seen[kind]} is next; put them in order"
-            )
+            raise DataError(f"{what} has {kind} {part['index']!r:.20} where {seen[kind]} is next; put them in order")
         seen[kind] += 1
 
 
