@@ -64,9 +64,10 @@ def wide() -> ModelConfig:
 
 
 def seeing() -> ModelConfig:
-    """A third of the picture tower at full width before a small decoder."""
-    full = phi4_multimodal()
-    return replace(nano(), vision=replace(full.vision, num_hidden_layers=9), speech=None, adapters={
+    """A third of the picture tower at full width before a small decoder that reads a whole picture."""
+    full, small = phi4_multimodal(), nano()
+    decoder = replace(small.decoder, rope=replace(small.decoder.rope, window=4096))
+    return replace(small, decoder=decoder, vision=replace(full.vision, num_hidden_layers=9), speech=None, adapters={
         "vision": LoraConfig(r=32, lora_alpha=64)})  # fmt: skip
 
 
