@@ -104,8 +104,9 @@ def rows_cross_to_the_long_table_as_on_the_cpu() -> None:
 @check
 def rows_of_a_mixed_batch_are_what_they_are_alone() -> None:
     logits, gradients = worst_differences(load(), MIXED)
-    assert logits < 1e-4, logits  # the CPU's kernels for padded rows; see README
-    assert gradients < 1e-4, gradients
+    # sums over padded keys in another order: 1.7e-5 of logits up to 22 and 2e-7 seen; a wrong row or adapter gives 0.1
+    assert logits < 1e-4, logits
+    assert gradients < 1e-5, gradients
 
 
 @check
@@ -116,6 +117,7 @@ def few_bits_give_what_they_give_on_the_cpu() -> None:
             assistant = load(device)
             quantize(assistant.model, bits)
             found.append(assistant.logits(ASKED[1]).cpu())
+        # the same numbers through other attention kernels, 1.1e-5 of 22 seen; a level of nf4 amiss gives more than 0.1
         torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
 
 
@@ -134,7 +136,7 @@ def evoformer_attention_trains() -> None:
         DS4Sci_EvoformerAttention(q, k, v, biases).square().sum().backward()
         return [x.grad.cpu() for x in (q, k, v, biases[1]) if x.grad is not None]
 
-    for there, here in zip(gradients(NAME), gradients("cpu"), strict=True):
+    for there, here in zip(gradients(NAME), gradients("cpu"), strict=True):  # float32 sums in another order
         torch.testing.assert_close(there, here, atol=1e-5, rtol=1e-5)
 
 
@@ -160,7 +162,7 @@ def rows_with(kind: str) -> Path:
 
 def trains_alike(name: str, *settings: str, rows: Path = ROWS, bound: float = 1e-5) -> None:
     there, here = (losses(name, device, *settings, rows=rows) for device in (NAME, "cpu"))
-    for one, other in zip(there, here, strict=True):
+    for one, other in zip(there, here, strict=True):  # float32: 6e-7 seen
         assert abs(one - other) <= bound * max(1.0, abs(other)), (there, here)
 
 
@@ -171,7 +173,7 @@ def adapters_train_as_on_the_cpu() -> None:
 
 @check
 def half_precision_trains() -> None:
-    trains_alike("bf16", "precision=bf16", bound=0.02)  # other kernels than the CPU's own bf16
+    trains_alike("bf16", "precision=bf16", bound=0.005)  # other kernels than the CPU's own bf16: 5e-4 seen
 
 
 @check
