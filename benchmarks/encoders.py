@@ -1,11 +1,12 @@
 """How long do the picture and the sound encoder take at full size, beside transformers' with the same weights?
 
-Random weights, one thread; CPU seconds, the best of several repeats, both sides in turn in one process, in bf16 or
+Random weights, one thread or a GPU; seconds, the best of several repeats, both sides in turn in one process, in bf16 or
 float32. The peer's vision tower is right in eager mode alone (under SDPA it runs causally); both are shown. Ours runs
 as it does in a prompt, with wide products. Results are compared.
 
     THP_MEM_ALLOC_ENABLE=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456 \
         python benchmarks/encoders.py [--dtype float32] [--pack] [--work crop image sound]
+    python benchmarks/encoders.py --device cuda
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from modalora.models.speech import SpeechEncoder
 from modalora.models.vision import ImageEmbedder
 from modalora.nn.dense import Product
 from modalora.nn.products import wide_products
-from timing import in_turn, where
+from timing import CPU, in_turn, where
 
 PREFIX = {"image": "model.embed_tokens_extend.image_embed.", "audio": "model.embed_tokens_extend.audio_embed."}
 
@@ -63,11 +64,11 @@ def copy(ours: nn.Module, theirs: nn.Module, kind: str) -> None:
         state[place.name.removeprefix(PREFIX[kind])].copy_(place.pair.to_theirs(own[name], config))
 
 
-def picture(crops: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def picture(crops: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     side = int(crops**0.5)
     return {
-        "pixels": torch.randn(1 + crops, 3, 448, 448, dtype=dtype),
-        "mask": torch.ones(1 + crops, 32, 32, dtype=torch.bool),
+        "pixels": torch.randn(1 + crops, 3, 448, 448, dtype=dtype, device=device),
+        "mask": torch.ones(1 + crops, 32, 32, dtype=torch.bool, device=device),
         "grid": torch.tensor([side, side]),
     }
 
@@ -78,7 +79,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--work", nargs="+", choices=("crop", "image", "sound"), default=["crop", "image", "sound"])
     parser.add_argument("--pack", action="store_true", help="ours with packed matrices, as load(pack=True) has them")
+    parser.add_argument("--device", type=torch.device, default=CPU)
     asked = parser.parse_args()
+    device: torch.device = asked.device
     dtype: torch.dtype = getattr(torch, asked.dtype)
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -102,11 +105,13 @@ def main() -> None:
     for image, audio in views.values():
         copy(tower, image, "image")
         copy(encoder, audio, "audio")
+    for module in (tower, encoder, *(module for view in views.values() for module in view)):
+        module.to(device)
     if asked.pack:
         for module in (*tower.modules(), *encoder.modules()):
             if isinstance(module, Product):
                 module.pack(lambda weight: None)
-    print(f"{where()}, {dtype}\n")
+    print(f"{where(device=device)}, {dtype}\n")
     print("| work | ours s | transformers eager s | ratio | transformers sdpa s | ratio | largest difference |")
     print("|---|---|---|---|---|---|---|")
 
@@ -114,14 +119,14 @@ def main() -> None:
         ours = wide_products()(ours)
         own, told = ours().float(), theirs["eager"]().float()
         difference = float((own - told).abs().max() / told.abs().max())
-        times = in_turn({"ours": ours, **theirs}, repeats)
+        times = in_turn({"ours": ours, **theirs}, repeats, device)
         mine = times["ours"]
-        cells = " | ".join(f"{times[mode]:.2f} | {times[mode] / mine:.2f}" for mode in ("eager", "sdpa"))
-        print(f"| {name} | {mine:.2f} | {cells} | {difference:.1e} of the largest value |", flush=True)
+        cells = " | ".join(f"{times[mode]:.4g} | {times[mode] / mine:.2f}" for mode in ("eager", "sdpa"))
+        print(f"| {name} | {mine:.4g} | {cells} | {difference:.1e} of the largest value |", flush=True)
 
     pictures = {"crop": ("one 448 crop", 0, 7), "image": ("1344x1344: 9 crops and the whole", 9, 1)}
     for name, crops, repeats in (row for kind, row in pictures.items() if kind in asked.work):
-        one = picture(crops, dtype)
+        one = picture(crops, dtype, device)
         compare(
             name,
             lambda one=one: tower.tower(one["pixels"], one["mask"]),
@@ -134,7 +139,7 @@ def main() -> None:
             repeats,
         )
     if "sound" in asked.work:
-        mel = 12 + 4 * torch.randn(2998, 80)
+        mel = 12 + 4 * torch.randn(2998, 80, device=device)
         compare(
             "30 s of sound",
             lambda: encoder([{"mel": mel}])[0],

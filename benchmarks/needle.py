@@ -6,12 +6,12 @@ Two questions, each answered as a ratio within one process:
 - several needles per document: one forward pass for k questions, against k documents with one each. The limit is k.
 
     .venv/bin/python benchmarks/needle.py [--size window-study] [--length 1024] [--text FILE] [--vocab 200064]
+        [--device cuda]
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,21 +26,9 @@ from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import SIZES
 from modalora.nn.products import wide_products
 from modalora.processing.tokenizer import TextTokenizer
+from timing import CPU, best
 
 README = Path(__file__).parents[1] / "README.md"
-
-
-def seconds(work: Callable[[], object], rounds: int = 3) -> float:
-    """Least time of a round: CPU seconds of this process, or wall seconds on a GPU."""
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    best = float("inf")
-    for _ in range(rounds + 1):  # the first warms up
-        started = clock()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        best = min(best, clock() - started)
-    return best
 
 
 @torch.no_grad()
@@ -72,6 +60,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=0, help="words of the output projection, where not the size's own")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--needles", type=int, default=8)
+    parser.add_argument("--device", type=torch.device, default=CPU)
     parser.add_argument("--text", type=Path, help="a long text; else the README over and over")
     given = parser.parse_args()
     texts = load_texts(given.text) if given.text else [README.read_text(encoding="utf-8") * 20]
@@ -79,8 +68,11 @@ def main() -> None:
     config = SIZES[given.size]()
     decoder = replace(config.decoder, vocab_size=max(given.vocab or config.decoder.vocab_size, 1024))
     torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = given.device
     model = Multimodal(replace(config, decoder=decoder)).eval().to(device)
+
+    def seconds(work: Callable[[], object]) -> float:
+        return best(work, 4, device)
 
     def made(needles: int) -> list[Document]:
         return make_documents(

@@ -1,4 +1,8 @@
-"""CPU seconds of this process, what other work on the machine hardly moves, unlike wall time; and its memory."""
+"""Time and memory that benchmarks tell.
+
+On a CPU: seconds of this process, what other work on the machine hardly moves, unlike wall time, and resident memory.
+On another device: seconds from the first call to the end of all that was asked of it, and what its allocator holds.
+"""
 
 from __future__ import annotations
 
@@ -16,46 +20,64 @@ import torch
 
 from modalora.checkpoint.preserve import device_name
 
+CPU = torch.device("cpu")
 
-def where(threads: int = 1) -> str:
+
+def where(threads: int = 1, device: torch.device = CPU) -> str:
     """Return day, processor, torch and threads, for the head of a table."""
     plural = "s" if threads > 1 else ""
-    name = device_name(torch.device("cpu"))
-    return f"{date.today()}, {name}, {os.cpu_count()} cores, torch {torch.__version__}, {threads} thread{plural}"
+    cores = f"{os.cpu_count()} cores, " if device == CPU else ""
+    return f"{date.today()}, {device_name(device)}, {cores}torch {torch.__version__}, {threads} thread{plural}"
 
 
-def best(work: Callable[[], Any], times: int = 3) -> float:
-    """Return the CPU seconds of the quickest of several runs."""
+def best(work: Callable[[], Any], times: int = 3, device: torch.device = CPU) -> float:
+    """Return the seconds of the quickest of several runs; elsewhere than on a CPU a run before them warms up."""
+    if device != CPU:
+        work()
     found = []
     for _ in range(times):
-        started = time.process_time()
+        started = _clock(device)
         work()
-        found.append(time.process_time() - started)
+        found.append(_clock(device) - started)
     return min(found)
 
 
-def in_turn(works: Mapping[str, Callable[[], Any]], times: int = 3) -> dict[str, float]:
-    """Return the CPU seconds of the quickest of several runs of each, run in turn: a machine that is shared slows down
+def in_turn(works: Mapping[str, Callable[[], Any]], times: int = 3, device: torch.device = CPU) -> dict[str, float]:
+    """Return the seconds of the quickest of several runs of each, run in turn: a machine that is shared slows down
     and speeds up again within minutes."""
-    found = [{name: best(work, 1) for name, work in works.items()} for _ in range(times)]
+    found = [{name: best(work, 1, device) for name, work in works.items()} for _ in range(times)]
     return {name: min(one[name] for one in found) for name in works}
+
+
+def _clock(device: torch.device) -> float:
+    if device == CPU:
+        return time.process_time()
+    torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 @dataclass
 class Peak:
-    """The most bytes of resident memory that something needed above what was there before it."""
+    """The most bytes that something needed above what was there before it."""
 
     bytes: int = 0
 
 
 @contextmanager
-def peak() -> Iterator[Peak]:
-    """Measure the body; what is found is there once it has ended. Needs Linux."""
+def peak(device: torch.device = CPU) -> Iterator[Peak]:
+    """Measure the body; what is found is there once it has ended. Needs Linux on a CPU."""
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the most held starts anew
-    before, found = _held("VmRSS"), Peak()
-    yield found
-    found.bytes = _held("VmHWM") - before
+    found = Peak()
+    if device == CPU:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the most held starts anew
+        before = _held("VmRSS")
+        yield found
+        found.bytes = _held("VmHWM") - before
+    else:
+        torch.accelerator.reset_peak_memory_stats(device)
+        before = torch.accelerator.memory_allocated(device)
+        yield found
+        found.bytes = torch.accelerator.max_memory_allocated(device) - before
 
 
 def _held(name: str) -> int:

@@ -3,12 +3,14 @@
 A model of Phi-4-mini's width (3,072; 200,064 words; 4 layers), rank 320 on all Linears of the decoder, bf16, every
 token labelled, or the last --labelled of them, as answers are: forward, backward and AdamW. Before any time is taken,
 gradients of all A and B must agree. `loss` measures the cross-entropy alone, 4,096 tokens, beside logits and torch's.
-Each side runs in a process of its own, on one thread; times are CPU seconds, the best of several; memory is the peak of
-resident memory above what it was before the first of two steps, with the allocator's defaults: adapters are weights,
-their gradients and moments are not. The matrix products alone are the limit: no step can be faster than they are.
+Each side runs in a process of its own, on one thread or a GPU; times are the best of several (timing.py); memory is the
+peak above what was held before the first of two steps, with the allocator's defaults: adapters are weights, their
+gradients and moments are not. The matrix products alone are the limit: no step can be faster than they are. The share
+of it that a step reaches is its MFU, against products as this machine has them.
 
     python benchmarks/training_step.py step            # 2 GB of weights in --folder, about 15 minutes
     python benchmarks/training_step.py loss            # the peer needs 14 GB
+    python benchmarks/training_step.py --device cuda step
 """
 
 from __future__ import annotations
@@ -28,19 +30,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-from full_size import TUNED, draw, words
-from modalora.checkpoint import configs, names
-from modalora.checkpoint.files import write_tensors
+from full_size import TUNED, draw
+from full_size import build as build_base
 from modalora.checkpoint.store import load_model
 from modalora.contracts import IGNORED, Batch, Route
-from modalora.disk import write_json
 from modalora.models.multimodal import ModelConfig, Multimodal
 from modalora.models.recompute import recompute
 from modalora.models.sizes import phi4_mini
 from modalora.nn.lora import LoraConfig
 from modalora.nn.loss import cross_entropy
 from modalora.training.moments import SmallAdamW
-from timing import best, peak, where
+from timing import CPU, best, peak, where
 
 LAYERS, RANK = 4, 320
 OURS = ("ours", "recompute", "8-bit moments")
@@ -61,21 +61,10 @@ def config() -> ModelConfig:
 
 def build(folder: Path) -> None:
     """Write random weights in transformers' layout, and an adapter by our names."""
+    build_base(config(), "phi3", folder)
+    generator = torch.Generator().manual_seed(1)
     with torch.device("meta"):
         model = Multimodal(config())
-    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    places = names.plan("phi3", shapes, config())
-    generator = torch.Generator().manual_seed(0)
-    folder.mkdir(parents=True)
-    write_tensors(
-        folder,
-        ((place.name, draw(key, place.shape, generator)) for key, place in places.items()),
-        shard_bytes=5_000_000_000,
-    )
-    tokens = {"bos_token_id": 199_999, "eos_token_id": 199_999, "pad_token_id": 199_999}
-    write_json(folder / "config.json", {**configs.write_config("phi3", config(), tokens), "dtype": "bfloat16"})
-    (folder / "tokenizer.json").write_text(words(config().decoder.vocab_size))
-    with torch.device("meta"):
         model.decoder.add_adapter("new", LORA)
     adapter = {
         name.removeprefix("decoder."): draw(name, tuple(parameter.shape), generator)
@@ -85,42 +74,44 @@ def build(folder: Path) -> None:
     save_file(adapter, folder / "adapter.st")
 
 
-def ours(folder: Path, dtype: torch.dtype, adapters: torch.dtype, again: bool) -> tuple[Loss, Parameters]:
+def ours(given: argparse.Namespace, dtype: torch.dtype, adapters: torch.dtype) -> tuple[Loss, Parameters]:
     """Return a function from ids and labels to the mean loss, and the trained parameters by name."""
-    model = load_model(folder).model.to(dtype).requires_grad_(False).train()
+    device, folder = given.device, given.folder
+    model = load_model(folder, device=str(device)).model.to(dtype).requires_grad_(False).train()
     model.decoder.add_adapter("new", LORA)
-    given, trained = load_file(folder / "adapter.st"), {}
+    stored, trained = load_file(folder / "adapter.st"), {}
     for name, parameter in model.decoder.named_parameters():
-        if name in given:
-            parameter.data = given[name].to(adapters)
+        if name in stored:
+            parameter.data = stored[name].to(device, adapters)
             trained[name] = parameter
-    if again:
+    if given.side == "recompute":
         recompute(model)
 
     def loss(ids: Tensor, labels: Tensor) -> Tensor:
-        batch = Batch(ids, torch.tensor([ids.shape[1]]), Route(("new",)), labels=labels)
+        batch = Batch(ids, torch.full((1,), ids.shape[1], device=device), Route(("new",)), labels=labels)
         return model.loss(batch)[0].mean()
 
     return loss, trained
 
 
-def theirs(folder: Path, dtype: torch.dtype, adapters: torch.dtype) -> tuple[Loss, Parameters]:
+def theirs(given: argparse.Namespace, dtype: torch.dtype, adapters: torch.dtype) -> tuple[Loss, Parameters]:
     """The same by transformers and PEFT."""
     import peft
     import transformers
 
-    model = transformers.Phi3ForCausalLM.from_pretrained(folder, dtype=dtype)
+    folder = given.folder
+    model = transformers.Phi3ForCausalLM.from_pretrained(folder, dtype=dtype).to(given.device)
     places = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
     lora = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=places)
     model = peft.get_peft_model(model, lora, autocast_adapter_dtype=adapters == torch.float32).train()
-    given, trained = load_file(folder / "adapter.st"), {}
+    stored, trained = load_file(folder / "adapter.st"), {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.dtype == adapters
             place = name.removeprefix("base_model.model.model.").replace(".default.weight", ".new")
-            parameter.data.copy_(given[place])
+            parameter.data.copy_(stored[place])
             trained[place] = parameter
-    assert trained.keys() == given.keys()
+    assert trained.keys() == stored.keys()
     return lambda ids, labels: model(input_ids=ids, labels=labels, use_cache=False).loss, trained
 
 
@@ -128,17 +119,14 @@ def measure(given: argparse.Namespace) -> dict[str, float]:
     """Run one side in this process."""
     torch.set_num_threads(1)
     dtype, adapters = getattr(torch, given.dtype), getattr(torch, given.adapters)
-    if given.side == "peft":
-        loss, trained = theirs(given.folder, dtype, adapters)
-    else:
-        loss, trained = ours(given.folder, dtype, adapters, given.side == "recompute")
-    ids = torch.randint(0, 199_000, (1, given.tokens), generator=torch.Generator().manual_seed(1))
+    loss, trained = (theirs if given.side == "peft" else ours)(given, dtype, adapters)
+    ids = torch.randint(0, 199_000, (1, given.tokens), generator=torch.Generator().manual_seed(1)).to(given.device)
     labels = ids.clone()
     labels[:, : given.tokens - round(given.labelled * given.tokens)] = IGNORED
     if given.gradients:
         value = loss(ids, labels)
         value.backward()
-        save_file({name: parameter.grad.float() for name, parameter in trained.items()}, given.gradients)
+        save_file({name: parameter.grad.float().cpu() for name, parameter in trained.items()}, given.gradients)
         return {"loss": float(value.detach())}
     if given.side == "8-bit moments":
         groups = [{"params": list(trained.values())}]
@@ -153,16 +141,19 @@ def measure(given: argparse.Namespace) -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad()
 
-    peak = peak_of(lambda: (step(), step()))  # from the second on, the optimiser has its moments
-    return {"seconds": best(step, given.times), "peak_gb": peak}
+    with peak(given.device) as held:
+        step()
+        step()  # from the second on, the optimiser has its moments
+    return {"seconds": best(step, given.times, given.device), "peak_gb": held.bytes / 1e9}
 
 
 def measure_products(given: argparse.Namespace) -> dict[str, float]:
     """Time what no step can do without: its matrix products, at the speed of those of 8,192 words."""
     torch.set_num_threads(1)
-    hidden, weight = (torch.randn(rows, 3072).bfloat16() for rows in (given.tokens, 8192))
+    device = given.device
+    hidden, weight = (torch.randn(rows, 3072, device=device).bfloat16() for rows in (given.tokens, 8192))
     logits = hidden @ weight.T
-    forward, backward = best(lambda: hidden @ weight.T, 5), best(lambda: logits @ weight, 5)
+    forward, backward = (best(work, 5, device) for work in (lambda: hidden @ weight.T, lambda: logits @ weight))
     with torch.device("meta"):
         model = Multimodal(config())
         model.decoder.add_adapter("new", LORA)
@@ -171,16 +162,18 @@ def measure_products(given: argparse.Namespace) -> dict[str, float]:
     sizes = [(size, 2 if ".lora_" in name else 1) for name, size in shapes.items() if name != HEAD]
     sizes.append((given.labelled * shapes[HEAD], 1))
     seconds = sum(size * (forward + ways * backward) for size, ways in sizes) / weight.numel()
-    return {"seconds": seconds, "peak_gb": 0.0}
+    operations = sum(2 * given.tokens * size * (1 + ways) for size, ways in sizes)
+    return {"seconds": seconds, "peak_gb": 0.0, "teraflop": operations / 1e12}
 
 
 def measure_loss(given: argparse.Namespace) -> dict[str, float]:
     """Run the cross-entropy alone."""
     torch.set_num_threads(1)
-    generator = torch.Generator().manual_seed(0)
+    device = given.device
+    generator = torch.Generator(device).manual_seed(0)
     weight = draw("head", (200_064, 3072), generator)
-    hidden = torch.randn(given.tokens, 3072, generator=generator).bfloat16().requires_grad_()
-    targets = torch.randint(0, len(weight), (given.tokens,), generator=generator)
+    hidden = torch.randn(given.tokens, 3072, generator=generator, device=device).bfloat16().requires_grad_()
+    targets = torch.randint(0, len(weight), (given.tokens,), generator=generator, device=device)
     found = {}
 
     def step() -> None:
@@ -192,22 +185,16 @@ def measure_loss(given: argparse.Namespace) -> dict[str, float]:
         values.mean().backward()
         found["loss"] = float(values.detach().mean())
 
-    peak = peak_of(step)
-    if given.gradients:
-        save_file({"hidden": hidden.grad.float()}, given.gradients)
-    return {"seconds": best(step, given.times), "peak_gb": peak, **found}
-
-
-def peak_of(step: Callable[[], None]) -> float:
-    """Return the GB of resident memory that a call needs above what is there before it, at its peak."""
-    with peak() as found:
+    with peak(device) as held:
         step()
-    return found.bytes / 1e9
+    if given.gradients:
+        save_file({"hidden": hidden.grad.float().cpu()}, given.gradients)
+    return {"seconds": best(step, given.times, device), "peak_gb": held.bytes / 1e9, **found}
 
 
 def ask(given: argparse.Namespace, verb: str, side: str, *, tuned: bool, **options: object) -> dict[str, float]:
     """Measure in a process of its own."""
-    command = [sys.executable, __file__, "--folder", str(given.folder), verb, side]
+    command = [sys.executable, __file__, "--folder", str(given.folder), "--device", str(given.device), verb, side]
     command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
     settings = TUNED if tuned else {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **settings}
@@ -238,14 +225,17 @@ def run_step(given: argparse.Namespace) -> None:
                 f"gradients of A and B, {dtype}, {tokens} tokens: {apart:.1e} apart (at most {CLOSE[dtype]})",
                 flush=True,
             )
-            if apart > CLOSE[dtype] or distance(files["recompute"], files["ours"]):
+            same = 0.0 if given.device == CPU else CLOSE[dtype]  # a GPU adds up in any order
+            if apart > CLOSE[dtype] or distance(files["recompute"], files["ours"]) > same:
                 raise SystemExit("gradients differ: no time is taken")
-    print(f"\n{where()}, labelled {given.labelled:.0%}\n")
-    print("| tokens | adapters | side | step, CPU s | tuned allocator | peak GB above weights |")
-    print("|---|---|---|---|---|---|")
+    print(f"\n{where(device=given.device)}, labelled {given.labelled:.0%}\n")
+    print("| tokens | adapters | side | step, s | tuned allocator | peak GB above weights | MFU |")
+    print("|---|---|---|---|---|---|---|")
     for tokens in given.tokens:
-        floor = ask(given, "measure-products", "ours", tuned=False, tokens=tokens, labelled=given.labelled)["seconds"]
-        print(f"| {tokens} | bfloat16 | matrix products alone | {floor:.2f} | | |", flush=True)
+        products = ask(given, "measure-products", "ours", tuned=False, tokens=tokens, labelled=given.labelled)
+        floor = products["seconds"]
+        speed = f"{products['teraflop'] / floor:.3g} TFLOP/s"
+        print(f"| {tokens} | bfloat16 | matrix products alone | {floor:.3g} | | | 100 %: {speed} |", flush=True)
         for adapters in ("bfloat16", "float32"):
             rows: dict[str, tuple[float, ...]] = {}
             options = {"dtype": "bfloat16", "adapters": adapters, "tokens": tokens, "times": given.times}
@@ -255,14 +245,12 @@ def run_step(given: argparse.Namespace) -> None:
                 found = plain["seconds"], tuned["seconds"], plain["peak_gb"]
                 rows[side] = tuple(map(min, found, rows.get(side, found)))
             for side in rows:
-                print(
-                    f"| {tokens} | {adapters} | {side} | " + " | ".join(f"{x:.2f}" for x in rows[side]) + " |",
-                    flush=True,
-                )
+                told = [f"{x:.3g}" for x in rows[side]] + [f"{floor / rows[side][0]:.0%}"]
+                print(f"| {tokens} | {adapters} | {side} | " + " | ".join(told) + " |", flush=True)
             for side in given.sides:
                 ratios = [mine / other for mine, other in zip(rows[side], rows["peft"], strict=True)]
                 print(
-                    f"| {tokens} | {adapters} | {side} / peft | " + " | ".join(f"{x:.2f}x" for x in ratios) + " |",
+                    f"| {tokens} | {adapters} | {side} / peft | " + " | ".join(f"{x:.2f}x" for x in ratios) + " | |",
                     flush=True,
                 )
 
@@ -281,7 +269,8 @@ def run_loss(given: argparse.Namespace) -> None:
     print(f"losses {plain['ours']['loss']:.5f} and {plain['logits']['loss']:.5f}; gradients {apart:.1e} apart")
     if apart > 0.01:  # each is rounded to bf16 once, 2^-9
         raise SystemExit("gradients differ: no time is taken")
-    print(f"\n{where()}, {tokens} tokens\n\n| side | CPU s | tuned allocator | peak GB above weights |")
+    print(f"\n{where(device=given.device)}, {tokens} tokens\n")
+    print("| side | s | tuned allocator | peak GB above weights |")
     print("|---|---|---|---|")
     rows = {side: (plain[side]["seconds"], tuned[side]["seconds"], plain[side]["peak_gb"]) for side in plain}
     for side, row in rows.items():
@@ -300,6 +289,7 @@ def share(word: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/training-step"))
+    parser.add_argument("--device", type=torch.device, default=CPU)
     verbs = parser.add_subparsers(dest="verb", required=True)
     for verb, run, tokens in (("step", run_step, [512, 2048]), ("loss", run_loss, [4096])):
         sub = verbs.add_parser(verb)

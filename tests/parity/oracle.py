@@ -28,6 +28,7 @@ from modalora.processing.tokenizer import PLACEHOLDERS, TextTokenizer
 
 logging.disable_progress_bar()
 VOCAB = 320
+TARGETS = r"model\.layers\.\d+\.((self_attn\.(qkv_proj|o_proj))|(mlp\.(gate_up_proj|down_proj)))"  # of LoRA
 
 
 def tokenizer() -> TextTokenizer:
@@ -159,8 +160,7 @@ def add_loras(
     """Add random LoRA adapters with PEFT, as the native layout has them; they start disabled."""
     generator = torch.Generator().manual_seed(seed)
     for name, (r, alpha) in ranks.items():
-        targets = r"model\.layers\.\d+\.((self_attn\.(qkv_proj|o_proj))|(mlp\.(gate_up_proj|down_proj)))"
-        model.add_adapter(LoraConfig(r=r, lora_alpha=alpha, target_modules=targets), name)
+        model.add_adapter(LoraConfig(r=r, lora_alpha=alpha, target_modules=TARGETS), name)
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if "lora_B" in name:
@@ -213,7 +213,7 @@ def run(model: Any, batch: Batch) -> Run:
     embeds = model.get_input_embeddings()(batch.input_ids)
     for item in batch.media:
         span = slice(item.start, item.start + item.tokens)
-        embeds[0, span] = _IMAGE_OR_SOUND[item.modality](model, item, batch)[0, span]
+        embeds[0, span] = IMAGE_OR_SOUND[item.modality](model, item, batch)[0, span]
     output = model.model(inputs_embeds=embeds, output_hidden_states=True, use_cache=False)
     return Run(model.lm_head(output.last_hidden_state)[0], [state[0] for state in output.hidden_states])
 
@@ -222,8 +222,8 @@ def _image(model: Any, item: Any, batch: Batch) -> Tensor:
     crop = model.config.vision_config.crop_size
     return model.model.embed_tokens_extend.image_embed(
         _only(batch, item),
-        torch.zeros(1, batch.input_ids.shape[1], model.config.hidden_size),
-        image_pixel_values=item.features["pixels"][None],
+        _nothing(model, batch),
+        image_pixel_values=item.features["pixels"][None].to(model.dtype),
         image_sizes=(item.features["grid"] * crop)[None],
         image_attention_mask=item.features["mask"][None],
     )
@@ -232,11 +232,16 @@ def _image(model: Any, item: Any, batch: Batch) -> Tensor:
 def _sound(model: Any, item: Any, batch: Batch) -> Tensor:
     return model.model.embed_tokens_extend.audio_embed(
         _only(batch, item),
-        torch.zeros(1, batch.input_ids.shape[1], model.config.hidden_size),
-        audio_input_features=item.features["mel"][None],
-        audio_embed_sizes=torch.tensor([item.tokens]),
+        _nothing(model, batch),
+        audio_input_features=item.features["mel"][None].to(model.dtype),
+        audio_embed_sizes=torch.tensor([item.tokens], device=batch.input_ids.device),
         audio_projection_mode=item.branch,
     )
+
+
+def _nothing(model: Any, batch: Batch) -> Tensor:
+    size = 1, batch.input_ids.shape[1], model.config.hidden_size
+    return torch.zeros(size, device=batch.input_ids.device, dtype=model.dtype)
 
 
 def _only(batch: Batch, item: Any) -> Tensor:
@@ -247,4 +252,5 @@ def _only(batch: Batch, item: Any) -> Tensor:
     return ids
 
 
-_IMAGE_OR_SOUND: dict[str, Callable[[Any, Any, Batch], Tensor]] = {"image": _image, "audio": _sound}
+# each takes the model, an item and its batch; embeddings (1, time, width), right at the item's span
+IMAGE_OR_SOUND: dict[str, Callable[[Any, Any, Batch], Tensor]] = {"image": _image, "audio": _sound}

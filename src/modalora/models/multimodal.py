@@ -271,7 +271,7 @@ class Multimodal(nn.Module):
         tokens, each returns the losses of its own: a label is the token behind, whoever holds that.
         """
         if batch.labels is None:
-            raise ShapeError("loss needs a batch with labels; build it with Processor.training_batch")
+            raise ShapeError("loss needs labels: collate rows that Processor.row(messages, answer=False) returns")
         targets = batch.labels[:, 1:]
         rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
         states, starts, places = self._end_to_end(batch)
