@@ -117,8 +117,8 @@ def main() -> None:
         for name, own in found.items():
             sides = (f"{np.mean(own.mean[side]):.4f}, {own.worst[side]:.3f}" for side in ("ours", "transformers"))
             print(f"| {name} | {len(own.scale)} | {' | '.join(sides)} | {np.mean(own.scale):.2f} |")
-    command = f"python benchmarks/parity.py --dtype {given.dtype} --device {given.device}"
-    print(f"\n{where(device=given.device)}: `{command}`")
+    asked = " ".join(["python benchmarks/parity.py", *sys.argv[1:]])
+    print(f"\n{where(device=given.device)}: `{asked}`")
 
 
 if __name__ == "__main__":
