@@ -163,8 +163,9 @@ def add_loras(
         model.add_adapter(LoraConfig(r=r, lora_alpha=alpha, target_modules=TARGETS), name)
     with torch.no_grad():
         for name, tensor in model.named_parameters():
-            if "lora_B" in name:
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * tensor.shape[1] ** -0.5)
+            if ".lora_" in name:  # A as wide as PEFT draws it, from numbers that no test seeds
+                width = tensor.shape[1] * (3 if "lora_A" in name else 1)
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * width**-0.5)
     model.disable_adapters()
 
 
