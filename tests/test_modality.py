@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ import modalora
 from modalora import modality
 from modalora.assistant import Assistant, make_processor, question_messages
 from modalora.checkpoint.adapters import CONFIG, WEIGHTS, save_adapter
+from modalora.checkpoint.store import convert, save_model
 from modalora.checkpoint.sums import compose, merge
 from modalora.config import SourceConfig
 from modalora.contracts import Rule
@@ -294,6 +296,98 @@ def test_an_encoder_that_computes_a_number_in_secret_is_refused(
         modalora.load(tmp_path / "model")
 
 
+class Counting(Smells):
+    """A smell's encoder with tables that are no floats, and dropout."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__(sizes)
+        self.drop, self.norm = nn.Dropout(0.5), nn.BatchNorm1d(3)
+        self.register_buffer("order", torch.arange(5000).flip(0))  # more of them than of floats
+        self.register_buffer("pairs", torch.tensor([[1, 2], [3, 4]], dtype=torch.int8))
+        self.register_buffer("heard", torch.tensor([True, False]))
+
+    def forward(self, items: Any) -> list[Tensor]:
+        return [self.drop(tokens) + self.order[0] for tokens in super().forward(items)]
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> Assistant:
+    monkeypatch.setattr(Sizes, "encoder", lambda sizes: Counting(sizes))
+    return smelling()
+
+
+def test_what_an_adapter_folder_or_a_new_modality_brings_reads_as_the_model_does(
+    tmp_path: Path, counting: Assistant
+) -> None:
+    assert not any(module.training for module in counting.model.modules())
+    save_adapter(counting.model, "nose", tmp_path / "nose")
+    other = base()
+    other.load_adapter(tmp_path / "nose", "nose")
+    assert not any(module.training for module in other.model.modules())
+    assert torch.equal(other.logits(ASKED), counting.logits(ASKED))
+    assert not other.model.add_branch("image", "more").training
+    assert other.model.train().add_branch("image", "most").training
+
+
+def test_tables_that_are_no_floats_come_back_as_they_were(tmp_path: Path, counting: Assistant) -> None:
+    state = {name: own for name, own in counting.model.state_dict().items() if name.startswith("encoders.smell.")}
+    assert {own.dtype for own in state.values()} == {torch.float32, torch.int64, torch.int8, torch.bool}
+
+    def check(back: Assistant, floats: torch.dtype = torch.float32) -> None:
+        found = back.model.state_dict()
+        for name, own in state.items():
+            kind = floats if own.is_floating_point() else own.dtype
+            assert found[name].dtype == kind
+            assert torch.equal(found[name], own.to(kind))
+
+    counting.save(tmp_path / "model")
+    check(modalora.load(tmp_path / "model"))
+    check(modalora.load(tmp_path / "model", dtype="bfloat16"), torch.bfloat16)
+    convert(tmp_path / "model", tmp_path / "again", "modalora")
+    check(modalora.load(tmp_path / "again"))
+    counting.model.to(torch.bfloat16)
+    counting.save(tmp_path / "half")
+    check(modalora.load(tmp_path / "half"), torch.bfloat16)
+    counting.model.to(torch.float32)
+    save_model(counting.model, TOKENIZER, tmp_path / "small", int8=True)
+    assert torch.equal(modalora.load(tmp_path / "small").model.encoders["smell"].pairs, state["encoders.smell.pairs"])
+    save_adapter(counting.model, "nose", tmp_path / "nose")
+    state = {name: own.bfloat16() if own.is_floating_point() else own for name, own in state.items()}
+    other = base()
+    other.load_adapter(tmp_path / "nose", "nose")
+    check(other)
+
+
+def test_a_table_of_another_dtype_than_the_network_has_is_named(
+    tmp_path: Path, counting: Assistant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting.save(tmp_path / "model")
+    save_adapter(counting.model, "nose", tmp_path / "nose")
+    monkeypatch.setattr(torch, "arange", partial(torch.arange, dtype=torch.int32))
+    with pytest.raises(CheckpointError, match=r"smell.order has dtype I64, the network has torch.int32 there"):
+        modalora.load(tmp_path / "model")
+    with pytest.raises(CheckpointError, match=r"smell.order has dtype I64, and this model has torch.int32 there; fl"):
+        base().load_adapter(tmp_path / "nose", "nose")
+
+
+@pytest.mark.parametrize("wrong", [lambda sizes: 1 / 0, lambda sizes: "encoder"])
+def test_an_encoder_that_cannot_be_made_is_told_by_its_modality(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: Any
+) -> None:
+    smelling().save(tmp_path / "model")
+    save_adapter(smelling().model, "nose", tmp_path / "nose")
+    monkeypatch.setattr(Sizes, "encoder", wrong)
+    told = r"the modality 'smell'(: encoder\(\) returns a str| makes no encoder of .* fails with ZeroDivisionError: div)"
+    for make in (
+        lambda: base().add_modality("smell"),
+        lambda: base().load_adapter(tmp_path / "nose", "nose"),
+        lambda: modalora.load(tmp_path / "model"),
+    ):
+        with pytest.raises(ConfigError, match=told) as error:
+            make()
+        assert isinstance(error.value.__cause__, ZeroDivisionError | None)
+
+
 # ------------------------------------------------------------------------------------------------------ adapter folders
 
 
@@ -388,7 +482,7 @@ def test_a_projector_that_cannot_be_used_leaves_the_model_as_it_was(tmp_path: Pa
     dtype = torch.int64 if wrong == 1 else torch.float64
     folder = with_module(tmp_path, {UP: torch.full(old.shape, wrong, dtype=dtype)}, ["img_projection_up"])
     adapters, branches, config = assistant.model.adapters, assistant.model.branches, assistant.model.config
-    with pytest.raises(CheckpointError, match="not finite, or whole ones|cannot tell from infinity"):
+    with pytest.raises(CheckpointError, match="not finite|cannot tell from infinity|has dtype I64, and this model has torch.float32"):
         assistant.load_adapter(folder, "mine")
     assert (assistant.model.adapters, assistant.model.branches, assistant.model.config) == (adapters, branches, config)
     assert not any("mine" in linear.adapters for linear in assistant.model.decoder.routed().values())

@@ -22,7 +22,7 @@ from modalora.checkpoint.names import plan, theirs
 from modalora.disk import CONFIG_BYTES, read_json
 from modalora.errors import CheckpointError
 from modalora.modality import brought_by, find, read_encoders, write_encoders
-from modalora.models.multimodal import EncoderConfig, Multimodal
+from modalora.models.multimodal import EncoderConfig, Multimodal, make_encoder
 from modalora.nn.mlp import Projector
 
 MODALITY = "modality.json"
@@ -66,8 +66,9 @@ def find_modules(
                 f"{folder} brings the modality {name!r} with {sizes}, and this model has it with "
                 f"{model.config.modalities[name]}; load it on a model without {name}"
             )
-    shapes = {name: tuple(tensor.shape) for name, tensor in held.items()} | _shapes(model, new)
-    ours = theirs(shapes)
+    own_parts = _tensors(model, new)
+    needed = held | own_parts
+    ours = theirs({name: tuple(tensor.shape) for name, tensor in needed.items()})
     if model.decoder.lm_head is None:
         ours["lm_head.weight"] = "decoder.embed_tokens.weight"
     stored: dict[str, str] = {}
@@ -85,15 +86,20 @@ def find_modules(
     absent = [one for one in wanted or () if not any(f".{one}." in f".{_WRAPPED.sub('', key)}." for key in keys)]
     if absent:
         raise CheckpointError(f"{where} has modules_to_save={absent}, of which {folder} holds no tensor")
-    missing = sorted(set(_shapes(model, new)) - set(stored))
+    missing = sorted(set(own_parts) - set(stored))
     if missing and not unknown:
         raise CheckpointError(f"{folder}: {len(missing)} tensors of its modality are missing, such as {missing[0]}")
     for name, key in stored.items():
-        shape = weights.entries[key].shape
-        if shape != shapes[name]:
+        shape, kind = weights.entries[key].shape, weights.get(key).dtype
+        if shape != needed[name].shape:
             raise CheckpointError(
-                f"{folder}: {key} has shape {list(shape)}, and this model needs {list(shapes[name])}: it was trained "
-                "on another base model"
+                f"{folder}: {key} has shape {list(shape)}, and this model needs {list(needed[name].shape)}: it was "
+                "trained on another base model"
+            )
+        if kind != needed[name].dtype and not (kind.is_floating_point and needed[name].is_floating_point()):
+            raise CheckpointError(
+                f"{folder}: {key} has dtype {weights.entries[key].dtype}, and this model has {needed[name].dtype} "
+                "there; floats are cast, other numbers are not: save it in that dtype"
             )
     branches: dict[tuple[str, str], None] = {}
     for name, key in list(stored.items()):
@@ -114,18 +120,18 @@ def ready_modules(
 ) -> dict[str, Tensor]:
     """Return the tensors of what `find_modules` found, by our names, in the dtype that the model runs in.
 
-    as_stored: in the files' dtype. Raises CheckpointError for numbers that are not finite, or not of the right kind.
+    as_stored: in the files' dtype. Raises CheckpointError for numbers that are not finite.
     """
     held, ready = model.state_dict(), {}
     for name, key in modules.stored.items():
         tensor, what = weights.get(key), f"{weights.folder}: {key}"
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
+        if not tensor.isfinite().all():
             raise CheckpointError(
-                f"{what} holds numbers that are not finite, or whole ones; its training went wrong, train it anew or "
-                "take an earlier state"
+                f"{what} holds numbers that are not finite; its training went wrong, train it anew or take an earlier "
+                "state"
             )
         dtype = held.get(name, model.decoder.embed_tokens.weight).dtype
-        ready[name] = tensor if as_stored else fitted(tensor, dtype, what)
+        ready[name] = tensor if as_stored or not tensor.is_floating_point() else fitted(tensor, dtype, what)
     return ready
 
 
@@ -190,22 +196,20 @@ def _read_modalities(folder: Path) -> dict[str, EncoderConfig]:
     return read_encoders(read_json(path, most=CONFIG_BYTES), str(path)) if path.exists() else {}
 
 
-def _shapes(model: Multimodal, modalities: Mapping[str, EncoderConfig]) -> dict[str, tuple[int, ...]]:
-    """Return the tensors that modalities will have once they are added."""
+def _tensors(model: Multimodal, modalities: Mapping[str, EncoderConfig]) -> dict[str, Tensor]:
+    """Return the tensors that modalities will have once they are added, without memory."""
     width = model.config.decoder.hidden_size
     with torch.device("meta"):
         parts = {
             f"{kind}.{name}": module
             for name, sizes in modalities.items()
             for kind, module in (
-                ("encoders", sizes.encoder()),
+                ("encoders", make_encoder(name, sizes)),
                 ("projectors", nn.ModuleDict({one: Projector(sizes.hidden_size, width) for one in sizes.branches})),
             )
         }
     return {
-        f"{part}.{name}": tuple(tensor.shape)
-        for part, module in parts.items()
-        for name, tensor in module.state_dict().items()
+        f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()
     }
 
 

@@ -166,14 +166,14 @@ def load_model(
     Raises CheckpointError.
     """
     card, tokenizer, chat = read_texts(folder, check=check)
-    weights, stored = _open(folder, card)
-    model = _without_memory(folder, card, weights)
-    runs_in = _dtypes(weights, stored)
-    tensors = {}
+    weights, stored, model = _open(folder, card)
+    runs_in = _dtypes(weights, stored, model)
+    tensors, whole = {}, _whole(model)
     for name, place in stored.items():
         keeps = as_stored or (dtype is None and ".lora_" in name)  # an adapter is cast where it is used
         own = None if keeps else dtype or runs_in[_network(name)]
-        tensors[name] = _read(weights, place, card.config, own).to(device)
+        tensor = weights.get(place.name) if name in whole else _read(weights, place, card.config, own)
+        tensors[name] = tensor.to(device)
     model.load_state_dict(tensors, assign=True)
     _check_memory(model)
     for name in _beside(folder, card):
@@ -228,8 +228,7 @@ def save_model(
 def describe(folder: Path) -> dict[str, Any]:
     """Return what a model folder holds, after checking its files and tensors; no weights are allocated."""
     card = read_card(folder)
-    weights, stored = _open(folder, card)
-    model = _without_memory(folder, card, weights)
+    weights, stored, model = _open(folder, card)
     parts, adapters = parameter_counts(model), dict(model.config.adapters)
     for name in _beside(folder, card):
         adapters[name], parts[f"adapter.{name}"] = peek(model, folder / f"{name}-lora")
@@ -241,7 +240,7 @@ def describe(folder: Path) -> dict[str, Any]:
         if (folder / MANIFEST).exists()
         else "sizes and shapes",
         "dtypes": sorted({weights.entries[place.name].dtype for place in stored.values()}),
-        "runs_in": {part: str(kind).removeprefix("torch.") for part, kind in _dtypes(weights, stored).items()},
+        "runs_in": {part: str(kind).removeprefix("torch.") for part, kind in _dtypes(weights, stored, model).items()},
         "tensors": len(stored),
         "parameters": sum(parts.values()),
         "parts": parts,
@@ -266,11 +265,20 @@ def rounded_by_int8(model: Multimodal, names: Iterable[str]) -> str | None:
     state = model.state_dict()
     for name in names:
         tensor = state[name]
-        if tensor.ndim >= 2 and tensor.shape[0] > 1:
+        if _becomes_int8(tensor):
             values, scale = to_int8(tensor)
             if not torch.equal((values.float() * scale).to(tensor.dtype), tensor):
                 return name
     return None
+
+
+def _becomes_int8(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.ndim >= 2 and tensor.shape[0] > 1
+
+
+def _whole(model: Multimodal) -> dict[str, torch.dtype]:
+    """Return the tensors that are no floats, such as counters and tables of someone else's encoder; none is cast."""
+    return {name: tensor.dtype for name, tensor in model.state_dict().items() if not tensor.is_floating_point()}
 
 
 def _network(name: str) -> str:
@@ -279,11 +287,12 @@ def _network(name: str) -> str:
     return second if first in ("encoders", "projectors") else first
 
 
-def _dtypes(weights: Weights, stored: Mapping[str, Stored]) -> dict[str, torch.dtype]:
+def _dtypes(weights: Weights, stored: Mapping[str, Stored], model: Multimodal) -> dict[str, torch.dtype]:
     """Return the dtype that most numbers of each network have; int8 is expanded to float32."""
     counts: dict[str, Counter[torch.dtype]] = defaultdict(Counter)
+    whole = _whole(model)
     for name, place in stored.items():
-        if "lora_" not in name:
+        if "lora_" not in name and name not in whole:
             kind = _FLOATS.get(weights.entries[place.name].dtype, torch.float32)
             counts[_network(name)][kind] += prod(place.shape)
     return {network: found.most_common(1)[0][0] for network, found in counts.items()}
@@ -325,22 +334,26 @@ def _beside(folder: Path, card: Card) -> list[str]:
     return [*(name for name in NATIVE_FOLDERS if name in found), *sorted(found - {*NATIVE_FOLDERS})]
 
 
-def _open(folder: Path, card: Card) -> tuple[Weights, dict[str, Stored]]:
-    """Return the files' tensors and where each of ours stands among them, once all fit the config."""
+def _open(folder: Path, card: Card) -> tuple[Weights, dict[str, Stored], Multimodal]:
+    """Return the files' tensors, where each of ours stands among them, and the networks that want them, once all fit
+    the config.
+    """
     weights = Weights(folder)
-    shapes = {name: tuple(tensor.shape) for name, tensor in _without_memory(folder, card, weights).state_dict().items()}
+    model = _without_memory(folder, card, weights)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     names = plain_names(weights.entries)
     stored = {
         name: replace(place, name=names.get(place.name, place.name))
         for name, place in plan(card.layout, shapes, card.config).items()
     }
-    _check(folder, weights, stored, card)
-    return weights, stored
+    _check(folder, weights, stored, card, model)
+    return weights, stored, model
 
 
-def _check(folder: Path, weights: Weights, stored: Mapping[str, Stored], card: Card) -> None:
+def _check(folder: Path, weights: Weights, stored: Mapping[str, Stored], card: Card, model: Multimodal) -> None:
     given = weights.entries
     expected = {place.name: place.shape for place in stored.values()}
+    whole = {stored[name].name: kind for name, kind in _whole(model).items()}
     scales = {f"{name}.scale" for name in expected} if card.layout == "modalora" else set()
     tied = _tied_head(weights, stored, card)
     wrong = [f"{name} is missing" for name in expected if name not in given]
@@ -350,7 +363,10 @@ def _check(folder: Path, weights: Weights, stored: Mapping[str, Stored], card: C
         if shape != expected[name]:
             wrong.append(f"{name} has shape {list(shape)}, the config implies {list(expected[name])}")
         scale = given.get(f"{name}.scale") if f"{name}.scale" in scales else None
-        if kind == "I8" and scales:
+        if name in whole:
+            if weights.get(name).dtype != whole[name]:
+                wrong.append(f"{name} has dtype {kind}, the network has {whole[name]} there")
+        elif kind == "I8" and scales:
             if scale is None or scale.shape != (shape[0], *[1] * (len(shape) - 1)):
                 wrong.append(f"{name} is int8 without a scale per row")
         elif kind not in _FLOATS:
@@ -485,7 +501,7 @@ def _filler(
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, place in stored.items():
             tensor = get(name)
-            if int8 and tensor.ndim >= 2 and tensor.shape[0] > 1:
+            if int8 and _becomes_int8(tensor):
                 values, scale = to_int8(tensor)
                 yield name, values
                 yield f"{name}.scale", scale

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from modalora.contracts import IGNORED, NOWHERE, Batch, Cache, Cut, Media, Rotations, Route, Step
-from modalora.errors import ConfigError, ShapeError
+from modalora.errors import ConfigError, ModaloraError, ShapeError
 from modalora.models.decoder import Decoder, DecoderConfig
 from modalora.models.speech import SpeechConfig
 from modalora.models.vision import VisionConfig
@@ -100,7 +100,7 @@ class Multimodal(nn.Module):
             self.decoder.add_adapter(name, lora)
 
     def _add_networks(self, modality: str, sizes: EncoderConfig, branches: Sequence[str]) -> None:
-        self.encoders[modality] = sizes.encoder()
+        self.encoders[modality] = make_encoder(modality, sizes)
         self.projectors[modality] = nn.ModuleDict(
             {branch: Projector(sizes.hidden_size, self.config.decoder.hidden_size) for branch in branches}
         )
@@ -125,10 +125,11 @@ class Multimodal(nn.Module):
         """Add a modality with fresh networks; the decoder keeps every bit. Raises ConfigError when there is one."""
         if name in self.encoders:
             raise ConfigError(f"this model has the modality {name!r} already, with {self.config.modalities[name]}")
-        self.config = replace(self.config, encoders={**self.config.encoders, name: sizes})
-        self._add_networks(name, sizes, self.config.projectors(name))
+        config = replace(self.config, encoders={**self.config.encoders, name: sizes})
+        self._add_networks(name, sizes, config.projectors(name))
+        self.config = config
         for module in (self.encoders[name], self.projectors[name]):
-            module.to(self.decoder.embed_tokens.weight)
+            module.to(self.decoder.embed_tokens.weight).train(self.training)
 
     def add_adapter(self, name: str, lora: LoraConfig) -> None:
         """Add a LoRA adapter that starts as no change. Raises ConfigError when it cannot have that name, or one has."""
@@ -144,7 +145,7 @@ class Multimodal(nn.Module):
         self.config = replace(self.config, branches={**own, modality: (*own.get(modality, ()), branch)})
         projector = Projector(self.config.modalities[modality].hidden_size, self.config.decoder.hidden_size)
         self.projectors.get_submodule(modality).add_module(branch, projector)
-        return projector.to(self.decoder.embed_tokens.weight)
+        return projector.to(self.decoder.embed_tokens.weight).train(self.training)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -337,6 +338,35 @@ def _found(places: Tensor | None, tokens: Tensor) -> tuple[Tensor, Tensor | slic
     at = places[tokens]
     here = at != NOWHERE
     return at[here], here
+
+
+def make_encoder(modality: str, sizes: EncoderConfig) -> nn.Module:
+    """Return a modality's encoder. Raises ConfigError where the code that brings it fails."""
+    if modality in MODALITIES:
+        return sizes.encoder()
+    try:
+        encoder = sizes.encoder()
+    except ModaloraError:
+        raise
+    except Exception as error:  # it is someone else's code
+        raise ConfigError(
+            f"the modality {modality!r} makes no encoder of {sizes!s:.80}: encoder() fails with "
+            f"{type(error).__name__}: {error!s:.200}; mend it, or change the sizes"
+        ) from error
+    if not isinstance(encoder, nn.Module):
+        raise ConfigError(
+            f"the modality {modality!r}: encoder() returns a {type(encoder).__name__}; return a torch.nn.Module"
+        )
+    return encoder
+
+
+def start_training(model: Multimodal) -> None:
+    """Run as in training what trains; encoders and projectors of which nothing trains run as when they are read."""
+    model.train()
+    projectors = [one for own in model.projectors.children() for one in own.children()]
+    for network in (*model.encoders.children(), *projectors):
+        if not any(parameter.requires_grad for parameter in network.parameters()):
+            network.eval()
 
 
 def part_of(name: str) -> str:

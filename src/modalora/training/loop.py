@@ -25,7 +25,7 @@ from modalora.config import RunConfig, dump
 from modalora.contracts import BLANK, Batch, Batches
 from modalora.disk import Journal, write_json
 from modalora.errors import InputError, ShapeError, TrainingError
-from modalora.models.multimodal import Multimodal
+from modalora.models.multimodal import Multimodal, start_training
 from modalora.nn.products import wide_products
 from modalora.nn.rope import is_long
 from modalora.parallel.engine import Engine, Single
@@ -177,7 +177,7 @@ class _Loop:
 
     def run_all(self) -> None:
         run, progress = self.run, self.progress
-        self.model.train()
+        start_training(self.model)
         first, started = progress.step, time.perf_counter()
         since = started
         moment = Moment.now(self.batches)
