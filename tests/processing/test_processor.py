@@ -233,3 +233,67 @@ def test_one_conversation_where_several_are_wanted_is_refused() -> None:
 def test_sound_has_as_many_mel_channels_as_the_model_wants() -> None:
     (sound,) = make(audio=AudioConfig(mels=40))([user(audio=SOUND)]).media
     assert sound.features["mel"].shape[1] == 40
+
+
+def smelling(read: Any, count: Any = None) -> Processor:
+    """A processor with a modality of someone else's."""
+    processor = make()
+    processor.media["smell"] = Medium(("<|tag|>", CONTROL("<|tag|>")), read, None, count)
+    return processor
+
+
+FEATURES = {"notes": torch.ones(3)}
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        ((FEATURES, 0), "'smell' makes 0 tokens of what was given; features must return a whole number of at least 1"),
+        ((FEATURES, -1), "makes -1 tokens"),
+        ((FEATURES, 2.0), "makes 2.0 tokens"),
+        ((FEATURES, True), "makes True tokens"),
+        ((FEATURES, None), "makes None tokens"),
+        (None, "the smell cannot be read: the features of that modality fail with TypeError: cannot unpack"),
+        (({"notes": np.ones(3)}, 3), "'smell' has features .*; they must be a dict of tensors"),
+        ((None, 3), "'smell' has features None; they must be"),
+    ],
+)
+def test_a_modality_that_does_not_say_what_it_makes_is_named(found: Any, told: str) -> None:
+    processor = smelling(lambda payload, settings: found)
+    for work in (processor.row, processor.measure):
+        with pytest.raises(MediaError, match=told):
+            work(user("it?", smell="a"))
+
+
+def test_a_count_is_a_whole_number_too() -> None:
+    processor = smelling(lambda payload, settings: (FEATURES, 3), lambda payload, settings: payload)
+    assert processor.measure(user(smell=np.int64(3))) == 6
+    assert processor.row(user(smell="a")).ids[1:4] == [CONTROL("<|tag|>")] * 3
+    with pytest.raises(MediaError, match="'smell' makes 0 tokens"):
+        processor.measure(user(smell=0))
+
+
+def test_code_of_a_modality_that_fails_is_named_and_kept() -> None:
+    def fail(payload: Any, settings: Any) -> Any:
+        raise MediaError("its own words") if payload == "known" else KeyError("notes")
+
+    processor = smelling(fail, fail)
+    for work in (processor.row, processor.measure):
+        with pytest.raises(MediaError, match="the smell cannot be read: .* fail with KeyError: 'notes'; give") as error:
+            work(user(smell="a"))
+        assert isinstance(error.value.__cause__, KeyError)
+        with pytest.raises(MediaError, match="^its own words$"):
+            work(user(smell="known"))
+
+
+def test_too_many_tokens_of_media_are_refused_before_they_are_listed() -> None:
+    processor = smelling(lambda payload, settings: (FEATURES, 10**15))
+    with pytest.raises(PromptError, match=f"the prompt is {10**15 + 8} tokens \\({10**15} of them media\\)"):
+        processor.row(user("12345", smell="a"))
+
+
+def test_a_borrowed_placeholder_in_a_raw_prompt_names_all_that_borrow_it() -> None:
+    processor = smelling(read_image)
+    processor.media["taste"] = processor.media["smell"]
+    with pytest.raises(PromptError, match=r"tokens of smell or taste; write <\|smell_1\|> or <\|taste_1\|> and give"):
+        processor.raw_row("<|user|><|tag|>", {})

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from modalora.contracts import IGNORED, Batch, Media, Message, Route, Rule
-from modalora.errors import PromptError
+from modalora.errors import MediaError, ModaloraError, PromptError
 from modalora.processing.audio import AudioConfig
 from modalora.processing.chat import FORMATS, ChatFormat, Piece, as_text, render, render_raw
 from modalora.processing.image import ImageConfig
@@ -32,10 +34,6 @@ class Medium:
     read: Callable[[Any, Any], tuple[dict[str, Tensor], int]]
     settings: Any
     count: Callable[[Any, Any], int] | None = None
-
-    def tokens(self, payload: Any) -> int:
-        """Return how many tokens a payload becomes."""
-        return self.count(payload, self.settings) if self.count else self.read(payload, self.settings)[1]
 
 
 @dataclass
@@ -105,12 +103,12 @@ class Processor:
     def raw_row(self, prompt: str, media: Mapping[str, Sequence[Any]]) -> Row:
         """Return a prompt that is already in the model's format, control tokens and all, as tokens."""
         pieces = render_raw(prompt, media, self.tokenizer.controls, self.kinds)
-        fillers = {medium.placeholder[0]: kind for kind, medium in self.media.items()}
+        fillers = {medium.placeholder[0] for medium in self.media.values()}
         if wrong := [piece.value for piece in pieces if piece.kind == "control" and piece.value in fillers]:
-            kind = fillers[wrong[0]]
+            kinds = [kind for kind, medium in self.media.items() if medium.placeholder[0] == wrong[0]]
             raise PromptError(
-                f"the raw prompt holds {wrong[0]}, which stands for tokens of {kind}; write <|{kind}_1|> and give the "
-                f"{kind}"
+                f"the raw prompt holds {wrong[0]}, which stands for tokens of {' or '.join(kinds)}; write "
+                f"{' or '.join(f'<|{kind}_1|>' for kind in kinds)} and give the {' or '.join(kinds)}"
             )
         return self._row(pieces)
 
@@ -131,8 +129,26 @@ class Processor:
                 self.tokenizer.control(piece.value)  # raises where there is none
                 words += 1
             else:
-                media += self.media[piece.kind].tokens(piece.value)
+                media += self._count(piece.kind, piece.value)
         return words, media
+
+    def _read(self, kind: str, payload: Any) -> tuple[dict[str, Tensor], int]:
+        """Return a medium's features and how many tokens they become. Raises MediaError."""
+        medium = self.media[kind]
+        with _told(kind):
+            features, tokens = medium.read(payload, medium.settings)
+        if not isinstance(features, Mapping) or not all(isinstance(one, Tensor) for one in features.values()):
+            raise MediaError(f"the modality {kind!r} has features {features!r:.60}; they must be a dict of tensors")
+        return features, _whole(kind, tokens)
+
+    def _count(self, kind: str, payload: Any) -> int:
+        """Return how many tokens a medium becomes. Raises MediaError."""
+        medium = self.media[kind]
+        if medium.count is None:
+            return self._read(kind, payload)[1]
+        with _told(kind):
+            tokens = medium.count(payload, medium.settings)
+        return _whole(kind, tokens)
 
     def _between(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, str | None, str | None]]:
         """Yield every piece with the control tokens before and behind it, None where there is none."""
@@ -143,21 +159,25 @@ class Processor:
         row = Row()
         if sum(piece.kind == "image" for piece in pieces) > 1:  # small files may hold large pictures
             self._check_window(*self._counts(pieces))
+        words = at = 0
+        spans: list[tuple[list[int], int]] = []  # ids, and how often each stands there
         for piece, after, before in self._between(pieces):
             if piece.kind == "control":
-                ids = [self.tokenizer.control(piece.value)]
+                ids, times = [self.tokenizer.control(piece.value)], 1
             elif piece.kind == "text":
-                ids = self.tokenizer.encode(piece.value, after=after, before=before)
+                ids, times = self.tokenizer.encode(piece.value, after=after, before=before), 1
             else:
-                medium = self.media[piece.kind]
-                features, tokens = medium.read(piece.value, medium.settings)
-                row.media.append((piece.kind, features, len(row.ids), tokens))
-                ids = [medium.placeholder[1]] * tokens
-            row.ids += ids
-            row.labels += ids if piece.trained else [IGNORED] * len(ids)
+                features, times = self._read(piece.kind, piece.value)
+                ids = [self.media[piece.kind].placeholder[1]]
+                row.media.append((piece.kind, features, at, times))
+            spans.append((ids, times))
+            words += len(ids) if piece.kind in ("control", "text") else 0
+            at += len(ids) * times
+        self._check_window(words, at - words)  # before there are lists of what may be a billion tokens
+        for piece, (ids, times) in zip(pieces, spans, strict=True):
+            row.ids += ids * times
+            row.labels += ids if piece.trained else [IGNORED] * (len(ids) * times)
         row.text = as_text(pieces)
-        media = sum(tokens for *_, tokens in row.media)
-        self._check_window(len(row.ids) - media, media)
         return row
 
     def _check_window(self, words: int, media: int) -> None:
@@ -209,6 +229,29 @@ class Processor:
             texts=tuple(row.text for row in rows),
             samples=tuple(row.sample for row in rows),
         )
+
+
+@contextmanager
+def _told(kind: str) -> Iterator[None]:
+    """Name the modality whose code fails. Raises MediaError."""
+    try:
+        yield
+    except ModaloraError:
+        raise
+    except Exception as error:  # it may be someone else's code
+        raise MediaError(
+            f"the {kind} cannot be read: the features of that modality fail with {type(error).__name__}: "
+            f"{error!s:.200}; give another {kind}, or mend them to say what they take"
+        ) from error
+
+
+def _whole(kind: str, tokens: Any) -> int:
+    if isinstance(tokens, bool) or not isinstance(tokens, Integral) or tokens < 1:
+        raise MediaError(
+            f"the modality {kind!r} makes {tokens!r:.40} tokens of what was given; features must return a whole number "
+            "of at least 1, or raise MediaError for what holds nothing"
+        )
+    return int(tokens)
 
 
 def _modalities(rows: Sequence[Row]) -> set[str]:
