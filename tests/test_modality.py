@@ -21,6 +21,7 @@ import modalora
 from modalora import modality
 from modalora.assistant import Assistant, make_processor, question_messages
 from modalora.checkpoint.adapters import CONFIG, WEIGHTS, save_adapter
+from modalora.checkpoint.preserve import preservation
 from modalora.checkpoint.store import convert, save_model
 from modalora.checkpoint.sums import compose, merge
 from modalora.config import SourceConfig
@@ -432,6 +433,23 @@ def test_half_a_modality_is_refused_and_the_model_stays(tmp_path: Path) -> None:
         other.load_adapter(tmp_path / "nose", "nose")
     assert list(other.model.state_dict()) == before
     assert other.model.config == tiny()
+
+
+def test_what_a_folder_brings_frozen_is_compared_with_the_folder_itself(tmp_path: Path, run: Any) -> None:
+    base().save(tmp_path / "model")
+    assistant = smelling()
+    names = dict(assistant.model.named_parameters())
+    trained = {name for name in names if part_of(name) in ("adapter.nose", "smell.projector.plain")}
+    save_adapter(assistant.model, "nose", tmp_path / "nose", preservation(assistant.model, trained))
+    code, out, err = run("adapter", "verify", str(tmp_path / "model"), str(tmp_path / "nose"))
+    frozen = len(assistant.model.state_dict()) - len(trained)
+    assert (code, f"preserved  {frozen} frozen tensors and the logits of 4 texts are as certified" in out) == (0, True), err
+    tensors = load_file(tmp_path / "nose" / WEIGHTS)
+    for part in ("encoders.smell.table.weight", "projectors.smell.loud.up.bias"):
+        changed = {**tensors, f"base_model.model.{part}": tensors[f"base_model.model.{part}"] + 1}
+        save_file(changed, tmp_path / "nose" / WEIGHTS, {"format": "pt"})
+        code, _, err = run("adapter", "verify", str(tmp_path / "model"), str(tmp_path / "nose"))
+        assert (code, f"{part} is not what it was" in err) == (2, True)
 
 
 def with_module(tmp_path: Path, tensors: dict[str, Tensor], modules: list[str]) -> Path:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from toys import Steps, assert_same_bits, fresh, mixed, settings, weights
 
-from modalora.errors import ConfigError
+from modalora.errors import ConfigError, TrainingError
 from modalora.models.multimodal import Multimodal
 from modalora.training.dropout import add_dropout
+from modalora.training.fresh import whiten_projectors
 from modalora.training.loop import train
 from modalora.training.plan import plan_step, shaped_batch
 
@@ -78,6 +80,56 @@ def test_every_block_of_the_tower_is_among_those_that_drop() -> None:
     assert [name for name in dropping if ".layers." in name] == [
         f"encoders.image.tower.layers.{place}" for place in range(len(model.encoders["image"].tower.layers))
     ]
+
+
+class Noisy(nn.Module):
+    """An encoder of someone else's: with dropout and running statistics."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.drop, self.norm = encoder, nn.Dropout(0.5), nn.BatchNorm1d(32)
+
+    def forward(self, items: Any) -> list[Tensor]:
+        return [self.norm(self.drop(found)) for found in self.encoder(items)]
+
+
+def noisy() -> Multimodal:
+    model = fresh()
+    model.encoders["audio"] = Noisy(model.encoders["audio"])
+    return model
+
+
+def test_a_frozen_encoder_runs_as_it_is_read(tmp_path: Path) -> None:
+    model = noisy()
+    told: dict[str, bool] = {}
+    handles = [
+        module.register_forward_hook(lambda own, _given, _out, name=name: told.update({name: own.training}))
+        for name, module in model.named_modules()
+    ]
+    run = settings(tmp_path, "audio.projector.speech", "image.encoder", "adapter.*", steps=5)
+    train(run, model, Steps(lambda n: [mixed(n)]))
+    for handle in handles:
+        handle.remove()
+    assert not told["encoders.audio.drop"]
+    assert not told["projectors.audio.vision"]
+    assert told["projectors.audio.speech"]
+    assert told["encoders.image"]
+    assert torch.equal(model.encoders["audio"].norm.running_mean, torch.zeros(32))
+    assert not model.training
+
+
+def test_running_statistics_in_what_trains_are_told_as_such(tmp_path: Path) -> None:
+    told = r"audio.norm.running_mean moved in step 1 without a gradient: running statistics \(BatchNorm\) are not"
+    with pytest.raises(TrainingError, match=told):
+        train(settings(tmp_path, "audio.*"), noisy(), Steps(lambda n: [mixed(n)]))
+
+
+def test_a_projector_is_whitened_on_what_its_encoder_reads() -> None:
+    one, other = noisy().train(), noisy().eval()
+    for model in (one, other):
+        whiten_projectors(model, "audio", ["audio.*"], Steps(lambda n: [mixed(n)]))
+    assert_same_bits(weights(one), weights(other))
+    assert one.encoders["audio"].drop.training
 
 
 def test_a_block_that_hands_on_more_than_a_tensor_is_named() -> None:

@@ -26,7 +26,7 @@ from modalora.models.multimodal import EncoderConfig, Multimodal, make_encoder
 from modalora.nn.mlp import Projector
 
 MODALITY = "modality.json"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _WRAPPED = re.compile(r"\.modules_to_save\.[\w-]+(?=\.)")  # PEFT's name in memory, which some writers leave in the file
 _PUBLISHED = "phi4_multimodal"  # the layout that PEFT trains; our own names for all that it lacks
 
@@ -74,7 +74,7 @@ def find_modules(
     stored: dict[str, str] = {}
     unknown: list[str] = []
     for key in keys:
-        own = ours.get(_WRAPPED.sub("", key).removeprefix(_PREFIX))
+        own = ours.get(_WRAPPED.sub("", key).removeprefix(PREFIX))
         if own is not None and own in stored and torch.equal(weights.get(key), weights.get(stored[own])):
             continue  # an output matrix that is tied, saved again beside the embedding
         if own is None or own in stored:
@@ -170,12 +170,12 @@ def modules_of(model: Multimodal, adapter: str) -> tuple[dict[str, Tensor], list
             continue
         base = rest[0].removesuffix(f"-{adapter}")
         if modality in brought and (kind == "encoders" or rest[0] in sizes[modality].branches):
-            tensors[_PREFIX + name] = tensor
+            tensors[PREFIX + name] = tensor
         elif kind == "projectors" and base != rest[0] and base in sizes[modality].branches:
             plain = ".".join((kind, modality, base, *rest[1:]))
             if modality in ("image", "audio"):
                 plain = plan(_PUBLISHED, {plain: tuple(tensor.shape)}, model.config)[plain].name
-            tensors[_PREFIX + plain] = tensor
+            tensors[PREFIX + plain] = tensor
             module = plain.rpartition(".")[0]
             module = module.rpartition(".")[2] if modality in ("image", "audio") else module
             modules += [module] if module not in modules else []

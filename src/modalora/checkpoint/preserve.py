@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modalora.checkpoint.files import Weights
+from modalora.checkpoint.modules import PREFIX
 from modalora.config import parse
 from modalora.contracts import Batch, Route
 from modalora.disk import read_json
@@ -106,6 +108,17 @@ def probe_logits(model: Multimodal) -> tuple[str, ...]:
         found.append(tensor_digest(model(batch)))
     model.train(was_training)
     return tuple(found)
+
+
+def brought_with(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of the tensors of encoders and projectors that an adapter's folder brings, by our names."""
+    weights = Weights(folder, "adapter_model")
+    named = {key.removeprefix(PREFIX): key for key in weights.entries}
+    return {
+        name: tensor_digest(weights.get(key))
+        for name, key in named.items()
+        if name.startswith(("encoders.", "projectors."))
+    }
 
 
 def differences(certified: Preservation, found: Preservation) -> list[str]:

@@ -110,10 +110,12 @@ def _preserved(model: Path, adapter: Path | None, device: str) -> str:
 
     Raises CheckpointError naming what differs, or when the model has no certificate of its own.
     """
+    from dataclasses import replace
+
     import torch
 
     from modalora.checkpoint.files import MANIFEST, check_manifest
-    from modalora.checkpoint.preserve import CERTIFICATE, differences, preservation, read_certificate
+    from modalora.checkpoint.preserve import CERTIFICATE, brought_with, differences, preservation, read_certificate
     from modalora.checkpoint.store import load_model
     from modalora.errors import CheckpointError
 
@@ -127,6 +129,8 @@ def _preserved(model: Path, adapter: Path | None, device: str) -> str:
     torch.set_num_threads(min(max(certified.threads, 1), 256))  # the last bits of logits depend on it
     found = preservation(network, trained)
     torch.set_num_threads(threads)
+    if adapter is not None:  # frozen parts of a modality that the base lacks
+        found = replace(found, frozen=brought_with(adapter) | dict(found.frozen))
     if wrong := differences(certified, found):
         more = f" (and {len(wrong) - 8} more)" if len(wrong) > 8 else ""
         raise CheckpointError(f"{model} is not the base that was certified: {'; '.join(wrong[:8])}{more}")

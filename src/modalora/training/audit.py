@@ -185,8 +185,14 @@ class Audit:
     def _check_frozen(self) -> None:
         for name, own in self._others().items():
             now, before = _some(self.engine.local(own)), self.frozen[name]
-            if not torch.equal(now.view(torch.uint8), before.view(torch.uint8)):  # a NaN may stay one
-                raise TrainingError(f"{name} is frozen and moved in step {self.steps}; something else updates it")
+            if torch.equal(now.view(torch.uint8), before.view(torch.uint8)):  # a NaN may stay one
+                continue
+            if part_of(name) in _parts(self.trained) and name in dict(self.model.named_buffers()):
+                raise TrainingError(
+                    f"{name} moved in step {self.steps} without a gradient: running statistics (BatchNorm) are not "
+                    f"supported in what trains; use GroupNorm or LayerNorm, or leave {part_of(name)} out of train:"
+                )
+            raise TrainingError(f"{name} is frozen and moved in step {self.steps}; something else updates it")
 
     def _share(self) -> None:
         flags = {f"graded {name}": float(watch.graded) for name, watch in self.watched.items()}
