@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from modalora.data.forms import FORMS, Options, control_tokens, detect, form_of, read_record, resolve
 from modalora.errors import DataError, PromptError
-from modalora.processing.chat import render
+from modalora.processing.chat import as_text, render
 
 ROOT = Path(__file__).parent
 OPTIONS = Options(ROOT)
@@ -230,7 +231,7 @@ def test_a_link_that_leads_out_of_the_root_is_refused(tmp_path: Path) -> None:
         ("messages", {"messages": [SAID[1], {**SAID[2], "loss": True, "weight": 0}]}, "has loss=True, weight=0; write"),
         ("messages", {"messages": [SAID[1], {"role": "assistant", "content": [{"type": "text", "text": ""}]}]},
          "the assistant's, is empty"),
-        ("messages", {"messages": [SAID[1], {"role": "assistant", "tool_calls": [1]}]}, "tool_calls, which are not"),
+        ("messages", {"messages": [SAID[1], {"role": "assistant", "tool_calls": [1]}]}, "message 2, call 1 is 1; write"),
         ("sharegpt", {"conversations": [{"from": "chatbot", "value": "a"}]}, "turn 1 is from 'chatbot'"),
         ("sharegpt", {"conversations": [{"from": ["human"], "value": "a"}]}, r"turn 1 is from \['human'\]; use"),
         ("sharegpt", {"conversations": [{"from": "human"}]}, "the value of turn 1 is missing"),
@@ -265,6 +266,34 @@ def test_a_record_is_refused_in_the_words_of_a_prompt(message: Any) -> None:
     with pytest.raises(DataError) as record:
         read_record({"messages": [message, {"role": "assistant", "content": "a"}]}, "messages", OPTIONS)
     assert str(record.value) == str(prompt.value)
+
+
+def test_calls_of_tools_are_the_same_in_every_form_that_has_them() -> None:
+    call = {"name": "add", "arguments": {"a": 1}}
+    written = {"function": {**call, "arguments": '{"a": 1}'}, "type": "function"}
+    talk = [
+        {"from": "human", "value": "One and one?"},
+        {"from": "function_call", "value": json.dumps(call)},
+        {"from": "observation", "value": "2"},
+        {"from": "gpt", "value": "two"},
+    ]
+    turns = [
+        {"role": "user", "content": "One and one?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "c1", **written}]},
+        {"role": "tool", "tool_call_id": "c1", "content": "2"},
+        {"role": "assistant", "content": "two"},
+    ]
+    told = (
+        '<|user|>One and one?<|end|><|assistant|><|tool_call|>[{"name": "add", "arguments": {"a": 1}}]<|/tool_call|><|end|>'
+        "<|tool|>2<|end|><|assistant|>two<|end|>"
+    )
+    for record in ({"conversations": talk}, {"messages": turns}):
+        assert as_text(render(read_record(record, form_of(record), OPTIONS), answer=False)) == told
+    talk[1]["value"] = json.dumps([call, call])
+    assert len(read_record({"conversations": talk}, "sharegpt", OPTIONS)[1]["tool_calls"]) == 2
+    talk[1]["value"] = "add(1)"
+    with pytest.raises(DataError, match=r"turn 2, a function_call, is 'add\(1\)'; write JSON"):
+        read_record({"conversations": talk}, "sharegpt", OPTIONS)
 
 
 def test_control_tokens_in_texts_are_seen() -> None:

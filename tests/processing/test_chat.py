@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import datetime
+import re
 from typing import Any
 
 import pytest
 
 from modalora.errors import PromptError
-from modalora.processing.chat import Piece, as_text, render
+from modalora.processing.chat import Piece, as_text, read_calls, render
+from modalora.processing.tokenizer import TextTokenizer
 
 PNG = b"\x89PNG not really"
 
@@ -168,10 +170,97 @@ def test_an_error_names_the_message_and_the_part(messages: Any, told: str) -> No
         render(messages)
 
 
+def call(name: Any = "add", arguments: Any = '{"a": 1, "b": "ü"}', **more: Any) -> dict[str, Any]:
+    return {"id": "c1", "type": "function", "function": {"name": name, "arguments": arguments}, **more}
+
+
+ADD, NOW = '{"name": "add", "arguments": {"a": 1, "b": "ü"}}', '{"name": "now", "arguments": {}}'
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ({"content": None, "tool_calls": [call()]}, f"<|tool_call|>[{ADD}]<|/tool_call|>"),
+        ({"tool_calls": [call(arguments={"a": 1, "b": "ü"})]}, f"<|tool_call|>[{ADD}]<|/tool_call|>"),
+        (
+            {"content": [text("Let me see.")], "tool_calls": (call(), call("now", ""))},
+            f"Let me see.<|tool_call|>[{ADD}, {NOW}]<|/tool_call|>",
+        ),
+    ],
+)
+def test_calls_stand_behind_the_words_between_their_tokens_and_are_trained(message: dict[str, Any], told: str) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", **message}, {"role": "tool", "content": "3"}]
+    pieces = render(turns)
+    assert as_text(pieces) == f"<|user|>Hi<|end|><|assistant|>{told}<|end|><|tool|>3<|end|><|assistant|>"
+    assert "".join(piece.value for piece in pieces if piece.trained) == f"{told}<|end|>"
+    assert {"<|tool_call|>", "<|/tool_call|>"} <= {piece.value for piece in pieces if piece.kind == "control"}
+    turns[1]["loss"] = False
+    assert not any(piece.trained for piece in render(turns))
+
+
+@pytest.mark.parametrize(
+    ("calls", "told"),
+    [
+        ({"function": {}}, "message 2 has tool_calls={'function': {}}; give a list of calls"),
+        ([{"name": "add", "arguments": {}}], "message 2, call 1 is {'name': 'add'.*; write {'type': 'function'"),
+        ([call(), 7], "message 2, call 2 is 7; write"),
+        ([call(type="custom")], "message 2, call 1 is {.*'custom'"),
+        ([call(name="")], "message 2, call 1 has name=''; give the name of a tool"),
+        ([call(arguments="a=1")], "message 2, call 1 has arguments='a=1'; give an object of names and values, or its"),
+        ([call(arguments=[1])], r"message 2, call 1 has arguments=\[1\]"),
+        ([call(arguments="[" * 99_999)], "message 2, call 1 has arguments="),
+        ([call(strict=True)], "message 2, call 1 has 'strict', which is not read"),
+        ([call(arguments={"since": datetime.date(2026, 1, 1)})], "arguments that JSON cannot hold .*; write them as a"),
+    ],
+)
+def test_calls_that_cannot_be_written_are_refused(calls: Any, told: str) -> None:
+    with pytest.raises(PromptError, match=told):
+        render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": calls}])
+
+
+WORDS = TextTokenizer.train(["the quick brown fox"], 300)
+PHI3 = TextTokenizer(WORDS.definition.replace("tool_call|>", "dummy|>"))
+
+
+def said(text: str) -> list[int]:
+    """The ids of an answer whose control tokens are written out."""
+    pieces = re.split(r"(<\|/?tool_call\|>)", text)
+    return [
+        index
+        for number, piece in enumerate(pieces)
+        for index in ([WORDS.control(piece)] if number % 2 else WORDS.encode(piece))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ("fox", []),
+        (f"fox<|tool_call|>[{ADD}, {NOW}]<|/tool_call|>", ["add", "now"]),
+        (f"<|tool_call|>{ADD}<|/tool_call|><|tool_call|>[{NOW}]<|/tool_call|>", ["add", "now"]),
+        ("<|tool_call|>[1]<|/tool_call|> fox", ["[1]"]),
+        ("<|tool_call|>fox(3)<|/tool_call|>", ["fox(3)"]),
+        ("<|tool_call|>[]<|/tool_call|>", ["[]"]),
+        ('<|tool_call|>[{"name": "ad', ['[{"name": "ad']),
+        ("fox<|/tool_call|>", []),
+    ],
+)
+def test_calls_in_an_answer_are_told_from_its_text(answer: str, told: list[str]) -> None:
+    calls = read_calls(said(answer), WORDS)
+    assert [one if isinstance(one, str) else one["function"]["name"] for one in calls] == told
+    assert read_calls(said(answer), PHI3) == ()
+
+
+def test_calls_that_were_read_can_be_written_again() -> None:
+    calls = read_calls(said(f"<|tool_call|>[{ADD}, {NOW}]<|/tool_call|>"), WORDS)
+    assert calls[0] == {"type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": "ü"}'}}
+    written = as_text(render([{"role": "assistant", "tool_calls": calls}], answer=False))
+    assert written == f"<|assistant|><|tool_call|>[{ADD}, {NOW}]<|/tool_call|><|end|>"
+
+
 def test_calls_and_tools_that_would_be_lost_are_refused() -> None:
-    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
-    with pytest.raises(PromptError, match="message 2 has tool_calls, which are not read; write the call"):
-        render([{"role": "user", "content": "Hi"}, call])
+    with pytest.raises(PromptError, match="message 1 has tool_calls, which the assistant's messages hold; move them"):
+        render([{"role": "user", "content": "Hi", "tool_calls": [call()]}])
     with pytest.raises(PromptError, match="message 1 has tools, which the system message holds; move them there"):
         render([{"role": "user", "content": "Hi", "tools": [{"name": "f"}]}])
 
@@ -181,7 +270,7 @@ def test_calls_and_tools_that_would_be_lost_are_refused() -> None:
     [
         ({"content": "Hi", "name": "Bob"}, "message 1 has 'name', which is not read; take it out, or write it into"),
         ({"content": "Hi", "weather": 5}, "message 1 has 'weather', which is not read"),
-        ({"role": "assistant", "content": "", "function_call": {"name": "f"}}, "has function_call, which are not read"),
+        ({"role": "assistant", "content": "", "function_call": {"name": "f"}}, "has function_call, which is not read; write it as"),
         (
             {"role": "system", "content": "", "tools": 5},
             "message 1 has tools=5; give a list of definitions, or its JSON",

@@ -235,6 +235,20 @@ def test_sound_has_as_many_mel_channels_as_the_model_wants() -> None:
     assert sound.features["mel"].shape[1] == 40
 
 
+def test_calls_are_trained_with_their_tokens_and_need_a_vocabulary_that_has_them() -> None:
+    call = {"function": {"name": "fox", "arguments": {}}}
+    turns = [*user("seven"), {"role": "assistant", "content": None, "tool_calls": [call]}]
+    row = PROCESSOR.row(turns, answer=False)
+    told = [CONTROL("<|tool_call|>"), *TOKENIZER.encode('[{"name": "fox", "arguments": {}}]')]
+    assert row.ids[-len(told) - 2 :] == [*told, CONTROL("<|/tool_call|>"), CONTROL("<|end|>")]
+    assert [label for label in row.labels if label != IGNORED] == row.ids[-len(told) - 2 :]
+    older = make()
+    older.tokenizer = TextTokenizer(TOKENIZER.definition.replace("tool_call|>", "dummy|>"))
+    for work in (older.row, older.measure):
+        with pytest.raises(PromptError, match=r"have tool_calls, and this model's vocabulary has no <\|tool_call\|>: it"):
+            work(turns)
+
+
 def smelling(read: Any, count: Any = None) -> Processor:
     """A processor with a modality of someone else's."""
     processor = make()

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from modalora.errors import DataError, PromptError
-from modalora.processing.chat import check_message, decode_base64, read_part
+from modalora.processing.chat import check_message, decode_base64, read_call, read_part
 from modalora.processing.tokenizer import CONTROL_TOKENS, PLACEHOLDERS
 
 Fields = Mapping[str, Any]
@@ -24,7 +24,7 @@ Messages = list[dict[str, Any]]
 
 SPEAKERS = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
-    "system": "system", "tool": "tool", "observation": "tool",
+    "system": "system", "tool": "tool", "observation": "tool", "function_call": "assistant",
 }  # fmt: skip
 MEDIA_FIELDS = tuple(name for kind in PLACEHOLDERS for name in (kind, f"{kind}s"))
 UNREAD = ("video", "videos", "chosen", "rejected")  # fields that change what a record means and are not read
@@ -178,9 +178,10 @@ def _messages(fields: Fields, options: Options) -> Messages:
             _check_order(content, seen, what)
             content = [_part(part, f"{what}, part {place}", options) for place, part in enumerate(content, start=1)]
         else:
+            content = "" if content is None and turn.get("tool_calls") else content
             content = _string(content, f"the content of {what}")
-        tools = {"tools": turn["tools"]} if turn.get("tools") is not None else {}
-        made.append({"role": turn["role"], "content": content, **tools, **_loss(turn, what)})
+        given = {key: turn[key] for key in ("tools", "tool_calls") if turn.get(key)}
+        made.append({"role": turn["role"], "content": content, **given, **_loss(turn, what)})
     return made
 
 
@@ -233,8 +234,22 @@ def _sharegpt(fields: Fields, options: Options) -> Messages:
             speaker = turn.get("from") if isinstance(turn, Mapping) else turn
             raise DataError(f"turn {number} is from {speaker!r:.40}; use one of {', '.join(SPEAKERS)}")
         content = _string(turn.get("value"), f"the value of turn {number}")
-        made.append({"role": SPEAKERS[turn["from"]], "content": content, **_loss(turn, f"turn {number}")})
+        said = {"content": content}
+        if turn["from"] == "function_call":
+            said = {"content": "", "tool_calls": _calls(content, f"turn {number}")}
+        made.append({"role": SPEAKERS[turn["from"]], **said, **_loss(turn, f"turn {number}")})
     return made
+
+
+def _calls(text: str, what: str) -> list[dict[str, Any]]:
+    """Return the calls in a turn of function_call, as OpenAI's API writes them."""
+    calls: list[dict[str, Any]] = [call for call in read_call(text) if not isinstance(call, str)]
+    if not calls:
+        raise DataError(
+            f'{what}, a function_call, is {text!r:.60}; write JSON, {{"name": ..., "arguments": {{...}}}} or a list of '
+            "such"
+        )
+    return calls
 
 
 def _alpaca(fields: Fields, options: Options) -> Messages:
@@ -322,7 +337,7 @@ def _check_turns(messages: Messages) -> None:
             raise DataError(f"message {number} is a system message, which stands first or not at all; move it there")
         if role == "assistant" and number > 1 and messages[number - 2]["role"] == "assistant":
             raise DataError(f"messages {number - 1} and {number} are both the assistant's; join them")
-        if role == "assistant" and _is_empty(message["content"]):
+        if role == "assistant" and _is_empty(message["content"]) and not message.get("tool_calls"):
             raise DataError(f"message {number}, the assistant's, is empty; give an answer or drop the record")
     spoken = [message for message in messages if message["role"] == "assistant"]
     if not spoken:

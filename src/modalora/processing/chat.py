@@ -1,6 +1,7 @@
 """Phi's chat formats: messages to pieces of text, control tokens and media, in reading order.
 
-<|role|>content<|end|> for every message, tools inside the system message. Phi-4 has nothing between, Phi-3 newlines.
+<|role|>content<|end|> for every message, tools inside the system message, calls of them behind the assistant's words.
+Phi-4 has nothing between, Phi-3 newlines.
 Fields of a message or a part that are not read are refused, unless they are empty or of IGNORED.
 Templates that come with a model are never run: a format is code here, or not read.
 Source: model cards of Phi-4-multimodal-instruct and Phi-3-mini-4k-instruct; see docs/papers.md.
@@ -18,10 +19,11 @@ from typing import Any
 
 from modalora.contracts import Message
 from modalora.errors import PromptError
-from modalora.processing.tokenizer import ASSISTANT, END, END_OF_TEXT, PLACEHOLDERS
+from modalora.processing.tokenizer import ASSISTANT, END, END_OF_TEXT, PLACEHOLDERS, TextTokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
-READ = ("role", "content", "tools", "loss")  # fields of a message
+READ = ("role", "content", "tools", "tool_calls", "loss")  # fields of a message
+CALL, CALL_END = "<|tool_call|>", "<|/tool_call|>"  # around the JSON list of an answer's calls
 IGNORED = ("id", "tool_call_id")  # names that OpenAI's API gives, which say nothing to a model
 _MARKS = {"wav": (b"RIFF", b"RF64"), "flac": (b"fLaC",), "ogg": (b"OggS",)}  # first bytes by format
 
@@ -79,10 +81,16 @@ def render(
         role = message["role"]
         trained = role == "assistant" and bool(message.get("loss", True))
         pieces += [Piece("control", f"<|{role}|>"), Piece("text", chat.after_role, trained)]
-        pieces.extend(_content(message.get("content"), where, trained, kinds))
+        calls = message.get("tool_calls")
+        content = message.get("content")
+        pieces.extend(_content("" if content is None and calls else content, where, trained, kinds))
+        if calls:
+            told = [_call(call, f"{where}, call {place}") for place, call in enumerate(calls, start=1)]
+            written = _as_json(told, "arguments", where)
+            pieces += [Piece("control", CALL, trained), Piece("text", written, trained), Piece("control", CALL_END, trained)]
         if role == "system" and message.get("tools"):
             tools = message["tools"]
-            text = tools if isinstance(tools, str) else _as_json(tools, where)
+            text = tools if isinstance(tools, str) else _as_json(tools, "tools", where)
             pieces += [Piece("control", "<|tool|>"), Piece("text", text), Piece("control", "<|/tool|>")]
         pieces += [Piece("control", END, trained), Piece("text", chat.after_end)]
     if answer:
@@ -97,13 +105,74 @@ def check_message(message: Any, where: str) -> None:
     role = message["role"]
     if role not in ROLES:
         raise PromptError(f"{where} has role {role!r:.40}; use one of {', '.join(ROLES)}")
-    for name in ("tool_calls", "function_call"):
-        if message.get(name):
-            raise PromptError(f"{where} has {name}, which are not read; write the call as the assistant's text")
+    if message.get("function_call"):
+        raise PromptError(f"{where} has function_call, which is not read; write it as tool_calls")
+    if (calls := message.get("tool_calls")) and role != "assistant":
+        raise PromptError(f"{where} has tool_calls, which the assistant's messages hold; move them there")
+    if calls and not isinstance(calls, list | tuple):
+        raise PromptError(f"{where} has tool_calls={calls!r:.40}; give a list of calls, as OpenAI's API does")
+    for place, call in enumerate(calls or (), start=1):
+        _call(call, f"{where}, call {place}")
     if (tools := message.get("tools")) and role != "system":
         raise PromptError(f"{where} has tools, which the system message holds; move them there")
     if tools and not isinstance(tools, str | list | tuple | Mapping):
         raise PromptError(f"{where} has tools={tools!r:.40}; give a list of definitions, or its JSON as a string")
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    """Return a call of OpenAI's API as the model writes it. Raises PromptError."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or call.get("type") not in ("function", None):
+        raise PromptError(
+            f"{where} is {call!r:.60}; write {{'type': 'function', 'function': {{'name': ..., 'arguments': ...}}}}"
+        )
+    _check_fields(call, ("type", "function", *IGNORED), where)
+    _check_fields(function, ("name", "arguments"), where)
+    name, arguments = function.get("name"), function.get("arguments")
+    if not isinstance(name, str) or not name:
+        raise PromptError(f"{where} has name={name!r:.40}; give the name of a tool")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            pass  # told below, as it was given
+    arguments = {} if arguments is None else arguments
+    if not isinstance(arguments, Mapping):
+        raise PromptError(
+            f"{where} has arguments={function.get('arguments')!r:.60}; give an object of names and values, or its JSON"
+        )
+    return {"name": name, "arguments": dict(arguments)}
+
+
+def read_calls(ids: Sequence[int], tokenizer: TextTokenizer) -> tuple[dict[str, Any] | str, ...]:
+    """Return the calls in an answer as `render` takes them: OpenAI's tool_calls, arguments as their JSON.
+
+    What stands between the tokens of a call and is no JSON of calls, or is cut off, is returned as its text.
+    """
+    if not (tokenizer.has_control(CALL) and tokenizer.has_control(CALL_END)):
+        return ()
+    start, stop = tokenizer.control(CALL), tokenizer.control(CALL_END)
+    found: list[dict[str, Any] | str] = []
+    at = 0
+    while start in ids[at:]:
+        at = ids.index(start, at) + 1
+        end = ids.index(stop, at) if stop in ids[at:] else len(ids)
+        found += read_call(tokenizer.decode(ids[at:end]))
+        at = end
+    return tuple(found)
+
+
+def read_call(text: str) -> list[dict[str, Any] | str]:
+    """Return the calls that JSON tells, of one or a list, as OpenAI's API has them; else the text."""
+    try:
+        told = json.loads(text)
+        calls = [_call({"function": call}, "it") for call in (told if isinstance(told, list) else [told])]
+    except (ValueError, RecursionError, PromptError):
+        calls = []
+    return [text] if not calls else [
+        {"type": "function", "function": {**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False)}}
+        for call in calls
+    ]
 
 
 def read_part(part: Any, where: str, kinds: Collection[str], empty: Collection[str] = ()) -> tuple[str, Any]:
@@ -248,11 +317,11 @@ def _part(part: Any, where: str, trained: bool, kinds: Collection[str]) -> Piece
     return Piece(kind, payload, trained and kind == "text")
 
 
-def _as_json(tools: Any, where: str) -> str:
+def _as_json(told: Any, what: str, where: str) -> str:
     try:
-        return json.dumps(tools, ensure_ascii=False)
+        return json.dumps(told, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise PromptError(f"{where} has tools that JSON cannot hold ({error}); write them as a string") from None
+        raise PromptError(f"{where} has {what} that JSON cannot hold ({error}); write them as a string") from None
 
 
 def _inline(data: bytes | None, where: str) -> bytes:

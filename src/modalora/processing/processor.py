@@ -14,7 +14,7 @@ from torch import Tensor
 from modalora.contracts import IGNORED, Batch, Media, Message, Route, Rule
 from modalora.errors import MediaError, ModaloraError, PromptError
 from modalora.processing.audio import AudioConfig
-from modalora.processing.chat import FORMATS, ChatFormat, Piece, as_text, render, render_raw
+from modalora.processing.chat import CALL, FORMATS, ChatFormat, Piece, as_text, render, render_raw
 from modalora.processing.image import ImageConfig
 from modalora.processing.tokenizer import END_OF_TEXT, TextTokenizer
 
@@ -98,7 +98,7 @@ class Processor:
 
     def row(self, messages: Sequence[Message], *, answer: bool = True) -> Row:
         """Return one conversation as tokens."""
-        return self._row(render(messages, answer=answer, chat=self.chat, kinds=self.kinds))
+        return self._row(self._render(messages, answer))
 
     def raw_row(self, prompt: str, media: Mapping[str, Sequence[Any]]) -> Row:
         """Return a prompt that is already in the model's format, control tokens and all, as tokens."""
@@ -117,7 +117,16 @@ class Processor:
 
         Raises PromptError, and MediaError for what a header tells.
         """
-        return sum(self._counts(render(messages, answer=answer, chat=self.chat, kinds=self.kinds)))
+        return sum(self._counts(self._render(messages, answer)))
+
+    def _render(self, messages: Sequence[Message], answer: bool) -> list[Piece]:
+        pieces = render(messages, answer=answer, chat=self.chat, kinds=self.kinds)
+        if any(message.get("tool_calls") for message in messages) and not self.tokenizer.has_control(CALL):
+            raise PromptError(
+                f"the messages have tool_calls, and this model's vocabulary has no {CALL}: it has learnt no calls; write "
+                "what was called as the assistant's text"
+            )
+        return pieces
 
     def _counts(self, pieces: Sequence[Piece]) -> tuple[int, int]:
         """Return the tokens of text and control, and those of media."""
