@@ -175,6 +175,28 @@ def test_the_end_token_stops_and_is_no_part_of_the_answer(assistant: Assistant, 
     assert assistant.ask("How many?").text == ""
 
 
+def test_a_call_in_an_answer_is_told_from_its_text(assistant: Assistant, say: Say) -> None:
+    tokenizer = assistant.processor.tokenizer
+    written = '[{"name": "seven", "arguments": {"a": 1}}]'
+    ids = [tokenizer.control("<|tool_call|>"), *tokenizer.encode(written), tokenizer.control("<|/tool_call|>")]
+    say(ids)
+    answer = assistant.ask("How many?")
+    assert (answer.text, answer.finish_reason) == (written, "tool_calls")
+    assert answer.tool_calls == ({"type": "function", "function": {"name": "seven", "arguments": '{"a": 1}'}},)
+    said = [
+        {"role": "user", "content": "How many?"},
+        {"role": "assistant", "content": None, "tool_calls": answer.tool_calls},
+        {"role": "tool", "content": "7"},
+    ]
+    read = assistant.processor.row(said).ids
+    assert read[read.index(ids[0]) :][: len(ids)] == ids
+    say(ids)
+    assert assistant.ask("How many?", max_tokens=4).finish_reason == "length"
+    say(tokenizer.encode(written))
+    plain = assistant.ask("How many?")
+    assert (plain.text, plain.finish_reason, plain.tool_calls) == (written, "stop", ())
+
+
 @pytest.mark.parametrize(
     ("stop", "told"),
     [

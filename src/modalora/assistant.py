@@ -27,7 +27,7 @@ from modalora.generation.windows import Switch, check_switch, explain_table
 from modalora.models.multimodal import MODALITIES, ModelConfig, Multimodal
 from modalora.models.router import route as route_of
 from modalora.nn.rope import LongRope, Regime
-from modalora.processing.chat import FORMATS, ChatFormat
+from modalora.processing.chat import FORMATS, ChatFormat, read_calls
 from modalora.processing.processor import Compat, Processor
 from modalora.processing.spans import spans
 from modalora.processing.tokenizer import Growing, TextTokenizer
@@ -42,7 +42,9 @@ Media = Any  # a path, bytes, a PIL image, or (samples, sample_rate)
 class Answer:
     """What a model said.
 
-    finish_reason: "stop" or "length". route: the row's record of `explain`. usage: token counts as OpenAI names them.
+    finish_reason: "stop", "length" or "tool_calls". route: the row's record of `explain`. usage: token counts as OpenAI
+    names them. tool_calls: the calls of tools that it holds, as OpenAI has them; text has their JSON as well. To go on,
+    add {"role": "assistant", "content": None, "tool_calls": ...} to the messages, and the results.
     """
 
     text: str
@@ -51,6 +53,7 @@ class Answer:
     route: Mapping[str, Any]
     usage: Mapping[str, int]
     seconds: float
+    tool_calls: tuple[dict[str, Any] | str, ...] = ()
 
 
 @dataclass
@@ -165,7 +168,9 @@ class Assistant:
             prompt = int(batch.lengths[row])
             usage = {"prompt_tokens": prompt, "completion_tokens": len(new), "total_tokens": prompt + len(new)}
             text = _cut(self.processor.tokenizer.decode(new), stop)
-            answers.append(Answer(text, tuple(new), finish[row], routes[row], usage, seconds))
+            calls = read_calls(new, self.processor.tokenizer)
+            finish[row] = "tool_calls" if calls and finish[row] == "stop" else finish[row]
+            answers.append(Answer(text, tuple(new), finish[row], routes[row], usage, seconds, calls))
         return answers
 
     def stream(
