@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -371,14 +372,52 @@ def test_a_table_of_another_dtype_than_the_network_has_is_named(
         base().load_adapter(tmp_path / "nose", "nose")
 
 
-@pytest.mark.parametrize("wrong", [lambda sizes: 1 / 0, lambda sizes: "encoder"])
+def turning(sizes: Sizes) -> nn.Module:
+    encoder = Smells(sizes)
+    encoder.register_buffer("turns", torch.ones(2, dtype=torch.complex64))
+    return encoder
+
+
+def test_an_encoder_with_a_file_of_its_own_is_written_as_the_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "modality.md").read_text()
+    (snippet,) = re.findall(r"```python\n(class Encoder.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {"nn": nn, "torch": torch, "Path": Path, "__file__": str(tmp_path / "motion.py")}
+    exec(snippet, {**names, "Sizes": Sizes}, names)
+    weights = {"0.weight": torch.rand(16, 4), "0.bias": torch.rand(16)}
+    torch.save(weights, tmp_path / "net.pt")
+    monkeypatch.setattr(Sizes, "patch", 4, raising=False)
+    monkeypatch.setattr(Sizes, "encoder", lambda sizes: names["Encoder"](sizes))
+
+    def check(assistant: Assistant) -> None:
+        for name, tensor in assistant.model.encoders["smell"].net.state_dict().items():
+            assert torch.equal(tensor, weights[name])
+
+    assistant = base()
+    assistant.add_modality("smell")
+    check(assistant)
+    assistant.save(tmp_path / "model")
+    save_adapter(assistant.model, "nose", tmp_path / "nose")
+    other = base()
+    torch.save({name: -tensor for name, tensor in weights.items()}, tmp_path / "net.pt")
+    other.load_adapter(tmp_path / "nose", "nose")
+    check(other)
+    (tmp_path / "net.pt").unlink()
+    check(modalora.load(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("wrong", [lambda sizes: 1 / 0, lambda sizes: "encoder", turning])
 def test_an_encoder_that_cannot_be_made_is_told_by_its_modality(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: Any
 ) -> None:
     smelling().save(tmp_path / "model")
     save_adapter(smelling().model, "nose", tmp_path / "nose")
     monkeypatch.setattr(Sizes, "encoder", wrong)
-    told = r"the modality 'smell'(: encoder\(\) returns a str| makes no encoder of .* fails with ZeroDivisionError: div)"
+    told = (
+        r"the modality 'smell'(: encoder\(\) returns a str|: its encoder has complex numbers in turns, which no model| "
+        "makes no encoder of .* fails with ZeroDivisionError: div)"
+    )
     for make in (
         lambda: base().add_modality("smell"),
         lambda: base().load_adapter(tmp_path / "nose", "nose"),
@@ -443,7 +482,10 @@ def test_what_a_folder_brings_frozen_is_compared_with_the_folder_itself(tmp_path
     save_adapter(assistant.model, "nose", tmp_path / "nose", preservation(assistant.model, trained))
     code, out, err = run("adapter", "verify", str(tmp_path / "model"), str(tmp_path / "nose"))
     frozen = len(assistant.model.state_dict()) - len(trained)
-    assert (code, f"preserved  {frozen} frozen tensors and the logits of 4 texts are as certified" in out) == (0, True), err
+    assert (code, f"preserved  {frozen} frozen tensors and the logits of 4 texts are as certified" in out) == (
+        0,
+        True,
+    ), err
     tensors = load_file(tmp_path / "nose" / WEIGHTS)
     for part in ("encoders.smell.table.weight", "projectors.smell.loud.up.bias"):
         changed = {**tensors, f"base_model.model.{part}": tensors[f"base_model.model.{part}"] + 1}
@@ -500,7 +542,9 @@ def test_a_projector_that_cannot_be_used_leaves_the_model_as_it_was(tmp_path: Pa
     dtype = torch.int64 if wrong == 1 else torch.float64
     folder = with_module(tmp_path, {UP: torch.full(old.shape, wrong, dtype=dtype)}, ["img_projection_up"])
     adapters, branches, config = assistant.model.adapters, assistant.model.branches, assistant.model.config
-    with pytest.raises(CheckpointError, match="not finite|cannot tell from infinity|has dtype I64, and this model has torch.float32"):
+    with pytest.raises(
+        CheckpointError, match="not finite|cannot tell from infinity|has dtype I64, and this model has torch.float32"
+    ):
         assistant.load_adapter(folder, "mine")
     assert (assistant.model.adapters, assistant.model.branches, assistant.model.config) == (adapters, branches, config)
     assert not any("mine" in linear.adapters for linear in assistant.model.decoder.routed().values())

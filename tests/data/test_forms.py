@@ -231,7 +231,7 @@ def test_a_link_that_leads_out_of_the_root_is_refused(tmp_path: Path) -> None:
         ("messages", {"messages": [SAID[1], {**SAID[2], "loss": True, "weight": 0}]}, "has loss=True, weight=0; write"),
         ("messages", {"messages": [SAID[1], {"role": "assistant", "content": [{"type": "text", "text": ""}]}]},
          "the assistant's, is empty"),
-        ("messages", {"messages": [SAID[1], {"role": "assistant", "tool_calls": [1]}]}, "message 2, call 1 is 1; write"),
+        ("messages", {"messages": [SAID[1], {"role": "assistant", "tool_calls": [1]}]}, "message 2, call 1 is 1;"),
         ("sharegpt", {"conversations": [{"from": "chatbot", "value": "a"}]}, "turn 1 is from 'chatbot'"),
         ("sharegpt", {"conversations": [{"from": ["human"], "value": "a"}]}, r"turn 1 is from \['human'\]; use"),
         ("sharegpt", {"conversations": [{"from": "human"}]}, "the value of turn 1 is missing"),
@@ -284,8 +284,8 @@ def test_calls_of_tools_are_the_same_in_every_form_that_has_them() -> None:
         {"role": "assistant", "content": "two"},
     ]
     told = (
-        '<|user|>One and one?<|end|><|assistant|><|tool_call|>[{"name": "add", "arguments": {"a": 1}}]<|/tool_call|><|end|>'
-        "<|tool|>2<|end|><|assistant|>two<|end|>"
+        '<|user|>One and one?<|end|><|assistant|><|tool_call|>[{"name": "add", "arguments": {"a": 1}}]<|/tool_call|>'
+        "<|end|><|tool|>2<|end|><|assistant|>two<|end|>"
     )
     for record in ({"conversations": talk}, {"messages": turns}):
         assert as_text(render(read_record(record, form_of(record), OPTIONS), answer=False)) == told

@@ -270,7 +270,10 @@ def test_calls_and_tools_that_would_be_lost_are_refused() -> None:
     [
         ({"content": "Hi", "name": "Bob"}, "message 1 has 'name', which is not read; take it out, or write it into"),
         ({"content": "Hi", "weather": 5}, "message 1 has 'weather', which is not read"),
-        ({"role": "assistant", "content": "", "function_call": {"name": "f"}}, "has function_call, which is not read; write it as"),
+        (
+            {"role": "assistant", "content": "", "function_call": {"name": "f"}},
+            "has function_call, which is not read; write it as",
+        ),
         (
             {"role": "system", "content": "", "tools": 5},
             "message 1 has tools=5; give a list of definitions, or its JSON",

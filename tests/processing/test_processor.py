@@ -245,7 +245,9 @@ def test_calls_are_trained_with_their_tokens_and_need_a_vocabulary_that_has_them
     older = make()
     older.tokenizer = TextTokenizer(TOKENIZER.definition.replace("tool_call|>", "dummy|>"))
     for work in (older.row, older.measure):
-        with pytest.raises(PromptError, match=r"have tool_calls, and this model's vocabulary has no <\|tool_call\|>: it"):
+        with pytest.raises(
+            PromptError, match=r"have tool_calls, and this model's vocabulary has no <\|tool_call\|>: it"
+        ):
             work(turns)
 
 

@@ -208,9 +208,7 @@ def _tensors(model: Multimodal, modalities: Mapping[str, EncoderConfig]) -> dict
                 ("projectors", nn.ModuleDict({one: Projector(sizes.hidden_size, width) for one in sizes.branches})),
             )
         }
-    return {
-        f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()
-    }
+    return {f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
 
 
 def _reason(pieces: list[str]) -> str:

@@ -234,7 +234,7 @@ def _sharegpt(fields: Fields, options: Options) -> Messages:
             speaker = turn.get("from") if isinstance(turn, Mapping) else turn
             raise DataError(f"turn {number} is from {speaker!r:.40}; use one of {', '.join(SPEAKERS)}")
         content = _string(turn.get("value"), f"the value of turn {number}")
-        said = {"content": content}
+        said: dict[str, Any] = {"content": content}
         if turn["from"] == "function_call":
             said = {"content": "", "tool_calls": _calls(content, f"turn {number}")}
         made.append({"role": SPEAKERS[turn["from"]], **said, **_loss(turn, f"turn {number}")})
@@ -299,7 +299,7 @@ FORMS: dict[str, Form] = {
         _messages,
         "'messages' of role and content, as OpenAI's",
         ("messages",),
-        ("role", "content", "tools", "tool_calls", "loss", "weight"),
+        ("role", "content", "tools", "tool_calls", "tool_call_id", "loss", "weight"),
     ),
     "sharegpt": Form(
         _has_turns,

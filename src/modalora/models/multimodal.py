@@ -357,6 +357,11 @@ def make_encoder(modality: str, sizes: EncoderConfig) -> nn.Module:
         raise ConfigError(
             f"the modality {modality!r}: encoder() returns a {type(encoder).__name__}; return a torch.nn.Module"
         )
+    if twofold := [name for name, tensor in encoder.state_dict().items() if tensor.is_complex()]:
+        raise ConfigError(
+            f"the modality {modality!r}: its encoder has complex numbers in {twofold[0]}, which no model folder holds; "
+            "keep torch.view_as_real of them"
+        )
     return encoder
 
 

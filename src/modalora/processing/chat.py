@@ -14,6 +14,7 @@ import itertools
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +88,11 @@ def render(
         if calls:
             told = [_call(call, f"{where}, call {place}") for place, call in enumerate(calls, start=1)]
             written = _as_json(told, "arguments", where)
-            pieces += [Piece("control", CALL, trained), Piece("text", written, trained), Piece("control", CALL_END, trained)]
+            pieces += [
+                Piece("control", CALL, trained),
+                Piece("text", written, trained),
+                Piece("control", CALL_END, trained),
+            ]
         if role == "system" and message.get("tools"):
             tools = message["tools"]
             text = tools if isinstance(tools, str) else _as_json(tools, "tools", where)
@@ -132,10 +137,8 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     if not isinstance(name, str) or not name:
         raise PromptError(f"{where} has name={name!r:.40}; give the name of a tool")
     if isinstance(arguments, str):
-        try:
+        with suppress(ValueError, RecursionError):  # told below, as it was given
             arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            pass  # told below, as it was given
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, Mapping):
         raise PromptError(
@@ -169,10 +172,14 @@ def read_call(text: str) -> list[dict[str, Any] | str]:
         calls = [_call({"function": call}, "it") for call in (told if isinstance(told, list) else [told])]
     except (ValueError, RecursionError, PromptError):
         calls = []
-    return [text] if not calls else [
-        {"type": "function", "function": {**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False)}}
-        for call in calls
-    ]
+    return (
+        [text]
+        if not calls
+        else [
+            {"type": "function", "function": {**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False)}}
+            for call in calls
+        ]
+    )
 
 
 def read_part(part: Any, where: str, kinds: Collection[str], empty: Collection[str] = ()) -> tuple[str, Any]:

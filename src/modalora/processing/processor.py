@@ -123,8 +123,8 @@ class Processor:
         pieces = render(messages, answer=answer, chat=self.chat, kinds=self.kinds)
         if any(message.get("tool_calls") for message in messages) and not self.tokenizer.has_control(CALL):
             raise PromptError(
-                f"the messages have tool_calls, and this model's vocabulary has no {CALL}: it has learnt no calls; write "
-                "what was called as the assistant's text"
+                f"the messages have tool_calls, and this model's vocabulary has no {CALL}: it has learnt no calls; "
+                "write what was called as the assistant's text"
             )
         return pieces
 
