@@ -170,16 +170,14 @@ def read_call(text: str) -> list[dict[str, Any] | str]:
     try:
         told = json.loads(text)
         calls = [_call({"function": call}, "it") for call in (told if isinstance(told, list) else [told])]
+        written = [json.dumps(call["arguments"], ensure_ascii=False) for call in calls]
     except (ValueError, RecursionError, PromptError):
-        calls = []
-    return (
-        [text]
-        if not calls
-        else [
-            {"type": "function", "function": {**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False)}}
-            for call in calls
-        ]
-    )
+        return [text]
+    found: list[dict[str, Any] | str] = [
+        {"type": "function", "function": {"name": call["name"], "arguments": arguments}}
+        for call, arguments in zip(calls, written, strict=True)
+    ]
+    return found or [text]
 
 
 def read_part(part: Any, where: str, kinds: Collection[str], empty: Collection[str] = ()) -> tuple[str, Any]:
