@@ -351,7 +351,7 @@ def make_encoder(modality: str, sizes: EncoderConfig) -> nn.Module:
     except Exception as error:  # it is someone else's code
         raise ConfigError(
             f"the modality {modality!r} makes no encoder of {sizes!s:.80}: encoder() fails with "
-            f"{type(error).__name__}: {error!s:.200}; mend it, or change the sizes"
+            f"{type(error).__name__}: {' '.join(str(error).split()):.200}; mend it, or change the sizes"
         ) from error
     if not isinstance(encoder, nn.Module):
         raise ConfigError(

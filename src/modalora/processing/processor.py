@@ -147,7 +147,8 @@ class Processor:
         with _told(kind):
             features, tokens = medium.read(payload, medium.settings)
         if not isinstance(features, Mapping) or not all(isinstance(one, Tensor) for one in features.values()):
-            raise MediaError(f"the modality {kind!r} has features {features!r:.60}; they must be a dict of tensors")
+            held = [type(one).__name__ for one in (features.values() if isinstance(features, Mapping) else [features])]
+            raise MediaError(f"the modality {kind!r} has features of {', '.join(held)}; give a dict of tensors")
         return features, _whole(kind, tokens)
 
     def _count(self, kind: str, payload: Any) -> int:
@@ -250,7 +251,7 @@ def _told(kind: str) -> Iterator[None]:
     except Exception as error:  # it may be someone else's code
         raise MediaError(
             f"the {kind} cannot be read: the features of that modality fail with {type(error).__name__}: "
-            f"{error!s:.200}; give another {kind}, or mend them to say what they take"
+            f"{' '.join(str(error).split()):.200}; give another {kind}, or mend them to say what they take"
         ) from error
 
 
