@@ -77,7 +77,9 @@ FILES: dict[str, bytes] = {
     "a pickle": pickle.dumps({"a": 1}),
     "a million nested lists": header(b'{"a":[' + b"[]," * 1_300_000 + b"[]]}"),
     "a million nested objects": header(b'{"a":[' + b"{}," * 1_300_000 + b"{}]}"),
-    "metadata of 300,000 keys": header(b'{"__metadata__":{' + b",".join(b'"%d":"a"' % n for n in range(300_000)) + b"}}"),
+    "metadata of 300,000 keys": header(
+        b'{"__metadata__":{' + b",".join(b'"%d":"a"' % n for n in range(300_000)) + b"}}"
+    ),
     "a list of 990,000 numbers": header(b'{"a":[' + b"1e9," * 990_000 + b"1]}"),
     "numbers of 8 bits": header({"a": entry([8], dtype="F8_E4M3")}, DATA),
 }
@@ -133,14 +135,18 @@ def test_an_index_that_no_writer_makes_is_refused_in_a_second(name: str, tmp_pat
     (tmp_path / "model.safetensors.index.json").write_bytes(INDEXES[name])
 
     def refused() -> None:
-        with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json (has .* at most|is no file of its)"):
+        with pytest.raises(
+            CheckpointError, match=r"model\.safetensors\.index\.json (has .* at most|is no file of its)"
+        ):
             Weights(tmp_path)
 
     assert seconds(refused) < 1
 
 
 def test_the_index_of_20_000_tensors_is_read(tmp_path: Path) -> None:
-    names = [f"base_model.model.model.layers.{number}.self_attn.qkv_proj.lora_A.default.weight" for number in range(20_000)]
+    names = [
+        f"base_model.model.model.layers.{number}.self_attn.qkv_proj.lora_A.default.weight" for number in range(20_000)
+    ]
     tensors = {name: entry([0], 0, 0) for name in names}
     (tmp_path / "model-00001-of-00001.safetensors").write_bytes(header(tensors))
     index = {"metadata": {"total_size": 0}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
@@ -153,7 +159,9 @@ def test_a_tokenizer_that_no_library_writes_is_refused_in_a_second(name: str, fo
     (folder / "tokenizer.json").write_bytes(TOKENIZERS[name])
 
     def refused() -> None:
-        with pytest.raises(CheckpointError, match=r"tokenizer\.json (has .* at most|is no file of its|is not a tokenizer)"):
+        with pytest.raises(
+            CheckpointError, match=r"tokenizer\.json (has .* at most|is no file of its|is not a tokenizer)"
+        ):
             load_model(folder)
 
     assert seconds(refused) < 1

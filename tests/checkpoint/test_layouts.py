@@ -410,7 +410,17 @@ def published_small(tmp_path: Path, words: TextTokenizer) -> Path:
     write_json(tmp_path / "m" / "config.json", PUBLISHED_SMALL | own)
     for name in ("tokenizer.json", "generation_config.json", "tokenizer_config.json"):
         (tmp_path / "m" / name).unlink()
-    vocabulary = [*(bytes([byte]) for byte in range(256)), b"th", b"the", b" f", b"ox", b" fox", b"1234567", b"as", b"is"]
+    vocabulary = [
+        *(bytes([byte]) for byte in range(256)),
+        b"th",
+        b"the",
+        b" f",
+        b"ox",
+        b" fox",
+        b"1234567",
+        b"as",
+        b"is",
+    ]
     lines = [b"%s %d" % (base64.b64encode(word), rank) for rank, word in enumerate(vocabulary)]
     (tmp_path / "m" / RANKS).write_bytes(b"\n".join(lines) + b"\n")
     return tmp_path / "m"
@@ -444,7 +454,9 @@ def test_phi3_small_never_says_the_tokens_that_its_tokenizer_does_not_use(
 
 def test_a_phi3_small_without_the_tokens_that_tell_it_is_refused(published_small: Path, words: TextTokenizer) -> None:
     (published_small / "tokenizer.json").write_text(words.definition)
-    with pytest.raises(CheckpointError, match=r"config.json: dummy_token_indices is missing, .* token <\|fim_prefix\|>"):
+    with pytest.raises(
+        CheckpointError, match=r"config.json: dummy_token_indices is missing, .* token <\|fim_prefix\|>"
+    ):
         load_model(published_small)
     fields = read_json(published_small / "config.json")
     write_json(published_small / "config.json", fields | {"dummy_token_indices": []})

@@ -157,7 +157,7 @@ def ranks_file(words: list[bytes]) -> bytes:
 
 
 def greedy(piece: bytes, ranks: dict[bytes, int]) -> list[int]:
-    """Return tiktoken's ids: of the whole piece, or the two neighbours that make the lowest word joined, again and again."""
+    """Return tiktoken's ids: the whole piece's, or those left when two that make the lowest word are always joined."""
     parts = [piece] if piece in ranks else [bytes([byte]) for byte in piece]
     while True:
         joins = [(ranks[a + b], at) for at, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in ranks]

@@ -425,11 +425,11 @@ def _with_hidden(folder: Path, card: Card, tokenizer: TextTokenizer) -> Card:
         return card
     if lacks := [token for token in _NEVER_SAID if not tokenizer.has_control(token)]:
         raise CheckpointError(
-            f"{folder / CONFIG}: {_HIDDEN} is missing, and the tokenizer has no control token {lacks[0]} to tell it by; "
-            "add the list of ids that are never said, [] for none"
+            f"{folder / CONFIG}: {_HIDDEN} is missing, and the tokenizer has no control token {lacks[0]} to tell it "
+            "by; add the list of ids that are never said, [] for none"
         )
-    ids = sorted(tokenizer.control(token) for token in tokenizer.controls if token in _NEVER_SAID or "dummy_id" in token)
-    small = replace(small, hidden_tokens=tuple(ids))
+    unsaid = (token for token in tokenizer.controls if token in _NEVER_SAID or "dummy_id" in token)
+    small = replace(small, hidden_tokens=tuple(sorted(map(tokenizer.control, unsaid))))
     return replace(card, config=replace(card.config, decoder=replace(card.config.decoder, phi3_small=small)))
 
 

@@ -106,10 +106,9 @@ def _growth(part: Any) -> float:
     """Return how many times as long a normalizer, pre-tokenizer or decoder makes a text at most."""
     if not isinstance(part, dict):
         return 1
-    kind, content = part.get("type"), part.get("content", "")
+    kind, content = str(part.get("type")), part.get("content", "")
     if kind == "Sequence":
-        steps = next((part[key] for key in ("normalizers", "pretokenizers", "decoders") if key in part), [])
-        return prod(_growth(step) for step in steps)
+        return prod(_growth(step) for key in ("normalizers", "pretokenizers", "decoders") for step in part.get(key, ()))
     if kind == "Replace":
         found = part.get("pattern", {}).get("String")  # a regular expression may match between any two letters
         return max(1.0, len(content) / len(found)) if found else 1 + len(content)
