@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -75,7 +77,31 @@ FILES: dict[str, bytes] = {
     "a pickle": pickle.dumps({"a": 1}),
     "a million nested lists": header(b'{"a":[' + b"[]," * 1_300_000 + b"[]]}"),
     "a million nested objects": header(b'{"a":[' + b"{}," * 1_300_000 + b"{}]}"),
+    "metadata of 300,000 keys": header(
+        b'{"__metadata__":{' + b",".join(b'"%d":"a"' % n for n in range(300_000)) + b"}}"
+    ),
+    "a list of 990,000 numbers": header(b'{"a":[' + b"1e9," * 990_000 + b"1]}"),
     "numbers of 8 bits": header({"a": entry([8], dtype="F8_E4M3")}, DATA),
+}
+
+
+INDEXES: dict[str, bytes] = {
+    "a million lists": b'{"a":[' + b"[]," * 1_300_000 + b"[]]}",
+    "two million lists": b'{"a":[' + b"[]," * 2_660_000 + b"[]]}",
+    "a million objects": b'{"a":[' + b"{}," * 1_300_000 + b"{}]}",
+    "nested 100,000 deep": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+    "200,000 names": b'{"weight_map":{' + b",".join(b'"%d":"a"' % number for number in range(200_000)) + b"}}",
+    "200,000 files": b'{"weight_map":{' + b",".join(b'"%d":"%d"' % (n, n) for n in range(200_000)) + b"}}",
+    "a million numbers": b'{"a":[' + b"1e9," * 990_000 + b"1]}",
+}
+TOKENIZERS: dict[str, bytes] = {
+    "10 million lists": b'{"a":[' + b"[]," * 10_000_000 + b"[]]}",
+    "90 MB": b'{"a":"' + b"a" * 90_000_000 + b'"}',
+    "a million words": b'{"model":{"type":"BPE","vocab":{'
+    + b",".join(b'"%d":%d' % (number, number) for number in range(1_000_000))
+    + b'},"merges":[]},"added_tokens":[]}',
+    "7 million numbers": b'{"a":[' + b"1e9," * 7_000_000 + b"1]}",
+    "no control tokens": b'{"model":{"type":"BPE","vocab":{"a":0},"merges":[]}}',
 }
 
 
@@ -104,29 +130,97 @@ def test_a_file_that_no_writer_makes_is_refused_in_a_second(name: str, tmp_path:
     assert seconds(refused) < 1
 
 
-def test_the_worst_of_them_take_little_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", INDEXES)
+def test_an_index_that_no_writer_makes_is_refused_in_a_second(name: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_bytes(INDEXES[name])
+
+    def refused() -> None:
+        with pytest.raises(
+            CheckpointError, match=r"model\.safetensors\.index\.json (has .* at most|is no file of its)"
+        ):
+            Weights(tmp_path)
+
+    assert seconds(refused) < 1
+
+
+def test_the_index_of_20_000_tensors_is_read(tmp_path: Path) -> None:
+    names = [
+        f"base_model.model.model.layers.{number}.self_attn.qkv_proj.lora_A.default.weight" for number in range(20_000)
+    ]
+    tensors = {name: entry([0], 0, 0) for name in names}
+    (tmp_path / "model-00001-of-00001.safetensors").write_bytes(header(tensors))
+    index = {"metadata": {"total_size": 0}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    assert list(Weights(tmp_path).entries) == names
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_tokenizer_that_no_library_writes_is_refused_in_a_second(name: str, folder: Path) -> None:
+    (folder / "tokenizer.json").write_bytes(TOKENIZERS[name])
+
+    def refused() -> None:
+        with pytest.raises(
+            CheckpointError, match=r"tokenizer\.json (has .* at most|is no file of its|is not a tokenizer)"
+        ):
+            load_model(folder)
+
+    assert seconds(refused) < 1
+
+
+def test_a_tokenizer_of_200_064_words_is_read(folder: Path) -> None:
+    """As large as o200k: twice as many merges as words, each a list of two."""
+    fields = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary, letters = fields["model"]["vocab"], [one for one in fields["model"]["vocab"] if len(one) == 1]
+    made = ("".join(parts) for size in (2, 3) for parts in itertools.product(letters, repeat=size))
+    merges = fields["model"]["merges"]
+    for word in made:
+        if len(vocabulary) == 200_064 - len(fields["added_tokens"]):
+            break
+        if word not in vocabulary:
+            vocabulary[word] = len(vocabulary)
+            merges += [[word[:at], word[at:]] for at in range(1, len(word))]
+    for token in fields["added_tokens"]:
+        token["id"] = len(vocabulary)
+        vocabulary[token["content"]] = len(vocabulary)
+    assert len(merges) > 300_000
+    (folder / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match="has 200064 ids, the config's vocab_size is 320"):
+        load_model(folder)
+
+
+def test_the_worst_of_them_take_little_memory(tmp_path: Path, folder: Path) -> None:
     """In a process of its own: what the refusals add to its peak."""
     script = """
 import resource, sys
 from pathlib import Path
 from modalora.checkpoint.files import Weights
+from modalora.checkpoint.store import load_model
 from modalora.errors import CheckpointError
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
-for folder in sys.argv[1:]:
+for folder in map(Path, sys.argv[1:]):
     try:
-        Weights(Path(folder))
+        load_model(folder) if (folder / "config.json").exists() else Weights(folder)
     except CheckpointError:
         continue
     raise SystemExit("accepted")
 print(peak() - before)
 """
     folders = []
-    worst = ("a million empty tensors", "30,000 empty tensors", "nested 100,000 deep", "a million nested lists")
-    for number, name in enumerate(worst):
+    worst = (
+        "a million empty tensors", "30,000 empty tensors", "nested 100,000 deep", "a million nested lists",
+        "metadata of 300,000 keys", "a list of 990,000 numbers",
+    )  # fmt: skip
+    files = [("model.safetensors", FILES[name]) for name in worst]
+    files += [("model.safetensors.index.json", text) for text in INDEXES.values()]
+    for number, (file, text) in enumerate(files):
         folders.append(tmp_path / str(number))
         folders[-1].mkdir()
-        (folders[-1] / "model.safetensors").write_bytes(FILES[name])
+        (folders[-1] / file).write_bytes(text)
+    for name, text in TOKENIZERS.items():
+        folders.append(tmp_path / name)
+        shutil.copytree(folder, folders[-1])
+        (folders[-1] / "tokenizer.json").write_bytes(text)
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, folders)], capture_output=True, text=True, check=True
     )

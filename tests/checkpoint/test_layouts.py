@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from modalora.nn.lora import LoraConfig
 from modalora.nn.mask import BlockSparse
 from modalora.nn.rope import LongRope, Plain
 from modalora.processing.chat import FORMATS
-from modalora.processing.tokenizer import TextTokenizer
+from modalora.processing.tokenizer import RANKS, TextTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -355,6 +356,113 @@ def test_phi3_small_tells_short_and_long_rows_apart() -> None:
     fields = json.loads(json.dumps(configs.write_config("phi3small", config, TOKENS)))
     assert (fields["rope_scaling"]["short_mscale"], fields["rope_scaling"]["long_mscale"]) == (1.0, 1.2)
     assert configs.read_config("phi3small", fields, "config.json") == config
+
+
+# Phi-3-small-8k as it was published, but for names and paths.
+PUBLISHED_SMALL: dict[str, Any] = {
+    "architectures": ["Phi3SmallForCausalLM"], "attention_bias": False, "attention_dropout_prob": 0.0, "auto_map": {},
+    "blocksparse_block_size": 64, "blocksparse_homo_head_pattern": False, "blocksparse_num_local_blocks": 16,
+    "blocksparse_triton_kernel_block_size": 64, "blocksparse_vert_stride": 8, "bos_token_id": 100257,
+    "dense_attention_every_n_layers": 2, "embedding_dropout_prob": 0.1, "eos_token_id": 100257,
+    "ff_dim_multiplier": None, "ff_intermediate_size": 14336, "ffn_dropout_prob": 0.1, "gegelu_limit": 20.0,
+    "gegelu_pad_to_256": True, "hidden_act": "gegelu", "hidden_size": 4096, "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05, "max_position_embeddings": 8192, "model_type": "phi3small",
+    "mup_attn_multiplier": 1.0, "mup_embedding_multiplier": 10.0, "mup_use_scaling": True,
+    "mup_width_multiplier": 8.0, "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+    "pad_sequence_to_multiple_of_64": True, "reorder_and_upcast_attn": False, "rope_embedding_base": 1_000_000,
+    "rope_position_scale": 1.0, "torch_dtype": "bfloat16", "transformers_version": "4.38.1", "use_cache": True,
+    "vocab_size": 100352,
+}  # fmt: skip
+
+
+def test_the_published_config_of_phi3_small_is_read() -> None:
+    decoder = configs.read_config("phi3small", PUBLISHED_SMALL, "config.json").decoder
+    assert decoder.phi3_small == Phi3Small()
+    assert (decoder.rope, decoder.vocab_size) == (Plain(theta=1e6, window=8192), 100_352)
+    configs.read_config("phi3small", PUBLISHED_SMALL | {"pad_sequence_to_multiple_of_64": False}, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"attention_bias": True}, "attention_bias=True; these networks have attention_bias=False"),
+        ({"ff_dim_multiplier": 2}, "ff_dim_multiplier=2; these networks have ff_dim_multiplier=None"),
+        ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn=True; these networks have"),
+        ({"pad_sequence_to_multiple_of_64": 64}, "pad_sequence_to_multiple_of_64=64; these networks have"),
+        ({"dummy_token_indices": 5}, "hidden_tokens"),
+        ({"dummy_token_indices": [100_352]}, r"hidden_tokens has 100352; ids lie in \[0, vocab_size=100352\)"),
+    ],
+)
+def test_a_phi3_small_that_was_not_published_is_refused(change: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        configs.read_config("phi3small", PUBLISHED_SMALL | change, "config.json")
+
+
+@pytest.fixture
+def published_small(tmp_path: Path, words: TextTokenizer) -> Path:
+    """A small Phi-3-small whose folder has the published keys, and ranks in place of a tokenizer.json."""
+    save_model(moved(replace(SMALL, decoder=replace(SMALL.decoder, vocab_size=400))), words, tmp_path / "m",
+               layout="phi3small", chat=FORMATS["phi3-small"])  # fmt: skip
+    written = read_json(tmp_path / "m" / "config.json")
+    keys = "vocab_size hidden_size ff_intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
+    keys += " max_position_embeddings blocksparse_block_size blocksparse_num_local_blocks blocksparse_vert_stride"
+    own = {key: written[key] for key in keys.split()} | {"bos_token_id": 265, "eos_token_id": 265}
+    write_json(tmp_path / "m" / "config.json", PUBLISHED_SMALL | own)
+    for name in ("tokenizer.json", "generation_config.json", "tokenizer_config.json"):
+        (tmp_path / "m" / name).unlink()
+    vocabulary = [
+        *(bytes([byte]) for byte in range(256)),
+        b"th",
+        b"the",
+        b" f",
+        b"ox",
+        b" fox",
+        b"1234567",
+        b"as",
+        b"is",
+    ]
+    lines = [b"%s %d" % (base64.b64encode(word), rank) for rank, word in enumerate(vocabulary)]
+    (tmp_path / "m" / RANKS).write_bytes(b"\n".join(lines) + b"\n")
+    return tmp_path / "m"
+
+
+def test_phi3_small_never_says_the_tokens_that_its_tokenizer_does_not_use(
+    published_small: Path, tmp_path: Path
+) -> None:
+    """Those are "dummy_id", and of cl100k's own all but the end of a text."""
+    loaded = load_model(published_small)
+    assert len(loaded.tokenizer.encode("the fox")) == 2
+    # in the order of the published ids, 264 words lower than there: 100256, 100258 to 100260, 100264, 100265 ...
+    unsaid = {0, 2, 3, 4, 8, 9, *range(11, 96)}
+    small = loaded.model.config.decoder.phi3_small
+    assert small is not None
+    assert small.hidden_tokens == tuple(264 + index for index in sorted(unsaid))
+    batch = Batch(torch.arange(6)[None], torch.tensor([6]), Route((None,)))
+    with torch.inference_mode():
+        logits = loaded.model(batch)
+    assert logits[0, -1].isinf().nonzero().flatten().tolist() == list(small.hidden_tokens)
+
+    convert(published_small, tmp_path / "own", "modalora")
+    convert(tmp_path / "own", tmp_path / "back", "phi3small")
+    assert read_json(tmp_path / "back" / "config.json")["dummy_token_indices"] == list(small.hidden_tokens)
+    assert (tmp_path / "back" / RANKS).read_bytes() == (published_small / RANKS).read_bytes()
+    back = load_model(tmp_path / "back")
+    assert back.tokenizer.definition == loaded.tokenizer.definition
+    with torch.inference_mode():
+        assert torch.equal(back.model(batch), logits)
+
+
+def test_a_phi3_small_without_the_tokens_that_tell_it_is_refused(published_small: Path, words: TextTokenizer) -> None:
+    (published_small / "tokenizer.json").write_text(words.definition)
+    with pytest.raises(
+        CheckpointError, match=r"config.json: dummy_token_indices is missing, .* token <\|fim_prefix\|>"
+    ):
+        load_model(published_small)
+    fields = read_json(published_small / "config.json")
+    write_json(published_small / "config.json", fields | {"dummy_token_indices": []})
+    small = load_model(published_small).model.config.decoder.phi3_small
+    assert small is not None
+    assert small.hidden_tokens == ()
 
 
 def test_placeholders_are_those_of_the_tokenizer(words: TextTokenizer, tmp_path: Path) -> None:

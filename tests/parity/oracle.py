@@ -24,6 +24,7 @@ from transformers import Phi3Config, Phi3ForCausalLM, Phi4MultimodalConfig, Phi4
 from transformers.utils import logging
 
 from modalora.contracts import Batch
+from modalora.models.multimodal import Multimodal
 from modalora.processing.tokenizer import PLACEHOLDERS, TextTokenizer
 
 logging.disable_progress_bar()
@@ -217,6 +218,17 @@ def run(model: Any, batch: Batch) -> Run:
         embeds[0, span] = IMAGE_OR_SOUND[item.modality](model, item, batch)[0, span]
     output = model.model(inputs_embeds=embeds, output_hidden_states=True, use_cache=False)
     return Run(model.lm_head(output.last_hidden_state)[0], [state[0] for state in output.hidden_states])
+
+
+@torch.no_grad()
+def states(model: Multimodal, batch: Batch) -> list[Tensor]:
+    """Return what our model gives every layer, and what comes out after the last norm, as `Run.hidden` holds them."""
+    seen: list[Tensor] = []
+    hooks = [layer.register_forward_pre_hook(lambda _, given: seen.append(given[0])) for layer in model.decoder.layers]
+    seen.append(model.hidden(batch))
+    for hook in hooks:
+        hook.remove()
+    return seen
 
 
 def _image(model: Any, item: Any, batch: Batch) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 from modalora.assistant import set_regime
 from modalora.checkpoint.store import load_model
 from modalora.contracts import Batch, Route
-from modalora.models.multimodal import Multimodal
+from modalora.generation.engine import generate
+from modalora.generation.sampling import Sampling
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -26,16 +27,6 @@ def text(ids: Tensor) -> Batch:
     return Batch(input_ids=ids, lengths=torch.tensor([ids.shape[1]] * len(ids)), route=Route((None,) * len(ids)))
 
 
-def states(model: Multimodal, batch: Batch) -> list[Tensor]:
-    """What every layer is given, and what comes out after the last norm."""
-    seen: list[Tensor] = []
-    hooks = [layer.register_forward_pre_hook(lambda _, given: seen.append(given[0])) for layer in model.decoder.layers]
-    seen.append(model.hidden(batch))
-    for hook in hooks:
-        hook.remove()
-    return seen
-
-
 @pytest.mark.parametrize("case", range(24))
 @torch.no_grad()
 def test_a_random_decoder_equals_transformers(case: int, rng: np.random.Generator, tmp_path: Path) -> None:
@@ -46,7 +37,7 @@ def test_a_random_decoder_equals_transformers(case: int, rng: np.random.Generato
     for length in (5, window, window + 1, 3 * window):
         ids = torch.from_numpy(rng.integers(0, oracle.VOCAB, (1, length)))
         told = reference.model(input_ids=ids, output_hidden_states=True, use_cache=False)
-        for layer, (theirs, own) in enumerate(zip(told.hidden_states, states(ours, text(ids)), strict=True)):
+        for layer, (theirs, own) in enumerate(zip(told.hidden_states, oracle.states(ours, text(ids)), strict=True)):
             torch.testing.assert_close(own, theirs, **TOLERANCE, msg=lambda why, at=layer: f"layer {at}: {why}")
         torch.testing.assert_close(ours(text(ids)), reference(input_ids=ids).logits, **TOLERANCE)
 
@@ -74,6 +65,40 @@ def test_decoding_across_the_switch_equals_a_fresh_prefill(case: int, rng: np.ra
             logits = ours.read(text(ids[:, : length + 1]), cache)
         else:
             logits = ours.read_next(ids[:, length], Route((None,)), cache)
+
+
+@torch.no_grad()
+def test_rows_decoded_over_4096_tokens_equal_a_fresh_prefill(rng: np.random.Generator, tmp_path: Path) -> None:
+    """At the published window: a row that crosses it while others stay below or were beyond from the start."""
+    rope = {**oracle.draw_rope(rng, 12, 4096, plain=0.0), "partial_rotary_factor": 0.75}
+    config = oracle.text_config(
+        rng, hidden_size=64, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2, rope_parameters=rope,
+        original_max_position_embeddings=4096, max_position_embeddings=131_072, sliding_window=262_144,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    reference = oracle.text_model(config, 0)
+    ours = load_model(oracle.save(reference, tmp_path / "model", oracle.tokenizer())).model
+    lengths = [4090, 30, 4200]
+    ids = torch.from_numpy(rng.integers(0, oracle.VOCAB, (3, max(lengths))))
+    batch = Batch(input_ids=ids, lengths=torch.tensor(lengths), route=Route((None,) * 3))
+
+    def answers() -> list[list[int]]:
+        rows: list[list[int]] = [[], [], []]
+        for token in generate(ours, batch, sampling=Sampling(), max_tokens=20, stop_ids=frozenset()):
+            rows[token.row].append(token.id)
+        return rows
+
+    rows = answers()
+    for prompt, length, said in zip(ids, lengths, rows, strict=True):
+        assert len(said) == 20
+        whole = torch.cat((prompt[:length], torch.tensor(said)))
+        for end, token in enumerate(said, start=length):
+            logits = reference(input_ids=whole[None, :end], use_cache=False, logits_to_keep=1).logits[0, -1]
+            # the greatest, or one that rounding cannot tell from it
+            assert logits.max() - logits[token] < TOLERANCE["atol"], (length, end)
+    set_regime(ours, "short")
+    fixed = answers()
+    assert [fixed[row] == rows[row] for row in range(3)] == [False, True, False]  # a table kept too long would tell
 
 
 @torch.no_grad()

@@ -270,6 +270,8 @@ def _write_decoder(config: DecoderConfig) -> dict[str, Any]:
 def _read_small(reader: Reader) -> ModelConfig:
     reader.must(hidden_act="gegelu", mup_use_scaling=True, blocksparse_homo_head_pattern=False, gegelu_pad_to_256=True)
     reader.must(reset_attention_mask_on_eos=False, rope_position_scale=1.0)
+    reader.must(attention_bias=False, ff_dim_multiplier=None, reorder_and_upcast_attn=False)  # which nothing reads
+    reader.must(pad_sequence_to_multiple_of_64=(True, False))  # of rows that train, behind their last token
     reader.get("blocksparse_triton_kernel_block_size")  # how a kernel is cut, not what it gives
     rope = _read_rope({**reader.fields, "rope_theta": reader.get("rope_embedding_base", 1e6)}, reader.where)
     reader.asked.update(ROPE_KEYS)
@@ -285,7 +287,6 @@ def _read_small(reader: Reader) -> ModelConfig:
             stride=reader.get("blocksparse_vert_stride", 8),
         ),
         dense_every=reader.get("dense_attention_every_n_layers", 2),
-        hidden_tokens=tuple(reader.get("dummy_token_indices", ())),
     )
     keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     fields = {
@@ -294,7 +295,7 @@ def _read_small(reader: Reader) -> ModelConfig:
         "rms_norm_eps": reader.get("layer_norm_epsilon", 1e-5),
         "tie_word_embeddings": reader.get("tie_word_embeddings", True),
         "rope": asdict(rope),
-        "phi3_small": asdict(small),
+        "phi3_small": asdict(small) | {"hidden_tokens": reader.get("dummy_token_indices", ())},
     }
     return ModelConfig(decoder=parse(DecoderConfig, fields, reader.where))
 

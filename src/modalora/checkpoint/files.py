@@ -30,8 +30,43 @@ from modalora.errors import CheckpointError, WorkError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-HEADER_BYTES, MOST_TENSORS = 4_000_000, 20_000
-INDEX_BYTES, TOKENIZER_BYTES = 8_000_000, 100_000_000
+MOST_TENSORS = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The most that a kind of JSON file holds; brackets, colons and commas within words are counted too."""
+
+    size: int  # bytes
+    nested: int  # lists and objects
+    pairs: int  # of a key and a value
+    items: int  # commas
+
+    def check(self, text: bytes) -> None:
+        """Refuse a text that would take long to parse. Raises CheckpointError, without the file's name."""
+        if (found := text.count(b"[") + text.count(b"{")) > self.nested:
+            raise CheckpointError(f"it nests {found:,} lists and objects; at most {self.nested:,} are read")
+        if (found := text.count(b":")) > self.pairs:
+            raise CheckpointError(f"it has {found:,} keys; at most {self.pairs:,} are read")
+        if (found := text.count(b",")) > self.items:
+            raise CheckpointError(f"it lists {found:,} things; at most {self.items:,} are read")
+
+    def check_file(self, path: Path) -> None:
+        """Refuse a file that would take long to read. Raises CheckpointError; an absent file passes."""
+        check_file(path, self.size)
+        if path.is_file():
+            try:
+                self.check(path.read_bytes())
+            except CheckpointError as error:
+                raise CheckpointError(f"{path} is no file of its kind: {error}") from None
+
+
+# a tensor has three lists and objects, four keys and up to eleven commas; the rest is for metadata
+_HEADER = Bounds(4_000_000, nested=4 * MOST_TENSORS, pairs=5 * MOST_TENSORS, items=11 * MOST_TENSORS)
+_INDEX = Bounds(4_000_000, nested=1000, pairs=2 * MOST_TENSORS, items=2 * MOST_TENSORS)  # a file name for each tensor
+# o200k, the largest of a Phi model: 15.5 MB, 200,000 words, twice as many merges, which may be lists of two
+RANKS_BYTES = 4_000_000  # cl100k: 1.7 MB
+TOKENIZER_BOUNDS = Bounds(32_000_000, nested=700_000, pairs=500_000, items=2_000_000)
 _BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
     "U16": 16, "U8": 8, "BOOL": 8,
@@ -181,7 +216,8 @@ class Weights:
             pickles = sorted(path.name for kind in _PICKLES for path in folder.glob(kind))
             had = f"; {pickles[0]} is a pickle, which can run code and is never opened" if pickles else ""
             raise CheckpointError(f"{folder} has neither {single} nor {index}{had}; save the model as safetensors")
-        listed = read_json(listing, most=INDEX_BYTES).get("weight_map")
+        _INDEX.check_file(listing)
+        listed = read_json(listing).get("weight_map")
         if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
             raise CheckpointError(f"{listing} has no weight_map of tensor names to file names")
         for name in dict.fromkeys(listed.values()):
@@ -220,16 +256,15 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         with path.open("rb") as file:
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-            if not 2 <= length <= min(HEADER_BYTES, size - 8):
+            if not 2 <= length <= min(_HEADER.size, size - 8):
                 raise CheckpointError(
-                    f"it has {size:,} bytes and a header of {length:,}, and at most {HEADER_BYTES:,} are read; it is "
+                    f"it has {size:,} bytes and a header of {length:,}, and at most {_HEADER.size:,} are read; it is "
                     "cut short, or no safetensors"
                 )
             header = file.read(length)
         if header.count(b'"data_offsets"') > MOST_TENSORS:  # before a million of them are parsed
             raise CheckpointError(f"its header lists more than {MOST_TENSORS:,} tensors")
-        if header.count(b"[") + header.count(b"{") > 4 * MOST_TENSORS:  # three for each tensor
-            raise CheckpointError("its header nests more lists and objects than tensors have")
+        _HEADER.check(header)
         fields = parse_json(header.decode("utf-8"))
     except OSError as error:
         raise CheckpointError(

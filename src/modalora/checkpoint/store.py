@@ -24,7 +24,8 @@ from modalora.checkpoint.adapters import NATIVE_FOLDERS, peek, restore_adapter, 
 from modalora.checkpoint.files import (
     FORMAT,
     MANIFEST,
-    TOKENIZER_BYTES,
+    RANKS_BYTES,
+    TOKENIZER_BOUNDS,
     Weights,
     check_manifest,
     fitted,
@@ -44,7 +45,7 @@ from modalora.models.multimodal import ModelConfig, Multimodal, parameter_counts
 from modalora.nn.lora import check_name
 from modalora.nn.quantised import to_int8
 from modalora.processing.chat import FORMATS, ChatFormat
-from modalora.processing.tokenizer import ASSISTANT, END, END_OF_TEXT, PLACEHOLDERS, TextTokenizer
+from modalora.processing.tokenizer import ASSISTANT, END, END_OF_TEXT, PLACEHOLDERS, RANKS, TextTokenizer
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 SHARD_BYTES = 5_000_000_000
@@ -54,7 +55,7 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 # Files beside the weights that another layout of the same model needs as well.
 _BESIDE = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "tokenizer.model", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "tokenizer.model", RANKS, "generation_config.json", "preprocessor_config.json", "processor_config.json",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 
@@ -132,7 +133,8 @@ def _check_names(config: ModelConfig, path: Path) -> None:
 def read_texts(folder: Path, *, check: bool = True) -> tuple[Card, TextTokenizer, ChatFormat]:
     """Return what makes a model folder's prompts, without opening a weight. Raises CheckpointError."""
     card = read_card(folder, check=check)
-    check_file(inside(folder, TOKENIZER), TOKENIZER_BYTES)
+    TOKENIZER_BOUNDS.check_file(inside(folder, TOKENIZER))
+    check_file(inside(folder, RANKS), RANKS_BYTES)
     tokenizer = TextTokenizer.from_folder(folder)
     if lacks := [token for token in _SPOKEN if not tokenizer.has_control(token)]:
         raise CheckpointError(
@@ -146,6 +148,7 @@ def read_texts(folder: Path, *, check: bool = True) -> tuple[Card, TextTokenizer
         )
     _check_placeholders(folder, card.layout, tokenizer)
     tokenizer.stop_ids |= set(card.stop_ids)
+    card = _with_hidden(folder, card, tokenizer)
     return card, tokenizer, card.chat or _chat(folder, card.layout, tokenizer)
 
 
@@ -425,6 +428,25 @@ def _check_placeholders(folder: Path, layout: str, tokenizer: TextTokenizer) -> 
                 f"{folder / CONFIG}: {part}.{key}={told!r:.40}, and {folder / TOKENIZER} has "
                 f"{PLACEHOLDERS[modality]} at {own}; they are not of one model"
             )
+
+
+_HIDDEN = "dummy_token_indices"
+_NEVER_SAID = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|endofprompt|>")  # and all of "dummy_id"
+
+
+def _with_hidden(folder: Path, card: Card, tokenizer: TextTokenizer) -> Card:
+    """Return the card with the ids that a Phi-3-small never says: the released code has them from its tokenizer."""
+    small = card.config.decoder.phi3_small
+    if small is None or card.layout == "modalora" or _HIDDEN in read_json(folder / CONFIG, most=CONFIG_BYTES):
+        return card
+    if lacks := [token for token in _NEVER_SAID if not tokenizer.has_control(token)]:
+        raise CheckpointError(
+            f"{folder / CONFIG}: {_HIDDEN} is missing, and the tokenizer has no control token {lacks[0]} to tell it "
+            "by; add the list of ids that are never said, [] for none"
+        )
+    unsaid = (token for token in tokenizer.controls if token in _NEVER_SAID or "dummy_id" in token)
+    small = replace(small, hidden_tokens=tuple(sorted(map(tokenizer.control, unsaid))))
+    return replace(card, config=replace(card.config, decoder=replace(card.config.decoder, phi3_small=small)))
 
 
 def _chat(folder: Path, layout: str, tokenizer: TextTokenizer) -> ChatFormat:

@@ -63,6 +63,9 @@ class DecoderConfig:
             raise ConfigError(f"rms_norm_eps={self.rms_norm_eps} must lie in (0, 1]; Phi-4-Mini uses 1e-5")
         if self.phi3_small is not None and self.sliding_window is not None:
             raise ConfigError("phi3_small has block-sparse attention; sliding_window must be None")
+        for index in self.phi3_small.hidden_tokens if self.phi3_small else ():
+            if not 0 <= index < self.vocab_size:
+                raise ConfigError(f"phi3_small.hidden_tokens has {index}; ids lie in [0, vocab_size={self.vocab_size})")
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}; "

@@ -1,4 +1,4 @@
-"""Byte-level BPE with control tokens that text can never produce (tokenizers library; o200k-style splitting).
+"""Byte-level BPE with control tokens that text can never produce (tokenizers library; o200k's or cl100k's splitting).
 
 The rule: `encode` sees text only, so "<|end|>" typed by a user becomes ordinary tokens. Control ids come from
 `control`.
@@ -6,11 +6,13 @@ The rule: `encode` sees text only, so "<|end|>" typed by a user becomes ordinary
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from math import inf, prod
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,31 @@ _SPLIT = "|".join(
 )
 
 
+# Of Phi-3-small, whose released tokenizer is tiktoken's file of ranks: the control tokens behind them stand in code.
+RANKS = "cl100k_base.tiktoken"
+_RANKS_SPLIT = "|".join(
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+_RANKS_CONTROL = (
+    "<|dummy_id_2|>",
+    END_OF_TEXT,
+    *("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),
+    *("<|system|>", "<|user|>", ASSISTANT, "<|dummy_id_0|>", "<|dummy_id_1|>", END),
+    *(f"<|dummy_id_{number}|>" for number in range(3, 12)),
+    "<|endofprompt|>",
+    *(f"<|dummy_id_{number}|>" for number in range(12, 87)),
+)
+_MOST_MERGES = 1_000_000  # pairs that make a word: a few for each of cl100k's 100,256
+
+_MOST_GROWTH = 16  # times that a tokenizer may lengthen a text; Llama-2's doubles one of a single letter
 _SETTLED = 16  # ids after which text that ends with a whole character is not decoded again
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # a token of byte fallback
 
@@ -75,12 +102,78 @@ def _never_first(split: dict[str, Any]) -> dict[str, Any]:
     return split
 
 
+def _growth(part: Any) -> float:
+    """Return how many times as long a normalizer, pre-tokenizer or decoder makes a text at most."""
+    if not isinstance(part, dict):
+        return 1
+    kind, content = str(part.get("type")), part.get("content", "")
+    if kind == "Sequence":
+        return prod(_growth(step) for key in ("normalizers", "pretokenizers", "decoders") for step in part.get(key, ()))
+    if kind == "Replace":
+        found = part.get("pattern", {}).get("String")  # a regular expression may match between any two letters
+        return max(1.0, len(content) / len(found)) if found else 1 + len(content)
+    if kind == "Prepend":
+        return 1 + len(part.get("prepend", ""))
+    # a letter of n bytes becomes n; the last two may be told to put a space behind every letter
+    return {"Precompiled": inf, "ByteLevel": 4, "BPEDecoder": 2, "CTC": 2}.get(kind, 1)
+
+
+def _byte_level(model: models.BPE, split: str) -> Tokenizer:
+    """Return a tokenizer of bytes that never joins two of the pieces that a regular expression cuts."""
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(split), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _from_ranks(file: bytes) -> str:
+    """Return the tokenizer.json of tiktoken's ranks, lines of a word in base 64 and its id. Raises CheckpointError.
+
+    tiktoken joins the two neighbours that make the lowest word, so every pair that makes a word is a merge of its rank.
+    The order within a rank is no matter: joined in that way, the bytes of a word are two in one way alone.
+    """
+    try:
+        lines = [line.split() for line in file.splitlines() if line]
+        ranks = {base64.b64decode(word, validate=True): int(rank) for word, rank in lines}
+    except ValueError:
+        ranks = {}
+    alphabet = {bytes([byte]) for byte in range(256)}
+    if not alphabet <= ranks.keys() or [*ranks.values()] != [*range(len(lines))]:
+        raise CheckpointError("its lines must be words in base 64 with the ids 0, 1, 2 and so on, each byte among them")
+    moved = itertools.count(256)  # letters for bytes that are not printed
+    shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    letters = {byte: byte if byte in shown else next(moved) for byte in range(256)}
+    written = {word: word.decode("latin-1").translate(letters) for word in ranks}
+    merges: list[tuple[str, str]] = []
+    for word in ranks:
+        cuts = ((word[:at], word[at:]) for at in range(1, len(word)))
+        merges += [(written[left], written[right]) for left, right in cuts if left in ranks and right in ranks]
+        if len(merges) > _MOST_MERGES:
+            raise CheckpointError(f"more than {_MOST_MERGES:,} pairs of its words make a third")
+    vocabulary = {written[word]: rank for word, rank in ranks.items()}
+    tokenizer = _byte_level(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True), _RANKS_SPLIT)
+    tokenizer.add_special_tokens(list(_RANKS_CONTROL))
+    return str(tokenizer.to_str(pretty=False))
+
+
 class TextTokenizer:
     """Text to ids and back."""
 
     def __init__(self, definition: str) -> None:
         """definition: the text of a tokenizer.json."""
         fields = json.loads(definition)
+        if not isinstance(fields, dict) or not isinstance(fields.get("added_tokens"), list):
+            raise CheckpointError("it has no list added_tokens, which names the control tokens")
+        for key in ("normalizer", "pre_tokenizer", "decoder"):
+            if (growth := _growth(fields.get(key))) > _MOST_GROWTH:
+                raise CheckpointError(
+                    f"its {key} may make a text {growth:.3g} times as long; at most {_MOST_GROWTH} times is read"
+                )
         self._full = Tokenizer.from_str(definition)
         self._full.no_truncation()
         self._full.no_padding()
@@ -109,26 +202,22 @@ class TextTokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path) -> TextTokenizer:
-        """Read folder/tokenizer.json. Raises CheckpointError when it is absent or broken."""
-        path = folder / "tokenizer.json"
+        """Read folder/tokenizer.json, or Phi-3-small's ranks where there is none; raise CheckpointError if broken."""
+        path, ranks = folder / "tokenizer.json", folder / RANKS
+        path = ranks if ranks.exists() and not path.exists() else path
         try:
-            return cls(path.read_text(encoding="utf-8"))
+            return cls(_from_ranks(path.read_bytes()) if path == ranks else path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing; a model folder needs its tokenizer.json") from None
+            raise CheckpointError(
+                f"{path} is missing; a model folder needs its tokenizer.json, or {RANKS}, as Phi-3-small has it"
+            ) from None
         except Exception as error:  # the tokenizers library raises bare Exception
-            raise CheckpointError(f"{path} is not a tokenizer that the tokenizers library reads: {error}") from error
+            raise CheckpointError(f"{path} is not a tokenizer that can be read: {error}") from error
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> TextTokenizer:
         """Learn merges from the texts; the control tokens take the last ids of vocab_size."""
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer = _byte_level(models.BPE(), _SPLIT)
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - len(CONTROL_TOKENS),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
