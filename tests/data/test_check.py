@@ -313,6 +313,15 @@ def test_the_check_and_training_refuse_the_same_rows(context: Context, tmp_path:
     assert {one.line for one in (*seen.values(), *made.values()) if isinstance(one, Bad)} == bad
 
 
+def test_rows_that_the_objective_cannot_take_are_bad(recipe: Path, run: Run) -> None:
+    code, out, _ = run("data", "check", str(recipe), "objective=ctc", "train=[audio.encoder]", "--json")
+    assert code == 1
+    (found,) = json.loads(out)
+    told = {bad["line"]: bad["reason"].rpartition("the row holds ")[2] for bad in found["bad"]}
+    assert told == {1: "text alone", 2: "image", 4: "message 2, the assistant's, is empty"}
+    assert found["bad"][0]["mend"] == "give it other rows, or leave objective out"
+
+
 def test_parts_may_number_the_records_media_in_their_order(context: Context, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(picture())
     (tmp_path / "b.png").write_bytes(picture(60, 60))

@@ -6,10 +6,10 @@ Every source gives rows by number: a row depends on the seed, the source and its
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -43,6 +43,11 @@ from modalora.science.codons import definition, targets
 
 Key = tuple[int, int]  # seed of the run, place of the source in the mixture
 Draw = Callable[[np.random.Generator], Row]
+Held = Sequence[tuple[str, Mapping[str, Any]]]  # the media of a row: modality and features of each
+
+
+def any_media(held: Held) -> None:
+    """Refuse no media."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Context:
 
     folder: the data of docs/nano.md. cache: where derived files are kept. window: tokens of a plain text window.
     most: tokens that a row may have, where that is less than the model reads (0: it is not).
-    labelled: whether a row needs a token that trains.
+    labelled: whether a row needs a token that trains. suits: raises DataError for media that the objective cannot take.
     """
 
     folder: Path
@@ -60,6 +65,7 @@ class Context:
     window: int
     most: int = 0
     labelled: bool = True
+    suits: Callable[[Held], None] = any_media
 
 
 class Source(Protocol):
