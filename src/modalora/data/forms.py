@@ -7,8 +7,8 @@ A form is told by the keys of a record; a file is of one form. Media stand besid
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,8 @@ class Options:
 
     rename: name in the file -> name that the form knows. root: folder that media paths may not leave. prompt: what is
     asked of media that have a caption alone. tags: whether <image> and <audio> in texts stand for media. more: further
-    modalities of the model, of which content parts hold the payload itself.
+    modalities of the model, of which content parts hold the payload itself. setting: what stands before the name of an
+    option where it is typed.
     """
 
     root: Path
@@ -67,36 +68,43 @@ class Options:
     prompt: str = ""
     tags: bool = True
     more: tuple[str, ...] = ()
+    setting: str = ""
 
 
-def detect(records: Iterable[Fields], options: Options) -> tuple[str, str]:
-    """Return the form that all these records have, and why. Raises DataError when there is none or more than one."""
-    found: Counter[str] = Counter()
+def detect(records: Mapping[str, Fields], options: Options) -> tuple[str, str]:
+    """Return the form that all these records have, and why. Raises DataError when there is none or more than one.
+
+    records: by where they stand, such as "line 7".
+    """
+    found: dict[str, list[str]] = defaultdict(list)
     problem = DataError("it holds no record that can be read; look at its first lines")
-    for fields in records:
+    for place, fields in records.items():
         try:
-            found[form_of(renamed(fields, options))] += 1
+            found[form_of(renamed(fields, options), options.setting)].append(place)
         except DataError as error:  # a single one is a bad row when it is read
             problem = error
     if not found:
         raise problem
-    if len(found) > 1:
-        counts = ", ".join(f"{count} {name}" for name, count in found.most_common())
-        raise DataError(f"its records are of several forms ({counts}); split the file, or name one form for all: form=")
-    (name,) = found
-    return name, FORMS[name].because
+    most, *others = sorted(found, key=lambda name: -len(found[name]))
+    if others:
+        counts = ", ".join(f"{len(found[name])} {name}, the first in {found[name][0]}" for name in others)
+        raise DataError(
+            f"its records are of several forms (of {len(records)} looked at {len(found[most])} {most}; {counts}); split "
+            f"the file, or read all as one form: {options.setting}form={most}"
+        )
+    return most, FORMS[most].because
 
 
-def form_of(fields: Fields) -> str:
-    """Return the name of the one form whose keys a record has. Raises DataError."""
+def form_of(fields: Fields, setting: str = "") -> str:
+    """Return the name of the one form whose keys a record has. Raises DataError. setting: see Options."""
     names = [name for name, form in FORMS.items() if form.fits(fields)]
     if len(names) == 1:
         return names[0]
     keys = ", ".join(map(repr, fields)) or "none"
     if names:
-        raise DataError(f"its keys ({keys}) fit the forms {', '.join(names)} alike; name one: form={names[0]}")
+        raise DataError(f"its keys ({keys}) fit the forms {', '.join(names)} alike; name one: {setting}form={names[0]}")
     raise DataError(
-        f"its keys ({keys}) fit no form; rename them (rename: {{question: instruction, answer: output}}) or write "
+        f"its keys ({keys}) fit no form; rename them ({setting}rename='{{question: instruction, answer: output}}') or write "
         f"{', '.join(f'{name} ({form.because})' for name, form in FORMS.items())}"
     )
 
@@ -117,7 +125,11 @@ def read_record(fields: Fields, form: str, options: Options) -> Messages:
     except PromptError as error:  # what no conversation may hold
         raise DataError(str(error)) from None
     _check_turns(messages)
-    return _with_media(messages, fields, options)
+    messages = _with_media(messages, fields, options)
+    for number, message in enumerate(messages, start=1):
+        if message["role"] == "user" and _is_empty(message["content"]):
+            raise DataError(f"message {number}, the user's, is empty; put a question there, or drop the record")
+    return messages
 
 
 def read_text(fields: Fields, options: Options) -> str:
@@ -343,7 +355,7 @@ def _is_empty(content: Any) -> bool:
 
 # ----------------------------------------------------------------------------------------------------- media
 
-_TAG = re.compile(r"(<image>|<audio>|<\|image_\d+\|>|<\|audio_\d+\|>)")
+_TAG = re.compile(r"(<(?:image|audio|video)>|<\|(?:image|audio|video)_\d+\|>)")
 
 
 def _with_media(messages: Messages, fields: Fields, options: Options) -> Messages:
@@ -363,9 +375,13 @@ def _with_media(messages: Messages, fields: Fields, options: Options) -> Message
         if used[kind] != len(held):
             raise DataError(
                 f"it has {used[kind]} <{kind}> places and {len(held)} {kind}s; give as many of one as of the other"
-                + ("" if held else ", or set tags: false when the tag is mere text")
+                + ("" if held else f", or {_mere_text(options)}")
             )
     return messages
+
+
+def _mere_text(options: Options) -> str:
+    return f"set {options.setting}tags=false when the tag is mere text"
 
 
 def _listed(fields: Fields, kind: str) -> list[Any]:
@@ -407,6 +423,10 @@ def _filled(content: Any, waiting: Mapping[str, list[Any]], used: dict[str, int]
         for piece in pieces:
             if options.tags and _TAG.fullmatch(piece):
                 kind, _, place = piece.strip("<|>").partition("_")
+                if kind not in waiting:
+                    raise DataError(
+                        f"it has the tag {piece:.40}, and no {kind} is read; drop the record, or {_mere_text(options)}"
+                    )
                 if place and place != str(used[kind] + 1):
                     raise DataError(
                         f"the tag {piece:.40} stands where {kind} {used[kind] + 1} belongs; number tags in order"

@@ -37,6 +37,10 @@ class Tar:
         """Return its number, counted from 1."""
         return number + 1
 
+    def key(self, number: int) -> str:
+        """Return what its members are called before the ending."""
+        return str(self.members.read(number)["key"])
+
     def read(self, number: int) -> Fields:
         """Return one record. Raises DataError when it cannot be read."""
         group = self.members.read(number)
