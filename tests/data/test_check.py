@@ -209,14 +209,15 @@ def test_a_row_whose_media_have_no_route_is_bad(context: Context, tmp_path: Path
 def test_plain_text_becomes_windows_that_hold_each_token_once(context: Context, tmp_path: Path) -> None:
     texts = [STORY[:1000], "a", STORY[500:700]]
     records = [{"text": texts[0]}, {"text": texts[1]}, "{broken", {"text": ""}, {"text": texts[2]}]
+    records.append({"text": "what is seen", "video": "a.mp4"})
     config = write(tmp_path / "a.jsonl", *records)
     source = make_source(context, SourceConfig(source="files", options={**config.options, "shuffle": False}))
     assert isinstance(source, Passages)
     ids: list[int] = []
     for number in range(source.rows):
         line = source.place(number)[1]
-        if line in (3, 4):
-            with pytest.raises(InputError, match="not JSON" if line == 3 else "its text is empty"):
+        if told := {3: "not JSON", 4: "its text is empty", 6: "'video', which is not read"}.get(line):
+            with pytest.raises(InputError, match=told):
                 source.row(number)
             continue
         row = source.row(number)
@@ -226,7 +227,7 @@ def test_plain_text_becomes_windows_that_hold_each_token_once(context: Context, 
         ids += row.ids
     end = TOKENIZER.control("<|endoftext|>")
     assert ids == [index for text in texts for index in [*TOKENIZER.encode(text), end]]
-    assert [bad.line for bad in check_data(context, [config])[0].bad] == [3, 4]
+    assert [bad.line for bad in check_data(context, [config])[0].bad] == [3, 4, 6]
 
 
 # -------------------------------------------------------------------------------------------------- the check

@@ -170,7 +170,8 @@ def _sample(records: Records) -> tuple[dict[str, Fields], list[tuple[int, str]]]
     broken: list[tuple[int, str]] = []
     for number in np.linspace(0, len(records) - 1, min(SAMPLED, len(records))).astype(int).tolist():
         try:
-            found[f"{records.unit} {records.line(number)}"] = records.read(number)
+            key = f", key {records.key(number)}" if isinstance(records, Tar) else ""
+            found[f"{records.unit} {records.line(number)}{key}"] = records.read(number)
         except DataError as error:  # it says nothing about the others, and is reported where it is used
             broken.append((records.line(number), str(error)))
     return found, broken

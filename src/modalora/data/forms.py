@@ -89,8 +89,8 @@ def detect(records: Mapping[str, Fields], options: Options) -> tuple[str, str]:
     if others:
         counts = ", ".join(f"{len(found[name])} {name}, the first in {found[name][0]}" for name in others)
         raise DataError(
-            f"its records are of several forms (of {len(records)} looked at {len(found[most])} {most}; {counts}); split "
-            f"the file, or read all as one form: {options.setting}form={most}"
+            f"its records are of several forms (of {len(records)} looked at {len(found[most])} {most}; {counts}); "
+            f"split the file, or read all as one form: {options.setting}form={most}"
         )
     return most, FORMS[most].because
 
@@ -104,17 +104,14 @@ def form_of(fields: Fields, setting: str = "") -> str:
     if names:
         raise DataError(f"its keys ({keys}) fit the forms {', '.join(names)} alike; name one: {setting}form={names[0]}")
     raise DataError(
-        f"its keys ({keys}) fit no form; rename them ({setting}rename='{{question: instruction, answer: output}}') or write "
-        f"{', '.join(f'{name} ({form.because})' for name, form in FORMS.items())}"
+        f"its keys ({keys}) fit no form; rename them ({setting}rename='{{question: instruction, answer: output}}') or "
+        f"write {', '.join(f'{name} ({form.because})' for name, form in FORMS.items())}"
     )
 
 
 def read_record(fields: Fields, form: str, options: Options) -> Messages:
     """Return a record as messages. Raises DataError saying what is wrong with it and what to do."""
-    fields = renamed(fields, options)
-    for key in UNREAD:
-        if fields.get(key):
-            raise DataError(f"it has {key!r}, which is not read; take it out, or the record means something else")
+    fields = _understood(fields, options)
     if not FORMS[form].fits(fields):
         keys = ", ".join(fields) or "none"
         raise DataError(
@@ -134,10 +131,18 @@ def read_record(fields: Fields, form: str, options: Options) -> Messages:
 
 def read_text(fields: Fields, options: Options) -> str:
     """Return the text of a record of the form "text". Raises DataError."""
-    text = _string(renamed(fields, options).get("text"), "text")
+    text = _string(_understood(fields, options).get("text"), "text")
     if not text:
         raise DataError("its text is empty, so nothing in it is trained; drop the record")
     return text
+
+
+def _understood(fields: Fields, options: Options) -> Fields:
+    fields = renamed(fields, options)
+    for key in UNREAD:
+        if fields.get(key):
+            raise DataError(f"it has {key!r}, which is not read; take it out, or the record means something else")
+    return fields
 
 
 def renamed(fields: Fields, options: Options) -> Fields:
@@ -261,7 +266,7 @@ def _alpaca(fields: Fields, options: Options) -> Messages:
             raise DataError(f"history {number} is {pair!r:.60}; write [question, answer]")
         made += _pair(pair[0], pair[1], f"of history {number}")
     asked = _string(fields["instruction"], "instruction")
-    given = _string(fields.get("input") or "", "input")
+    given = "" if fields.get("input") is None else _string(fields["input"], "input")
     return made + _pair(f"{asked}\n{given}" if asked and given else asked + given, fields["output"], "")
 
 
@@ -466,7 +471,9 @@ def resolve(value: Any, kind: str, options: Options) -> Any:
             raise DataError(f"the data URL of an {kind} is not base64; write 'data:TYPE;base64,...'")
         return data
     if "://" in value:
-        raise DataError(f"the {kind} {value!r:.60} is on the network, and nothing is fetched; download it beforehand")
+        raise DataError(
+            f"the {kind} {value!r:.60} is a URL, and nothing is fetched; download it beforehand and give its path"
+        )
     if "\0" in value or not value or value.encode(errors="ignore").decode() != value:  # half of a surrogate pair
         raise DataError(f"the path of an {kind} is {value!r:.60}; give the path of a file")
     path = options.root / value
