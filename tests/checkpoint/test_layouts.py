@@ -226,12 +226,15 @@ def test_a_sliding_window_beyond_the_window_is_kept() -> None:
 def test_a_layout_that_cannot_hold_a_model_is_refused_and_nothing_written(words: TextTokenizer, tmp_path: Path) -> None:
     for layout, told in {
         "phi3": "has no place for|holds a decoder alone",
-        "phi4_multimodal": r"cannot express this model: speech.segment=50 becomes 500",
+        "phi4_multimodal": r"cannot express this model: speech.segment=50 becomes 500.*; .* model: modalora, phi4mm$",
         "phi3small": "has no place for|holds Phi-3-small decoders alone",
         "llama": "layout='llama' is unknown",
     }.items():
         with pytest.raises(ConfigError, match=told):
             save_model(moved(tiny()), words, tmp_path / "other", layout=layout)
+    alone = moved(replace(tiny(), adapters={}))
+    with pytest.raises(ConfigError, match="has none; choose a layout that holds this model: modalora$"):
+        save_model(alone, words, tmp_path / "other", layout="phi4mm")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -341,7 +344,7 @@ def test_attention_factors_that_the_reader_of_a_layout_would_not_see_are_refused
         config = replace(base, decoder=replace(base.decoder, rope=replace(rope, **own)))
         return configs.write_config(layout, config, TOKENS)
 
-    with pytest.raises(ConfigError, match="'phi4mm' has the attention factor 1.19024 .* this model has 1 and 1; use"):
+    with pytest.raises(ConfigError, match="'phi4mm' has the attention factor 1.19024 .* this model has 1 and 1"):
         written("phi4mm", phi4_multimodal(), mscale=(1.0, 1.0))
     with pytest.raises(ConfigError, match=r"mscale=\(1.0, 1.2\): transformers multiplies"):
         written("phi3", phi4_mini(), mscale=(1.0, 1.2))

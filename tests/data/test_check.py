@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import tarfile
 import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -172,7 +173,7 @@ def test_spans_are_as_long_as_what_the_encoders_give(context: Context) -> None:
 def test_a_conversation_that_is_too_long_is_bad_unless_turns_may_be_dropped(context: Context, tmp_path: Path) -> None:
     turns = [{"role": role, "content": "fox " * 60} for _ in range(40) for role in ("user", "assistant")]
     config = write(tmp_path / "a.jsonl", {"messages": turns})
-    with pytest.raises(PromptError, match=r"a row has at most 2048; .* or set truncate: messages"):
+    with pytest.raises(PromptError, match=r"a row has at most 2048; .* or set mixture.0.options.truncate=messages"):
         make_source(context, config).measure(0)
     cut = SourceConfig(source="files", options={**config.options, "truncate": "messages"})
     source = make_source(context, cut)
@@ -208,14 +209,15 @@ def test_a_row_whose_media_have_no_route_is_bad(context: Context, tmp_path: Path
 def test_plain_text_becomes_windows_that_hold_each_token_once(context: Context, tmp_path: Path) -> None:
     texts = [STORY[:1000], "a", STORY[500:700]]
     records = [{"text": texts[0]}, {"text": texts[1]}, "{broken", {"text": ""}, {"text": texts[2]}]
+    records.append({"text": "what is seen", "video": "a.mp4"})
     config = write(tmp_path / "a.jsonl", *records)
     source = make_source(context, SourceConfig(source="files", options={**config.options, "shuffle": False}))
     assert isinstance(source, Passages)
     ids: list[int] = []
     for number in range(source.rows):
         line = source.place(number)[1]
-        if line in (3, 4):
-            with pytest.raises(InputError, match="not JSON" if line == 3 else "its text is empty"):
+        if told := {3: "not JSON", 4: "its text is empty", 6: "'video', which is not read"}.get(line):
+            with pytest.raises(InputError, match=told):
                 source.row(number)
             continue
         row = source.row(number)
@@ -225,7 +227,7 @@ def test_plain_text_becomes_windows_that_hold_each_token_once(context: Context, 
         ids += row.ids
     end = TOKENIZER.control("<|endoftext|>")
     assert ids == [index for text in texts for index in [*TOKENIZER.encode(text), end]]
-    assert [bad.line for bad in check_data(context, [config])[0].bad] == [3, 4]
+    assert [bad.line for bad in check_data(context, [config])[0].bad] == [3, 4, 6]
 
 
 # -------------------------------------------------------------------------------------------------- the check
@@ -313,6 +315,15 @@ def test_the_check_and_training_refuse_the_same_rows(context: Context, tmp_path:
     assert {one.line for one in (*seen.values(), *made.values()) if isinstance(one, Bad)} == bad
 
 
+def test_rows_that_the_objective_cannot_take_are_bad(recipe: Path, run: Run) -> None:
+    code, out, _ = run("data", "check", str(recipe), "objective=ctc", "train=[audio.encoder]", "--json")
+    assert code == 1
+    (found,) = json.loads(out)
+    told = {bad["line"]: bad["reason"].rpartition("the row holds ")[2] for bad in found["bad"]}
+    assert told == {1: "text alone", 2: "image", 4: "message 2, the assistant's, is empty"}
+    assert found["bad"][0]["mend"] == "give it other rows, or leave objective out"
+
+
 def test_parts_may_number_the_records_media_in_their_order(context: Context, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(picture())
     (tmp_path / "b.png").write_bytes(picture(60, 60))
@@ -351,6 +362,30 @@ def test_a_window_beyond_the_budget_is_a_bad_row_for_both(context: Context, tmp_
     (told,) = [one for one in (reader.look((0, number)) for number in range(2)) if isinstance(one, Bad)]
     assert (told.reason, told.mend) == (found.bad[0].reason, found.bad[0].mend)
     assert "tokens=64" in told.reason
+
+
+def test_a_bad_record_of_a_tar_is_named_by_its_key_too(context: Context, tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, data in {"x/7.png": picture(), "x/7.txt": b"a", "x/8.png": b"no picture", "x/8.txt": b"b"}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    source = SourceConfig(source="files", name="own", options={"path": str(path)})
+    (bad,) = check_data(context, [source])[0].bad
+    assert (str(bad.place), bad.key) == (f"{path}:2, key x/8", "x/8")
+    assert f"{path}:2, key x/8" in {one.place for one in preview(context, [source], rows=2) if one.bad}
+
+
+def test_a_setting_that_mends_a_row_is_told_as_it_is_typed(context: Context, tmp_path: Path) -> None:
+    mixed = write(tmp_path / "a.jsonl", pair(), as_messages(("a", "b")), pair())
+    one, two = check_data(context, [write(tmp_path / "b.jsonl", pair("<image>")), mixed])
+    assert one.bad[0].mend.endswith("or set mixture.0.options.tags=false when the tag is mere text")
+    assert two.bad[0].reason.endswith("(of 3 looked at 2 alpaca; 1 messages, the first in line 2)")
+    assert two.bad[0].mend.endswith("read all as one form: mixture.1.options.form=alpaca")
+    (two,) = check_data(context, [SourceConfig(source="files", options={**mixed.options, "form": "alpaca"})])
+    assert two.read[0].endswith("read as alpaca because form=alpaca was asked for")
+    assert [bad.line for bad in two.bad] == [2]
 
 
 # ----------------------------------------------------------------------------------------------- command line

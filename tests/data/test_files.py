@@ -160,6 +160,7 @@ def test_members_of_one_key_are_one_record(tmp_path: Path) -> None:
             ("x/1.json", b'{"messages": [], "images": ["2.png", "jpg"]}'), ("x/1.jpg", b"J"), ("x/1.2.png", b"P"),
             ("x/2.jpg", b"K"), ("x/2.txt", b"a cat"), ("y/2.txt", b"other"), ("y/2.wav", b"W"),
             ("z.json", b'{"text": "a", "image": "jpg"}'), ("z.jpg", b"J"), ("z.png", b"P"),
+            ("zz.json", b'{"text": "a"}'), ("zz.txt", b"b"),
         ):  # fmt: skip
             info = tarfile.TarInfo(name)
             info.size = len(data)
@@ -172,6 +173,15 @@ def test_members_of_one_key_are_one_record(tmp_path: Path) -> None:
     ]
     left = "a member that the JSON does not name"
     assert records.read(3) == {"text": "a", "image": [b"J"], "png": left}  # which a check lists as not read
+    with pytest.raises(DataError, match=r"zz.json has 'text' and zz.txt says another; keep one"):
+        records.read(4)
+
+
+def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    parquet.write_table(pyarrow.table(columns, names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="has the column 'text' twice, and a row would keep one; rename it"):
+        open_records(tmp_path / "a.parquet", tmp_path)
 
 
 def test_folders_that_datasets_saved_are_read_with_media_as_they_were(tmp_path: Path) -> None:

@@ -63,12 +63,16 @@ def test_fields_of_other_names_are_read_under_those_that_are_known() -> None:
 
 
 def test_a_file_has_one_form_and_says_why() -> None:
-    assert detect([SAME["alpaca"]] * 3, OPTIONS) == ("alpaca", "'instruction' and 'output'")
-    assert detect([SAME["alpaca"], {"other": 1}], OPTIONS)[0] == "alpaca"  # the other is a bad row when it is read
-    with pytest.raises(DataError, match=r"several forms \(2 alpaca, 1 sharegpt\); split the file"):
-        detect([SAME["alpaca"], SAME["sharegpt"], SAME["alpaca"]], OPTIONS)
+    def told(*records: dict[str, Any]) -> tuple[str, str]:
+        return detect({f"line {number}": record for number, record in enumerate(records)}, OPTIONS)
+
+    assert told(*[SAME["alpaca"]] * 3) == ("alpaca", "'instruction' and 'output'")
+    assert told(SAME["alpaca"], {"other": 1})[0] == "alpaca"  # the other is a bad row when it is read
+    counts = r"\(of 3 looked at 2 alpaca; 1 sharegpt, the first in line 1\)"
+    with pytest.raises(DataError, match=rf"several forms {counts}; split the file, or read all as one form: form=alp"):
+        told(SAME["alpaca"], SAME["sharegpt"], SAME["alpaca"])
     with pytest.raises(DataError, match=r"keys \('question', 'answer'\) fit no form; rename them"):
-        detect([{"question": "a", "answer": "b"}], OPTIONS)
+        told({"question": "a", "answer": "b"})
     with pytest.raises(DataError, match="fit the forms messages, text alike; name one"):
         form_of({"messages": [], "text": "a"})
 
@@ -132,7 +136,7 @@ def test_captions_answer_the_prompt_of_the_source() -> None:
 
 def test_tags_may_be_mere_text() -> None:
     record = {"instruction": "What does <image> do in SVG?", "output": "it shows a picture"}
-    with pytest.raises(DataError, match="1 <image> places and 0 images; .* or set tags: false"):
+    with pytest.raises(DataError, match="1 <image> places and 0 images; .* or set tags=false"):
         read_record(record, "alpaca", OPTIONS)
     assert read_record(record, "alpaca", Options(ROOT, tags=False))[0]["content"] == record["instruction"]
 
@@ -171,8 +175,8 @@ def test_arrays_keep_their_rate() -> None:
         ("/etc/passwd", "lies outside .*; write paths from there, or set media_root"),
         ("../secret.png", "lies outside"),
         ("a/../../secret.png", "lies outside"),
-        ("https://host/a.png", "on the network, and nothing is fetched"),
-        ("file:///etc/passwd", "on the network"),
+        ("https://host/a.png", "a URL, and nothing is fetched"),
+        ("file:///etc/passwd", "a URL, .* give its path"),
         ("data:image/png;base64,@@", "not base64"),
         ("a\0b", "the path of an image is"),
         ("a\ud800.png", "the path of an image is"),
@@ -206,6 +210,7 @@ def test_a_link_that_leads_out_of_the_root_is_refused(tmp_path: Path) -> None:
         ("alpaca", pair(history=[["a"]]), r"history 1 is \['a'\]"),
         ("alpaca", pair(history=5), "history is 5; write a list"),
         ("alpaca", pair(videos=["a.mp4"]), "'videos', which is not read"),
+        ("alpaca", pair(input=0), "input is of type int, and must be text"),
         ("alpaca", pair(instruction="<image>", images=["1", "2"]), "1 <image> places and 2 images"),
         ("alpaca", pair(instruction="<|image_2|><|image_1|>", images=["1", "2"]), "number tags in order"),
         ("alpaca", pair(instruction=f"<|image_{'9' * 5000}|>", images=["1"]), "number tags in order"),
@@ -213,6 +218,13 @@ def test_a_link_that_leads_out_of_the_root_is_refused(tmp_path: Path) -> None:
         ("alpaca", pair(audio={"array": "abc", "sampling_rate": 8000}), "array of an audio is 'abc'; give one number"),
         ("alpaca", pair(audio={"array": [[1], [1, 2]]}), "array of an audio is"),
         ("alpaca", pair(audio={"array": [10**400]}), "array of an audio is"),
+        ("alpaca", pair(instruction="<video>\nWhat?"), "the tag <video>, and no video is read; .* tags=false"),
+        ("alpaca", pair(instruction="<|video_1|>What?", images=["1"]), r"the tag <\|video_1\|>, and no video"),
+        ("alpaca", pair(instruction=""), "message 1, the user's, is empty"),
+        ("alpaca", pair(history=[["", "c"]], images=["1"], instruction="", input="<image>"),
+         "message 1, the user's, is empty"),
+        ("messages", {"messages": [SAID[1], SAID[2], {"role": "user", "content": []}, SAID[2]]},
+         "message 3, the user's, is empty"),
         ("messages", {"messages": []}, "must be a list of turns"),
         ("messages", {"messages": "text"}, "must be a list of turns"),
         ("messages", {"messages": [{"role": "bot", "content": "a"}]}, "role 'bot'; use one of system"),

@@ -165,7 +165,7 @@ def _write_rope(rope: Rope, *, two_scales: bool = False) -> dict[str, Any]:
     if isinstance(rope, DynamicNtk):
         raise ConfigError(
             "dynamic_ntk has a table for every length, which no published layout holds; choose a length and write the "
-            "model with as_longrope(rope.at(length), head_dim) of modalora.nn.rope, or keep the layout 'modalora'"
+            "model with as_longrope(rope.at(length), head_dim) of modalora.nn.rope"
         )
     if not isinstance(rope, Plain | LongRope):
         raise ConfigError(
@@ -187,7 +187,7 @@ def _need_factor_of_windows(rope: Rope) -> None:
         if own != (told, told):
             raise ConfigError(
                 f"the code that reads the layout 'phi4mm' has the attention factor {told:.6g} from the windows, and "
-                f"this model has {own[0]:.6g} and {own[1]:.6g}; use the layout 'phi4_multimodal' or 'modalora'"
+                f"this model has {own[0]:.6g} and {own[1]:.6g}"
             )
 
 
@@ -303,7 +303,7 @@ def _read_small(reader: Reader) -> ModelConfig:
 def _write_small(config: ModelConfig) -> dict[str, Any]:
     sizes, small = config.decoder, config.decoder.phi3_small
     if small is None or config.vision or config.speech:
-        raise ConfigError("the layout 'phi3small' holds Phi-3-small decoders alone; choose another layout")
+        raise ConfigError("the layout 'phi3small' holds Phi-3-small decoders alone")
     rope = _write_rope(sizes.rope, two_scales=True)
     return {
         "model_type": "phi3small",
@@ -411,8 +411,7 @@ def _write_official(config: ModelConfig) -> dict[str, Any]:
     if set(config.adapters) != {"vision", "speech"}:
         raise ConfigError(
             "the layout 'phi4mm' holds the adapters vision and speech; this model has "
-            f"{', '.join(config.adapters) or 'none'}: "
-            "choose the layout phi4_multimodal or modalora, which hold more"
+            f"{', '.join(config.adapters) or 'none'}"
         )
     own = {
         key: value for key, value in asdict(vision).items() if key != "crop" and value != getattr(VisionConfig(), key)
@@ -517,17 +516,15 @@ def _write_native(config: ModelConfig) -> dict[str, Any]:
 def _both(config: ModelConfig, layout: str) -> tuple[VisionConfig, SpeechConfig]:
     _no_small(config, layout)
     if config.vision is None or config.speech is None:
-        raise ConfigError(
-            f"the layout {layout!r} holds a picture and a sound encoder; this model lacks one; use 'phi3'"
-        )
+        raise ConfigError(f"the layout {layout!r} holds a picture and a sound encoder, and this model lacks one")
     return config.vision, config.speech
 
 
 def _no_small(config: ModelConfig, layout: str) -> None:
     if config.decoder.phi3_small is not None:
-        raise ConfigError(f"the layout {layout!r} cannot express a Phi-3-small decoder; use 'phi3small'")
+        raise ConfigError(f"the layout {layout!r} cannot express a Phi-3-small decoder")
     if layout == "phi3" and (config.vision or config.speech):
-        raise ConfigError("the layout 'phi3' holds a decoder alone, and this model has encoders; use 'phi4mm'")
+        raise ConfigError("the layout 'phi3' holds a decoder alone, and this model has encoders")
 
 
 _READERS: dict[str, Callable[[Reader], ModelConfig]] = {

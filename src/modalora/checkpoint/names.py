@@ -159,10 +159,8 @@ def plan(layout: str, shapes: Mapping[str, Sequence[int]], config: ModelConfig) 
         found[name] = Stored(theirs, (1,) * pair.ones + tuple(shape), pair)
     if homeless:
         parts = sorted({name.rsplit(".", 1)[0] for name in homeless})
-        able = [other for other in LAYOUTS if all(_rename(other, name) for name in shapes)]
         raise ConfigError(
-            f"the layout {layout!r} has no place for {len(homeless)} tensors, among them {', '.join(parts[:3])}; "
-            f"choose a layout that has: {', '.join(able)}"
+            f"the layout {layout!r} has no place for {len(homeless)} tensors, among them {', '.join(parts[:3])}"
         )
     if len({stored.name for stored in found.values()}) != len(found):
         raise ConfigError(f"the layout {layout!r} gives two tensors one name; its table is wrong")

@@ -500,9 +500,14 @@ def _filler(
     """Check that the layout holds the model; return what fills a draft folder with it."""
     if int8 and layout != "modalora":
         raise ConfigError(f"int8 is stored by the layout 'modalora' alone, not by {layout!r}")
-    if layout not in HOLDS_ADAPTERS:
-        shapes = {name: shape for name, shape in shapes.items() if not part_of(name).startswith("adapter.")}
-    stored = plan(layout, shapes, config)
+    tokens = {**dict.fromkeys(_TOKEN_IDS, tokenizer.control(END_OF_TEXT)), **_kept_ids(beside)}
+    try:
+        stored, fields = _written(layout, shapes, config, tokens)
+    except ConfigError as error:
+        if layout not in LAYOUTS:
+            raise
+        able = [other for other in LAYOUTS if _can_hold(other, shapes, config, tokens)]
+        raise ConfigError(f"{error}; choose a layout that holds this model: {', '.join(able)}") from None
     if layout == "modalora":
         own: dict[str, Any] = {} if chat == ChatFormat() else {"chat": asdict(chat)}
         if tokenizer.stop_ids != TextTokenizer(tokenizer.definition).stop_ids:
@@ -513,8 +518,6 @@ def _filler(
             own["tokens"] = kept
         fields = {"model_type": "modalora", "format": FORMAT, **sizes, **own, "notes": dict(notes)}
     else:
-        end = tokenizer.control(END_OF_TEXT)
-        fields = configs.write_config(layout, config, {**dict.fromkeys(_TOKEN_IDS, end), **_kept_ids(beside)})
         fields["torch_dtype"] = str(dtype).removeprefix("torch.")
     if layout == "phi4_multimodal":
         for modality, (part, key) in _PLACES.items():
@@ -541,6 +544,23 @@ def _filler(
                 raise ConfigError(f"the layout {layout!r} cannot express this chat format: {chat} becomes {back}")
 
     return fill
+
+
+def _written(
+    layout: str, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, tokens: Mapping[str, Any]
+) -> tuple[dict[str, Stored], dict[str, Any]]:
+    """Return where a layout has the tensors, and its config (ours is written apart). Raises ConfigError."""
+    if layout not in HOLDS_ADAPTERS:
+        shapes = {name: shape for name, shape in shapes.items() if not part_of(name).startswith("adapter.")}
+    stored = plan(layout, shapes, config)
+    return stored, {} if layout == "modalora" else configs.write_config(layout, config, tokens)
+
+
+def _can_hold(*given: Any) -> bool:
+    try:
+        return bool(_written(*given))
+    except ConfigError:
+        return False
 
 
 def _kept_ids(beside: Path | None) -> dict[str, Any]:

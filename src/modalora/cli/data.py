@@ -104,6 +104,8 @@ def _print(found: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from modalora.data.sources import Place
+
     console = Console(soft_wrap=True)
     for one in found:
         for line in one["read"]:
@@ -131,7 +133,7 @@ def _print(found: list[dict[str, Any]]) -> None:
             listed = ", ".join(f"{name} ({count:,})" for name, count in one["unread_fields"].items())
             print(f"{one['source']}: fields that are not read: {listed}")
         for bad in one["bad"]:
-            where = f"{bad['file']}:{bad['line']}" if bad["file"] else bad["sample"]
+            where = Place(bad["file"], bad["line"], bad["key"]) if bad["file"] else bad["sample"]
             print(f"bad  {where}  {bad['reason']}\n     -> {bad['mend'] or 'see the message'}")
     bad_rows = sum(len(one["bad"]) for one in found)
     print(f"{bad_rows:,} bad row{'s' * (bad_rows > 1)}" if bad_rows else "every row is good")

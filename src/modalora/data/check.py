@@ -101,6 +101,7 @@ def _look(found: Found, source: Source, number: int, context: Context, route: st
         check_length(len(row.ids), context.most)
         if context.labelled:
             check_labels(row)
+        context.suits([(kind, features) for kind, features, *_ in row.media])
         if isinstance(source, Corpus):
             record = source.shelf.ordered(number, source.rows)
             messages, dropped = source.conversation(record)

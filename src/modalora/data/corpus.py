@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,10 +17,10 @@ import numpy as np
 
 from modalora.contracts import Message
 from modalora.data.documents import LongRows, Shelf, ShortRows, open_rows, passages, texts
-from modalora.data.files import Fields, Records, cached, find_files, open_records
+from modalora.data.files import Fields, Records, Tar, cached, find_files, open_records
 from modalora.data.forms import FORMS, Options, detect, read_record, read_text, renamed
 from modalora.data.order import shuffled
-from modalora.data.sources import Context, Key, check_window
+from modalora.data.sources import Context, Key, Place, check_window
 from modalora.data.text import token_stream
 from modalora.disk import drafted
 from modalora.errors import ConfigError, DataError, InputError, PromptError
@@ -72,7 +72,7 @@ def open_corpus(
     volumes: list[Volume] = []
     for file in find_files(path):
         root = Path(media_root) if media_root else file if file.is_dir() else file.parent
-        options = Options(root, dict(rename or {}), prompt, tags, more)
+        options = Options(root, dict(rename or {}), prompt, tags, more, f"mixture.{key[1]}.options.")
         volumes.append(_open_volume(file, context.cache, form, split, options))
     texts = [volume for volume in volumes if volume.form == "text"]
     if texts and len(texts) < len(volumes):
@@ -151,7 +151,7 @@ def _open_volume(file: Path, cache: Path, form: str, split: str | None, options:
     if not len(records):
         raise DataError(f"{file} holds no record; leave it out")
     if form != "auto":
-        return Volume(records, form, "as the recipe says", options)
+        return Volume(records, form, f"form={form} was asked for", options)
     sample, broken = _sample(records)
     if not sample:
         told = ", ".join(f"{records.unit} {line}: {error.rpartition('; ')[0]}" for line, error in broken[:LISTED])
@@ -164,13 +164,14 @@ def _open_volume(file: Path, cache: Path, form: str, split: str | None, options:
     return Volume(records, found, f"its records have {because}", options)
 
 
-def _sample(records: Records) -> tuple[list[Fields], list[tuple[int, str]]]:
-    """Return some records, evenly spread, and the lines of those that cannot be read, with their errors."""
-    found: list[Fields] = []
+def _sample(records: Records) -> tuple[dict[str, Fields], list[tuple[int, str]]]:
+    """Return some records by their place, evenly spread, and the lines of those that cannot be read, with errors."""
+    found: dict[str, Fields] = {}
     broken: list[tuple[int, str]] = []
     for number in np.linspace(0, len(records) - 1, min(SAMPLED, len(records))).astype(int).tolist():
         try:
-            found.append(records.read(number))
+            key = f", key {records.key(number)}" if isinstance(records, Tar) else ""
+            found[f"{records.unit} {records.line(number)}{key}"] = records.read(number)
         except DataError as error:  # it says nothing about the others, and is reported where it is used
             broken.append((records.line(number), str(error)))
     return found, broken
@@ -203,10 +204,11 @@ class _Shelf:
         epoch, place = divmod(number, rows)
         return shuffled(place, rows, (*self.key, epoch)) if self.shuffle else place
 
-    def place(self, record: int) -> tuple[str, int]:
-        """Return the file and line of a record."""
+    def place(self, record: int) -> Place:
+        """Return where a record stands."""
         place, inner = self.find(record)
-        return str(self.volumes[place].records.path), self.volumes[place].records.line(inner)
+        records = self.volumes[place].records
+        return Place(str(records.path), records.line(inner), records.key(inner) if isinstance(records, Tar) else "")
 
 
 class Corpus:
@@ -217,6 +219,7 @@ class Corpus:
     ) -> None:
         """volumes: what open_corpus found in the files."""
         self.shelf = _Shelf(key, volumes, shuffle)
+        self._setting = volumes[0].options.setting
         self.processor, self.truncate = context.processor, truncate
         self.most = min(filter(None, (context.most, context.processor.window)))
         self.rows: int = self.shelf.records
@@ -231,7 +234,7 @@ class Corpus:
                 raise PromptError(
                     f"{'its first question and answer are' if self.truncate else 'it is'} {tokens} tokens, and a row "
                     f"has at most {self.most}; shorten it, give fewer or smaller media"
-                    + ("" if self.truncate else ", or set truncate: messages to drop turns from its end")
+                    + ("" if self.truncate else f", or set {self._setting}truncate=messages to drop turns from its end")
                 )
             self._lengths[record] = tokens
         return int(self._lengths[record])
@@ -245,8 +248,8 @@ class Corpus:
         """Return the conversation that a row is made of."""
         return self.conversation(self.shelf.ordered(number, self.rows))[0]
 
-    def place(self, number: int) -> tuple[str, int]:
-        """Return the file that a row comes from and the line there."""
+    def place(self, number: int) -> Place:
+        """Return where a row comes from."""
         return self.shelf.place(self.shelf.ordered(number, self.rows))
 
     def conversation(self, record: int) -> tuple[list[dict[str, Any]], int]:
@@ -294,7 +297,7 @@ def _lengths(context: Context, volumes: Sequence[Volume], how: str, rows: int) -
             status.st_size,
             status.st_mtime_ns,
             volume.form,
-            asdict(volume.options),
+            asdict(replace(volume.options, setting="")),  # where the source stands in a recipe changes no length
         ]
     digest = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
     target = context.cache / "files" / f"lengths-{digest}.npy"
@@ -354,8 +357,8 @@ class Passages:
         """Return None: text is no conversation."""
         return
 
-    def place(self, number: int) -> tuple[str, int]:
-        """Return the file that a window comes from and the line there."""
+    def place(self, number: int) -> Place:
+        """Return where a window comes from."""
         return self.shelf.place(self._find(number)[0])
 
 

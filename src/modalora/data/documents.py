@@ -15,6 +15,7 @@ import numpy as np
 
 from modalora.contracts import Message
 from modalora.data.order import shuffled
+from modalora.data.sources import Place
 from modalora.errors import ConfigError, DataError
 from modalora.processing.processor import Row
 from modalora.processing.tokenizer import TextTokenizer
@@ -144,9 +145,9 @@ class ShortRows:
         """Return None: text is no conversation."""
         return None
 
-    def place(self, number: int) -> tuple[str, int]:
+    def place(self, number: int) -> Place:
         """Return no place."""
-        return "", 0
+        return Place()
 
 
 @dataclass(frozen=True)
@@ -209,9 +210,9 @@ class LongRows:
         """Return None: text is no conversation."""
         return None
 
-    def place(self, number: int) -> tuple[str, int]:
+    def place(self, number: int) -> Place:
         """Return no place."""
-        return "", 0
+        return Place()
 
 
 def open_rows(shelf: Shelf, kind: str, window: int, least: int, most: int, mark: int, key: Key) -> ShortRows | LongRows:

@@ -7,8 +7,8 @@ A form is told by the keys of a record; a file is of one form. Media stand besid
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,8 @@ class Options:
 
     rename: name in the file -> name that the form knows. root: folder that media paths may not leave. prompt: what is
     asked of media that have a caption alone. tags: whether <image> and <audio> in texts stand for media. more: further
-    modalities of the model, of which content parts hold the payload itself.
+    modalities of the model, of which content parts hold the payload itself. setting: what stands before the name of an
+    option where it is typed.
     """
 
     root: Path
@@ -67,46 +68,50 @@ class Options:
     prompt: str = ""
     tags: bool = True
     more: tuple[str, ...] = ()
+    setting: str = ""
 
 
-def detect(records: Iterable[Fields], options: Options) -> tuple[str, str]:
-    """Return the form that all these records have, and why. Raises DataError when there is none or more than one."""
-    found: Counter[str] = Counter()
+def detect(records: Mapping[str, Fields], options: Options) -> tuple[str, str]:
+    """Return the form that all these records have, and why. Raises DataError when there is none or more than one.
+
+    records: by where they stand, such as "line 7".
+    """
+    found: dict[str, list[str]] = defaultdict(list)
     problem = DataError("it holds no record that can be read; look at its first lines")
-    for fields in records:
+    for place, fields in records.items():
         try:
-            found[form_of(renamed(fields, options))] += 1
+            found[form_of(renamed(fields, options), options.setting)].append(place)
         except DataError as error:  # a single one is a bad row when it is read
             problem = error
     if not found:
         raise problem
-    if len(found) > 1:
-        counts = ", ".join(f"{count} {name}" for name, count in found.most_common())
-        raise DataError(f"its records are of several forms ({counts}); split the file, or name one form for all: form=")
-    (name,) = found
-    return name, FORMS[name].because
+    most, *others = sorted(found, key=lambda name: -len(found[name]))
+    if others:
+        counts = ", ".join(f"{len(found[name])} {name}, the first in {found[name][0]}" for name in others)
+        raise DataError(
+            f"its records are of several forms (of {len(records)} looked at {len(found[most])} {most}; {counts}); "
+            f"split the file, or read all as one form: {options.setting}form={most}"
+        )
+    return most, FORMS[most].because
 
 
-def form_of(fields: Fields) -> str:
-    """Return the name of the one form whose keys a record has. Raises DataError."""
+def form_of(fields: Fields, setting: str = "") -> str:
+    """Return the name of the one form whose keys a record has. Raises DataError. setting: see Options."""
     names = [name for name, form in FORMS.items() if form.fits(fields)]
     if len(names) == 1:
         return names[0]
     keys = ", ".join(map(repr, fields)) or "none"
     if names:
-        raise DataError(f"its keys ({keys}) fit the forms {', '.join(names)} alike; name one: form={names[0]}")
+        raise DataError(f"its keys ({keys}) fit the forms {', '.join(names)} alike; name one: {setting}form={names[0]}")
     raise DataError(
-        f"its keys ({keys}) fit no form; rename them (rename: {{question: instruction, answer: output}}) or write "
-        f"{', '.join(f'{name} ({form.because})' for name, form in FORMS.items())}"
+        f"its keys ({keys}) fit no form; rename them ({setting}rename='{{question: instruction, answer: output}}') or "
+        f"write {', '.join(f'{name} ({form.because})' for name, form in FORMS.items())}"
     )
 
 
 def read_record(fields: Fields, form: str, options: Options) -> Messages:
     """Return a record as messages. Raises DataError saying what is wrong with it and what to do."""
-    fields = renamed(fields, options)
-    for key in UNREAD:
-        if fields.get(key):
-            raise DataError(f"it has {key!r}, which is not read; take it out, or the record means something else")
+    fields = _understood(fields, options)
     if not FORMS[form].fits(fields):
         keys = ", ".join(fields) or "none"
         raise DataError(
@@ -117,15 +122,27 @@ def read_record(fields: Fields, form: str, options: Options) -> Messages:
     except PromptError as error:  # what no conversation may hold
         raise DataError(str(error)) from None
     _check_turns(messages)
-    return _with_media(messages, fields, options)
+    messages = _with_media(messages, fields, options)
+    for number, message in enumerate(messages, start=1):
+        if message["role"] == "user" and _is_empty(message["content"]):
+            raise DataError(f"message {number}, the user's, is empty; put a question there, or drop the record")
+    return messages
 
 
 def read_text(fields: Fields, options: Options) -> str:
     """Return the text of a record of the form "text". Raises DataError."""
-    text = _string(renamed(fields, options).get("text"), "text")
+    text = _string(_understood(fields, options).get("text"), "text")
     if not text:
         raise DataError("its text is empty, so nothing in it is trained; drop the record")
     return text
+
+
+def _understood(fields: Fields, options: Options) -> Fields:
+    fields = renamed(fields, options)
+    for key in UNREAD:
+        if fields.get(key):
+            raise DataError(f"it has {key!r}, which is not read; take it out, or the record means something else")
+    return fields
 
 
 def renamed(fields: Fields, options: Options) -> Fields:
@@ -264,7 +281,7 @@ def _alpaca(fields: Fields, options: Options) -> Messages:
             raise DataError(f"history {number} is {pair!r:.60}; write [question, answer]")
         made += _pair(pair[0], pair[1], f"of history {number}")
     asked = _string(fields["instruction"], "instruction")
-    given = _string(fields.get("input") or "", "input")
+    given = "" if fields.get("input") is None else _string(fields["input"], "input")
     return made + _pair(f"{asked}\n{given}" if asked and given else asked + given, fields["output"], "")
 
 
@@ -358,7 +375,7 @@ def _is_empty(content: Any) -> bool:
 
 # ----------------------------------------------------------------------------------------------------- media
 
-_TAG = re.compile(r"(<image>|<audio>|<\|image_\d+\|>|<\|audio_\d+\|>)")
+_TAG = re.compile(r"(<(?:image|audio|video)>|<\|(?:image|audio|video)_\d+\|>)")
 
 
 def _with_media(messages: Messages, fields: Fields, options: Options) -> Messages:
@@ -378,9 +395,13 @@ def _with_media(messages: Messages, fields: Fields, options: Options) -> Message
         if used[kind] != len(held):
             raise DataError(
                 f"it has {used[kind]} <{kind}> places and {len(held)} {kind}s; give as many of one as of the other"
-                + ("" if held else ", or set tags: false when the tag is mere text")
+                + ("" if held else f", or {_mere_text(options)}")
             )
     return messages
+
+
+def _mere_text(options: Options) -> str:
+    return f"set {options.setting}tags=false when the tag is mere text"
 
 
 def _listed(fields: Fields, kind: str) -> list[Any]:
@@ -422,6 +443,10 @@ def _filled(content: Any, waiting: Mapping[str, list[Any]], used: dict[str, int]
         for piece in pieces:
             if options.tags and _TAG.fullmatch(piece):
                 kind, _, place = piece.strip("<|>").partition("_")
+                if kind not in waiting:
+                    raise DataError(
+                        f"it has the tag {piece:.40}, and no {kind} is read; drop the record, or {_mere_text(options)}"
+                    )
                 if place and place != str(used[kind] + 1):
                     raise DataError(
                         f"the tag {piece:.40} stands where {kind} {used[kind] + 1} belongs; number tags in order"
@@ -461,7 +486,9 @@ def resolve(value: Any, kind: str, options: Options) -> Any:
             raise DataError(f"the data URL of an {kind} is not base64; write 'data:TYPE;base64,...'")
         return data
     if "://" in value:
-        raise DataError(f"the {kind} {value!r:.60} is on the network, and nothing is fetched; download it beforehand")
+        raise DataError(
+            f"the {kind} {value!r:.60} is a URL, and nothing is fetched; download it beforehand and give its path"
+        )
     if "\0" in value or not value or value.encode(errors="ignore").decode() != value:  # half of a surrogate pair
         raise DataError(f"the path of an {kind} is {value!r:.60}; give the path of a file")
     path = options.root / value

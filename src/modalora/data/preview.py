@@ -53,8 +53,7 @@ def preview(context: Context, sources: Sequence[SourceConfig], rows: int, seed: 
     for place, (name, config) in enumerate(zip(source_names(sources), sources, strict=True)):
         source = make_source(context, config, (seed, place))
         for number in range(min(rows, source.rows or rows)):
-            file, line = source.place(number)
-            sample, where = f"{name}:{number}", f"{file}:{line}" if file else ""
+            sample, where = f"{name}:{number}", str(source.place(number))
             try:
                 source.measure(number)
                 row = source.row(number)

@@ -31,7 +31,7 @@ class Quarantine:
     def check(self, rows: int, last: Bad) -> None:
         """Raise TrainingError when the bad rows are more than their share of the rows drawn so far."""
         if self.is_too_much(self.count, rows):
-            where = f" ({last.file}:{last.line})" if last.file else ""
+            where = f" ({last.place})" if last.file else ""
             mend = f"; {last.mend}" if last.mend else ""
             raise TrainingError(
                 f"{self.count} of {rows} rows are bad, more than quarantine_most={self.most:g} of them (counted over "

@@ -6,10 +6,10 @@ Every source gives rows by number: a row depends on the seed, the source and its
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -43,6 +43,11 @@ from modalora.science.codons import definition, targets
 
 Key = tuple[int, int]  # seed of the run, place of the source in the mixture
 Draw = Callable[[np.random.Generator], Row]
+Held = Sequence[tuple[str, Mapping[str, Any]]]  # the media of a row: modality and features of each
+
+
+def any_media(held: Held) -> None:
+    """Refuse no media."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Context:
 
     folder: the data of docs/nano.md. cache: where derived files are kept. window: tokens of a plain text window.
     most: tokens that a row may have, where that is less than the model reads (0: it is not).
-    labelled: whether a row needs a token that trains.
+    labelled: whether a row needs a token that trains. suits: raises DataError for media that the objective cannot take.
     """
 
     folder: Path
@@ -60,6 +65,19 @@ class Context:
     window: int
     most: int = 0
     labelled: bool = True
+    suits: Callable[[Held], None] = any_media
+
+
+class Place(NamedTuple):
+    """Where a row stands: file, line there, and the key of a tar's record. Without a file: nowhere."""
+
+    file: str = ""
+    line: int = 0
+    key: str = ""
+
+    def __str__(self) -> str:
+        """Return FILE:LINE, as messages have it."""
+        return f"{self.file}:{self.line}{f', key {self.key}' if self.key else ''}" if self.file else ""
 
 
 class Source(Protocol):
@@ -82,8 +100,8 @@ class Source(Protocol):
         """Return the conversation that a row is made of, or None where there is none."""
         ...
 
-    def place(self, number: int) -> tuple[str, int]:
-        """Return the file that a row comes from and the line there, ("", 0) where there is none."""
+    def place(self, number: int) -> Place:
+        """Return where a row comes from."""
         ...
 
 
@@ -109,6 +127,12 @@ class Bad:
     line: int
     reason: str
     mend: str
+    key: str = ""
+
+    @property
+    def place(self) -> Place:
+        """Where it stands."""
+        return Place(self.file, self.line, self.key)
 
 
 @dataclass(frozen=True)
@@ -135,16 +159,16 @@ class Drawn:
         """Return the conversation of a row, None for a source of none."""
         return self.draw.converse(self._rng(number)) if isinstance(self.draw, Conversations) else None
 
-    def place(self, number: int) -> tuple[str, int]:
+    def place(self, number: int) -> Place:
         """Return no place."""
-        return "", 0
+        return Place()
 
 
 def bad_row(error: InputError, sample: str, source: Source, number: int) -> Bad:
     """Return what an error says about a row: messages end with what to do, behind the last semicolon."""
-    file, line = source.place(number)
+    file, line, key = source.place(number)
     reason, _, mend = str(error).rpartition("; ")
-    return Bad(sample, file, line, reason or mend, mend if reason else "")
+    return Bad(sample, file, line, reason or mend, mend if reason else "", key)
 
 
 def _books(context: Context, split: str = "train", recurring: float = 0.0) -> Draw:

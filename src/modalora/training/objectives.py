@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional
 
 from modalora.contracts import BLANK, IGNORED, Batch
 from modalora.data.rows import COUNTED, MOST_COUNTED
+from modalora.data.sources import Held, any_media
 from modalora.errors import ConfigError, DataError
 from modalora.models.multimodal import Multimodal
 
@@ -26,6 +28,7 @@ class NextToken(nn.Module):
     """Cross-entropy of the labelled tokens."""
 
     idle: tuple[str, ...] = ()  # parameters that no loss of the objective reaches
+    check = staticmethod(any_media)
 
     def __init__(self, model: Multimodal) -> None:
         super().__init__()
@@ -70,15 +73,19 @@ class Ctc(nn.Module):
         shares = (counts + UNSAID) / (counts + UNSAID).sum()
         self.head.bias.copy_(torch.cat((shares, torch.ones(1))).log())
 
+    @staticmethod
+    def check(held: Held) -> None:
+        """Refuse the media of a row that are not one sound. Raises DataError."""
+        if [modality for modality, _ in held] != ["audio"]:
+            raise DataError(
+                "objective=ctc learns from one sound and what is said in it, and the row holds "
+                f"{', '.join(modality for modality, _ in held) or 'text alone'}; give it other rows, or leave "
+                "objective out"
+            )
+
     def count(self, batch: Batch) -> int:
         """Return how many losses a batch has. Raises DataError for a row that does not hold one sound."""
-        for row, sample in enumerate(batch.samples):
-            held = [item.modality for item in batch.media if item.row == row]
-            if held != ["audio"] and sample != BLANK:
-                raise DataError(
-                    f"row {sample}: objective=ctc learns from one sound and what is said in it, and the row holds "
-                    f"{', '.join(held) or 'text alone'}; give it other rows, or leave objective out"
-                )
+        _check_rows(batch, self.check)
         return len(batch.media)
 
     def forward(self, model: Multimodal, batch: Batch) -> Losses:
@@ -115,15 +122,18 @@ class Cells(nn.Module):
         self.cells = nn.Linear(width, self.ATTRIBUTES * self.CLASSES)
         self.counts = nn.Linear(width, self.COUNTS * self.LEVELS)
 
+    @staticmethod
+    def check(held: Held) -> None:
+        """Refuse the media of a row that tell no cells. Raises DataError."""
+        if not held or not all("cells" in features for _, features in held):
+            raise DataError(
+                "objective=cells learns what lies in the cells of a picture, which rows of the source 'cells' tell "
+                "alone; give it that source, or leave objective out"
+            )
+
     def count(self, batch: Batch) -> int:
         """Return how many losses a batch has. Raises DataError for a row without cells."""
-        for row, sample in enumerate(batch.samples):
-            held = [item.features for item in batch.media if item.row == row]
-            if sample != BLANK and not (held and all("cells" in features for features in held)):
-                raise DataError(
-                    f"row {sample}: objective=cells learns what lies in the cells of a picture, which rows of the "
-                    "source 'cells' tell alone; give it that source, or leave objective out"
-                )
+        _check_rows(batch, self.check)
         return 2 * sum(int((item.features["cells"][:, 0] != IGNORED).sum()) for item in batch.media)
 
     def forward(self, model: Multimodal, batch: Batch) -> Losses:
@@ -141,6 +151,16 @@ class Cells(nn.Module):
         in_cell = in_cell * self.ATTRIBUTES
         counted = _token_losses(self.counts(features).unflatten(-1, (self.COUNTS, self.LEVELS)), counts[real])
         return Losses(torch.cat((in_cell, counted)), rows[real.cpu()].repeat(2))
+
+
+def _check_rows(batch: Batch, check: Callable[[Held], None]) -> None:
+    for row, sample in enumerate(batch.samples):
+        if sample == BLANK:
+            continue
+        try:
+            check([(item.modality, item.features) for item in batch.media if item.row == row])
+        except DataError as error:
+            raise DataError(f"row {sample}: {error}") from None
 
 
 def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from modalora.processing.chat import FORMATS, ChatFormat
 from modalora.processing.processor import Processor
 from modalora.processing.tokenizer import TextTokenizer
 from modalora.science import codons
+from modalora.training.objectives import OBJECTIVES
 
 
 def load_modalities(run: RunConfig) -> None:
@@ -103,6 +104,7 @@ def context_of(run: RunConfig, config: ModelConfig, tokenizer: TextTokenizer, ch
         window=run.window,
         most=run.tokens,
         labelled=run.objective == "next_token",
+        suits=OBJECTIVES[run.objective].check,
     )
 
 

@@ -19,7 +19,7 @@ from modalora.data.files.tar import Tar, index_tar
 from modalora.data.files.texts import Document, Lines, first_byte, index_array, index_lines
 from modalora.errors import DataError
 
-__all__ = ["Fields", "Records", "cached", "find_files", "is_data", "load_arrow", "open_records"]
+__all__ = ["Fields", "Records", "Tar", "cached", "find_files", "is_data", "load_arrow", "open_records"]
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".tar", ".tgz", ".txt")  # and each but .tgz with .gz behind it
 

@@ -60,6 +60,9 @@ def unpack_parquet(path: Path, target: Path) -> None:
     arrow = load_arrow()
     try:
         table = arrow.parquet.ParquetFile(path)
+        names = table.schema_arrow.names
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise DataError(f"{path} has the column {twice[0]!r} twice, and a row would keep one; rename it")
         with arrow.OSFile(str(target), "wb") as sink, arrow.ipc.new_file(sink, table.schema_arrow) as writer:
             for batch in table.iter_batches(batch_size=64):
                 writer.write_batch(batch)

@@ -37,6 +37,10 @@ class Tar:
         """Return its number, counted from 1."""
         return number + 1
 
+    def key(self, number: int) -> str:
+        """Return what its members are called before the ending."""
+        return str(self.members.read(number)["key"])
+
     def read(self, number: int) -> Fields:
         """Return one record. Raises DataError when it cannot be read."""
         group = self.members.read(number)
@@ -57,7 +61,9 @@ class Tar:
             if kind in IMAGES | SOUNDS:
                 media["images" if kind in IMAGES else "audios"].append(data)
             elif ending != "json":
-                fields.setdefault("text" if ending == "txt" else ending, _text(data, f"{key}.{ending}"))
+                name, text = "text" if ending == "txt" else ending, _text(data, f"{key}.{ending}")
+                if fields.setdefault(name, text) != text:
+                    raise DataError(f"{key}.json has {name!r} and {key}.{ending} says another; keep one of them")
         named = {PurePosixPath(f"{key}.{ending}").name: data for ending, data in held.items()} | held
         return _with_members(fields, media, held, named)
 
