@@ -333,7 +333,7 @@ class _Loop:
                 own[f"count {adapter or 'text'}"] += counts[row]
             if not isfinite(sums[row]):
                 own[f"bad {row_name(batch, number, row)}"] += 1
-        if self.audit.watched:
+        if self.audit.watches:
             for part in parts_reached(batch, [row for row, count in enumerate(counts) if count]):
                 own[f"part {part}"] += 1
 
@@ -384,7 +384,7 @@ class _Loop:
     def _update(self, outcome: _Outcome, norms: _Norms) -> None:
         """Change the weights, and note the figures of the step."""
         run, progress = self.run, self.progress
-        watching = bool(self.audit.watched)
+        watching = self.audit.watches
         if watching:
             self.audit.before(outcome.reached)
         self.engine.clip(self.trained, norms.whole, run.optim.clip_norm)
