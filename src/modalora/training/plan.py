@@ -97,7 +97,8 @@ class Plan:
 def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype: torch.dtype = torch.float32) -> Plan:
     """Return what a step of a run over these micro-batches needs.
 
-    dtype: what the weights are stored in. Raises ConfigError when run.train names no part of the model.
+    dtype: what the weights are stored in. Raises ConfigError when run.train names no part of the model, DataError for
+    rows that the run's objective cannot learn from.
     """
     fake = FakeTensorMode()
     with torch.device("meta"):
@@ -120,6 +121,8 @@ def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype
     optimizer.set_rate(0)
     model.train()
     labels = sum(int(batch.labelled.sum()) for batch in micro)
+    for batch in micro:
+        objective.count(batch)  # refuses rows that it cannot learn from, as training does
     with _shared(model, run.mesh), few_stand_for_all(), Meter(fake) as meter:
         for tensor in [*model.parameters(), *model.buffers(), *objective.parameters()]:
             meter.hold(tensor)
