@@ -89,6 +89,7 @@ class SourceConfig(Settings):
     weight: float | dict[float, float] = 1.0
     epochs: int | None = Field(None, ge=1)  # how often a source that ends is read; None: as long as the run
     window: int | None = Field(None, ge=8)  # tokens of its rows where it cuts text into windows; None: the run's
+    media: MediaConfig = Field(default_factory=MediaConfig)  # limits on its pictures and sounds; None: the run's
     route: str | None = None  # of its rows: "none" or an adapter, such as a language's; None: by their media
     # what the source itself takes; docs/data.md has those of files
     options: dict[str, Any] = Field(default_factory=dict)

@@ -29,6 +29,7 @@ from modalora.assistant import find_model
 from modalora.checkpoint.store import describe, read_card
 from modalora.config import MediaConfig, MeshConfig, RunConfig
 from modalora.contracts import IGNORED, Batch, Media, Route
+from modalora.data.reader import limited
 from modalora.data.sources import Context
 from modalora.errors import CheckpointError, ConfigError, DataError, InputError
 from modalora.models.multimodal import ModelConfig, Multimodal, matches, part_of
@@ -45,7 +46,7 @@ from modalora.training.dropout import add_dropout
 from modalora.training.meter import Meter, size_of
 from modalora.training.objectives import OBJECTIVES
 from modalora.training.optimizer import Optimizer, freeze
-from modalora.training.start import grown, limited, load_modalities, make_mixture, open_context
+from modalora.training.start import grown, load_modalities, make_mixture, open_context
 
 LOOKED_AT = 4  # steps of each phase of a mixture
 
