@@ -81,8 +81,8 @@ class Journal:
 
 def _refused(path: Path, why: OSError | str) -> TrainingError:
     return TrainingError(
-        f"{path} could not be written: {why}; the state saved last is whole: make room and run the same command, which "
-        "goes on from there"
+        f"{path} could not be written: {why}; make room and run the same command, which goes on from what was "
+        "saved last, or begins anew where nothing was"
     )
 
 
