@@ -173,7 +173,9 @@ def test_spans_are_as_long_as_what_the_encoders_give(context: Context) -> None:
 def test_a_source_may_have_limits_on_media_of_its_own(context: Context, tmp_path: Path) -> None:
     soundfile.write(tmp_path / "long.wav", np.zeros(32_000), 16_000)
     (tmp_path / "wide.png").write_bytes(picture(600, 400))
-    config = write(tmp_path / "a.jsonl", pair("<audio>What?", audios=["long.wav"]), pair("<image>What?", images=["wide.png"]))
+    config = write(
+        tmp_path / "a.jsonl", pair("<audio>What?", audios=["long.wav"]), pair("<image>What?", images=["wide.png"])
+    )
     crops = [MediaConfig(max_crops=most) for most in (1, 6)]
     few, many = (make_source(context, config.model_copy(update={"media": media})) for media in crops)
     places = range(2)
@@ -194,7 +196,9 @@ def test_limits_on_media_that_a_source_cannot_have_are_refused(context: Context,
             make_source(context, config.model_copy(update={"media": limits}))
     deaf = replace(context, processor=copy(context.processor))
     deaf.processor.media = {"image": context.processor.media["image"]}
-    with pytest.raises(ConfigError, match=r"media: {'max_seconds': 30.0} of source 'own' is for a model that takes aud"):
+    with pytest.raises(
+        ConfigError, match=r"media: {'max_seconds': 30.0} of source 'own' is for a model that takes aud"
+    ):
         make_source(deaf, write(tmp_path / "b.jsonl", pair()).model_copy(update={"media": limits}))
 
 

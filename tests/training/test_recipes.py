@@ -100,7 +100,9 @@ def test_the_stages_of_the_paper_read_media_up_to_the_published_sizes() -> None:
     assert media == dict.fromkeys(PUBLISHED, (None, None)) | LIMITS
     own = {source.name: source.media for source in found["speech-2-posttrain"].mixture}
     assert own.pop("summaries") == MediaConfig()
-    assert own == dict.fromkeys(("recognition", "translation", "questions", "understanding"), MediaConfig(max_seconds=30))
+    assert own == dict.fromkeys(
+        ("recognition", "translation", "questions", "understanding"), MediaConfig(max_seconds=30)
+    )
     others = [run for title, run in found.items() if title != "speech-2-posttrain"]
     assert {source.media.max_seconds for run in others for source in run.mixture} == {None}
 

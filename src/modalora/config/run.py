@@ -12,7 +12,6 @@ from pydantic import Field, field_validator, model_validator
 from modalora.config.strict import Settings
 from modalora.errors import ConfigError
 
-
 MOST_RATE = 1e3  # far beyond any that learns; products of much larger ones leave float32
 
 
@@ -62,7 +61,9 @@ class OptimConfig(Settings):
     final_lr_ratio: float = Field(0.1, ge=0, le=1)  # share of lr at the last step; constant keeps lr
     # longest gradient of a step, others are scaled down; .inf: none
     clip_norm: float = Field(1.0, gt=0, allow_inf_nan=True)
-    lr_scale: dict[str, Annotated[float, Field(ge=0, le=MOST_RATE)]] = Field(default_factory=dict)  # part -> factor on lr
+    lr_scale: dict[str, Annotated[float, Field(ge=0, le=MOST_RATE)]] = Field(
+        default_factory=dict
+    )  # part -> factor on lr
     state_bits: Literal[8, 16, 32] = 32  # of each of AdamW's two moments; 8 and 16 are for name: adamw
 
     @model_validator(mode="after")

@@ -35,26 +35,26 @@ def limit_media(processor: Processor, limits: MediaConfig, of: str = "") -> Proc
 
     Raises ConfigError for a limit on media that the model does not take. of: what has the limits, for the message.
     """
-    for modality in LIMITS:
-        if modality not in processor.media and (told := _limits(modality, limits)):
-            raise ConfigError(f"media: {told}{of} is for a model that takes {modality}; leave it out")
+    for kind in LIMITS:
+        if kind not in processor.media and (told := _limits(kind, limits)):
+            raise ConfigError(f"media: {told}{of} is for a model that takes {kind}; leave it out")
     found = copy(processor)
     found.media = {
-        modality: replace(medium, settings=limited(modality, medium.settings, limits))
-        for modality, medium in processor.media.items()
+        kind: replace(medium, settings=limited(kind, medium.settings, limits))
+        for kind, medium in processor.media.items()
     }
     return found
 
 
-def _limits(modality: str, limits: MediaConfig) -> dict[str, Any]:
-    key = LIMITS.get(modality, "")
+def _limits(kind: str, limits: MediaConfig) -> dict[str, Any]:
+    key = LIMITS.get(kind, "")
     value = getattr(limits, key, None)
     return {} if value is None else {key: value}
 
 
-def limited(modality: str, settings: Any, limits: MediaConfig) -> Any:
+def limited(kind: str, settings: Any, limits: MediaConfig) -> Any:
     """Return how a medium is read within some limits."""
-    own = _limits(modality, limits)
+    own = _limits(kind, limits)
     return replace(settings, **own) if own else settings
 
 

@@ -196,7 +196,9 @@ class Audit:
         now = self._frozen_sums()
         moved = self.engine.totals({name: 1.0 for name, before in self.frozen.items() if now[name] != before})
         if moved:
-            raise TrainingError(f"{min(moved)} is frozen and moved in the first {AUDITED} steps; something else updates it")
+            raise TrainingError(
+                f"{min(moved)} is frozen and moved in the first {AUDITED} steps; something else updates it"
+            )
 
     def _share(self) -> None:
         flags = {f"graded {name}": float(watch.graded) for name, watch in self.watched.items()}

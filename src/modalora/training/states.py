@@ -163,7 +163,9 @@ class States:
                 retire(commit(draft), self.run.keep)
             snapshot.barrier()
         except (OSError, SafetensorError, WorkError) as error:
-            begins = "goes on from the state before it" if states(self.folder) else "begins anew: no state was before it"
+            begins = (
+                "goes on from the state before it" if states(self.folder) else "begins anew: no state was before it"
+            )
             raise TrainingError(
                 f"the state of step {step} could not be written to {draft.parent}: {error}; make room and run the same "
                 f"command, which {begins}"
