@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import inf
@@ -21,6 +22,11 @@ CONFIG_BYTES = 1_000_000  # of what people or libraries write by hand: published
 def draft_beside(path: Path) -> Path:
     """Return a hidden name for a draft of a file or folder, with its ending; no process on any machine has the same."""
     return path.with_name(f".{path.stem}.{token_hex(4)}.draft{path.suffix}")
+
+
+def is_draft(path: Path) -> bool:
+    """Tell whether a file or folder has a name of draft_beside's, and none that a person would give."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{8}\.draft(\.[^.]+)?", path.name) is not None
 
 
 @contextmanager
@@ -75,8 +81,8 @@ class Journal:
 
 def _refused(path: Path, why: OSError | str) -> TrainingError:
     return TrainingError(
-        f"{path} could not be written: {why}; the state saved last is whole: make room and run the same command, which "
-        "goes on from there"
+        f"{path} could not be written: {why}; make room and run the same command, which goes on from what was "
+        "saved last, or begins anew where nothing was"
     )
 
 

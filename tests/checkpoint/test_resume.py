@@ -92,11 +92,20 @@ def test_what_a_killed_run_left_half_written_is_removed_at_the_next_start(tmp_pa
     (tmp_path / "resume" / ".00000000.old").mkdir()
     draft_beside(tmp_path / "model").mkdir()
     draft_beside(tmp_path / "metrics.jsonl").write_text("half")
-    (tmp_path / ".metrics.jsonl.draft").write_text("half")  # an earlier version's
     assert newest(tmp_path) == tmp_path / "resume" / "00000001"
     with locked(tmp_path):
         assert [path.name for path in (tmp_path / "resume").iterdir()] == ["00000001"]
         assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "resume"]
+
+
+def test_hidden_files_of_the_user_stay_in_the_folder_of_a_run(tmp_path: Path) -> None:
+    (tmp_path / "resume").mkdir()
+    names = [".env.old", ".notes.old", ".letter.draft", ".letter.draft.txt", ".my.plan.draft", ".2026.old"]
+    own = [folder / name for folder in (tmp_path, tmp_path / "resume") for name in names]
+    for path in own:
+        path.write_text("precious")
+    with locked(tmp_path):
+        assert [path.read_text() for path in own] == ["precious"] * len(own)
 
 
 def test_a_run_is_held_by_one_process_alone(tmp_path: Path) -> None:

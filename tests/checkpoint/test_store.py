@@ -89,6 +89,20 @@ def test_a_folder_holds_four_files_and_no_draft(folder: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize(("umask", "rights"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_every_file_has_the_rights_of_the_umask(
+    tmp_path: Path, model: Multimodal, tokenizer: TextTokenizer, umask: int, rights: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        save_model(model, tokenizer, tmp_path / "new")
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "new").iterdir()} == dict.fromkeys(
+        (CONFIG, WEIGHTS, TOKENIZER, MANIFEST), rights
+    )
+
+
 def test_a_model_may_be_read_in_another_dtype(folder: Path, model: Multimodal) -> None:
     back = load_model(folder, dtype=torch.bfloat16).model.state_dict()
     for name, tensor in model.state_dict().items():

@@ -8,15 +8,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
+from rich.progress import Progress, TaskID
 from safetensors import SafetensorError
 
 from modalora.checkpoint.files import seal
 from modalora.checkpoint.resume import locked
+from modalora.cli.train import RECIPES
 
 Run = Callable[..., tuple[int, str, str]]
 SAVED_WITHIN_SECONDS = 5  # at nano size; this model is smaller, the machine may be busy
@@ -167,6 +171,85 @@ def test_a_state_of_another_start_is_not_gone_on_from(tmp_path: Path, run: Run, 
         assert (code, "as it was, and that has other weights now" in err) == (2, True), err
         shutil.rmtree(first)
         shutil.rmtree(second)
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """The decoder of nano as a published folder, with files of its own beside the weights."""
+    from modalora import load
+    from modalora.checkpoint.store import save_model
+    from modalora.models.multimodal import Multimodal
+
+    nano, folder = load("nano"), tmp_path / "published"
+    plain = Multimodal(replace(nano.model.config, vision=None, speech=None, adapters={}))
+    plain.load_state_dict({name: own for name, own in nano.model.state_dict().items() if name in plain.state_dict()})
+    save_model(plain, nano.processor.tokenizer, folder, layout="phi3")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder
+
+
+def test_a_model_that_is_trained_on_keeps_the_files_beside_its_weights(
+    tmp_path: Path, run: Run, rows: list[str], published: Path
+) -> None:
+    code, _, err = run(*rows, f"init={published}")
+    assert code == 0, err
+    for name in ("chat_template.jinja", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "out" / "model" / name).read_bytes() == (published / name).read_bytes(), name
+    adapter = json.loads((tmp_path / "out" / "mine-lora" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(published)
+    assert run(*rows, f"output={tmp_path / 'nano'}")[0] == 0
+    adapter = json.loads((tmp_path / "nano" / "mine-lora" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] is None  # nano has no published layout
+    code, _, err = run(*rows, f"init={published}", f"output={published / 'out'}")
+    assert (code, "lies within" in err) == (2, True), err
+    assert not (published / "out").exists()
+
+
+def test_rows_that_were_left_out_are_told_at_the_end(tmp_path: Path, run: Run, rows: list[str]) -> None:
+    code, _, err = run(*rows)
+    assert (code, "left out" in err) == (0, False), err
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('\n{"instruction": "One?", "output": ""}\n')
+    code, _, err = run(*rows, f"output={tmp_path / 'bad'}", "steps=4")
+    told = len((tmp_path / "bad" / "quarantine.jsonl").read_text().splitlines())
+    assert told > 0
+    assert (code, f"draws of bad rows that were left out: {told}, see {tmp_path}/bad/quarantine.jsonl" in err) == (
+        0,
+        True,
+    )
+
+
+def test_a_run_is_trained_from_python_as_from_the_command_line(
+    tmp_path: Path, run: Run, rows: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from modalora.config import load_run
+    from modalora.training.run import run_recipe
+
+    assert run(*rows, f"output={tmp_path / 'other'}")[0] == 0
+    assert run_recipe(load_run(rows[1], rows[2:])) == tmp_path / "out" / "model"
+    weights = "mine-lora/adapter_model.safetensors"
+    assert (tmp_path / "out" / weights).read_bytes() == (tmp_path / "other" / weights).read_bytes()
+    own = tmp_path / "own.yaml"
+    own.write_text((RECIPES / f"{rows[1]}.yaml").read_text())
+    assert load_run(str(own), rows[2:]) == load_run(own, rows[2:]) == load_run(rows[1], rows[2:])
+
+
+def test_the_bar_of_a_run_that_goes_on_begins_where_it_stood(
+    run: Run, rows: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[tuple[float | None, float]] = []
+    add = Progress.add_task
+
+    def spy(self: Progress, name: str, total: float | None, completed: int) -> TaskID:
+        begun.append((total, completed))
+        return add(self, name, total=total, completed=completed)
+
+    monkeypatch.setattr(Progress, "add_task", spy)
+    monkeypatch.setattr("modalora.cli.train.sys", SimpleNamespace(stderr=SimpleNamespace(isatty=lambda: True)))
+    assert run(*rows)[0] == 0
+    shutil.rmtree(tmp_path / "out" / "model")
+    assert run(*rows, "steps=4")[0] == 0
+    assert begun == [(2, 0), (4, 2)]
 
 
 def test_what_was_learnt_before_the_data_ended_midway_is_saved(tmp_path: Path, run: Run, rows: list[str]) -> None:

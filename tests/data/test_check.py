@@ -9,6 +9,7 @@ import re
 import tarfile
 import tempfile
 from collections.abc import Callable, Collection
+from copy import copy
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from modalora.assistant import make_processor
-from modalora.config import SourceConfig
+from modalora.config import MediaConfig, SourceConfig
 from modalora.contracts import IGNORED, Rule
 from modalora.data.check import check_data, check_row
 from modalora.data.corpus import Corpus, Passages, Volume
@@ -32,7 +33,7 @@ from modalora.data.mixture import Mixture
 from modalora.data.preview import as_page, as_terminal, preview
 from modalora.data.reader import check_labels, make_source, open_reader
 from modalora.data.sources import Bad, Context
-from modalora.errors import DataError, InputError, PromptError, RouteError
+from modalora.errors import ConfigError, DataError, InputError, MediaError, PromptError, RouteError
 from modalora.models.multimodal import Multimodal
 from modalora.models.router import route
 from modalora.models.sizes import tiny
@@ -168,6 +169,38 @@ def test_spans_are_as_long_as_what_the_encoders_give(context: Context) -> None:
             with torch.no_grad():
                 (features,) = model.encoders[item.modality]([dict(item.features)])
             assert len(features) == item.tokens
+
+
+def test_a_source_may_have_limits_on_media_of_its_own(context: Context, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "long.wav", np.zeros(32_000), 16_000)
+    (tmp_path / "wide.png").write_bytes(picture(600, 400))
+    config = write(
+        tmp_path / "a.jsonl", pair("<audio>What?", audios=["long.wav"]), pair("<image>What?", images=["wide.png"])
+    )
+    crops = [MediaConfig(max_crops=most) for most in (1, 6)]
+    few, many = (make_source(context, config.model_copy(update={"media": media})) for media in crops)
+    places = range(2)
+    (place,) = [number for number in places if few.row(number).media[0][0] == "image"]
+    assert few.measure(place) == len(few.row(place).ids) < len(many.row(place).ids) == many.measure(place)
+    assert few.row(1 - place).ids == make_source(context, config).row(1 - place).ids
+    short = make_source(context, config.model_copy(update={"media": MediaConfig(max_seconds=1.5)}))
+    with pytest.raises(MediaError, match=r"lasts 2.0 s, and at most 1.5 s are read"):
+        short.row(1 - place)
+    assert short.row(place).ids == make_source(context, config).row(place).ids
+
+
+def test_limits_on_media_that_a_source_cannot_have_are_refused(context: Context, tmp_path: Path) -> None:
+    limits = MediaConfig(max_seconds=30)
+    text = write(tmp_path / "a.jsonl", {"text": STORY})
+    for config in (text, SourceConfig(source="documents", name="own", options={"path": str(tmp_path / "a.jsonl")})):
+        with pytest.raises(ConfigError, match="media of source 'own': its rows are text alone; leave it out"):
+            make_source(context, config.model_copy(update={"media": limits}))
+    deaf = replace(context, processor=copy(context.processor))
+    deaf.processor.media = {"image": context.processor.media["image"]}
+    with pytest.raises(
+        ConfigError, match=r"media: {'max_seconds': 30.0} of source 'own' is for a model that takes aud"
+    ):
+        make_source(deaf, write(tmp_path / "b.jsonl", pair()).model_copy(update={"media": limits}))
 
 
 def test_a_conversation_that_is_too_long_is_bad_unless_turns_may_be_dropped(context: Context, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from toys import Steps, fresh, mixed, settings, text
 from modalora.config import OptimConfig
 from modalora.errors import ConfigError, ModaloraError, TrainingError
 from modalora.parallel.engine import Single
-from modalora.training.audit import AUDITED
+from modalora.training.audit import AUDITED, bit_sum
 from modalora.training.loop import train
 from wrong_setups import WRONG, Wrong, mixed_data
 
@@ -99,15 +99,44 @@ def test_updates_below_the_precision_of_the_weights_are_told(tmp_path: Path) -> 
         train(run, model, Steps(lambda step: [text(step)]))
 
 
-def test_a_frozen_tensor_that_moves_is_told_in_the_step_it_moves(tmp_path: Path) -> None:
-    model = fresh()
+@pytest.mark.parametrize("rows", [slice(None), slice(7, 8), slice(-1, None)])
+def test_a_frozen_tensor_of_which_any_row_moves_is_told_before_the_fifth_step(tmp_path: Path, rows: slice) -> None:
+    model, data = fresh(), mixed_data()
 
     def nudge(trained: Mapping[str, nn.Parameter]) -> None:
         with torch.no_grad():
-            model.decoder.norm.weight.add_(1e-3)
+            model.decoder.embed_tokens.weight[rows].add_(1e-2)
 
-    with pytest.raises(TrainingError, match=r"decoder.norm.weight is frozen and moved in step 1"):
-        train(settings(tmp_path, "adapter.vision", steps=8), model, mixed_data(), engine=Clip(nudge))
+    with pytest.raises(TrainingError, match=r"embed_tokens.weight is frozen and moved in the first 4 steps"):
+        train(settings(tmp_path, "adapter.vision", steps=8), model, data, engine=Clip(nudge))
+    assert data.taken == AUDITED
+
+
+def test_frozen_tensors_are_looked_at_once_all_that_trains_was_judged(tmp_path: Path) -> None:
+    model, data = fresh(), Steps(lambda step: [text(step)])
+
+    def nudge(trained: Mapping[str, nn.Parameter]) -> None:
+        if data.taken == AUDITED:
+            model.encoders["image"].state_dict()["line_end"].add_(1e-2)
+
+    with pytest.raises(TrainingError, match=r"encoders.image.line_end is frozen and moved"):
+        train(settings(tmp_path, "decoder", steps=8), model, data, engine=Clip(nudge))
+    assert data.taken == AUDITED
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.bool])
+@pytest.mark.parametrize("count", [0, 1, 3, 8, 1000])
+def test_a_sum_of_bits_changes_with_any_one_number(kind: torch.dtype, count: int) -> None:
+    whole = torch.arange(count + 1).to(kind)
+    own = whole[1:]  # begins at an odd place
+    before = bit_sum(own)
+    for place in range(count):
+        kept = own[place].clone()
+        own[place] = 1 - kept.long() % 2
+        changed = not torch.equal(own[place], kept)
+        assert (bit_sum(own) != before) == changed
+        own[place] = kept
+    assert bit_sum(own) == before
 
 
 def test_one_frozen_number_that_moves_late_is_told_at_the_end(tmp_path: Path) -> None:

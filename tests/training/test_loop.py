@@ -15,7 +15,7 @@ import torch
 from toys import Steps, assert_same_bits, fresh, mixed, settings, text, weights
 
 from modalora.config import OptimConfig
-from modalora.contracts import IGNORED, Batch
+from modalora.contracts import IGNORED, Batch, Route
 from modalora.errors import ConfigError, TrainingError
 from modalora.models.multimodal import Multimodal, part_of
 from modalora.models.sizes import tiny
@@ -214,6 +214,20 @@ def test_losses_are_reported_per_route(tmp_path: Path) -> None:
     report: Callable[[dict[str, object]], None] = seen.append
     train(settings(tmp_path, "adapter.*", steps=1), fresh(), Steps(lambda step: [mixed(step)]), report)
     assert {"loss_text", "loss_vision", "loss_speech"} <= set(seen[0])
+
+
+@pytest.mark.parametrize("route", [None, Route(("speech",) * 4)])
+def test_losses_are_reported_by_what_rows_hold_whatever_their_route(tmp_path: Path, route: Route | None) -> None:
+    whole = mixed(0) if route is None else replace(mixed(0), route=route)
+    kinds = ["text", "image", "audio", "image+audio"]
+    told = train(settings(tmp_path / "whole", "adapter.*", steps=1), fresh(), Steps(lambda step: [whole]))
+    for row, kind in enumerate(kinds):
+        data = Steps(lambda step, row=row: [whole.select([row])])
+        alone = train(settings(tmp_path / kind, "decoder", steps=1), fresh(), data)
+        assert "loss_of_" not in " ".join(alone)  # of one kind, it would be the loss
+        # a row computes the same alone up to the order of sums: 5e-7 seen
+        assert told[f"loss_of_{kind}"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert ("loss_vision" in told) == (route is None)
 
 
 def test_states_are_kept_as_the_run_says(tmp_path: Path) -> None:

@@ -205,10 +205,22 @@ def test_a_disk_that_is_full_keeps_the_state_before(
     tmp_path: Path, whole: tuple[Path, dict[str, Tensor]], little_room: Callable[[int], None]
 ) -> None:
     engine = At("save", 2, lambda: little_room(20_000))  # the first save is done, the second one fails
-    with pytest.raises(TrainingError, match=r"state of step 4 could not be written .*File too large.*make room"):
+    told = r"state of step 4 could not be written .*File too large.*make room .* which goes on from the state before it"
+    with pytest.raises(TrainingError, match=told):
         train(steps(tmp_path), fresh(), data(), engine=engine)
     little_room(resource.RLIM_INFINITY)
     assert [path.name for path in (tmp_path / "resume").iterdir()] == ["00000002"]
+    go_on(tmp_path, whole)
+
+
+def test_a_disk_that_is_full_before_any_state_says_that_the_run_begins_anew(
+    tmp_path: Path, whole: tuple[Path, dict[str, Tensor]], little_room: Callable[[int], None]
+) -> None:
+    engine = At("save", 1, lambda: little_room(20_000))
+    with pytest.raises(TrainingError, match=r"state of step 2 .* make room .* begins anew: no state was before it"):
+        train(steps(tmp_path), fresh(), data(), engine=engine)
+    little_room(resource.RLIM_INFINITY)
+    assert list((tmp_path / "resume").iterdir()) == []
     go_on(tmp_path, whole)
 
 

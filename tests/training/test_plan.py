@@ -15,7 +15,7 @@ from modalora.cli.main import app
 from modalora.cli.train import RECIPES
 from modalora.config import RunConfig, load_run, load_stages, parse
 from modalora.contracts import IGNORED, Batch, Route
-from modalora.errors import CheckpointError, ConfigError, InputError, TrainingError
+from modalora.errors import CheckpointError, ConfigError, DataError, InputError, TrainingError
 from modalora.models.multimodal import ModelConfig, Multimodal, part_of
 from modalora.models.sizes import nano, phi4_multimodal, tiny
 from modalora.nn import blockwise, loss, shown
@@ -26,6 +26,7 @@ from modalora.training.optimizer import freeze
 from modalora.training.plan import plan_run, plan_step, shaped_batch
 from modalora.training.start import make_mixture, open_context
 
+ROOT = Path(__file__).parents[2]
 MIXED = ["text=40,image=100x80", "text=30", "text=20,audio=1.5"]
 
 
@@ -116,6 +117,20 @@ def test_rows_by_shape_are_refused_where_an_objective_needs_more(objective: str)
     with pytest.raises(ConfigError, match=f"objective={objective} learns from what its own sources write"):
         plan_run(run, ["text=20,audio=2"])
     with pytest.raises(ConfigError, match=r"not opened: init=tiny has no tokenizer.* /nowhere/books/train.par"):
+        plan_run(run)
+
+
+@pytest.mark.parametrize(
+    ("objective", "told"),
+    [
+        ("ctc", "row .*: objective=ctc learns from one sound and what is said in it, and the row holds image"),
+        ("cells", "row .*: objective=cells learns what lies in the cells of a picture"),
+    ],
+)
+def test_rows_that_an_objective_cannot_learn_from_are_refused_as_in_training(objective: str, told: str) -> None:
+    rows = f"mixture.0.options.path={ROOT}/examples/finetune/rows.jsonl"
+    run = load_run(RECIPES / "finetune-media.yaml", [f"objective={objective}", rows])
+    with pytest.raises(DataError, match=told):
         plan_run(run)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from modalora.checkpoint.store import load_model, save_model
 from modalora.cli.train import RECIPES
-from modalora.config import RunConfig, is_extension, load_extension, load_run, load_stages
+from modalora.config import MediaConfig, RunConfig, is_extension, load_extension, load_run, load_stages
 from modalora.data.sources import SOURCES
 from modalora.errors import CheckpointError
 from modalora.models.multimodal import Multimodal, part_of
@@ -80,8 +80,31 @@ def test_the_stages_of_the_paper_train_what_the_paper_trains() -> None:
         assert steps in (None, run.steps)
     frames = load_run(RECIPES / "vision-4-frames.yaml")
     assert frames.tokens == 64 * 1024
-    crops = {title: load_run(RECIPES / f"{title}.yaml").media.max_crops for title in PUBLISHED if "vision" in title}
-    assert (crops["vision-2-joint"], crops["vision-3-generative"]) == (16, 36)
+
+
+# crops of a picture, seconds of a sound: arXiv:2503.01743, 3.2; the card recommends sounds up to 40 s, summaries apart
+LIMITS = {
+    "vision-1-align": (16, None),
+    "vision-2-joint": (16, None),
+    "vision-3-generative": (36, None),
+    "vision-4-frames": (36, None),
+    "speech-1-pretrain": (None, 40),
+    "speech-2-posttrain": (None, 1800),
+    "joint-vision-speech": (36, 40),
+}
+
+
+def test_the_stages_of_the_paper_read_media_up_to_the_published_sizes() -> None:
+    found = {title: load_run(RECIPES / f"{title}.yaml") for title in PUBLISHED}
+    media = {title: (run.media.max_crops, run.media.max_seconds) for title, run in found.items()}
+    assert media == dict.fromkeys(PUBLISHED, (None, None)) | LIMITS
+    own = {source.name: source.media for source in found["speech-2-posttrain"].mixture}
+    assert own.pop("summaries") == MediaConfig()
+    assert own == dict.fromkeys(
+        ("recognition", "translation", "questions", "understanding"), MediaConfig(max_seconds=30)
+    )
+    others = [run for title, run in found.items() if title != "speech-2-posttrain"]
+    assert {source.media.max_seconds for run in others for source in run.mixture} == {None}
 
 
 def test_the_rate_of_pretraining_falls_to_the_published_share_at_five_trillion_tokens() -> None:

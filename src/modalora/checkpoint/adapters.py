@@ -105,10 +105,13 @@ def fingerprint(model: Multimodal) -> str:
     return found.hexdigest()[:16]
 
 
-def save_adapter(model: Multimodal, name: str, folder: Path, certificate: Preservation | None = None) -> None:
-    """Write one adapter as a new PEFT folder, which PEFT loads on transformers' Phi-3; certificate: of its base.
+def save_adapter(
+    model: Multimodal, name: str, folder: Path, certificate: Preservation | None = None, base: str | None = None
+) -> None:
+    """Write one adapter as a new PEFT folder, which PEFT loads on transformers' Phi-3.
 
-    The encoder and projectors of a modality whose rows use it, and projectors of its own, go with it.
+    certificate: of its base. base: the folder of that, in a published layout, which AutoPeftModel opens. The encoder
+    and projectors of a modality whose rows use it, and projectors of its own, go with it.
     """
     check_plain(model)
     held = linears_of(model, name)
@@ -130,6 +133,7 @@ def save_adapter(model: Multimodal, name: str, folder: Path, certificate: Preser
     fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,

@@ -124,7 +124,14 @@ def write_folder(folder: Path, fill: Callable[[Path], None], *, manifest: bool =
 
 
 def seal(draft: Path, *, manifest: bool = True) -> None:
-    """List every file of a draft with its SHA-256, and wait until files and folders are on the disk."""
+    """List every file of a draft with its SHA-256, and wait until files and folders are on the disk.
+
+    Files get the rights that the draft was made with, the umask's: safetensors opens its own to one user alone.
+    """
+    rights = draft.stat().st_mode & 0o666
+    for path in draft.rglob("*"):
+        if path.is_file() and path.stat().st_mode & 0o666 != rights:
+            path.chmod(rights)
     if manifest:
         files = {
             path.relative_to(draft).as_posix(): {"bytes": path.stat().st_size, "sha256": digest(path)}

@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from modalora.checkpoint.files import check_manifest, seal, sync
+from modalora.disk import is_draft
 from modalora.errors import CheckpointError, ConfigError
 
 STATE = "state.json"
-_HIDDEN = re.compile(r"\..+\.(draft(\.[^.]*)?|old)")
+_HALF = re.compile(r"\.\d{8}\.(draft|old)")  # a state being written or removed
 
 
 @contextmanager
@@ -33,10 +34,9 @@ def locked(run: Path) -> Iterator[None]:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise ConfigError(f"another process trains into {run}; wait for it, or give another output") from None
-        for place in (run, run / "resume"):
-            for path in place.iterdir() if place.is_dir() else ():
-                if _HIDDEN.fullmatch(path.name):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        half = [path for path in (run / "resume").glob(".*") if _HALF.fullmatch(path.name)]
+        for path in (*filter(is_draft, run.glob(".*")), *half):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         yield
 
 

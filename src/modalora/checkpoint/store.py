@@ -208,7 +208,7 @@ def save_model(
         raise ConfigError("this model was packed for reading; load it with pack=False to save it")
     if model.decoder.is_quantised:
         raise ConfigError("this model was quantised; quantize.restore it from its plain weights to save it")
-    _check_target(folder, beside)
+    check_target(folder, beside)
     state = model.state_dict()
     fill = _filler(
         model.config, tokenizer, layout, chat or FORMATS["phi4"], notes or {}, beside,
@@ -255,7 +255,7 @@ def describe(folder: Path) -> dict[str, Any]:
     }
 
 
-def _check_target(target: Path, source: Path | None) -> None:
+def check_target(target: Path, source: Path | None) -> None:
     """Refuse a folder that could not be written, before the work; or one that would change what it is made from."""
     if target.exists() or target.is_symlink():
         raise CheckpointError(f"{target} exists; give a new folder, nothing was written")
@@ -615,7 +615,7 @@ def convert(source: Path, target: Path, layout: str, *, shard_bytes: int = SHARD
     Raises ConfigError when the layout has no place for part of the model, CheckpointError when the target exists or
     lies within the source.
     """
-    _check_target(target, source)
+    check_target(target, source)
     loaded = load_model(source, as_stored=True)
     save_model(
         loaded.model, loaded.tokenizer, target, layout=layout, chat=loaded.chat, notes=loaded.notes, beside=source,

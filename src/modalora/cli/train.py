@@ -40,6 +40,7 @@ def train(
 
 
 def _train(recipe: str, settings: list[str], count: int) -> None:
+    from modalora.checkpoint.resume import states
     from modalora.config import load_stages
     from modalora.training.run import run_recipe
 
@@ -50,7 +51,8 @@ def _train(recipe: str, settings: list[str], count: int) -> None:
         if len(runs) > 1 and is_first():
             print(f"stage {number} of {len(runs)}: {title}")
         told = "finished before, kept" if (Path(run.output) / "model").exists() else "wrote"
-        with _shown(run.steps) as (show, say):
+        saved = states(Path(run.output))
+        with _shown(run.steps, int(saved[-1].name) if saved else 0) as (show, say):
             folder = run_recipe(run, show, say)
         if is_first():
             curves = folder.parent / "loss.png"
@@ -58,8 +60,11 @@ def _train(recipe: str, settings: list[str], count: int) -> None:
 
 
 @contextmanager
-def _shown(steps: int) -> Iterator[tuple[Callable[[dict[str, Any]], None], Callable[[str], None]]]:
-    """Give a function that shows metrics and one that shows a line of words; the bar is closed however it ends."""
+def _shown(steps: int, done: int) -> Iterator[tuple[Callable[[dict[str, Any]], None], Callable[[str], None]]]:
+    """Give a function that shows metrics and one that shows a line of words; the bar is closed however it ends.
+
+    done: the steps of the state that a run goes on from.
+    """
     if not sys.stderr.isatty():
         yield _line, lambda line: print(line, file=sys.stderr, flush=True)
         return
@@ -67,7 +72,7 @@ def _shown(steps: int) -> Iterator[tuple[Callable[[dict[str, Any]], None], Calla
 
     columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
     with Progress(*columns) as progress:
-        task = progress.add_task("", total=steps)
+        task = progress.add_task("", total=steps, completed=done)
 
         def show(metrics: dict[str, Any]) -> None:
             loss = f"loss {metrics['loss']:.3f}" if "loss" in metrics else "no finite loss"

@@ -15,6 +15,7 @@ from modalora.config.run import ChainConfig, RunConfig
 from modalora.config.strict import parse
 from modalora.errors import ConfigError
 
+_BUNDLED = Path(__file__).parents[1] / "recipes"
 _FILES = "modality_files"  # of a recipe: paths seen from its folder
 
 
@@ -33,8 +34,10 @@ def is_extension(path: Path) -> bool:
     return path.is_file() and _read(path).get("kind") == "extend"
 
 
-def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a recipe and apply "key.sub=value" overrides (values are YAML)."""
+def load_run(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe, a file or the name of a bundled one, and apply "key.sub=value" overrides (values are YAML)."""
+    path = _BUNDLED / f"{recipe}.yaml"
+    path = path if path.is_file() else Path(recipe)
     fields = _read(path)
     if fields.get("kind") == "extend":
         raise ConfigError(f"{path} extends a model's window; `modalora extend` carries it out")

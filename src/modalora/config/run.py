@@ -12,6 +12,8 @@ from pydantic import Field, field_validator, model_validator
 from modalora.config.strict import Settings
 from modalora.errors import ConfigError
 
+MOST_RATE = 1e3  # far beyond any that learns; products of much larger ones leave float32
+
 
 class FittedRate(Settings):
     """A learning rate found best for a number of training tokens; another number D gets lr (D / tokens)^exponent.
@@ -29,7 +31,7 @@ class FittedRate(Settings):
             rate = self.lr * (tokens / self.tokens) ** self.exponent
         except OverflowError:
             rate = inf
-        if not 0 < rate < inf:
+        if not 0 < rate <= MOST_RATE:
             raise ConfigError(
                 f"optim.fitted gives a rate of {rate:g} for {tokens:g} tokens; it needs tokens of the order of those "
                 "that lr was found for, and an exponent such as -0.32"
@@ -48,7 +50,7 @@ class OptimConfig(Settings):
     """The optimiser and its schedule: linear warm-up, then a cosine or a line down to final_lr_ratio, or no change."""
 
     name: Literal["adamw", "muon"] = "adamw"  # muon: hidden matrices by Muon, the rest by AdamW
-    lr: float = Field(1e-3, gt=0)  # the highest rate, which warm-up reaches
+    lr: float = Field(1e-3, gt=0, le=MOST_RATE)  # the highest rate, which warm-up reaches
     fitted: FittedRate | None = None  # gives lr from the tokens of the run
     # how slowly AdamW's two moments change
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
@@ -59,7 +61,8 @@ class OptimConfig(Settings):
     final_lr_ratio: float = Field(0.1, ge=0, le=1)  # share of lr at the last step; constant keeps lr
     # longest gradient of a step, others are scaled down; .inf: none
     clip_norm: float = Field(1.0, gt=0, allow_inf_nan=True)
-    lr_scale: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)  # part -> factor on lr
+    # part -> factor on lr
+    lr_scale: dict[str, Annotated[float, Field(ge=0, le=MOST_RATE)]] = Field(default_factory=dict)
     state_bits: Literal[8, 16, 32] = 32  # of each of AdamW's two moments; 8 and 16 are for name: adamw
 
     @model_validator(mode="after")
@@ -89,6 +92,7 @@ class SourceConfig(Settings):
     weight: float | dict[float, float] = 1.0
     epochs: int | None = Field(None, ge=1)  # how often a source that ends is read; None: as long as the run
     window: int | None = Field(None, ge=8)  # tokens of its rows where it cuts text into windows; None: the run's
+    media: MediaConfig = Field(default_factory=MediaConfig)  # limits on its pictures and sounds; None: the run's
     route: str | None = None  # of its rows: "none" or an adapter, such as a language's; None: by their media
     # what the source itself takes; docs/data.md has those of files
     options: dict[str, Any] = Field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from inspect import Parameter, signature
@@ -13,7 +14,7 @@ import numpy as np
 from pydantic import PydanticUserError
 
 from modalora import modality
-from modalora.config import SourceConfig, parse
+from modalora.config import MediaConfig, SourceConfig, parse
 from modalora.contracts import IGNORED
 from modalora.data.corpus import Passages, open_corpus, open_documents
 from modalora.data.sources import CUT, SOURCES, WINDOWED, Bad, Context, Drawn, Key, Source, bad_row, check_window
@@ -26,12 +27,47 @@ Made = Row | Bad
 MEASURED = 64  # rows of a source that tell how long its rows are
 
 
+LIMITS = {"image": "max_crops", "audio": "max_seconds"}
+
+
+def limit_media(processor: Processor, limits: MediaConfig, of: str = "") -> Processor:
+    """Return a processor whose media may be smaller, or larger, than those of another.
+
+    Raises ConfigError for a limit on media that the model does not take. of: what has the limits, for the message.
+    """
+    for kind in LIMITS:
+        if kind not in processor.media and (told := _limits(kind, limits)):
+            raise ConfigError(f"media: {told}{of} is for a model that takes {kind}; leave it out")
+    found = copy(processor)
+    found.media = {
+        kind: replace(medium, settings=limited(kind, medium.settings, limits))
+        for kind, medium in processor.media.items()
+    }
+    return found
+
+
+def _limits(kind: str, limits: MediaConfig) -> dict[str, Any]:
+    key = LIMITS.get(kind, "")
+    value = getattr(limits, key, None)
+    return {} if value is None else {key: value}
+
+
+def limited(kind: str, settings: Any, limits: MediaConfig) -> Any:
+    """Return how a medium is read within some limits."""
+    own = _limits(kind, limits)
+    return replace(settings, **own) if own else settings
+
+
 def make_source(context: Context, config: SourceConfig, key: Key = (0, 0)) -> Source:
     """Return the source that a recipe names. Raises ConfigError (unknown name or option), RouteError, DataError."""
+    if config.media != MediaConfig():
+        if config.source in CUT:
+            raise _no_media(config)
+        context = replace(context, processor=limit_media(context.processor, config.media, _of(config)))
     if config.window:
         context = replace(context, window=config.window)
     if config.window or config.source in CUT:
-        check_window(context, f" of source {config.name or config.source!r}")
+        check_window(context, _of(config))
     if config.route is not None:
         context.processor.router((), config.route)
     try:
@@ -88,7 +124,17 @@ def _options(config: SourceConfig, maker: Callable[..., Any]) -> dict[str, Any]:
 def _windowed(config: SourceConfig, source: Source) -> Source:
     if config.window and not isinstance(source, Passages):
         raise _no_window(config)
+    if config.media != MediaConfig() and isinstance(source, Passages):
+        raise _no_media(config)
     return source
+
+
+def _of(config: SourceConfig) -> str:
+    return f" of source {config.name or config.source!r}"
+
+
+def _no_media(config: SourceConfig) -> ConfigError:
+    return ConfigError(f"media{_of(config)}: its rows are text alone; leave it out")
 
 
 def _no_window(config: SourceConfig) -> ConfigError:

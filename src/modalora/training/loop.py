@@ -90,13 +90,15 @@ def train(
 class _Outcome:
     """What the micro-batches of a step came to, over all ranks.
 
-    by_route: sum and number of its losses. by_table: the same, and the tokens, of the rows that use a rotary table.
+    by_route, by_media: sum and number of its losses, by adapter and by what rows hold. by_table: the same, and the
+    tokens, of the rows that use a rotary table.
     """
 
     loss: float
     labels: float
     tokens: float
     by_route: dict[str, tuple[float, float]]
+    by_media: dict[str, tuple[float, float]]
     by_table: dict[str, tuple[float, float, float]]
     reached: set[str]
     bad_rows: tuple[str, ...]
@@ -306,6 +308,9 @@ class _Loop:
             labels=labels,
             tokens=found["tokens"],
             by_route=by_route,
+            by_media={
+                name: (found[f"media sum {name}"], found[f"media count {name}"]) for name in _under("media sum ", found)
+            },
             by_table={
                 name: (found[f"table sum {name}"], found[f"table count {name}"], tokens)
                 for name in _under("table tokens ", found)
@@ -327,13 +332,16 @@ class _Loop:
             own[f"table sum {table}"] += sums[row]
             own[f"table count {table}"] += counts[row]
             found[f"table tokens {table}"] += int(batch.lengths[row])
+        kinds = _kinds(self.model, batch)
         for row, adapter in enumerate(batch.route.adapters):
             if counts[row]:
                 own[f"sum {adapter or 'text'}"] += sums[row]
                 own[f"count {adapter or 'text'}"] += counts[row]
+                own[f"media sum {kinds[row]}"] += sums[row]
+                own[f"media count {kinds[row]}"] += counts[row]
             if not isfinite(sums[row]):
                 own[f"bad {row_name(batch, number, row)}"] += 1
-        if self.audit.watched:
+        if self.audit.watches:
             for part in parts_reached(batch, [row for row, count in enumerate(counts) if count]):
                 own[f"part {part}"] += 1
 
@@ -384,7 +392,7 @@ class _Loop:
     def _update(self, outcome: _Outcome, norms: _Norms) -> None:
         """Change the weights, and note the figures of the step."""
         run, progress = self.run, self.progress
-        watching = bool(self.audit.watched)
+        watching = self.audit.watches
         if watching:
             self.audit.before(outcome.reached)
         self.engine.clip(self.trained, norms.whole, run.optim.clip_norm)
@@ -396,9 +404,11 @@ class _Loop:
         progress.skipped_in_row = 0
         progress.tokens += int(outcome.tokens)
         routes = {f"loss_{name}": total / count for name, (total, count) in outcome.by_route.items()}
+        media = {f"loss_of_{kinds}": total / count for kinds, (total, count) in outcome.by_media.items()}
         by_part = {f"grad_norm_{part}": own for part, own in norms.parts.items()}
         figures = {"loss": outcome.loss / outcome.labels, "grad_norm": norms.norm}
         figures |= routes if len(routes) > 1 else {}
+        figures |= media if len(media) > 1 else {}
         if self.model.config.decoder.rope.switch is not None:
             figures |= {
                 f"loss_{table}_rows": total / count for table, (total, count, _) in outcome.by_table.items() if count
@@ -493,6 +503,13 @@ def _check_spans(batch: Batch, number: int) -> None:
                 f"row {row_name(batch, number, item.row)}: its {item.modality} fills tokens {item.start} to "
                 f"{item.start + item.tokens}, and the row has {int(batch.lengths[item.row])}; was it cut off?"
             )
+
+
+def _kinds(model: Multimodal, batch: Batch) -> list[str]:
+    """Return what each row of a batch holds: text alone, or its media, such as image+audio."""
+    held = {(item.row, item.modality) for item in batch.media}
+    kinds = model.config.modalities
+    return ["+".join(kind for kind in kinds if (row, kind) in held) or "text" for row in range(len(batch.lengths))]
 
 
 def _by_row(batch: Batch, losses: Losses) -> Tensor:

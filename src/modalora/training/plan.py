@@ -29,6 +29,7 @@ from modalora.assistant import find_model
 from modalora.checkpoint.store import describe, read_card
 from modalora.config import MediaConfig, MeshConfig, RunConfig
 from modalora.contracts import IGNORED, Batch, Media, Route
+from modalora.data.reader import limited
 from modalora.data.sources import Context
 from modalora.errors import CheckpointError, ConfigError, DataError, InputError
 from modalora.models.multimodal import ModelConfig, Multimodal, matches, part_of
@@ -45,7 +46,7 @@ from modalora.training.dropout import add_dropout
 from modalora.training.meter import Meter, size_of
 from modalora.training.objectives import OBJECTIVES
 from modalora.training.optimizer import Optimizer, freeze
-from modalora.training.start import grown, limited, load_modalities, make_mixture, open_context
+from modalora.training.start import grown, load_modalities, make_mixture, open_context
 
 LOOKED_AT = 4  # steps of each phase of a mixture
 
@@ -97,7 +98,8 @@ class Plan:
 def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype: torch.dtype = torch.float32) -> Plan:
     """Return what a step of a run over these micro-batches needs.
 
-    dtype: what the weights are stored in. Raises ConfigError when run.train names no part of the model.
+    dtype: what the weights are stored in. Raises ConfigError when run.train names no part of the model, DataError for
+    rows that the run's objective cannot learn from.
     """
     fake = FakeTensorMode()
     with torch.device("meta"):
@@ -120,6 +122,8 @@ def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype
     optimizer.set_rate(0)
     model.train()
     labels = sum(int(batch.labelled.sum()) for batch in micro)
+    for batch in micro:
+        objective.count(batch)  # refuses rows that it cannot learn from, as training does
     with _shared(model, run.mesh), few_stand_for_all(), Meter(fake) as meter:
         for tensor in [*model.parameters(), *model.buffers(), *objective.parameters()]:
             meter.hold(tensor)

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from modalora.assistant import BUNDLED, check_device
+from modalora.assistant import BUNDLED, check_device, find_model
 from modalora.checkpoint.adapters import save_adapter
 from modalora.checkpoint.preserve import CERTIFICATE, preservation
-from modalora.checkpoint.store import read_card, rounded_by_int8, save_model
+from modalora.checkpoint.store import check_target, read_card, rounded_by_int8, save_model
 from modalora.config import RunConfig, load_run
 from modalora.data.quarantine import Quarantine
 from modalora.errors import ConfigError
@@ -46,8 +46,9 @@ def run_recipe(
     """Carry out a run and return the model folder that it wrote, run.output/model.
 
     Where the decoder was frozen, its certificate lies in the folder, and each adapter that trained stands with one
-    beside it as a PEFT folder, run.output/NAME-lora. A finished run is returned as it is. Raises ConfigError when it
-    was one of other settings.
+    beside it as a PEFT folder, run.output/NAME-lora. Tokenizer and generation files of run.init go along. A finished
+    run is returned as it is. Raises ConfigError when it was one of other settings, CheckpointError when run.output
+    lies within run.init.
     """
     load_modalities(run)
     target = Path(run.output) / "model"
@@ -56,6 +57,7 @@ def run_recipe(
         if changed := changed_data(run, target / "config.json"):
             say(f"{changed:.200} has changed since; remove {target.parent} to train on it anew")
         return target
+    check_target(target, _folder_of(run))
     check_device(run.device)
     with joined():
         engine = engine_for(run)
@@ -97,6 +99,8 @@ def _carry_out(
         metrics = train(run, model, batches, report, engine=engine, say=say, said=said)
     finally:
         batches.close()
+    if quarantine.count:
+        say(f"draws of bad rows that were left out: {quarantine.count:,}, see {quarantine.path}")
     notes = {"trained": run.model_dump(mode="json"), "start": start, "last": metrics}
     if run.base_bits is not None:  # what was trained belongs to the plain weights
         restore(model.cpu(), open_start(run)[0])
@@ -107,6 +111,11 @@ def _carry_out(
                 "no picture of the curves, which stand in metrics.jsonl: pip install -e '.[train]' in your clone "
                 "draws it"
             )
+
+
+def _folder_of(run: RunConfig) -> Path | None:
+    """Return the model folder that a run starts from; None for fresh weights. Raises CheckpointError."""
+    return None if run.init in SIZES else find_model(run.init)
 
 
 def _check_finished(run: RunConfig, target: Path) -> None:
@@ -147,6 +156,9 @@ def _write(
     if certificate and run.int8 and (rounded := rounded_by_int8(model, certificate.frozen)):
         say(f"int8=true rounds what was frozen, first {rounded}: the model is written without a certificate")
         certificate = None
+    start = _folder_of(run)
+    published = start is not None and read_card(start).layout != "modalora"
+    same = published and run.rope is None and not matches("decoder", *run.take)
     for part in sorted(parts):
         kind, _, name = part.partition(".")
         if kind == "adapter" and certificate:
@@ -156,5 +168,5 @@ def _write(
             if folder.exists():
                 say(f"{folder} is none that training wrote, and stays; the adapter is in {target} alone")
             else:
-                save_adapter(model, name, folder, certificate)
-    save_model(model, tokenizer, target, int8=run.int8, chat=chat, notes=notes, certificate=certificate)
+                save_adapter(model, name, folder, certificate, base=str(start) if same else None)
+    save_model(model, tokenizer, target, int8=run.int8, chat=chat, notes=notes, beside=start, certificate=certificate)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,10 +13,11 @@ from modalora.assistant import find_model, make_processor
 from modalora.checkpoint.adapters import fingerprint
 from modalora.checkpoint.files import weights_digest
 from modalora.checkpoint.store import load_model, read_texts
-from modalora.config import MediaConfig, RunConfig, parse
+from modalora.config import RunConfig, parse
 from modalora.data.files import find_files
 from modalora.data.mixture import Mixture
 from modalora.data.quarantine import Quarantine
+from modalora.data.reader import limit_media
 from modalora.data.sources import Context
 from modalora.data.text import learnt_tokenizer
 from modalora.errors import CheckpointError, ConfigError, DataError
@@ -29,7 +28,6 @@ from modalora.models.sizes import SIZES
 from modalora.nn.lora import LoraConfig
 from modalora.nn.rope import read_rope
 from modalora.processing.chat import FORMATS, ChatFormat
-from modalora.processing.processor import Processor
 from modalora.processing.tokenizer import TextTokenizer
 from modalora.science import codons
 from modalora.training.objectives import OBJECTIVES
@@ -95,8 +93,7 @@ def grown(config: ModelConfig, run: RunConfig) -> ModelConfig:
 
 def context_of(run: RunConfig, config: ModelConfig, tokenizer: TextTokenizer, chat: ChatFormat) -> Context:
     """Return what the sources of a run are made from, for a model of these sizes. Raises ConfigError."""
-    processor = make_processor(config, tokenizer, chat)
-    _limit_media(processor, run.media)
+    processor = limit_media(make_processor(config, tokenizer, chat), run.media)
     return Context(
         folder=Path(run.data),
         cache=Path(run.cache),
@@ -207,27 +204,3 @@ def make_mixture(
         steps=run.steps, weigh=run.weigh, rank=rank, world=world, workers=workers,
         quarantine=quarantine or Quarantine(None, run.quarantine_most),
     )  # fmt: skip
-
-
-def _limit_media(processor: Processor, limits: MediaConfig) -> None:
-    """Let training media be smaller than those that the model may read."""
-    for modality, medium in processor.media.items():
-        processor.media[modality] = replace(medium, settings=limited(modality, medium.settings, limits))
-    for modality in LIMITS:
-        if modality not in processor.media and (told := _limits(modality, limits)):
-            raise ConfigError(f"media: {told} is for a model that takes {modality}; leave it out")
-
-
-LIMITS = {"image": "max_crops", "audio": "max_seconds"}
-
-
-def _limits(modality: str, limits: MediaConfig) -> dict[str, Any]:
-    key = LIMITS.get(modality, "")
-    value = getattr(limits, key, None)
-    return {} if value is None else {key: value}
-
-
-def limited(modality: str, settings: Any, limits: MediaConfig) -> Any:
-    """Return how a medium is read within the limits of a run."""
-    own = _limits(modality, limits)
-    return replace(settings, **own) if own else settings

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from modalora.checkpoint.resume import STATE, begin, commit, draft_of, newest, retire
+from modalora.checkpoint.resume import STATE, begin, commit, draft_of, newest, retire, states
 from modalora.config import RunConfig, parse
 from modalora.contracts import Batches
 from modalora.disk import read_json, write_json
@@ -163,9 +163,12 @@ class States:
                 retire(commit(draft), self.run.keep)
             snapshot.barrier()
         except (OSError, SafetensorError, WorkError) as error:
+            begins = (
+                "goes on from the state before it" if states(self.folder) else "begins anew: no state was before it"
+            )
             raise TrainingError(
-                f"the state of step {step} could not be written to {draft.parent}: {error}; the state before it is "
-                "whole: make room and run the same command, which goes on from there"
+                f"the state of step {step} could not be written to {draft.parent}: {error}; make room and run the same "
+                f"command, which {begins}"
             ) from None
         finally:
             if engine.rank == 0 and draft.exists():
