@@ -124,8 +124,8 @@ def check_apart(trained: Sequence[SourceConfig], scored: Sequence[SourceConfig])
         others = [own for own in trained if not source.holds_out or _side(own) != _side(source)]
         if both := sorted(_files([source]) & _files(others)):
             raise ConfigError(
-                f"{both[0][0]} is scored, and a source of mixture trains on it; give eval_mixture another file, or every "
-                "source of mixture that reads it the same path, held_out, shuffle and window"
+                f"{both[0][0]} is scored, and a source of mixture trains on it; give eval_mixture another file, or "
+                "every source of mixture that reads it the same path, held_out, shuffle and window"
             )
 
 
