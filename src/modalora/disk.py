@@ -15,6 +15,7 @@ from typing import Any
 
 from modalora.errors import CheckpointError, TrainingError
 
+LINES_OF_STEP = 2  # of a journal at most: what training logs, and the scores of what it does not train on
 MOST_JSON_BYTES = 64_000_000
 CONFIG_BYTES = 1_000_000  # of what people or libraries write by hand: published configs have 10 KB
 
@@ -47,13 +48,16 @@ def drafted(path: Path) -> Iterator[Path]:
 class Journal:
     """JSON lines that each name their "step"; those behind the step that a run resumes from are taken away.
 
-    last: the last line that was there. What is taken away tells of steps whose results were lost; they will be made
-    and written again.
+    last: what the lines of the last step that was there hold together. What is taken away tells of steps whose results
+    were lost; they will be made and written again.
     """
 
     def __init__(self, path: Path, step: int) -> None:
         lines = cut_lines(path, step)
-        self.last: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+        self.last: dict[str, Any] = {}
+        for line in lines[-LINES_OF_STEP:]:
+            fields = json.loads(line)
+            self.last = {**(self.last if self.last.get("step") == fields["step"] else {}), **fields}
         self.path, self._file = path, path.open("ab", buffering=0)
 
     def write(self, fields: Mapping[str, Any]) -> None:

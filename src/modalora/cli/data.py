@@ -36,8 +36,11 @@ def check(
     """
     run, context = _open(recipe, overrides)
     from modalora.data.check import check_data
+    from modalora.data.reader import check_apart
+    from modalora.data.sources import SCORED
 
-    found = check_data(context, run.mixture, run.seed)
+    check_apart(run.mixture, run.scored)
+    found = check_data(context, run.mixture, run.seed) + check_data(context, run.scored, SCORED)
     if as_json:
         print(to_json([one.summary() for one in found]))
     else:

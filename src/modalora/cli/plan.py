@@ -167,6 +167,7 @@ def _stage(
     title: str, run: RunConfig, shapes: list[str], size: str | None, where: tuple[str, int, float, float], as_json: bool
 ) -> dict[str, Any]:
     """Plan a run, tell it unless JSON is asked for, and return what JSON tells."""
+    from modalora.data.reader import source_names
     from modalora.training.estimate import estimate
     from modalora.training.plan import plan_run
 
@@ -176,6 +177,9 @@ def _stage(
     machine, count, share, hourly = where
     cost = estimate(found, run, machine, count, share, hourly)
     told = {"run": title, "plan": asdict(found), "estimate": asdict(cost), "rows_from": source}
+    if run.scored:
+        times = len({found.steps, *range(0, found.steps, run.eval_every or run.save_every)})
+        told["scores"] = {"rows": run.eval_rows * len(run.scored), "every": run.eval_every, "times": times}
     if as_json:
         return told
     print(f"{'part':<26} {'numbers':>15} {'trains':>15} {'weights':>10} {'gradients':>10} {'optimizer':>10}")
@@ -202,6 +206,10 @@ def _stage(
         print(
             f"           accumulate={run.accumulate} cannot be shared by {shares}: training asks for a multiple of it"
         )
+    if run.scored:
+        names = ", ".join(source_names(run.scored))
+        print(f"scored     up to {run.eval_rows:,} rows of each of {names}, every {run.eval_every:,} steps, "
+              f"{times} times; their time is not counted")  # fmt: skip
     if found.steps < run.steps:
         print(f"           the data end after about so many, before steps={run.steps}; more epochs give more")
     if cost.fits is False:

@@ -75,6 +75,9 @@ def _shown(steps: int, done: int) -> Iterator[tuple[Callable[[dict[str, Any]], N
         task = progress.add_task("", total=steps, completed=done)
 
         def show(metrics: dict[str, Any]) -> None:
+            if "tokens_per_second" not in metrics:  # scores of what is not trained on
+                progress.console.print(_told(metrics), markup=False, highlight=False)
+                return
             loss = f"loss {metrics['loss']:.3f}" if "loss" in metrics else "no finite loss"
             text = f"{loss}  {metrics['tokens_per_second']:,} tokens/s"
             progress.update(task, completed=metrics["step"], description=text)
@@ -122,9 +125,10 @@ def find_recipe(name: str, sizes: Iterable[str] = ()) -> Path:
 
 
 def _line(metrics: dict[str, Any]) -> None:
-    print(
-        "  ".join(
-            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in metrics.items()
-        ),
-        flush=True,
+    print(_told(metrics), flush=True)
+
+
+def _told(metrics: dict[str, Any]) -> str:
+    return "  ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in metrics.items()
     )

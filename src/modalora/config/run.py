@@ -111,6 +111,11 @@ class SourceConfig(Settings):
             raise ConfigError(f"weight={weight} must be greater than 0, such as 1")
         return weight
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether a share of its files' rows is scored and never trained on (data/corpus.py:open_corpus)."""
+        return self.source == "files" and bool(self.options.get("held_out"))
+
     def weight_at(self, share: float) -> float:
         """Return the weight at a share of the run, 0 to 1."""
         if not isinstance(self.weight, dict):
@@ -162,6 +167,10 @@ class RunConfig(Settings):
     preserve: list[str] = Field(default_factory=list)  # parts that must not train, whatever train: matches
     mixture: list[SourceConfig] = Field(min_length=1)  # where rows come from
     weigh: Literal["rows", "tokens"] = "rows"  # what the weights of the mixture's sources are shares of
+    # where rows come from that are scored and never trained on, beside what sources of mixture hold out
+    eval_mixture: list[SourceConfig] = Field(default_factory=list)
+    eval_every: int | None = Field(None, ge=1)  # steps between scores, beside the first and the last; None: save_every
+    eval_rows: int = Field(256, ge=1)  # of each source that are scored, the same every time
     media: MediaConfig = Field(default_factory=MediaConfig)  # limits on pictures and sounds
     # modalities whose fresh projectors start from their features' statistics
     whiten: list[str] = Field(default_factory=list)
@@ -217,6 +226,30 @@ class RunConfig(Settings):
                 f"rows={self.rows} and tokens={self.tokens} both set the micro-batch; leave rows out, or add "
                 "tokens=0 to use rows"
             )
+        return self
+
+    @property
+    def scored(self) -> list[SourceConfig]:
+        """Sources whose rows are scored: eval_mixture, and those of the mixture of which a share is held out."""
+        held_out = [source for source in self.mixture if source.holds_out]
+        return [*self.eval_mixture, *(own.model_copy(update={"weight": 1.0, "epochs": None}) for own in held_out)]
+
+    @model_validator(mode="after")
+    def _scores_what_is_held_out(self) -> RunConfig:
+        for source in self.eval_mixture:
+            if (source.weight, source.epochs, source.holds_out) != (1, None, False):
+                raise ConfigError(
+                    f"eval_mixture: the first eval_rows rows of source {source.name or source.source!r} are scored, "
+                    "each once, so its weight, epochs or held_out says nothing; leave it out"
+                )
+        for key in ("eval_every", "eval_rows"):
+            if not self.scored and (value := getattr(self, key)) != RunConfig.model_fields[key].default:
+                raise ConfigError(
+                    f"{key}={value} and no row to score; give eval_mixture, or a source of files in mixture the option "
+                    "held_out: 0.05"
+                )
+        if self.eval_every is None and self.scored:
+            object.__setattr__(self, "eval_every", self.save_every)  # frozen once it is made
         return self
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ from modalora.data.corpus import Corpus, Passages
 from modalora.data.documents import LongRows, ShortRows
 from modalora.data.forms import control_tokens
 from modalora.data.reader import check_labels, check_length, check_route, make_source, source_names
-from modalora.data.sources import Bad, Context, Source, bad_row
+from modalora.data.sources import SCORED, Bad, Context, Source, bad_row
 from modalora.errors import DataError, InputError
 from modalora.processing.processor import Row
 
@@ -67,10 +67,12 @@ class Found:
 def check_data(context: Context, sources: Sequence[SourceConfig], seed: int = 0) -> list[Found]:
     """Make every row of every source and say what was found; the lengths of files' rows are in the cache then.
 
+    seed: of the run, or SCORED for the sources that it scores.
     Raises ConfigError for a setting that stops a run before its first row.
     """
     found: list[Found] = []
     for place, (name, config) in enumerate(zip(source_names(sources), sources, strict=True)):
+        name += " (scored)" * (seed == SCORED)
         try:
             source = make_source(context, config, (seed, place))
         except DataError as error:  # a whole file, or none
@@ -103,7 +105,7 @@ def _look(found: Found, source: Source, number: int, context: Context, route: st
             check_labels(row)
         context.suits([(kind, features) for kind, features, *_ in row.media])
         if isinstance(source, Corpus):
-            record = source.shelf.ordered(number, source.rows)
+            record = source.record(number)
             messages, dropped = source.conversation(record)
             found.truncated += dropped > 0
             found.control += bool(control_tokens(messages))

@@ -20,7 +20,7 @@ from modalora.data.documents import LongRows, Shelf, ShortRows, open_rows, passa
 from modalora.data.files import Fields, Records, Tar, cached, find_files, open_records
 from modalora.data.forms import FORMS, Options, detect, read_record, read_text, renamed
 from modalora.data.order import shuffled
-from modalora.data.sources import Context, Key, Place, check_window
+from modalora.data.sources import SCORED, Context, Key, Place, check_window
 from modalora.data.text import token_stream
 from modalora.disk import drafted
 from modalora.errors import ConfigError, DataError, InputError, PromptError
@@ -54,6 +54,7 @@ def open_corpus(
     tags: bool = True,
     truncate: Truncate | None = None,
     shuffle: bool = True,
+    held_out: float = 0.0,
 ) -> Corpus | Passages:
     """Return the rows of data files.
 
@@ -62,12 +63,15 @@ def open_corpus(
     field that the form knows. prompt: what is asked of a picture or sound that comes with a caption. tags: whether
     <image> and <audio> in texts stand for media. truncate: "messages" drops whole turns from the end of a conversation
     that is too long; by default it is a bad row. shuffle: whether rows come in another order each epoch.
+    held_out: share of the rows that only a key of SCORED gives, the last ones where they are not shuffled.
     Raises ConfigError, DataError.
     """
     if form not in ("auto", *FORMS):
         raise ConfigError(f"form={form!r} must be auto or one of {', '.join(FORMS)}")
     if truncate is not None and truncate not in get_args(Truncate):
         raise ConfigError(f"truncate={truncate!r} must be 'messages', or left out")
+    if not 0 <= held_out < 1:
+        raise ConfigError(f"held_out={held_out:g} must be a share of the rows below 1, such as 0.05")
     more = tuple(name for name in context.processor.media if name not in PLACEHOLDERS)
     volumes: list[Volume] = []
     for file in find_files(path):
@@ -80,8 +84,8 @@ def open_corpus(
             f"{texts[0].records.path} is plain text and other files of this source are not; give each kind a source"
         )
     if texts:
-        return Passages(context, key, volumes, shuffle)
-    return Corpus(context, key, volumes, shuffle, truncate)
+        return Passages(context, _Shelf(key, volumes, shuffle, held_out))
+    return Corpus(context, _Shelf(key, volumes, shuffle, held_out), truncate)
 
 
 def open_documents(
@@ -177,11 +181,14 @@ def _sample(records: Records) -> tuple[dict[str, Fields], list[tuple[int, str]]]
     return found, broken
 
 
-class _Shelf:
-    """Several files in one numbering, and the order of each epoch."""
+_SIDES = (SCORED,)  # key of the order that tells which rows are held out: in every run and stage the same
 
-    def __init__(self, key: Key, volumes: Sequence[Volume], shuffle: bool) -> None:
-        self.key, self.volumes, self.shuffle = key, tuple(volumes), shuffle
+
+class _Shelf:
+    """Several files in one numbering, what is held out of it, and the order of each epoch."""
+
+    def __init__(self, key: Key, volumes: Sequence[Volume], shuffle: bool, held_out: float) -> None:
+        self.key, self.volumes, self.shuffle, self.held_out = key, tuple(volumes), shuffle, held_out
         self._starts = np.cumsum([0, *(len(volume.records) for volume in volumes)])
 
     @property
@@ -199,10 +206,26 @@ class _Shelf:
         place, inner = self.find(record)
         return self.volumes[place], self.volumes[place].records.read(inner)
 
+    def side(self, rows: int) -> range:
+        """Return the places of those of so many rows that are trained on, or scored. Raises DataError for none."""
+        if not self.held_out:
+            return range(rows)
+        trained = rows - max(1, round(rows * self.held_out))
+        if trained < 1:
+            raise DataError(
+                f"held_out={self.held_out:g} of the {rows} rows in {self.volumes[0].records.path} leaves none to train "
+                "on; lower it, or give more rows"
+            )
+        return range(trained, rows) if self.key[0] == SCORED else range(trained)
+
     def ordered(self, number: int, rows: int) -> int:
-        """Return which row the run's row of a number is."""
-        epoch, place = divmod(number, rows)
-        return shuffled(place, rows, (*self.key, epoch)) if self.shuffle else place
+        """Return which of so many rows the run's row of a number is."""
+        side = self.side(rows)
+        epoch, place = divmod(number, len(side))
+        if not self.shuffle:
+            return side[place]
+        place = side[shuffled(place, len(side), (*self.key, epoch))]
+        return shuffled(place, rows, _SIDES) if self.held_out else place
 
     def place(self, record: int) -> Place:
         """Return where a record stands."""
@@ -214,20 +237,22 @@ class _Shelf:
 class Corpus:
     """Conversations, a row per record."""
 
-    def __init__(
-        self, context: Context, key: Key, volumes: Sequence[Volume], shuffle: bool, truncate: Truncate | None
-    ) -> None:
-        """volumes: what open_corpus found in the files."""
-        self.shelf = _Shelf(key, volumes, shuffle)
-        self._setting = volumes[0].options.setting
+    def __init__(self, context: Context, shelf: _Shelf, truncate: Truncate | None) -> None:
+        """shelf: what open_corpus found in the files."""
+        self.shelf = shelf
+        self._setting = shelf.volumes[0].options.setting
         self.processor, self.truncate = context.processor, truncate
         self.most = min(filter(None, (context.most, context.processor.window)))
-        self.rows: int = self.shelf.records
-        self._lengths = _lengths(context, volumes, f"{truncate} {self.most}", self.rows)
+        self.rows: int = len(shelf.side(shelf.records))
+        self._lengths = _lengths(context, shelf.volumes, f"{truncate} {self.most}", shelf.records)
+
+    def record(self, number: int) -> int:
+        """Return the record that a row is made of."""
+        return self.shelf.ordered(number, self.shelf.records)
 
     def measure(self, number: int) -> int:
         """Return the tokens of a row, from the cache, or from texts and headers of media. Raises InputError."""
-        record = self.shelf.ordered(number, self.rows)
+        record = self.record(number)
         if not self._lengths[record]:
             tokens = self.processor.measure(self.conversation(record)[0], answer=False)
             if tokens > self.most:
@@ -241,16 +266,15 @@ class Corpus:
 
     def row(self, number: int) -> Row:
         """Return a row. Raises InputError for a bad record."""
-        record = self.shelf.ordered(number, self.rows)
-        return self.processor.row(self.conversation(record)[0], answer=False)
+        return self.processor.row(self.conversation(self.record(number))[0], answer=False)
 
     def messages(self, number: int) -> Sequence[Message]:
         """Return the conversation that a row is made of."""
-        return self.conversation(self.shelf.ordered(number, self.rows))[0]
+        return self.conversation(self.record(number))[0]
 
     def place(self, number: int) -> Place:
         """Return where a row comes from."""
-        return self.shelf.place(self.shelf.ordered(number, self.rows))
+        return self.shelf.place(self.record(number))
 
     def conversation(self, record: int) -> tuple[list[dict[str, Any]], int]:
         """Return a record as messages, cut where that is asked for, and how many messages were cut off."""
@@ -310,22 +334,22 @@ def _lengths(context: Context, volumes: Sequence[Volume], how: str, rows: int) -
 class Passages:
     """Windows of plain text. Each document ends with <|endoftext|>; no window reaches into the next."""
 
-    def __init__(self, context: Context, key: Key, volumes: Sequence[Volume], shuffle: bool) -> None:
-        """volumes: what open_corpus found in the files."""
-        self.shelf = _Shelf(key, volumes, shuffle)
+    def __init__(self, context: Context, shelf: _Shelf) -> None:
+        """shelf: what open_corpus found in the files."""
+        self.shelf = shelf
         self.processor = context.processor
         check_window(context)
         self.window = min(filter(None, (context.window, context.most)))
-        self._ids, sizes = zip(*(_tokenised(volume, context) for volume in volumes), strict=True)
+        self._ids, sizes = zip(*(_tokenised(volume, context) for volume in shelf.volumes), strict=True)
         self._sizes = np.concatenate(sizes)  # tokens per record, 0 for one that cannot be read
         self._starts = [np.cumsum([0, *own]) for own in sizes]
         windows = np.maximum(1, -(-self._sizes // self.window))  # of nearly one length each
         self._windows = np.concatenate(([0], np.cumsum(windows)))
-        self.rows: int = int(self._windows[-1])
+        self.rows: int = len(shelf.side(int(self._windows[-1])))
 
     def _find(self, number: int) -> tuple[int, int]:
         """Return record and window of a row."""
-        place = self.shelf.ordered(number, self.rows)
+        place = self.shelf.ordered(number, int(self._windows[-1]))
         record = int(np.searchsorted(self._windows, place, side="right")) - 1
         return record, place - int(self._windows[record])
 

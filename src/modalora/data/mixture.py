@@ -70,11 +70,13 @@ class Mixture:
         world: int = 1,
         workers: int = 0,
         quarantine: Quarantine | None = None,
+        scored: int = 0,
     ) -> None:
         """rows: of a micro-batch, or tokens: the budget that its rows fill. accumulate: micro-batches of a step, over
         all `world` processes, of which this is number `rank`. steps: of the run, for weights that change on the way.
         weigh: what the weights of sources are shares of; for tokens the first rows of each source are measured.
         workers: processes that prepare rows ahead; 0: none, rows are made when they are asked for.
+        scored: how many rows of each source are taken at most, each once; 0: what weights and epochs say.
         Raises ConfigError, DataError.
         """
         if accumulate % world:
@@ -83,7 +85,7 @@ class Mixture:
             )
         self.configs, self.processor = list(sources), context.processor
         self.rows, self.tokens, self.accumulate = rows, tokens, accumulate
-        self.seed, self.steps, self.rank, self.world = seed, steps, rank, world
+        self.seed, self.steps, self.rank, self.world, self.scored = seed, steps, rank, world, scored
         self.quarantine = quarantine or Quarantine()
         self.reader = open_reader(context, sources, seed, tokens)
         for config, source in zip(sources, self.reader.sources, strict=True):
@@ -286,6 +288,8 @@ class Mixture:
 
     def _has_ended(self, place: int) -> bool:
         epochs, rows = self.configs[place].epochs, self.reader.sources[place].rows
+        if self.scored:
+            return self._position.numbers[place] >= min(self.scored, rows or self.scored)
         return epochs is not None and rows is not None and self._position.numbers[place] >= epochs * rows
 
     def _note(self, name: Name, seen: int | Made) -> Bad | None:

@@ -17,6 +17,7 @@ from modalora import modality
 from modalora.config import MediaConfig, SourceConfig, parse
 from modalora.contracts import IGNORED
 from modalora.data.corpus import Passages, open_corpus, open_documents
+from modalora.data.files import find_files
 from modalora.data.sources import CUT, SOURCES, WINDOWED, Bad, Context, Drawn, Key, Source, bad_row, check_window
 from modalora.errors import ConfigError, DataError, InputError
 from modalora.processing.processor import Processor, Row
@@ -158,6 +159,35 @@ def check_labels(row: Row) -> None:
     """Refuse a row that trains nothing. Raises DataError."""
     if not any(label != IGNORED for label in row.labels[1:]):
         raise DataError("no token of it is trained; give it an answer")
+
+
+def check_apart(trained: Sequence[SourceConfig], scored: Sequence[SourceConfig]) -> None:
+    """Refuse to score files that are trained on, by a source that does not hold the same rows out.
+
+    Raises ConfigError naming one of them.
+    """
+    for source in scored:
+        others = [own for own in trained if not source.holds_out or _side(own) != _side(source)]
+        if both := sorted(_files([source]) & _files(others)):
+            raise ConfigError(
+                f"{both[0][0]} is scored, and a source of mixture trains on it; give eval_mixture another file, or "
+                "every source of mixture that reads it the same path, held_out, shuffle and window"
+            )
+
+
+def _side(source: SourceConfig) -> tuple[Any, ...]:
+    """Return what tells which rows of its files a source trains on."""
+    return (source.holds_out, source.window, *map(source.options.get, ("path", "split", "held_out", "shuffle")))
+
+
+def _files(sources: Sequence[SourceConfig]) -> set[tuple[str, str]]:
+    """Return the data files of some sources, each with its split, as far as they can be found."""
+    found: set[tuple[str, str]] = set()
+    for source in sources:
+        with suppress(DataError, TypeError):  # what is no file is told where files are opened
+            files = find_files(source.options.get("path", []))
+            found |= {(str(file.resolve()), str(source.options.get("split", ""))) for file in files}
+    return found
 
 
 def source_names(sources: Sequence[SourceConfig]) -> list[str]:

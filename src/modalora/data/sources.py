@@ -42,6 +42,7 @@ from modalora.processing.processor import Processor, Row
 from modalora.science.codons import definition, targets
 
 Key = tuple[int, int]  # seed of the run, place of the source in the mixture
+SCORED = 1 << 63  # in the place of a seed, where no run has one: rows that are scored, the same in every run
 Draw = Callable[[np.random.Generator], Row]
 Held = Sequence[tuple[str, Mapping[str, Any]]]  # the media of a row: modality and features of each
 

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from modalora.parallel.stops import tell_stopped, tell_training
 from modalora.training.audit import Audit, check_preserved, check_settings, check_trained, parts_reached, trained_part
 from modalora.training.dropout import add_dropout
 from modalora.training.flops import StepFlops
+from modalora.training.held_out import HeldOut
 from modalora.training.machines import resident
 from modalora.training.nonfinite import Fault, guilty_rows, not_finite, row_name
 from modalora.training.objectives import OBJECTIVES, Ctc, Losses
@@ -57,12 +59,14 @@ def train(
     engine: Engine | None = None,
     say: Say = lambda line: None,
     said: Tensor | None = None,
+    held_out: Batches | None = None,
 ) -> Metrics:
     """Train the parts that `run` names and return the last metrics; the model is changed in place.
 
     report: called with the metrics of every logged step. engine: the processes that train together, by default this
     one alone. say: told in words what a user should know. said: how often answers hold each token, from which CTC
-    starts. Resumes from run.output/resume when it holds a state.
+    starts. held_out: rows that are scored every run.eval_every steps, from the first to the last of them. Resumes from
+    run.output/resume when it holds a state.
 
     Raises ConfigError for settings under which nothing is learnt; TrainingError when a loss or gradient is not finite,
     when something does not learn that should or moves that should not, or when the disk is full; Interrupted when
@@ -74,7 +78,7 @@ def train(
         stack.enter_context(wide_products())
         try:
             stop.breakable = True
-            loop = _Loop(run, model, batches, engine or Single(), report, say, stop, stack, said)
+            loop = _Loop(run, model, batches, engine or Single(), report, say, stop, stack, said, held_out)
             stop.breakable = False
         except Asked:
             raise Interrupted("stopped before the first step; nothing is lost", stop.asked) from None
@@ -126,6 +130,7 @@ class _Loop:
         stop: Stop,
         stack: ExitStack,
         said: Tensor | None,
+        held_out: Batches | None,
     ) -> None:
         self.run, self.model, self.batches, self.engine = run, model, batches, engine
         self.report, self.say, self.stop = report, say, stop
@@ -166,9 +171,13 @@ class _Loop:
         seen = self.progress
         self.audit = Audit(model, self.trained, self.objective.idle, engine, say, seen.judged, seen.rows)
         step = self.progress.step
-        self.log = stack.enter_context(Journal(folder / "metrics.jsonl", step)) if engine.rank == 0 else None
+        lines = step or -1  # a run that begins anew scores anew
+        self.log = stack.enter_context(Journal(folder / "metrics.jsonl", lines)) if engine.rank == 0 else None
         self.events = stack.enter_context(Journal(folder / "events.jsonl", step)) if engine.rank == 0 else None
         self.metrics: Metrics = self.log.last if self.log else {}
+        self.held_out = None if held_out is None else HeldOut(run, held_out, model, self.objective, engine)
+        if self.held_out and engine.totals({"scored": float("eval_loss" in self.metrics)})["scored"]:
+            self.held_out.scored = step
         ledger = "ledger.jsonl" if engine.world == 1 else f"ledger-{engine.rank:05d}.jsonl"
         self.ledger = stack.enter_context(Journal(folder / ledger, step)) if run.ledger else None
         self.track = open_trackers(run, stack) if engine.rank == 0 else []
@@ -184,6 +193,7 @@ class _Loop:
         since = started
         moment = Moment.now(self.batches)
         while progress.step < run.steps:
+            since += self._score(moment)
             asked, micro, outcome = self._try(moment)
             if outcome is None:  # the step was broken off, as if it had not begun, or there are no data for it
                 self._clear()
@@ -222,15 +232,48 @@ class _Loop:
             if asked and progress.step < run.steps:
                 self._save(moment)
                 raise Interrupted(f"stopped after step {progress.step}; the same command goes on from there", asked)
+        self._score(moment, last=True)
         self.audit.finish(progress.step)
         self._check_preserved()
         self.model.eval()
+
+    def _score(self, moment: Moment, *, last: bool = False) -> float:
+        """Score the held-out rows if they are due; return the seconds that it took.
+
+        Comes behind the state of a step, so that a run which is stopped meanwhile scores once it goes on. Raises
+        Interrupted when it is.
+        """
+        begun, step, asked = time.perf_counter(), self.progress.step, 0
+        if self.held_out is None or not self.held_out.is_due(step, last=last):
+            return 0.0
+        try:
+            self.stop.breakable = self.engine.world == 1
+            take = partial(self._take, moment)
+            asked, scores = self.held_out.score(self._forward, take, self.stop, step)
+            self.stop.breakable = False
+        except Asked:
+            asked = self.stop.asked
+        finally:
+            self.stop.breakable = False
+        if asked:
+            self._save(moment)
+            raise Interrupted(f"stopped after step {step}; the same command goes on from there", asked)
+        if wrong := [name for name, value in scores.items() if not isfinite(value)]:
+            self.say(f"behind step {step}, of the rows that are not trained on: {', '.join(wrong)} is not finite")
+        line = {
+            "step": step,
+            "steps": self.run.steps,
+            **{name: own for name, own in scores.items() if name not in wrong},
+        }
+        self._write(line)
+        self.metrics = {**(self.metrics if self.metrics.get("step") == step else {}), **line}
+        return time.perf_counter() - begun
 
     def _try(self, moment: Moment) -> tuple[int, list[Batch], _Outcome | None]:
         """Return the signal that came, the micro-batches of a step and what they came to: None, if it was not made."""
         try:
             self.stop.breakable = self.engine.world == 1  # one rank alone must not leave the others waiting
-            micro = self._take(moment)
+            micro = self._take(moment, self.batches)
             outcome = self._gradients(micro) if micro else None
             self.stop.breakable = False
         except Asked:
@@ -239,10 +282,10 @@ class _Loop:
             self.stop.breakable = False
         return outcome.asked if outcome else 0, micro, outcome
 
-    def _take(self, moment: Moment) -> list[Batch]:
+    def _take(self, moment: Moment, batches: Batches) -> list[Batch]:
         """Return the micro-batches of a step; where the data are at fault, what was learnt before is saved."""
         try:
-            return self.batches.take()
+            return batches.take()
         except (InputError, TrainingError):
             self.stop.breakable = False
             if self.engine.world == 1 and self.progress.step:  # others would wait for a state that they do not write
@@ -266,10 +309,14 @@ class _Loop:
         # dropout follows from the micro-batch, whichever process has it
         first, shares = self.engine.share
         seed_dropout(self.run.seed, self.progress.step, first + number * shares)
+        losses = self._forward(batch)
+        self.engine.backward(losses.values.sum() / labels, last=last)
+        return losses
+
+    def _forward(self, batch: Batch) -> Losses:
         device = torch.device(self.run.device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.run.precision == "bf16"):
             losses: Losses = self.engine.losses(batch.to(device))
-        self.engine.backward(losses.values.sum() / labels, last=last)
         return losses
 
     def _gradients(self, micro: list[Batch]) -> _Outcome:
@@ -296,7 +343,7 @@ class _Loop:
             except ShapeError as error:
                 rows = ", ".join(row_name(batch, number, row) for row in range(len(batch.lengths)))
                 raise ShapeError(f"step {self.progress.step + 1}, one of the rows {rows:.300}: {error}") from None
-            told.append(_by_row(batch, losses))
+            told.append(losses.by_row(len(batch.lengths)))
         for number, (batch, shares) in enumerate(zip(levelled, told, strict=True)):
             self._note(batch, number, shares, found, own)
         if self.stop.asked:
@@ -437,11 +484,14 @@ class _Loop:
             **memory(torch.device(run.device)),
             **({"skipped": progress.skipped} if progress.skipped else {}),
         }
+        self._write(self.metrics)
+
+    def _write(self, metrics: Metrics) -> None:
         if self.log:
-            self.log.write(self.metrics)
+            self.log.write(metrics)
         for track in self.track:
-            track(self.metrics)
-        self.report(self.metrics)
+            track(metrics)
+        self.report(metrics)
 
     def _save(self, moment: Moment) -> None:
         if self.saved == self.progress.step:
@@ -510,14 +560,6 @@ def _kinds(model: Multimodal, batch: Batch) -> list[str]:
     held = {(item.row, item.modality) for item in batch.media}
     kinds = model.config.modalities
     return ["+".join(kind for kind in kinds if (row, kind) in held) or "text" for row in range(len(batch.lengths))]
-
-
-def _by_row(batch: Batch, losses: Losses) -> Tensor:
-    """Return the sum and the number of the losses of each row, (2, rows) on their device."""
-    values = losses.values.detach()
-    values = values.to(torch.float32 if values.device.type == "mps" else torch.float64)  # which Apple's GPUs lack
-    found = torch.zeros(2, len(batch.lengths), dtype=values.dtype, device=values.device)
-    return found.index_add(1, losses.rows.to(values.device), torch.stack((values, torch.ones_like(values))))
 
 
 def _under(prefix: str, found: dict[str, float]) -> list[str]:

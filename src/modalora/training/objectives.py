@@ -23,6 +23,13 @@ class Losses:
     values: Tensor
     rows: Tensor
 
+    def by_row(self, count: int) -> Tensor:
+        """Return the sum and the number of the losses of each of so many rows, (2, count) on their device."""
+        values = self.values.detach()
+        values = values.to(torch.float32 if values.device.type == "mps" else torch.float64)  # which Apple's GPUs lack
+        found = torch.zeros(2, count, dtype=values.dtype, device=values.device)
+        return found.index_add(1, self.rows.to(values.device), torch.stack((values, torch.ones_like(values))))
+
 
 class NextToken(nn.Module):
     """Cross-entropy of the labelled tokens."""

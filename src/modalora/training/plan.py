@@ -120,7 +120,7 @@ def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype
     trained |= {f"objective.{name}": parameter for name, parameter in objective.named_parameters()}
     optimizer = Optimizer(trained, run.optim, run.steps)
     optimizer.set_rate(0)
-    model.train()
+    start_training(model)
     labels = sum(int(batch.labelled.sum()) for batch in micro)
     for batch in micro:
         objective.count(batch)  # refuses rows that it cannot learn from, as training does

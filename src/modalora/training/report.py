@@ -16,7 +16,7 @@ from modalora.training.optimizer import Optimizer
 
 # panel: columns of metrics.jsonl, by pattern
 _PANELS = {
-    "loss (nats)": ("loss", "loss_*"),
+    "loss (nats)": ("loss", "loss_*", "eval_loss", "eval_loss/*"),
     "learning rate": ("lr",),
     "gradient norm": ("grad_norm", "grad_norm_*"),
     "per second": ("tokens_per_second", "labels_per_second"),

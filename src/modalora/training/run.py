@@ -24,6 +24,7 @@ from modalora.processing.chat import ChatFormat
 from modalora.processing.tokenizer import TextTokenizer
 from modalora.quantize import quantize, restore
 from modalora.training.fresh import count_said, set_mel_statistics, whiten_projectors
+from modalora.training.held_out import open_held_out
 from modalora.training.loop import Metrics, train
 from modalora.training.report import plot_metrics
 from modalora.training.start import (
@@ -80,6 +81,7 @@ def _carry_out(
     start = digest_of_start(run)  # before it may be trained anew beside this run
     model, tokenizer, chat = open_start(run)
     context = context_of(run, model.config, tokenizer, chat)
+    held_out = open_held_out(run, context, engine.share)
     widen(model, run.train)
     if matches("audio.encoder", *run.train):
         set_mel_statistics(model, make_mixture(run, context))
@@ -96,7 +98,7 @@ def _carry_out(
     quarantine = Quarantine(Path(run.output) / own, run.quarantine_most)
     batches = make_mixture(run, context, engine.share, workers=run.workers, quarantine=quarantine)
     try:
-        metrics = train(run, model, batches, report, engine=engine, say=say, said=said)
+        metrics = train(run, model, batches, report, engine=engine, say=say, said=said, held_out=held_out)
     finally:
         batches.close()
     if quarantine.count:

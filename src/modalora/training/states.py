@@ -33,7 +33,7 @@ from modalora.training.start import changed_data
 FREE = {
     "steps", "log_every", "save_every", "keep", "threads", "device", "output", "cache", "data", "nonfinite",
     "nonfinite_most", "workers", "quarantine_most", "ledger", "trackers", "peak_tflops", "engine", "mesh", "offload",
-    "patience_seconds", "save_in_background", "modality_files",
+    "patience_seconds", "save_in_background", "modality_files", "eval_mixture", "eval_every", "eval_rows",
 }  # fmt: skip
 _PARTS = ("run", "step", "world", "settings", "frozen", "rate", "progress", "data")
 
