@@ -457,7 +457,8 @@ def run_tasks(
 ) -> Iterator[TaskCell]:  # fmt: skip
     """Yield the scores of a model task by task for each length, decoding greedily; settings as in `make_samples`.
 
-    adapter: of the rows, one or a sum; None: the decoder alone. Raises ConfigError for a length that the model does not read.
+    adapter: of the rows, one or a sum; None: the decoder alone.
+    Raises ConfigError for a length that the model does not read.
     """
     check_lengths(lengths, assistant.processor.window)
     for length in lengths:
