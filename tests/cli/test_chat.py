@@ -178,6 +178,16 @@ def test_an_answer_takes_the_room_that_is_left_and_a_full_window_is_told(session
     assert len(session.messages) == 2
 
 
+def test_a_file_of_a_further_modality_is_saved_as_rows_of_training_name_it(
+    session: Session, take: Take, tmp_path: Path
+) -> None:
+    parts = [{"type": "dna", "dna": str(tmp_path / "gene.txt")}, {"type": "text", "text": "What?"}]
+    session.messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "a gene"}]
+    take(f"/save {tmp_path / 'chat.jsonl'}")
+    saved = json.loads((tmp_path / "chat.jsonl").read_text())["messages"]
+    assert saved[0]["content"] == [{"type": "dna", "dna": {"path": "gene.txt"}}, parts[1]]
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [
