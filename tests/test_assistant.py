@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -94,14 +95,78 @@ def test_conversations_of_any_media_answered_together_say_what_they_say_alone(as
     assert [answer.route["adapter"] for answer in together] == [None, "vision", "speech", "vision"]
 
 
+def test_a_batch_may_be_smaller_than_what_is_asked(assistant: Assistant) -> None:
+    asked = ["How many boxes?", question_messages("Which?", PICTURE), "Hi", question_messages("", audio=SOUND), "And?"]
+    alone = [assistant.ask(one, max_tokens=5, temperature=1.0, seed=4).tokens for one in asked]
+    for rows in (1, 2, 5, 9):
+        found = assistant.ask_many(asked, max_tokens=5, temperature=1.0, seed=4, rows=rows)
+        assert [answer.tokens for answer in found] == alone
+    for rows in (0, True, "2"):
+        with pytest.raises(ConfigError, match=f"rows={rows!r} must be a whole number of at least 1, such as 16"):
+            assistant.ask_many(asked, rows=rows)
+
+
+def test_each_conversation_may_have_its_own_seed(assistant: Assistant) -> None:
+    asked = ["How many boxes?"] * 3
+    same = assistant.ask_many(asked, max_tokens=12, temperature=1.5, seed=4)
+    assert len({answer.tokens for answer in same}) == 1
+    found = assistant.ask_many(asked, max_tokens=12, temperature=1.5, seed=(3, 4, 5), rows=2)
+    assert [answer.tokens for answer in found] == [
+        assistant.ask(asked[0], max_tokens=12, temperature=1.5, seed=seed).tokens for seed in (3, 4, 5)
+    ]
+    assert len({answer.tokens for answer in found}) == 3
+    with pytest.raises(ConfigError, match=r"seed has 2 number\(s\) for 3 conversation\(s\); give one for each"):
+        assistant.ask_many(asked, seed=[1, 2])
+    with pytest.raises(ConfigError, match="seed=.* must be a whole number of 64 bits"):
+        assistant.ask_many(asked, seed=[1, 2, 2**70])
+
+
+def test_what_is_wrong_with_one_of_many_is_told_with_its_number_before_an_answer(
+    assistant: Assistant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("answered")
+
+    monkeypatch.setattr(assistant, "_answers", never, raising=False)
+    bad = question_messages("?", image="nowhere.png")
+    for rows in (1, 9):
+        with pytest.raises(ModaloraError, match="^conversation 3: 'nowhere.png' does not exist"):
+            assistant.ask_many(["Hi", "Ho", bad], rows=rows)
+    with pytest.raises(ModaloraError, match="^'nowhere.png' does not exist"):
+        assistant.ask_many([bad])
+
+
+def test_what_cannot_be_asked_comes_back_in_its_place(assistant: Assistant) -> None:
+    asked = ["Hi", question_messages("?", image="nowhere.png"), "z" * 3000, "Ho"]
+    first, missing, long, last = assistant.ask_each(asked, max_tokens=3, rows=3)
+    assert (first.tokens, last.tokens) == tuple(assistant.ask(one, max_tokens=3).tokens for one in ("Hi", "Ho"))
+    assert "'nowhere.png' does not exist" in str(missing)
+    assert "this model reads at most" in str(long)
+    with pytest.raises(RouteError, match="unknown route 'mine'"):
+        assistant.ask_each(asked, route="mine")
+
+
+def test_one_line_shows_what_was_loaded(assistant: Assistant) -> None:
+    numbers = sum(parameter.numel() for parameter in assistant.model.parameters())
+    assert repr(assistant) == (
+        f"Assistant(small: {numbers:,} numbers, window 2,048, adapters vision, speech, float32 on cpu)"
+    )
+
+
 def test_media_may_be_given_in_every_form(assistant: Assistant, tmp_path: Path) -> None:
     PICTURE.save(tmp_path / "picture.png")
     data = (tmp_path / "picture.png").read_bytes()
     told = assistant.ask("Which?", image=PICTURE, max_tokens=6).tokens
-    for image in (tmp_path / "picture.png", str(tmp_path / "picture.png"), data, [PICTURE], (PICTURE,)):
+    path, buffer = tmp_path / "picture.png", io.BytesIO(data)
+    buffer.seek(0, 2)  # as it is behind what was written
+    held = [{"bytes": data, "path": None}, {"bytes": None, "path": str(path)}, np.asarray(PICTURE), buffer]
+    for image in (path, str(path), data, [PICTURE], (PICTURE,), *held):
         assert assistant.ask("Which?", image=image, max_tokens=6).tokens == told
+    assert assistant.ask("Which?", image=[*held], max_tokens=6).tokens == (
+        assistant.ask("Which?", image=[PICTURE] * 4, max_tokens=6).tokens
+    )
     heard = assistant.ask("Which?", audio=SOUND, max_tokens=6).tokens
-    for audio in ([SOUND], (SOUND,), (SOUND[0], np.int64(8000))):
+    for audio in ([SOUND], (SOUND,), (SOUND[0], np.int64(8000)), {"array": SOUND[0], "sampling_rate": 8000}):
         assert assistant.ask("Which?", audio=audio, max_tokens=6).tokens == heard
     plain = assistant.ask("Which?", max_tokens=6).tokens
     assert assistant.ask("Which?", image=None, audio=None, max_tokens=6).tokens == plain
@@ -119,7 +184,7 @@ def test_an_unknown_sampling_setting_is_refused_with_those_there_are(assistant: 
     with pytest.raises(ConfigError, match="unknown sampling setting warmth; known are temperature, top_k, top_p"):
         assistant.ask("How many?", warmth=0.5, seed=1)
     with pytest.raises(ConfigError, match="unknown sampling setting warmth"):
-        list(assistant.stream("How many?", warmth=0.5))
+        assistant.stream("How many?", warmth=0.5)
     with pytest.raises(ConfigError, match=r"top_p=2.0 must be in \(0, 1\]"):
         assistant.ask("How many?", top_p=2.0)
 
@@ -277,6 +342,25 @@ def test_a_stream_gives_its_first_piece_before_the_answer_is_done(assistant: Ass
         assert next(assistant.stream("?")) == assistant.processor.tokenizer.decode(ids[:1])
 
 
+LEFT = """
+import sys, modalora
+pieces = modalora.load(sys.argv[1]).stream("How many boxes?", max_tokens=9)
+next(pieces)
+"""
+
+
+def test_a_stream_that_is_left_in_its_middle_ends_quietly(folder: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", LEFT, str(folder)], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_what_a_stream_is_read_in_is_not_what_its_caller_computes_in(assistant: Assistant) -> None:
+    pieces = assistant.stream("How many boxes?", image=PICTURE, max_tokens=9)
+    next(pieces)
+    assert not torch.is_inference_mode_enabled()
+    assert torch.ones(1, requires_grad=True).mul(2).requires_grad
+
+
 # ------------------------------------------------------------------------------------------------- questions and media
 
 
@@ -308,13 +392,56 @@ def test_the_number_of_a_tag_is_that_of_its_picture() -> None:
     assert [part["image"] for part in message["content"] if part["type"] == "image"] == [other, PICTURE]
 
 
+def test_a_tag_without_a_number_is_the_next_of_its_kind() -> None:
+    other = PICTURE.rotate(90)
+    (message,) = question_messages("<image>Is it like <|image_2|>, as <audio> says?", [PICTURE, other], SOUND)
+    assert [part["type"] for part in message["content"]] == ["image", "text", "image", "text", "audio", "text"]
+    assert [part["image"] for part in message["content"] if part["type"] == "image"] == [PICTURE, other]
+
+
+def test_tags_in_messages_place_what_is_given_beside_them(assistant: Assistant) -> None:
+    other = PICTURE.rotate(90)
+    said = [
+        {"role": "user", "content": "<image>Is it blue?"},
+        {"role": "assistant", "content": "An <image> is no place in an answer"},
+        {"role": "user", "content": "And <image>?"},
+    ]
+    told = assistant.ask(said, image=[PICTURE, other], max_tokens=4)
+    parts = [
+        {"role": "user", "content": [{"type": "image", "image": PICTURE}, {"type": "text", "text": "Is it blue?"}]},
+        said[1],
+        {"role": "user", "content": [{"type": "text", "text": "And "}, {"type": "image", "image": other},
+                                     {"type": "text", "text": "?"}]},
+    ]  # fmt: skip
+    assert told.route == assistant.ask(parts, max_tokens=4).route
+    assert "".join(assistant.stream(said, image=[PICTURE, other], max_tokens=4)) == told.text
+
+
+def test_a_tag_without_its_medium_is_refused_and_a_part_is_mere_text(assistant: Assistant) -> None:
+    asked = [{"role": "user", "content": "<image>Is it blue?"}]
+    for ask in (
+        assistant.ask,
+        assistant.logits,
+        lambda one: assistant.stream(one),
+        lambda one: assistant.ask_many([one]),
+    ):
+        with pytest.raises(
+            PromptError, match=r"has 1 image placeholder\(s\) and 0 image\(s\) were given; give as many"
+        ):
+            ask(asked)
+    with pytest.raises(PromptError, match="conversation 2: the text has 1 audio placeholder"):
+        assistant.ask_many(["Hi", "Say <audio>"])
+    asked = [{"role": "user", "content": [{"type": "text", "text": "What does <audio> do in HTML?"}]}]
+    assert assistant.ask(asked, max_tokens=1).route["adapter"] is None
+
+
 def test_a_conversation_that_ends_with_an_answer_is_not_answered_but_read(assistant: Assistant) -> None:
     said = [{"role": "user", "content": "Repeat: one two"}, {"role": "assistant", "content": "one"}]
     open_one = question_messages("Hi")
     for ask in (assistant.ask, lambda messages: list(assistant.stream(messages))):
-        with pytest.raises(PromptError, match="the conversation ends with the assistant's own message; leave that out"):
+        with pytest.raises(PromptError, match="^the last message is the assistant's own; leave that out"):
             ask(said)
-    with pytest.raises(PromptError, match="conversation 2 ends with the assistant's own message"):
+    with pytest.raises(PromptError, match="conversation 2: the last message is the assistant's own"):
         assistant.ask_many([open_one, said])
     assert assistant.ask([*said, *open_one], max_tokens=1).finish_reason == "length"
     assert len(assistant.logits(said)) == len(assistant.processor.row(said).ids)
@@ -642,6 +769,19 @@ def test_a_folder_that_is_none_is_refused(assistant: Assistant, tmp_path: Path) 
         save_adapter(assistant.model, "style", tmp_path / "style")
 
 
+def test_folders_of_a_run_say_where_model_and_adapter_are(assistant: Assistant, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assistant.save(run / "model")
+    save_adapter(assistant.model, "vision", run / "mine-lora")
+    with pytest.raises(CheckpointError, match="run is the folder of a run; give the model in it, .*run/model"):
+        modalora.load(run)
+    with pytest.raises(CheckpointError, match=r"mine-lora is an adapter, not a model; .* --adapter mine=.*mine-lora"):
+        modalora.load(run / "mine-lora")
+    with pytest.raises(CheckpointError, match="run is no adapter but holds some; give .*run/mine-lora"):
+        assistant.load_adapter(run, "mine")
+    assert modalora.load(run / "model").load_adapter(run / "mine-lora", "mine")
+
+
 def refuse(assistant: Assistant, folder: Path, name: str, told: str) -> None:
     before = {key: tensor.clone() for key, tensor in assistant.model.state_dict().items()}
     with pytest.raises((CheckpointError, ConfigError), match=told):
@@ -762,7 +902,8 @@ def test_raw_prompts_take_control_tokens_of_any_form_and_no_bare_placeholder(ass
         (lambda m: m.ask("Hi", audio=(SOUND[0], "8000")), r"it must be \(array, rate\), such as"),
         (lambda m: m.ask("Hi", audio=[SOUND[0], 8000]), r"was given as list; give .* or \(samples, rate\)"),
         (lambda m: m.ask("Hi", audio=SOUND[0]), r"was given as ndarray; give .* or \(samples, rate\)"),
-        (lambda m: m.ask("Hi", image=np.asarray(PICTURE)), r"ndarray; give .* or a PIL image \(Image.fromarray\(array"),
+        (lambda m: m.ask("Hi", image=np.zeros((9, 9, 3))), r"a float64 array of shape \(9, 9, 3\); give uint8 of"),
+        (lambda m: m.ask("Hi", image=5), r"was given as int; give .* or a PIL image \(Image.fromarray\(array"),
     ],
 )
 def test_what_is_of_another_type_is_told(assistant: Assistant, call: Callable[[Any], Any], told: str) -> None:

@@ -45,7 +45,7 @@ def test_rows_end_to_end_are_grouped_by_runs_of_tokens() -> None:
 
 
 def test_a_sum_of_adapters_is_names_with_weights() -> None:
-    assert terms("vision+mine@0.7") == (("vision", 1.0), ("mine", 0.7))
+    assert terms("vision+mine@0.7") == terms("vision + mine @ 0.7") == (("vision", 1.0), ("mine", 0.7))
     assert Route(("a+b@-0.5",)).groups == (("a", 1.0, None), ("b", -0.5, None))
     for wrong in ("", "+", "a+", "a@", "a@x", "a@nan", "a@inf", "a+a", "@2"):
         with pytest.raises(RouteError, match="is no sum of adapters; write names with"):

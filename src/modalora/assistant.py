@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,25 +16,28 @@ import torch
 from torch import Tensor
 
 from modalora import modality
+from modalora.checkpoint.adapters import CONFIG as ADAPTER
 from modalora.checkpoint.adapters import Verdict, load_adapter
 from modalora.checkpoint.store import load_model, save_model
 from modalora.contracts import Batch, Message, terms
-from modalora.errors import CheckpointError, ConfigError, PromptError, RouteError
-from modalora.generation.engine import generate
+from modalora.errors import CheckpointError, ConfigError, InputError, PromptError, RouteError
+from modalora.generation.engine import Token, check_max_tokens, generate
 from modalora.generation.sampling import Sampling
 from modalora.generation.windows import Switch, check_switch, explain_table
 from modalora.models.multimodal import MODALITIES, ModelConfig, Multimodal
 from modalora.models.router import route as route_of
 from modalora.nn.rope import LongRope, Regime
 from modalora.processing.chat import FORMATS, ChatFormat, read_calls
-from modalora.processing.processor import Compat, Processor
+from modalora.processing.processor import Compat, Processor, Row
+from modalora.processing.questions import Payloads, check_open, conversation, media_by_kind
+from modalora.processing.questions import question_messages as question_messages  # the front door has it, too
 from modalora.processing.spans import spans
 from modalora.processing.tokenizer import Growing, TextTokenizer
 
 BUNDLED = Path(__file__).parent / "bundled"
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-Media = Any  # a path, bytes, a PIL image, or (samples, sample_rate)
+ROWS = 16  # conversations that are answered at a time
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,20 @@ class Answer:
     usage: Mapping[str, int]
     seconds: float
     tool_calls: tuple[dict[str, Any] | str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """How rows are answered, checked. sampling: of each row; all but the seeds are the same."""
+
+    max_tokens: int
+    stop: list[str]
+    switch: Switch
+    sampling: list[Sampling]
+
+    def select(self, rows: Sequence[int]) -> _Settings:
+        """Return the settings of some of the rows."""
+        return replace(self, sampling=[self.sampling[row] for row in rows])
 
 
 @dataclass
@@ -78,8 +94,8 @@ class Assistant:
         self,
         question: str | Sequence[Message],
         *,
-        image: Media | Sequence[Media] = (),
-        audio: Media | Sequence[Media] = (),
+        image: Payloads = (),
+        audio: Payloads = (),
         media: Mapping[str, Any] | None = None,
         max_tokens: int = 128,
         route: str = "auto",
@@ -90,84 +106,150 @@ class Assistant:
     ) -> Answer:
         """Answer a question, or go on from a list of messages.
 
-        image, audio: one or several (paths, bytes, PIL images, (samples, rate)); they stand before the text unless it
-        has tags: the first of a kind at <|image_1|>, and so on. media: the same for further modalities, {name: one
-        payload or a list of them}. Messages hold their media themselves, as parts, and end with what is to be answered.
-        route: "auto", "none" or an adapter. sampling: fields of generation.sampling.Sampling.
+        image, audio: one or several: paths, bytes, files open for reading, what `datasets` holds, PIL images or uint8
+        arrays, (samples, rate). media: the same for further modalities, {name: one payload or a list of them}. They
+        stand before the text unless it has tags: <image>, <audio>, or by number <|image_1|>, the first of its kind.
+        Messages hold their media themselves, as parts, or have such tags in a user's text; they end with what is to be
+        answered. route: "auto", "none" or an adapter. sampling: fields of generation.sampling.Sampling; seed is 0
+        unless given, so that a question has one answer at any temperature.
         raw: the question is a whole prompt in the model's own format, whose control tokens count as such; else they are
         text. switch: when a row changes to the rotary table of longer rows (generation.windows.Switch): "crossing",
         once it outgrows the original window, or "planned", from the start if prompt and max_tokens together do.
         Raises PromptError, MediaError, RouteError, ConfigError; WorkError where the model's logits are no numbers.
         """
-        if not isinstance(question, Sequence):
-            raise PromptError(f"question={question!r:.60} must be a string or a list of messages")
         _check_bool("raw", raw)
-        if raw:
-            batch = self.raw_batch(question, image=image, audio=audio, media=media, route=route)
-            return self._answers(batch, max_tokens, stop, switch, sampling)[0]
-        if isinstance(question, str):
-            messages = question_messages(question, image, audio, media)
-        elif given := [kind for kind, own in _by_kind(image, audio, media).items() if own]:
-            raise PromptError(
-                f"{', '.join(given)} was given beside a list of messages; put it into the content of one, as the part "
-                f"{{'type': '{given[0]}', '{given[0]}': ...}}"
-            )
-        else:
-            messages = list(question)
-        return self.ask_many([messages], max_tokens=max_tokens, route=route, stop=stop, switch=switch, **sampling)[0]
+        if not raw:
+            messages = conversation(question, image, audio, media)
+            return self.ask_many([messages], max_tokens=max_tokens, route=route, stop=stop, switch=switch, **sampling)[
+                0
+            ]
+        settings = self._settings(max_tokens, stop, switch, sampling, 1)
+        batch = self.raw_batch(question, image=image, audio=audio, media=media, route=route)
+        self.check_room(int(batch.lengths[0]), max_tokens)
+        return self._answers(batch, settings)[0]
 
     def raw_batch(
         self,
         prompt: str | Sequence[Message],
         *,
-        image: Media | Sequence[Media] = (),
-        audio: Media | Sequence[Media] = (),
+        image: Payloads = (),
+        audio: Payloads = (),
         media: Mapping[str, Any] | None = None,
         route: str = "auto",
     ) -> Batch:
         """Return a prompt that is already in the model's own format as a batch of one row."""
         if not isinstance(prompt, str):
             raise PromptError("a raw prompt must be one string, with its control tokens in it; messages are not raw")
-        row = self.processor.raw_row(prompt, _by_kind(image, audio, media))
+        row = self.processor.raw_row(prompt, media_by_kind(image, audio, media))
         return self.processor.collate([row], route=route, labelled=False)
 
     def ask_many(
         self,
-        conversations: Sequence[Sequence[Message]],
+        conversations: Sequence[str | Sequence[Message]],
         *,
         max_tokens: int = 128,
         route: str = "auto",
         stop: str | Sequence[str] = (),
         switch: Switch = "crossing",
+        seed: int | Sequence[int] = 0,
+        rows: int = ROWS,
         **sampling: Any,
     ) -> list[Answer]:
-        """Answer several conversations in one batch, whatever media each holds; each answer is what it would be
-        alone."""
+        """Answer several questions or conversations, whatever media each holds; each answer is what it would be alone.
+
+        rows: how many are answered at a time, which bounds the memory. seed: of all, so that equal conversations get
+        equal answers; or one for each, for several answers to one. What is wrong with any is told before the first is
+        answered, as far as texts and the headers of media tell.
+        """
         if isinstance(conversations, str | Mapping) or not isinstance(conversations, Sequence):
             raise PromptError(f"conversations={conversations!r:.60} must be a list of message lists")
-        for number, messages in enumerate(conversations, start=1):
-            _check_open(messages, f"conversation {number}" if len(conversations) > 1 else "the conversation")
-        return self._answers(self.processor(conversations, route=route), max_tokens, stop, switch, sampling)
+        if not conversations:
+            raise PromptError("no conversation was given; pass a list of message lists")
+        found = self.ask_each(
+            conversations, max_tokens=max_tokens, route=route, stop=stop, switch=switch, seed=seed, rows=rows,
+            **sampling,
+        )  # fmt: skip
+        for place, one in enumerate(conversations if len(conversations) > 1 else ()):
+            try:
+                messages = conversation(one)
+                check_open(messages)
+                self.check_room(self.processor.measure(messages), max_tokens)
+            except InputError as error:
+                raise _numbered(error, place, conversations) from None
+        answers: list[Answer] = []
+        for answer in found:
+            if isinstance(answer, InputError):
+                raise _numbered(answer, len(answers), conversations)
+            answers.append(answer)
+        return answers
 
-    def _answers(
-        self, batch: Batch, max_tokens: int, stop: str | Sequence[str], switch: Switch, sampling: Mapping[str, Any]
-    ) -> list[Answer]:
+    def ask_each(
+        self,
+        conversations: Sequence[str | Sequence[Message]],
+        *,
+        max_tokens: int = 128,
+        route: str = "auto",
+        stop: str | Sequence[str] = (),
+        switch: Switch = "crossing",
+        seed: int | Sequence[int] = 0,
+        rows: int = ROWS,
+        **sampling: Any,
+    ) -> Iterator[Answer | InputError]:
+        """Return what becomes of each conversation, in order: an answer, or what is wrong with it.
+
+        Arguments as for `ask_many`. Raises ConfigError and RouteError for a setting that suits none.
+        """
+        if isinstance(rows, bool) or not isinstance(rows, Integral) or rows < 1:
+            raise ConfigError(f"rows={rows!r:.40} must be a whole number of at least 1, such as {ROWS}")
+        settings = self._settings(max_tokens, stop, switch, {**sampling, "seed": seed}, len(conversations))
+        self.processor.router((), route)
+        if self.processor.compat:
+            rows = len(conversations)  # whose media route them all
+        return self._each(conversations, route, settings, rows)
+
+    def _each(
+        self, conversations: Sequence[str | Sequence[Message]], route: str, settings: _Settings, rows: int
+    ) -> Iterator[Answer | InputError]:
+        for start in range(0, len(conversations), rows):
+            part = [self._row_or_error(one, route, settings) for one in conversations[start : start + rows]]
+            good = {start + place: one for place, one in enumerate(part) if isinstance(one, Row)}
+            answers: Iterator[Answer] = iter(())
+            if good:
+                batch = self.processor.collate([*good.values()], route=route, labelled=False)
+                answers = iter(self._answers(batch, settings.select([*good])))
+            yield from (one if isinstance(one, InputError) else next(answers) for one in part)
+
+    def _row_or_error(self, question: str | Sequence[Message], route: str, settings: _Settings) -> Row | InputError:
+        try:
+            return self._row(conversation(question), route, settings)
+        except InputError as error:
+            return error
+
+    def _row(self, messages: Sequence[Message], route: str, settings: _Settings) -> Row:
+        """Return a conversation as a row that can be answered by itself."""
+        check_open(messages)
+        row = self.processor.row(messages)
+        self.check_room(len(row.ids), settings.max_tokens)
+        if not self.processor.compat:
+            self.processor.router({kind for kind, *_ in row.media}, route)
+        return row
+
+    def _answers(self, batch: Batch, settings: _Settings) -> list[Answer]:
         started = time.perf_counter()
-        stop = _stops(stop)
-        batch = self._prompt(batch, max_tokens)
+        batch = batch.to(self.device)
         ids: list[list[int]] = [[] for _ in batch.input_ids]
         finish = ["stop"] * len(ids)
-        for token in self._generate(batch, max_tokens, stop, switch, sampling):
+        for token in self._generate(batch, settings):
             if token.finish != "stop" or token.id not in self.stop_ids:
                 ids[token.row].append(token.id)
             finish[token.row] = token.finish or finish[token.row]
         seconds = time.perf_counter() - started
         answers: list[Answer] = []
-        routes = self.explain(batch, max_tokens=max_tokens, switch=switch)
+        routes = self.explain(batch, max_tokens=settings.max_tokens, switch=settings.switch)
         for row, new in enumerate(ids):
             prompt = int(batch.lengths[row])
             usage = {"prompt_tokens": prompt, "completion_tokens": len(new), "total_tokens": prompt + len(new)}
-            text = _cut(self.processor.tokenizer.decode(new), stop)
+            text = _cut(self.processor.tokenizer.decode(new), settings.stop)
             calls = read_calls(new, self.processor.tokenizer)
             finish[row] = "tool_calls" if calls and finish[row] == "stop" else finish[row]
             answers.append(Answer(text, tuple(new), finish[row], routes[row], usage, seconds, calls))
@@ -175,25 +257,32 @@ class Assistant:
 
     def stream(
         self,
-        messages: str | Sequence[Message],
+        question: str | Sequence[Message],
         *,
+        image: Payloads = (),
+        audio: Payloads = (),
+        media: Mapping[str, Any] | None = None,
         max_tokens: int = 128,
         route: str = "auto",
         stop: str | Sequence[str] = (),
         switch: Switch = "crossing",
         **sampling: Any,
     ) -> Iterator[str]:
-        """Yield the answer in pieces of whole characters as they come; the pieces together are `ask`'s text."""
-        stop = _stops(stop)
-        conversation = question_messages(messages) if isinstance(messages, str) else messages
-        _check_open(conversation, "the conversation")
-        batch = self._prompt(self.processor([conversation], route=route), max_tokens)
+        """Return the answer in pieces of whole characters as they come; the pieces together are `ask`'s text.
+
+        Arguments and errors as for `ask`; what is wrong with them is told at once.
+        """
+        settings = self._settings(max_tokens, stop, switch, sampling, 1)
+        row = self._row(conversation(question, image, audio, media), route, settings)
+        return self._pieces(self.processor.collate([row], route=route, labelled=False).to(self.device), settings)
+
+    def _pieces(self, batch: Batch, settings: _Settings) -> Iterator[str]:
         growing, text, sent = Growing(self.processor.tokenizer), "", ""
-        held_back = max((len(word) for word in stop), default=1) - 1  # a stop string may have begun
-        for token in self._generate(batch, max_tokens, stop, switch, sampling):
+        held_back = max((len(word) for word in settings.stop), default=1) - 1  # a stop string may have begun
+        for token in self._generate(batch, settings):
             if token.id not in self.stop_ids:
                 text = growing.add(token.id)
-            known = _cut(text, stop)
+            known = _cut(text, settings.stop)
             if token.finish is None:
                 known = known.rstrip("\ufffd")  # the rest of a character is still to come
                 known = known[: max(len(sent), len(known) - held_back)]
@@ -204,8 +293,7 @@ class Assistant:
     @torch.no_grad()
     def logits(self, messages: str | Sequence[Message], *, route: str = "auto") -> Tensor:
         """Return logits, (time, vocab) float32, of the rendered prompt including its media spans."""
-        conversation = question_messages(messages) if isinstance(messages, str) else messages
-        batch = self.processor([conversation], route=route).to(self.device)
+        batch = self.processor([conversation(messages)], route=route).to(self.device)
         return self.model(batch)[0].float()
 
     def explain(self, batch: Batch, *, max_tokens: int = 128, switch: Switch = "crossing") -> list[dict[str, Any]]:
@@ -237,6 +325,7 @@ class Assistant:
         """
         if not isinstance(folder, str | os.PathLike) or "\0" in str(folder) or not isinstance(name, str):
             raise ConfigError(f"load_adapter({folder!r:.60}, {name!r:.40}) takes a folder, and a name for its adapter")
+        _check_adapter_folder(Path(folder))
         verdict = load_adapter(self.model, Path(folder), name)
         self._renew()
         return verdict
@@ -267,47 +356,60 @@ class Assistant:
             notes=self.notes, beside=self.folder,
         )  # fmt: skip
 
+    def __repr__(self) -> str:
+        """Return one line: which model, how large, what it reads, which adapters, and where it is."""
+        weight = self.model.decoder.embed_tokens.weight
+        numbers = sum(parameter.numel() for parameter in self.model.parameters())
+        return (
+            f"Assistant({self.folder.name if self.folder else 'unsaved'}: {numbers:,} numbers, window "
+            f"{self.processor.window:,}, adapters {', '.join(self.model.adapters) or 'none'}, "
+            f"{str(weight.dtype).removeprefix('torch.')} on {weight.device})"
+        )
+
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.decoder.embed_tokens.weight.device
 
-    def check_room(self, batch: Batch, max_tokens: int) -> None:
-        """Raise ConfigError or PromptError unless an answer of max_tokens fits behind every prompt."""
-        if isinstance(max_tokens, bool) or not isinstance(max_tokens, Integral):
-            raise ConfigError(f"max_tokens={max_tokens!r:.40} must be a whole number, such as 128")
-        if max_tokens < 1:
-            raise ConfigError(f"max_tokens={max_tokens} must be at least 1")
-        longest = int(batch.lengths.max())
-        room = self.processor.window - longest
+    def check_room(self, tokens: int, max_tokens: int) -> None:
+        """Raise PromptError unless an answer of max_tokens fits behind a prompt of so many tokens."""
+        room = self.processor.window - tokens
         if max_tokens > room:
             lower = f"lower max_tokens to {room} or shorten the prompt" if room else "shorten the prompt"
             raise PromptError(
-                f"a prompt of {longest} tokens and max_tokens={max_tokens} exceed this model's window of "
+                f"a prompt of {tokens} tokens and max_tokens={max_tokens} exceed this model's window of "
                 f"{self.processor.window}; {lower}"
             )
 
-    def _prompt(self, batch: Batch, max_tokens: int) -> Batch:
-        self.check_room(batch, max_tokens)
-        return batch.to(self.device)
-
-    def _generate(
-        self, batch: Batch, max_tokens: int, stop: Sequence[str], switch: Switch, sampling: Mapping[str, Any]
-    ) -> Iterator[Any]:
+    def _settings(
+        self, max_tokens: int, stop: str | Sequence[str], switch: Switch, sampling: Mapping[str, Any], rows: int
+    ) -> _Settings:
+        """Return how so many rows are answered. Raises ConfigError."""
+        check_max_tokens(max_tokens)
         check_switch(self.model.config.decoder.rope, switch)
+        known = Sampling.__dataclass_fields__
+        if unknown := sorted(set(sampling) - set(known)):
+            raise ConfigError(f"unknown sampling setting {', '.join(unknown)}; known are {', '.join(known)}")
+        seed = sampling.get("seed", 0)
+        seeds = seed if isinstance(seed, list | tuple | range) else [seed] * rows
+        if len(seeds) != rows:
+            raise ConfigError(
+                f"seed has {len(seeds)} number(s) for {rows} conversation(s); give one for each, or one number for all"
+            )
+        each = [Sampling(**{**sampling, "seed": one}) for one in seeds]
+        return _Settings(max_tokens, _stops(stop), switch, each)
+
+    def _generate(self, batch: Batch, settings: _Settings) -> Iterator[Token]:
         growing = [Growing(self.processor.tokenizer) for _ in batch.input_ids]
 
         def stops(row: int, ids: list[int]) -> bool:
             text = growing[row].add(ids[-1])
-            return any(word in text for word in stop)
+            return any(word in text for word in settings.stop)
 
-        known = Sampling.__dataclass_fields__
-        if unknown := sorted(set(sampling) - set(known)):
-            raise ConfigError(f"unknown sampling setting {', '.join(unknown)}; known are {', '.join(known)}")
-        chosen = Sampling(**sampling)
         return generate(
-            self.model, batch, sampling=chosen, max_tokens=max_tokens, stop_ids=self.stop_ids,
-            stops=stops if stop else None, switch=switch,
+            self.model, batch, sampling=settings.sampling[0], max_tokens=settings.max_tokens, stop_ids=self.stop_ids,
+            stops=stops if settings.stop else None, switch=settings.switch,
+            seeds=[one.seed for one in settings.sampling],
         )  # fmt: skip
 
     def _scale(self, route: str) -> float | list[float]:
@@ -425,6 +527,7 @@ def find_model(name: str | Path) -> Path:
         raise ConfigError(f"the model {name!r:.60} must be a folder, or the name of a bundled model")
     path = Path(name)
     if path.is_dir():
+        _check_model_folder(path)
         return path
     if path.is_file():
         raise CheckpointError(f"{str(name)!r} is a file; give the folder of a model")
@@ -435,6 +538,27 @@ def find_model(name: str | Path) -> Path:
     raise CheckpointError(
         f"no model folder {str(name)!r}; give a folder, or a bundled model ({bundled or 'none here'})"
     )
+
+
+def _check_model_folder(path: Path) -> None:
+    """Say what a folder is that holds no model, but is what a run wrote. Raises CheckpointError."""
+    if (path / "config.json").exists():
+        return
+    if (path / ADAPTER).is_file():
+        raise CheckpointError(
+            f"{path} is an adapter, not a model; load the model that it was trained on, and then "
+            f"load_adapter({str(path)!r}, 'mine') (command line: --adapter mine={path} --route mine)"
+        )
+    if (path / "model" / "config.json").is_file():
+        raise CheckpointError(f"{path} is the folder of a run; give the model in it, {path / 'model'}")
+
+
+def _check_adapter_folder(path: Path) -> None:
+    """Say where the adapters of a run's folder are. Raises CheckpointError."""
+    if not (path / ADAPTER).exists() and (held := sorted(path.glob(f"*-lora/{ADAPTER}"))):
+        raise CheckpointError(
+            f"{path} is no adapter but holds some; give {' or '.join(str(one.parent) for one in held)}"
+        )
 
 
 def make_processor(
@@ -453,90 +577,13 @@ def make_processor(
     )
 
 
-def question_messages(
-    question: str,
-    image: Media | Sequence[Media] = (),
-    audio: Media | Sequence[Media] = (),
-    media: Mapping[str, Any] | None = None,
-) -> list[Message]:
-    """Return one user message with its media: the first of a kind at <|image_1|> and so on, or all before the text.
-
-    Raises PromptError when the text has tags of a kind, and not one for each of its media.
-    """
-    by_kind = _by_kind(image, audio, media)
-    tag = re.compile(rf"<\|({'|'.join(map(re.escape, by_kind))})_(\d+)\|>")
-    parts: list[dict[str, Any]] = []
-    for kind, given in by_kind.items():
-        numbers = [match[2] for match in tag.finditer(question) if match[1] == kind]
-        if not numbers:
-            parts += [{"type": kind, kind: item} for item in given]
-        elif len(numbers) != len(given):
-            raise PromptError(
-                f"the text has {len(numbers)} {kind} placeholder(s) and {len(given)} {kind}(s) were given; give as "
-                f"many as there are <|{kind}_N|> tags, or write no tags to put the media first"
-            )
-        elif set(numbers) != {str(number) for number in range(1, len(given) + 1)}:
-            raise PromptError(
-                f"the {kind} placeholders are numbered {', '.join(numbers):.60}; number them 1 to {len(given)}, each "
-                f"once: <|{kind}_1|> is the first {kind} given"
-            )
-    at = 0
-    for match in tag.finditer(question):
-        kind = match.group(1)
-        if question[at : match.start()]:
-            parts.append({"type": "text", "text": question[at : match.start()]})
-        parts.append({"type": kind, kind: by_kind[kind][int(match.group(2)) - 1]})
-        at = match.end()
-    if question[at:]:
-        parts.append({"type": "text", "text": question[at:]})
-    if not parts:
-        raise PromptError("the question is empty and there are no media; write a question, or give an image or audio")
-    return [{"role": "user", "content": parts}]
-
-
-def _by_kind(image: Any, audio: Any, media: Mapping[str, Any] | None) -> dict[str, list[Any]]:
-    if media is not None and not isinstance(media, Mapping):
-        raise PromptError(f"media={media!r:.60} must be {{modality: payload}}, such as {{'motion': 'wrist.csv'}}")
-    if wrong := [kind for kind in media or {} if not isinstance(kind, str)]:
-        raise PromptError(f"media has {wrong[0]!r:.40} as a modality's name; names are strings, such as 'motion'")
-    found = {"image": _listed(image), "audio": _listed(audio)}
-    for kind, given in (media or {}).items():
-        found[kind] = [*found.get(kind, ()), *_listed(given)]
-    return found
-
-
-def _listed(media: Media | Sequence[Media]) -> list[Media]:
-    if isinstance(media, list | tuple) and len(media) > 0 and all(isinstance(one, Real) for one in media):
-        return [media]  # one series of numbers
-    if isinstance(media, list | tuple) and len(media) == 2 and _is_pair(*media):
-        return [media]
-    if isinstance(media, list):
-        return media
-    if isinstance(media, tuple):
-        return list(media)
-    return [] if media is None else [media]
-
-
-def _is_pair(first: Any, second: Any) -> bool:
-    """Tell whether two things are one sound, (samples, rate), or meant as one, (samples, "16000"), not two media."""
-    if isinstance(second, str):
-        return second.isdecimal() and not isinstance(first, str | bytes | os.PathLike)
-    return isinstance(second, Real)
+def _numbered(error: InputError, place: int, conversations: Sequence[Any]) -> InputError:
+    return type(error)(f"conversation {place + 1}: {error}") if len(conversations) > 1 else error
 
 
 def _check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise ConfigError(f"{name}={value!r:.40} must be True or False")
-
-
-def _check_open(messages: Sequence[Message], what: str) -> None:
-    """Refuse a conversation in which there is nothing to answer; what else is wrong with it is told elsewhere."""
-    last = messages[-1] if isinstance(messages, Sequence) and messages else None
-    if isinstance(last, Mapping) and last.get("role") == "assistant":
-        raise PromptError(
-            f"{what} ends with the assistant's own message; leave that out or add a user's, or let the model go on "
-            "inside an answer: ask(prompt, raw=True), the prompt written with its control tokens"
-        )
 
 
 def _stops(stop: str | Sequence[str]) -> list[str]:

@@ -36,7 +36,7 @@ def terms(adapter: str) -> tuple[tuple[str, float], ...]:
     for part in adapter.split("+"):
         name, _, weight = part.partition("@")
         try:
-            found.append((name, float(weight) if _ else 1.0))
+            found.append((name.strip(), float(weight) if _ else 1.0))
         except ValueError:
             found.append(("", 0.0))
     if not all(name and isfinite(weight) for name, weight in found) or len({name for name, _ in found}) < len(found):

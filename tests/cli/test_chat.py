@@ -64,7 +64,24 @@ def test_media_are_held_as_they_were(session: Session, take: Take, tmp_path: Pat
     assert not take("What?", "And now?").startswith("!")
     take(f'/save "{saved}"')
     (line,) = saved.read_text().splitlines()
-    assert json.loads(line)["messages"][0]["content"][0] == {"type": "image", "image": str(picture)}
+    assert json.loads(line)["messages"][0]["content"][0] == {"type": "image", "image": "my picture.png"}
+
+
+def test_what_was_saved_is_read_as_rows_of_training(
+    session: Session, take: Take, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "d" / "img").mkdir(parents=True)
+    (tmp_path / "d" / "img" / "0.png").write_bytes(SCENE.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    take("/image d/img/0.png", "What?", "/save d/chat.jsonl", f"/audio {DIGITS}", "And?", "/save d/both.jsonl")
+    assert json.loads(Path("d/chat.jsonl").read_text())["messages"][0]["content"][0]["image"] == "img/0.png"
+    code, out, _ = run("data", "check", "d/chat.jsonl")
+    assert (code, "every row is good" in out) == (0, True)
+    code, out, _ = run("data", "check", "d/both.jsonl")  # DIGITS is elsewhere
+    assert (code, f"the audio '{DIGITS}' lies outside" in out.replace("\n", "")) == (1, True)
+    assert run("data", "check", "d/both.jsonl", "mixture.0.options.media_root=/")[0] == 1  # the picture is not there
+    code, out, _ = run("route", "explain", "nano", "Hi", "--batch", "d/both.jsonl", "--json")
+    assert (code, json.loads(out.splitlines()[1])["modalities"]) == (0, ["audio", "image"])
 
 
 def test_the_route_shown_is_the_one_that_was_taken(session: Session, take: Take) -> None:
@@ -159,6 +176,16 @@ def test_an_answer_takes_the_room_that_is_left_and_a_full_window_is_told(session
     assert "[the window is nearly full: 2 tokens were left for this answer; /reset starts anew]" in told
     assert "/reset starts anew" in take("Hi")
     assert len(session.messages) == 2
+
+
+def test_a_file_of_a_further_modality_is_saved_as_rows_of_training_name_it(
+    session: Session, take: Take, tmp_path: Path
+) -> None:
+    parts = [{"type": "dna", "dna": str(tmp_path / "gene.txt")}, {"type": "text", "text": "What?"}]
+    session.messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "a gene"}]
+    take(f"/save {tmp_path / 'chat.jsonl'}")
+    saved = json.loads((tmp_path / "chat.jsonl").read_text())["messages"]
+    assert saved[0]["content"] == [{"type": "dna", "dna": {"path": "gene.txt"}}, parts[1]]
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,7 @@ def test_scores_are_summed_over_the_samples_of_a_task(
     assistant = Assistant(model, make_processor(tiny(), letters))
     asked: list[int] = []
 
-    def said(given: Assistant, samples: list[Sample]) -> list[str]:
+    def said(given: Assistant, samples: list[Sample], adapter: str | None) -> list[str]:
         asked.append(len(samples))
         return [" and ".join(sample.answers[: len(sample.answers) // 2 or 1]) for sample in samples]
 

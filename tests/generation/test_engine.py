@@ -367,3 +367,26 @@ def test_a_stale_dynamic_table_says_something_else(
     assert greedy(dynamic, batch, 24) == [told]
     monkeypatch.setattr(Multimodal, "table_number", lambda self, length: 0)
     assert greedy(dynamic, batch, 24) != [told]
+
+
+def test_a_model_reads_in_inference_mode_and_its_caller_does_not() -> None:
+    modes: list[bool] = []
+
+    class Noting(Counter):
+        def _say(self, last: Sequence[int]) -> Tensor:
+            modes.append(torch.is_inference_mode_enabled())
+            return super()._say(last)
+
+    for _ in generate(Noting(), rows_of([5]), sampling=GREEDY, max_tokens=3, stop_ids=()):
+        modes.append(torch.is_inference_mode_enabled())
+    assert modes == [True, False] * 3
+
+
+def test_rows_draw_by_their_own_seeds() -> None:
+    def tokens(seeds: list[int] | None, *rows: list[int]) -> list[list[int]]:
+        hot = Sampling(temperature=50.0, seed=7)
+        drawn = generate(Counter(), rows_of(*rows), sampling=hot, max_tokens=6, stop_ids=(), seeds=seeds)
+        return said(list(drawn), len(rows))
+
+    assert tokens([7, 8, 7], [5], [5], [5]) == [*tokens(None, [5]), *tokens([8], [5]), *tokens([7], [5])]
+    assert tokens([7], [5]) != tokens([8], [5])

@@ -1,20 +1,28 @@
-"""`modalora ask`: one answer."""
+"""`modalora ask`: one answer, or one for every row of a file."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Annotated, Any, cast
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from modalora.cli import options
-from modalora.cli.loading import media_by_name, open_model, typed
+from modalora.cli.loading import check_used, media_by_name, open_model, typed
 from modalora.cli.words import to_json
+
+if TYPE_CHECKING:
+    from modalora.assistant import Assistant
 
 
 def ask(
+    context: typer.Context,
     model: options.Model,
-    question: Annotated[str, typer.Argument(help="The question; - reads it from standard input.")],
+    question: Annotated[str | None, typer.Argument(help="The question; - reads it from standard input.")] = None,
     image: options.Images = None,
     audio: options.Sounds = None,
     media: options.MediaFiles = None,
@@ -40,27 +48,73 @@ def ask(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print text, tokens, finish_reason, route, usage, seconds, tool_calls.")
     ] = False,
+    rows: Annotated[
+        Path | None,
+        typer.Option(
+            "--rows", help="Ask every row of a data file instead; a JSON line of text, route, usage for each."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Where the lines of --rows go; a file with some is gone on with.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Rows answered at a time.")] = 16,
+    media_root: Annotated[
+        Path | None,
+        typer.Option(help="The folder that media paths of --rows start from and may not leave; else the file's."),
+    ] = None,
 ) -> None:
-    """Answer one question, with pictures and recordings if you like.
+    """Answer one question, with pictures and recordings if you like; or every row of a file.
 
     Example: modalora ask nano "How many circles are there?" --image scene.png
+
+    Example: modalora ask nano --rows rows.jsonl --output answers.jsonl
     """
+    from modalora.errors import ConfigError
+
+    given = options.given(context, "rows", "output", "batch", "media_root")
+    settings: dict[str, Any] = {
+        "max_tokens": max_tokens, "route": route, "stop": stop or [], "switch": switch, "temperature": temperature,
+        "top_p": top_p, "top_k": top_k, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
+    }  # fmt: skip
+    loading: dict[str, Any] = {"dtype": dtype, "device": device, "rope": rope, "pack": pack}
+    if rows is not None:
+        alone = options.given(context, "image", "audio", "media", "raw") + ["--json"] * as_json
+        if question is not None or alone:
+            raise ConfigError(f"{alone[0] if alone else 'QUESTION'} is for one question; leave it out beside --rows")
+        _ask_rows(lambda: open_model(model, adapter, modality_file, **loading), adapter, rows, output, batch,
+                  media_root or rows.parent, settings)  # fmt: skip
+        return
+    if question is None or given:
+        raise ConfigError(f"{given[0]} is for --rows" if given else "give a QUESTION, or --rows FILE with many")
     text = typed(question, raw=raw)
-    answer = open_model(model, adapter, modality_file, dtype=dtype, device=device, rope=cast(Any, rope), pack=pack).ask(
-        text,
-        raw=raw,
-        image=list(image or []),
-        audio=list(audio or []),
-        media=media_by_name(media),
-        max_tokens=max_tokens,
-        route=route,
-        stop=stop or [],
-        switch=cast(Any, switch),
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
+    named = media_by_name(media)
+    assistant = open_model(model, adapter, modality_file, **loading)
+    kinds = [kind for kind, held in {"image": image, "audio": audio, **named}.items() if held]
+    check_used(assistant, adapter, route, kinds)
+    answer = assistant.ask(text, raw=raw, image=list(image or []), audio=list(audio or []), media=named, **settings)
     print(to_json(asdict(answer)) if as_json else answer.text)
+
+
+def _ask_rows(
+    load: Callable[[], Assistant],
+    adapter: list[str] | None,
+    rows: Path,
+    output: Path | None,
+    batch: int,
+    root: Path,
+    settings: dict[str, Any],
+) -> None:
+    from modalora.cli.rows import Answers, answer_rows
+    from modalora.data.files import open_records
+
+    with TemporaryDirectory() as cache:
+        records = open_records(rows, Path(cache))
+        answers = Answers(output)
+        if answers.rows:
+            print(f"{output} has {answers.rows:,} of {len(records):,} rows, and is gone on with", file=sys.stderr)
+        assistant = load()
+        check_used(assistant, adapter, settings["route"])
+        bad = answer_rows(assistant, records, root, answers, batch, settings)
+    if bad:
+        print(f'{bad:,} of {len(records):,} rows could not be asked: see "error" in their lines', file=sys.stderr)
+        raise typer.Exit(1)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from modalora.cli import options
-from modalora.cli.loading import open_model
+from modalora.cli.loading import open_model, unused
 
 if TYPE_CHECKING:
     from modalora.assistant import Assistant
@@ -42,6 +42,8 @@ def chat(
     settings = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     _check(max_tokens, temperature, seed)
     session = Session(open_model(model, adapter, modality_file, dtype=dtype, device=device), settings)
+    for name in unused(session.assistant, adapter, session.route):
+        print(f"! the adapter {name!r} is loaded and not used yet: /route {name}", file=sys.stderr)
     if session.terminal:
         print(f"{model}: /help lists the commands, Ctrl-D leaves")
     asked_to_leave = False
@@ -71,12 +73,11 @@ def chat(
 
 def _check(max_tokens: int, temperature: float, seed: int) -> None:
     """Refuse bad settings before a model is loaded. Raises ConfigError."""
-    from modalora.errors import ConfigError
+    from modalora.generation.engine import check_max_tokens
     from modalora.generation.sampling import Sampling
 
     Sampling(temperature=temperature, seed=seed)
-    if max_tokens < 1:
-        raise ConfigError(f"max_tokens={max_tokens} must be at least 1; 128 works")
+    check_max_tokens(max_tokens)
 
 
 class Session:
@@ -215,12 +216,27 @@ class Session:
             print("\n".join(lines(record)[:5]))
         print(f"[route {self.route}]")
 
+    def _saved(self, message: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """Return a message as a row of training has it: media as paths from the folder, absolute where not in it."""
+        if isinstance(message["content"], str):
+            return message
+        return {**message, "content": [self._saved_part(part, folder.resolve()) for part in message["content"]]}
+
+    def _saved_part(self, part: dict[str, Any], folder: Path) -> dict[str, Any]:
+        kind, payload = part["type"], part[part["type"]]
+        if kind == "text":
+            return part
+        path = Path(self.files.get(payload, payload)).resolve()
+        told = (path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix()
+        return {"type": kind, kind: told if kind in ("image", "audio") else {"path": told}}
+
     def _save(self, name: str) -> None:
         path = _path(name, "/save")
         if not any(message["role"] == "assistant" for message in self.messages):
             self._refuse("nothing to save yet")
             return
-        line = json.dumps({"messages": self.messages}, ensure_ascii=False, default=self.files.get)
+        saved = {"messages": [self._saved(message, path.parent) for message in self.messages]}
+        line = json.dumps(saved, ensure_ascii=False)
         try:
             with path.open("ab+") as file:
                 file.seek(0)

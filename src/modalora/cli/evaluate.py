@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from modalora.cli import options
-from modalora.cli.loading import open_model
+from modalora.cli.loading import check_used, open_model
 from modalora.cli.words import to_json
 
 if TYPE_CHECKING:
@@ -52,7 +52,9 @@ def evaluate(
     threshold: Annotated[float, typer.Option(help="Average of ruler that a length must reach to be effective.")] = (
         0.856
     ),
+    adapter: options.Adapters = None,
     modality_file: options.ModalityFiles = None,
+    route: options.Route = "auto",
     seed: options.Seed = 0,
     dtype: options.Dtype = "auto",
     device: options.Device = "cpu",
@@ -70,7 +72,9 @@ def evaluate(
     from modalora.evaluation.ruler import TASKS, Report, least_length, run_tasks
 
     _check(context, tasks, samples, threshold)
-    assistant = open_model(model, files=modality_file, dtype=dtype, device=device)
+    assistant = open_model(model, adapter, modality_file, dtype=dtype, device=device)
+    own = assistant.processor.router((), route).adapter
+    check_used(assistant, adapter, route, ())
     window, tokenizer = assistant.processor.window, assistant.processor.tokenizer
     chosen = [window // 4, window // 2, window]
     if asked := options.given(context, "lengths"):
@@ -95,27 +99,29 @@ def evaluate(
             tokenizer, texts, chosen, samples, part="evaluation", style=style, needles=needles,
             depths=places, distractors=distractors, seed=seed,
         )  # fmt: skip
-    found: dict[str, Any] = {"model": model, "seed": seed, "lengths": chosen, "results": []}
+    found: dict[str, Any] = {"model": model, "adapter": own, "seed": seed, "lengths": chosen, "results": []}
     for regime in dict.fromkeys(rope or ["reference"]):
         set_regime(assistant.model, cast(Any, regime))
         result: dict[str, Any] = {"rope": regime}
         found["results"].append(result)
         shown = [f"rotary table: {regime}"] if rope else []
+        shown += [f"adapter: {own or 'none'}"] if route != "auto" else []
         if "needle" in tasks:
-            (grid,) = measure_grid(assistant.model, documents, regimes=[cast(Any, regime)])
+            (grid,) = measure_grid(assistant.model, documents, regimes=[cast(Any, regime)], adapter=own)
             result["needle"] = {"style": style, "needles": needles, "distractors": distractors} | grid.as_json()
             shown += _needle_lines(grid)
         if "ruler" in tasks:
             cells = run_tasks(
-                assistant, names, chosen, samples=samples, texts=texts, form=form, example=example, seed=seed
-            )
+                assistant, names, chosen, samples=samples, texts=texts, form=form, example=example, seed=seed,
+                adapter=own,
+            )  # fmt: skip
             report = Report(tuple(cells))
             result["ruler"] = {"form": form, "example": example} | report.as_json(threshold)
             shown += _ruler_lines(report, threshold)
             if not texts and not only:
                 shown.append("tasks in book text were left out: they need --text")
         if "perplexity" in tasks:
-            bits = bits_by_length(assistant.model, tokenizer, texts, chosen, passages=samples, seed=seed)
+            bits = bits_by_length(assistant.model, tokenizer, texts, chosen, passages=samples, seed=seed, adapter=own)
             result["perplexity"] = [one.as_json() for one in bits]
             shown += _bits_lines(bits)
         if not as_json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,37 @@ def open_model(
         name, folder = pair(one, "--adapter", "NAME=FOLDER, such as mine=my-lora")
         assistant.load_adapter(folder, name)
     return assistant
+
+
+def unused(
+    assistant: Assistant, adapters: Sequence[str] | None, route: str, kinds: Collection[str] | None = None
+) -> list[str]:
+    """Return the names of the adapters, "NAME=FOLDER" each, that no row of these modalities uses by this route.
+
+    kinds: None for rows of whatever modalities.
+    """
+    from modalora import modality
+    from modalora.contracts import terms
+
+    rules = modality.routes(assistant.model.config).items() if route == "auto" else ()
+    used = {rule.adapter for held, rule in rules if kinds is None or held == frozenset(kinds)}
+    if route not in ("auto", "none"):
+        used |= {name for name, _ in terms(route)}
+    return [name for name in (one.partition("=")[0] for one in adapters or []) if name not in used]
+
+
+def check_used(
+    assistant: Assistant, adapters: Sequence[str] | None, route: str, kinds: Collection[str] | None = None
+) -> None:
+    """Refuse adapters that would be loaded and change nothing. Raises ConfigError."""
+    from modalora.errors import ConfigError
+
+    if left := unused(assistant, adapters, route, kinds):
+        rows = "such rows" if kinds is None else f"rows of {' + '.join(sorted(kinds)) or 'text'}"
+        raise ConfigError(
+            f"--adapter {left[0]}=... would change nothing: --route {route} does not use it for {rows}; add --route "
+            f"{left[0]}, or leave the adapter out"
+        )
 
 
 def media_by_name(given: Sequence[str] | None) -> dict[str, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -14,6 +15,9 @@ from modalora.cli.words import to_json
 
 if TYPE_CHECKING:
     from modalora.processing.processor import Processor, Row
+
+
+_URL = re.compile(r"[a-z][a-z\d+.-]+:", re.IGNORECASE)
 
 
 def explain(
@@ -42,12 +46,14 @@ def explain(
     Example: modalora route explain nano "What is this?" --image scene.png --audio seven.wav
     """
     from modalora.assistant import question_messages
+    from modalora.generation.engine import check_max_tokens
 
     assistant = open_model(model, adapter, modality_file, rope=cast(Any, rope), compat=cast(Any, compat or None))
     own = question_messages(typed(question), list(image or []), list(audio or []), media_by_name(media))
     rows = [assistant.processor.row(own), *(_more(batch, assistant.processor) if batch else [])]
     prompts = assistant.processor.collate(rows, route=route, labelled=False)
-    assistant.check_room(prompts, max_tokens)
+    check_max_tokens(max_tokens)
+    assistant.check_room(int(prompts.lengths.max()), max_tokens)
     records = assistant.explain(prompts, max_tokens=max_tokens, switch=cast(Any, switch))
     for number, (record, official) in enumerate(
         zip(records, assistant.explain_official(prompts), strict=True), start=1
@@ -75,12 +81,32 @@ def _more(path: Path, processor: Processor) -> list[Row]:
             continue
         try:
             held = json.loads(line)
-            rows.append(processor.row(held["messages"] if isinstance(held, dict) and "messages" in held else held))
+            messages = held["messages"] if isinstance(held, dict) and "messages" in held else held
+            rows.append(processor.row(_seen_from(path.parent, messages)))
         except (ValueError, RecursionError) as error:
             raise PromptError(f"{path}, line {number} is not JSON: {error}; write a list of messages") from None
         except InputError as error:
             raise type(error)(f"{path}, line {number}: {error}") from None
     return rows
+
+
+def _seen_from(folder: Path, messages: Any) -> Any:
+    """Return messages with the paths of their media seen from a folder; what is wrong with them is told elsewhere."""
+    if isinstance(messages, list):
+        return [_seen_from(folder, one) for one in messages]
+    if not isinstance(messages, dict):
+        return messages
+    if isinstance(messages.get("content"), list):
+        return {**messages, "content": _seen_from(folder, messages["content"])}
+    kind = messages.get("type")
+    payload = messages.get(kind) if isinstance(kind, str) and kind != "text" else None
+    if isinstance(payload, dict) and [*payload] == ["path"]:
+        payload = payload["path"]
+    elif kind not in ("image", "audio"):
+        return messages
+    return (
+        {**messages, kind: str(folder / payload)} if isinstance(payload, str) and not _URL.match(payload) else messages
+    )
 
 
 def _official(record: dict[str, Any]) -> str:

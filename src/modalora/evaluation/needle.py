@@ -89,14 +89,16 @@ def perplexity(losses: Tensor) -> float:
 
 @torch.no_grad()
 @wide_products()
-def answer_losses(model: Multimodal, documents: Sequence[Document], rotations: Rotations | None = None) -> Tensor:
+def answer_losses(
+    model: Multimodal, documents: Sequence[Document], rotations: Rotations | None = None, adapter: str | None = None
+) -> Tensor:
     """Return the mean nats over the answer tokens of each document, (documents,), in one forward pass.
 
     Rows may be longer than the model's window: how it reads them is what is asked. rotations: the rows' own rotary
-    tables. Only the answers go through the output projection.
-    Raises WorkError for a loss that is no finite number, DataError without documents.
+    tables. adapter: of the rows, one or a sum; None: the decoder alone. Only the answers go through the output
+    projection. Raises WorkError for a loss that is no finite number, DataError without documents.
     """
-    losses = model.decoder.losses(*_answer_states(model, documents, rotations))
+    losses = model.decoder.losses(*_answer_states(model, documents, rotations, adapter))
     means = torch.stack([part.mean() for part in losses.split([len(one.answers) for one in documents])])
     _check_finite(means, documents)
     return means
@@ -115,11 +117,14 @@ class Probe:
 
 @torch.no_grad()
 @wide_products()
-def ask_probes(model: Multimodal, documents: Sequence[Document], *, rows: int = 8) -> list[Probe]:
+def ask_probes(
+    model: Multimodal, documents: Sequence[Document], *, rows: int = 8, adapter: str | None = None
+) -> list[Probe]:
     """Return what becomes of every question, document by document, in batches of `rows` documents of like length.
 
     One forward pass tells what greedy decoding says: up to its first wrong token it reads the true answer, so it is
     right where every answer token is the likeliest. Which rotary table is used, the whole document's length decides.
+    adapter: as for `answer_losses`.
     Raises DataError for a document without needles, WorkError for a loss that is no finite number.
     """
     found: dict[int, list[Probe]] = {}
@@ -127,7 +132,7 @@ def ask_probes(model: Multimodal, documents: Sequence[Document], *, rows: int = 
     for at in range(0, len(order), rows):
         places = order[at : at + rows]
         part = [documents[place] for place in places]
-        states, targets = _answer_states(model, part, None)
+        states, targets = _answer_states(model, part, None, adapter)
         losses, likeliest = model.decoder.losses(states, targets), model.decoder.head(states).argmax(-1)
         sizes = [len(probe) for document in part for probe in document.probes]
         means = [float(piece.mean()) for piece in losses.split(sizes)]
@@ -201,11 +206,12 @@ class Grid:
 
 
 def measure_grid(
-    model: Multimodal, documents: Sequence[Document], *, regimes: Sequence[Regime] = ("reference",), rows: int = 8
-) -> list[Grid]:
+    model: Multimodal, documents: Sequence[Document], *, regimes: Sequence[Regime] = ("reference",), rows: int = 8,
+    adapter: str | None = None,
+) -> list[Grid]:  # fmt: skip
     """Return one grid per regime over the documents' lengths and depths; the model keeps the regime that it had.
 
-    Raises ConfigError for a regime that the model does not have.
+    adapter: as for `answer_losses`. Raises ConfigError for a regime that the model does not have.
     """
     rope = model.config.decoder.rope
     before: Regime = rope.regime if isinstance(rope, LongRope) else "reference"
@@ -213,7 +219,7 @@ def measure_grid(
         grids = []
         for regime in regimes:
             set_regime(model, regime)
-            grids.append(make_grid(regime, ask_probes(model, documents, rows=rows)))
+            grids.append(make_grid(regime, ask_probes(model, documents, rows=rows, adapter=adapter)))
         return grids
     finally:
         set_regime(model, before)
@@ -245,7 +251,7 @@ def _cell_json(cell: Cell) -> dict[str, Any]:
 
 
 def _answer_states(
-    model: Multimodal, documents: Sequence[Document], rotations: Rotations | None
+    model: Multimodal, documents: Sequence[Document], rotations: Rotations | None, adapter: str | None
 ) -> tuple[Tensor, Tensor]:
     """Return the states that predict the answers of all documents, (answers, width), and the answers, (answers,)."""
     if not documents:
@@ -255,7 +261,7 @@ def _answer_states(
     padded = torch.zeros((len(documents), max(lengths)), dtype=torch.long)
     for row, document in enumerate(documents):
         padded[row, : lengths[row]] = torch.tensor(document.ids)
-    batch = Batch(padded.to(device), torch.tensor(lengths, device=device), Route((None,) * len(documents)))
+    batch = Batch(padded.to(device), torch.tensor(lengths, device=device), Route((adapter,) * len(documents)))
     rows = torch.tensor([row for row, document in enumerate(documents) for _ in document.answers], device=device)
     columns = torch.tensor([at for document in documents for at in document.answers], device=device)
     return model.hidden(batch, rotations=rotations)[rows, columns - 1], batch.input_ids[rows, columns]

@@ -83,13 +83,14 @@ class LengthBits:
 
 def bits_by_length(
     model: Multimodal, tokenizer: TextTokenizer, texts: Sequence[str], lengths: Sequence[int], *, passages: int = 32,
-    scored: int | None = None, seed: int = 0, rows: int = 8,
+    scored: int | None = None, seed: int = 0, rows: int = 8, adapter: str | None = None,
 ) -> list[LengthBits]:  # fmt: skip
     """Return the bits per token of text at the end of windows of several lengths, the target tokens the same in all.
 
     Each passage is as long as the longest window, and its last `scored` tokens (None: half the shortest window) are the
     targets; a window of n tokens is its last n, read from position 0. So lengths differ in what the model may look back
     at, and in nothing else: one that gains from context falls, one that cannot read so far rises. Nothing slides.
+    adapter: of the rows, one or a sum; None: the decoder alone.
     Raises ConfigError for lengths that leave no target, DataError when the texts are too short.
     """
     if not lengths or passages < 2:
@@ -105,7 +106,7 @@ def bits_by_length(
     found = []
     for length in lengths:
         documents = [plain_document(ids[-length:], scored=scored, seed=seed) for ids in whole]
-        nats = [answer_losses(model, documents[at : at + rows]) for at in range(0, passages, rows)]
+        nats = [answer_losses(model, documents[at : at + rows], adapter=adapter) for at in range(0, passages, rows)]
         each = (torch.cat(nats).double() / log(2)).tolist()
         found.append(LengthBits(length, sum(each) / passages, scored * passages, tuple(each)))
     return found

@@ -453,9 +453,11 @@ class Report:
 def run_tasks(
     assistant: Assistant, tasks: Sequence[str], lengths: Sequence[int], *, samples: int = 20,
     texts: Sequence[str] = (), form: str = "plain", example: bool = False, seed: int = 0, rows: int = 8,
+    adapter: str | None = None,
 ) -> Iterator[TaskCell]:  # fmt: skip
     """Yield the scores of a model task by task for each length, decoding greedily; settings as in `make_samples`.
 
+    adapter: of the rows, one or a sum; None: the decoder alone.
     Raises ConfigError for a length that the model does not read.
     """
     check_lengths(lengths, assistant.processor.window)
@@ -467,7 +469,7 @@ def run_tasks(
             points = 0.0
             for at in range(0, samples, rows):
                 part = made[at : at + rows]
-                said = answer_samples(assistant, part)
+                said = answer_samples(assistant, part, adapter)
                 points += sum(
                     score_answer(text, sample.answers, TASKS[task].score)
                     for text, sample in zip(said, part, strict=True)
@@ -475,10 +477,10 @@ def run_tasks(
             yield TaskCell(task, length, points, samples)
 
 
-def answer_samples(assistant: Assistant, samples: Sequence[Sample]) -> list[str]:
+def answer_samples(assistant: Assistant, samples: Sequence[Sample], adapter: str | None = None) -> list[str]:
     """Return what the model goes on with behind each prompt, greedily, in one batch."""
     rows = [Row(ids=list(sample.ids)) for sample in samples]
-    batch = assistant.processor.collate(rows, labelled=False).to(assistant.device)
+    batch = assistant.processor.collate(rows, route=adapter or "none", labelled=False).to(assistant.device)
     said: list[list[int]] = [[] for _ in samples]
     for token in generate(
         assistant.model,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Protocol
 
 import torch
@@ -53,7 +54,14 @@ class Token:
     finish: str | None = None
 
 
-@torch.inference_mode()
+def check_max_tokens(max_tokens: object) -> None:
+    """Refuse what is no number of tokens. Raises ConfigError."""
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, Integral):
+        raise ConfigError(f"max_tokens={max_tokens!r:.40} must be a whole number, such as 128")
+    if max_tokens < 1:
+        raise ConfigError(f"max_tokens={max_tokens} must be at least 1; 128 works")
+
+
 def generate(
     model: Reader,
     batch: Batch,
@@ -63,20 +71,39 @@ def generate(
     stop_ids: Collection[int],
     stops: Callable[[int, list[int]], bool] | None = None,
     switch: Switch = "crossing",
+    seeds: Sequence[int] | None = None,
 ) -> Iterator[Token]:
     """Yield the tokens of every row, step by step, each row ending with a token that has a finish.
 
     max_tokens: most tokens per row. stops: asked after each token with the row and its new ids; true ends the row.
-    switch: when a row's rotary table changes.
+    switch: when a row's rotary table changes. seeds: of each row, in place of the sampling's.
     Raises WorkError where a row's logits are not finite.
     """
-    if max_tokens < 1:
-        raise ConfigError(f"max_tokens={max_tokens} must be at least 1")
+    check_max_tokens(max_tokens)
+    steps = _steps(model, batch, sampling, max_tokens, stop_ids, stops, switch, seeds)
+    while True:
+        with torch.inference_mode():  # entered anew for each step: a generator may be left in its middle, for ever
+            token = next(steps, None)
+        if token is None:
+            return
+        yield token
+
+
+def _steps(
+    model: Reader,
+    batch: Batch,
+    sampling: Sampling,
+    max_tokens: int,
+    stop_ids: Collection[int],
+    stops: Callable[[int, list[int]], bool] | None,
+    switch: Switch,
+    seeds: Sequence[int] | None,
+) -> Iterator[Token]:
     rows = list(range(len(batch.input_ids)))
     new: list[list[int]] = [[] for _ in rows]
     prompts = [batch.input_ids[row, : int(batch.lengths[row])].tolist() for row in rows]
     seen = [set(prompt) for prompt in prompts]
-    generators = [torch.Generator().manual_seed(sampling.seed) for _ in rows]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds or [sampling.seed] * len(rows)]
     reach = [len(prompt) + max_tokens for prompt in prompts] if switch == "planned" else None
     cache, route = model.new_cache(len(rows)), batch.route
     logits = model.read(batch, cache, reach)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from modalora.contracts import subsampled
 from modalora.errors import ConfigError, MediaError
-from modalora.processing.source import read_source
+from modalora.processing.source import read_source, unwrapped
 
 Wave = NDArray[np.float32]
 
@@ -63,11 +63,13 @@ def open_audio(source: str | Path | bytes | tuple[ArrayLike, int], config: Audio
     """Return one channel of float32 (samples,) and its rate in Hz, as the source has it.
 
     source: a path, the bytes of a file (WAV, FLAC, OGG, MP3), or (array, rate) with the array (samples,) or
-    (samples, channels). Channels are averaged. Integers of up to 32 bits are divided by their range; floats are taken
-    as they are, unclipped where a decoder passes 1 a little. The length is checked in the header before decoding.
+    (samples, channels); or what `unwrapped` makes one of. Channels are averaged. Integers of up to 32 bits are divided
+    by their range; floats are taken as they are, unclipped where a decoder passes 1 a little. The length is checked in
+    the header before decoding.
     Raises MediaError when the source is missing, not sound, damaged, cut short, too long, shorter than one window of
     25 ms, or holds numbers that are not finite.
     """
+    source = unwrapped(source, "audio")
     if isinstance(source, tuple):
         return _checked(_GIVEN, *_from_array(_GIVEN, source, config))
     name, data = read_source(source, "audio", config.max_bytes)
@@ -109,6 +111,7 @@ def count_audio_tokens(source: str | Path | bytes | tuple[ArrayLike, int], confi
 
     Raises MediaError as open_audio does for what the header tells.
     """
+    source = unwrapped(source, "audio")
     if isinstance(source, tuple):
         name = _GIVEN
         wave, rate = open_audio(source, config)

@@ -30,7 +30,7 @@ from torch.nn import functional
 
 from modalora.contracts import image_tokens
 from modalora.errors import ConfigError, MediaError
-from modalora.processing.source import read_source
+from modalora.processing.source import read_source, unwrapped
 
 # Formats read: each is decoded inside Pillow, none starts another program (EPS would).
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -86,8 +86,9 @@ def read_image(source: str | Path | bytes | Image.Image, config: ImageConfig) ->
 def open_image(source: str | Path | bytes | Image.Image, config: ImageConfig) -> Image.Image:
     """Return a picture as fully decoded 8-bit RGB, upright, with transparency on white.
 
-    source: a path, the bytes of a file, or a Pillow image (left unchanged). Of an animation, the first frame. The
-    limits of the config are checked before decoding. 16-bit grey is scaled to 8 bits; colour profiles are left out.
+    source: a path, the bytes of a file, or a Pillow image (left unchanged); or what `unwrapped` makes one of. Of an
+    animation, the first frame. The limits of the config are checked before decoding. 16-bit grey is scaled to 8 bits;
+    colour profiles are left out.
     Raises MediaError when the source is missing, not a picture, damaged, too small or too large.
     """
     with _unwarned():
@@ -150,6 +151,7 @@ def _decode_small(image: Image.Image, config: ImageConfig) -> Tensor | None:
 
 def _open_unread(source: str | Path | bytes | Image.Image, config: ImageConfig) -> tuple[str, Image.Image]:
     """Return what to call a picture, and it with its header read; the limits of the config are checked."""
+    source = unwrapped(source, "image")
     if isinstance(source, Image.Image):
         name, image = _GIVEN, source
     else:

@@ -1,12 +1,53 @@
-"""The bytes of a picture or a sound, from a file or as they are given."""
+"""The bytes of a picture or a sound, from a file or as they are given, in the forms that libraries hand on."""
 
 from __future__ import annotations
 
 import re
 import stat
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from modalora.errors import MediaError
+
+
+def unwrapped(source: Any, noun: str) -> Any:
+    """Return a medium as a path, bytes, a Pillow image or (samples, rate); what is none of these as it is.
+
+    source: also what `datasets` holds, {"bytes", "path"} or {"array", "sampling_rate"}; for pictures an array (height,
+    width[, channels]) of uint8; a file open for reading bytes, which is read whole and set back.
+    Raises MediaError for a mapping without a medium, other arrays, and files that give no bytes.
+    """
+    if isinstance(source, Mapping):
+        if source.get("bytes") is not None:
+            return source["bytes"]
+        if source.get("array") is not None and noun == "audio":
+            return source["array"], source.get("sampling_rate")
+        if source.get("path") is not None:
+            return source["path"]
+        held = "'array' and 'sampling_rate'" if noun == "audio" else "'path'"
+        raise MediaError(f"an {noun} was given as a mapping of {[*source]!r:.60}; give one with 'bytes', or {held}")
+    if isinstance(source, np.ndarray) and noun == "image":
+        if source.dtype == np.uint8 and source.size and source.shape[2:] in ((), (3,), (4,)) and source.ndim > 1:
+            return Image.fromarray(source)
+        raise MediaError(
+            f"an image was given as a {source.dtype} array of shape {source.shape}; give uint8 of (height, width, 3)"
+        )
+    if hasattr(source, "read") and hasattr(source, "seek"):
+        try:
+            start = source.tell()
+            source.seek(0)
+            data = source.read()
+            source.seek(start)
+        except (OSError, ValueError) as error:  # closed, or a pipe
+            raise MediaError(f"the {noun} file cannot be read from ({error}); give its path or its bytes") from error
+        if not isinstance(data, bytes):
+            raise MediaError(f"the {noun} file gives {type(data).__name__}, no bytes; open it with mode 'rb'")
+        return data
+    return source
 
 
 def read_source(source: str | Path | bytes, noun: str, max_bytes: int) -> tuple[str, bytes]:

@@ -32,7 +32,7 @@ from modalora.contracts import IGNORED, Batch, Media, Route
 from modalora.data.reader import limited
 from modalora.data.sources import Context
 from modalora.errors import CheckpointError, ConfigError, DataError, InputError
-from modalora.models.multimodal import ModelConfig, Multimodal, matches, part_of
+from modalora.models.multimodal import ModelConfig, Multimodal, matches, part_of, start_training
 from modalora.models.recompute import recompute
 from modalora.models.router import route
 from modalora.models.sizes import SIZES
