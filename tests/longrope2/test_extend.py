@@ -25,10 +25,12 @@ from modalora.errors import ConfigError, DataError
 from modalora.longrope2.extend import extend
 from modalora.longrope2.factors import read_factors
 from modalora.longrope2.judges import NeedleJudge
+from modalora.longrope2.plan import plan_extension
 from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import tiny
 from modalora.nn.rope import LongRope
 from modalora.processing.tokenizer import TextTokenizer
+from modalora.training.plan import plan_run
 
 Run = Callable[..., tuple[int, str, str]]
 WORDS = "the old man went home with a small dog and never came back to see what was left of it".split()
@@ -434,6 +436,19 @@ def test_the_plan_of_phi4_mini_is_what_its_sizes_say(run: Run) -> None:
     flops = 2 * inner * tokens + 2 * 32 * 3072 * tokens**2 + 2 * 7 * 3072 * 200_064
     assert found["document_flops"] == pytest.approx(flops)
     assert found["plain_search_flops"] == pytest.approx(flops * 10 * 1344)
+
+
+def test_the_plan_of_an_extension_and_of_its_training_tell_the_same_work() -> None:
+    changes = ["init=window-study", "target=32768", "scores.lengths=[]", "training.tokens=32768"]
+    windows = ["training.mixture.0.window=128", "training.mixture.1.window=32768", "training.accumulate=9"]
+    config = load_extension(RECIPES / "extend-phi4-mini.yaml", [*changes, *windows])
+    rope = {"kind": "plain", "window": 32768}
+    training, rows = plan_run(config.run(rope=rope))
+    assert "rows of text=32768 and text=128 in their shares, as its data were not opened" in rows
+    assert training.tokens == 9 * 32768
+    # seen 0.5 % apart; short rows taken for long ones were 40 %, and layers that are not counted again 20 %
+    found = plan_extension(config, [("h100", 1)], 0.4)
+    assert found.training_flops == pytest.approx(training.flops * config.run(rope=rope).steps, rel=0.02)
 
 
 def test_the_published_schedule_is_the_recipe() -> None:
