@@ -31,7 +31,7 @@ def asked_for(gpus: int, processes: int, overrides: Sequence[str] | None) -> tup
 def launch_many(arguments: Sequence[str], count: int, runs: Mapping[str, RunConfig], prefix: str = "") -> bool:
     """Carry out `modalora ARGUMENTS` in so many processes; tell whether it was: not for one, nor within one of many.
 
-    runs: what they will train, by title, refused here where so many cannot; prefix: of its settings on the command line.
+    runs: what they will train, by title, refused here where so many cannot; prefix: of its settings among overrides.
     Raises InputError, TrainingError.
     """
     if count == 1 or is_one_of_many():

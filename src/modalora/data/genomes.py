@@ -85,7 +85,10 @@ class Genome:
 
 
 def records(path: Path) -> list[SeqRecord]:
-    """Return the records of a FASTA, GenBank or EMBL file, told by its ending, in capitals, T for U. Raises DataError."""
+    """Return the records of a FASTA, GenBank or EMBL file, told by its ending; in capitals, T for U.
+
+    Raises DataError.
+    """
     try:
         from Bio import BiopythonWarning, SeqIO
     except ModuleNotFoundError:

@@ -262,7 +262,8 @@ def _read_search(work: Extension, documents: Sequence[Document], say: Say) -> tu
     found = read_json(told)
     if lacking := _TOLD - set(found):
         raise ConfigError(
-            f"{told} was altered: it has no {', '.join(sorted(lacking))}; remove it, and the search goes on from its log"
+            f"{told} was altered: it has no {', '.join(sorted(lacking))}; remove it, and the search goes on from its "
+            "log"
         )
     return factors, found
 

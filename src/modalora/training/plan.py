@@ -283,8 +283,8 @@ def plan_run(run: RunConfig, shapes: Sequence[str] = (), size: str | None = None
     """Plan a step of a run, and tell where its rows come from.
 
     shapes: rows as `shaped_batch` takes them; without them the run's own data, or where these cannot be opened, texts
-    as long as their sources' windows, in their shares. size: what stands in for run.init while that is not there, such as phi4-multimodal for
-    the stages of a chain. Raises ConfigError, CheckpointError.
+    as long as their sources' windows, in their shares. size: what stands in for run.init while that is not there, such
+    as phi4-multimodal for the stages of a chain. Raises ConfigError, CheckpointError.
     """
     check_settings(run)
     load_modalities(run)
@@ -368,7 +368,7 @@ def _stand_ins(config: ModelConfig, run: RunConfig) -> tuple[list[Batch], str]:
     shares: dict[int, float] = defaultdict(float)
     for size, share in token_shares(run, config.decoder.rope.window):
         shares[size] += share
-    *longer, least = sorted(shares, reverse=True)
+    *longer, least = sorted((size for size, share in shares.items() if share), reverse=True)
     if not longer:
         return _filled(config, run, [f"text={least}"]), f"rows of text={least}"
     micro: list[list[int]] = [[] for _ in range(run.accumulate)]
