@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -87,7 +88,8 @@ def of_openfold(*, extra: bool, layout: str) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("extra", [False, True])
 def test_names_and_shapes_at_the_published_sizes_are_openfold_s(layout: str, extra: bool) -> None:
     with torch.device("meta"):
-        stack = Evoformer(replace(extra_msa() if extra else EvoformerConfig(), blocks=2))
+        config = extra_msa() if extra else EvoformerConfig()
+        stack = Evoformer(replace(config, blocks=2, outer_first=layout == "openfold-fused"))
     prefix = "extra_msa_stack." if extra else "evoformer."
     block = of_openfold(extra=extra, layout=layout)
     wanted = {f"{prefix}blocks.{number}.{name}": shape for number in range(2) for name, shape in block.items()}
@@ -100,9 +102,9 @@ def test_names_and_shapes_at_the_published_sizes_are_openfold_s(layout: str, ext
     assert sum(map(prod, block.values())) == (701_312 if extra else 1_829_952)
 
 
-def random_stack(seed: int) -> Evoformer:
+def random_stack(seed: int, layout: str = "openfold") -> Evoformer:
     torch.manual_seed(seed)
-    stack = Evoformer(tiny())
+    stack = Evoformer(replace(tiny(), outer_first=layout == "openfold-fused"))
     for parameter in stack.parameters():
         torch.nn.init.normal_(parameter)
     return stack
@@ -111,7 +113,7 @@ def random_stack(seed: int) -> Evoformer:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("wrapped", ["", "model.", "module.model."])
 def test_what_is_written_is_read_bit_by_bit_and_its_layout_is_told(layout: str, wrapped: str) -> None:
-    one, other = random_stack(0), random_stack(1)
+    one, other = random_stack(0, layout), random_stack(1, layout)
     stored = {f"{wrapped}{name}": tensor.clone() for name, tensor in to_openfold(one, layout).items()}
     stored[f"{wrapped}structure_module.linear_in.weight"] = torch.zeros(3)  # another part of their model
     assert load_openfold(other, stored) == layout
@@ -121,7 +123,7 @@ def test_what_is_written_is_read_bit_by_bit_and_its_layout_is_told(layout: str, 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_number_of_theirs_comes_from_one_place_of_ours(layout: str) -> None:
-    stack, start = random_stack(0), 0
+    stack, start = random_stack(0, layout), 0
     with torch.no_grad():
         for parameter in stack.parameters():  # every number its own
             parameter.copy_(torch.arange(start, start + parameter.numel()).view_as(parameter))
@@ -129,6 +131,16 @@ def test_every_number_of_theirs_comes_from_one_place_of_ours(layout: str) -> Non
     numbers = torch.cat([tensor.flatten() for tensor in to_openfold(stack, layout).values()])
     assert torch.equal(numbers.sort().values, torch.arange(start).float())
     assert len(places(stack, layout)) == len(stack.state_dict())
+
+
+def test_multimer_weights_of_version_3_are_refused_by_a_stack_with_another_order() -> None:
+    stored, stack = to_openfold(random_stack(0, "openfold-fused"), "openfold-fused"), random_stack(1)
+    before = {name: tensor.clone() for name, tensor in stack.state_dict().items()}
+    with pytest.raises(ConfigError, match="outer_first=False; build it with outer_first=True"):
+        load_openfold(stack, stored)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in stack.state_dict().items())
+    with pytest.raises(ConfigError, match="outer_first=True"):
+        to_openfold(stack, "openfold-fused")
 
 
 def changed(tensors: dict[str, Tensor], name: str, tensor: Tensor | None) -> dict[str, Tensor]:
@@ -142,6 +154,8 @@ def changed(tensors: dict[str, Tensor], name: str, tensor: Tensor | None) -> dic
         ("evoformer.linear.bias", None, "1 tensors of evoformer.* are missing for a stack of 2 blocks"),
         ("evoformer.blocks.2.msa_att_row.linear_z.weight", torch.zeros(2, 2), "are left over for a stack of 2 blocks"),
         ("evoformer.linear.weight", torch.zeros(28, 25), r"evoformer.linear.weight is \(28, 25\)"),
+        ("model.evoformer.linear.bias", torch.zeros(28), "evoformer.linear.bias stands there twice"),
+        ("evoformer.linear.bias", np.zeros(28), "evoformer.linear.bias is a ndarray; give tensors"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_and_nothing_is_copied(

@@ -83,6 +83,17 @@ def test_a_gene_that_ends_behind_its_sequence_is_counted_and_a_cut_file_refused(
         read_genome(cut)
 
 
+def test_letters_of_rna_are_read_as_those_of_dna(made: Path) -> None:
+    wanted = read_genome(made)
+    made.with_name("rna.GB").write_text(GENBANK.format(letters=random_letters(135).lower().replace("t", "u")))
+    found = read_genome(made.with_name("rna.GB"))  # an ending in capitals, too
+    assert (found.genes, found.sequences, found.skipped) == (wanted.genes, wanted.sequences, wanted.skipped)
+    gene = "AUG" + "GCU" * 40 + "UAA"
+    made.with_name("rna.fasta").write_text(f"\ufeff>one\nCC{gene}\n")  # as editors of Windows begin a file
+    (one,) = read_genome(made.with_name("rna.fasta")).genes
+    assert one.letters == gene.replace("U", "T")
+
+
 def test_a_fasta_record_gives_its_longest_open_frame(tmp_path: Path) -> None:
     gene = "ATG" + "GCC" * 40 + "TAA"
     (tmp_path / "made.fasta").write_text(f">one Felis catus, a gene\nCC{gene}CATGAAATAG\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import signal
@@ -24,10 +25,12 @@ from modalora.errors import ConfigError, DataError
 from modalora.longrope2.extend import extend
 from modalora.longrope2.factors import read_factors
 from modalora.longrope2.judges import NeedleJudge
+from modalora.longrope2.plan import plan_extension
 from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import tiny
 from modalora.nn.rope import LongRope
 from modalora.processing.tokenizer import TextTokenizer
+from modalora.training.plan import plan_run
 
 Run = Callable[..., tuple[int, str, str]]
 WORDS = "the old man went home with a small dog and never came back to see what was left of it".split()
@@ -176,6 +179,96 @@ def test_a_model_that_is_trained_on_is_measured_anew(place: Path, extended: Path
     assert summary["scores"][title] != json.loads((extended / "summary.json").read_text())["scores"][title]
 
 
+@pytest.fixture
+def copied(extended: Path, tmp_path: Path) -> Path:
+    """A finished extension of one's own."""
+    shutil.copytree(extended, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_a_longer_search_names_at_once_all_that_must_go(place: Path, copied: Path) -> None:
+    before = (copied / "extend.yaml").read_text()
+    longer = settings(place, copied, search={"population": 4, "iterations": 3})
+    everything = [copied / "factors.json", copied / "train", copied / "scores"]
+    with pytest.raises(ConfigError, match="remove {}, {} and {}, and the search".format(*everything)):
+        extend(longer)
+    assert (copied / "extend.yaml").read_text() == before  # what is refused changes nothing
+    everything[0].unlink()
+    shutil.rmtree(copied / "train" / "model")  # a training that has not ended is of these factors, too
+    with pytest.raises(
+        ConfigError,
+        match=r"train was trained with other factors .* remove {}, or give".format("{} and {}".format(*everything[1:])),
+    ):
+        extend(longer)
+    for folder in everything[1:]:
+        shutil.rmtree(folder)
+    assert extend(longer)["trained"]
+
+
+def test_a_finished_training_that_is_refused_leaves_the_settings_as_they_are(place: Path, copied: Path) -> None:
+    before = (copied / "extend.yaml").read_text()
+    longer = {**recipe(place, copied)["training"], "steps": 5}
+    with pytest.raises(ConfigError, match="remove .*model to train on"):
+        extend(settings(place, copied, training=longer))
+    assert (copied / "extend.yaml").read_text() == before
+
+
+def test_the_search_tells_of_the_methods_that_are_compared_now(place: Path, copied: Path) -> None:
+    before = json.loads((copied / "summary.json").read_text())["search"]["others"]
+    assert [*before] == ["none", "yarn"]
+    shutil.rmtree(copied / "scores")
+    scores = {**recipe(place, copied)["scores"], "methods": ["linear", "yarn", "longrope2"]}
+    found = extend(settings(place, copied, scores=scores))["search"]["others"]
+    assert ([*found], found["yarn"]) == (["linear", "yarn"], before["yarn"])
+    assert json.loads((copied / "search" / "outcome.json").read_text())["others"] == found
+    scores["methods"] = ["longrope2"]
+    shutil.rmtree(copied / "scores")
+    assert extend(settings(place, copied, scores=scores))["search"]["others"] == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [("summary.json", "write_text"), ("search.png", "write_bytes"), ("report.html", "write_text")]
+)
+def test_a_disk_that_is_full_leaves_each_page_as_it_was(
+    place: Path, copied: Path, monkeypatch: pytest.MonkeyPatch, name: str, method: str
+) -> None:
+    before, whole = (copied / name).read_bytes(), getattr(Path, method)
+
+    def half(path: Path, content: Any, **options: Any) -> None:
+        is_meant = name.partition(".")[0] in path.name
+        whole(path, content[: len(content) // 2] if is_meant else content, **options)
+        if is_meant:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, method, half)
+    with pytest.raises(OSError, match="No space left"):
+        extend(settings(place, copied))
+    assert (copied / name).read_bytes() == before
+    assert not [path for path in copied.iterdir() if ".draft" in path.name]
+
+
+def test_whole_texts_are_not_called_needles(place: Path, tmp_path: Path, run: Run) -> None:
+    path = tmp_path / "recipe.yaml"
+    scores = {"documents": 1, "lengths": [512], "methods": ["longrope2"]}
+    changes = {"training": None, "scores": scores, "guide": {"documents": 2, "score": "text"}}
+    path.write_text(yaml.safe_dump(recipe(place, tmp_path / "out", **changes)))
+    code, out, err = run("extend", str(path))
+    assert code == 0, err
+    page = (tmp_path / "out" / "report.html").read_text()
+    for told in (out, page):
+        assert "perplexity of whole texts" in told
+        assert "needle perplexity" not in told
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())["search"]
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]), rel=1e-15)
+
+
+def test_processes_that_cannot_share_the_training_are_told_the_setting(place: Path, tmp_path: Path, run: Run) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(place, tmp_path / "out")))
+    code, _, err = run("extend", str(path), "--processes", "2")
+    assert (code, "such as training.accumulate=2" in err) == (2, True)
+
+
 def test_an_empty_folder_of_scores_holds_no_results(place: Path, extended: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(extended, out)
@@ -243,7 +336,7 @@ def test_without_training_it_ends_with_factors(place: Path, tmp_path: Path) -> N
 def test_documents_and_data_that_are_not_there_are_told_before_anything_is_searched(
     place: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match="128 tokens are too few"):
+    with pytest.raises(DataError, match=r"scores.lengths=\[\], .* \[128, 256, 512\]: 128 tokens are too few"):
         extend(settings(place, tmp_path / "out", scores={"documents": 1}))  # from half the window on
     lost = recipe(place, tmp_path)["training"] | {"mixture": [{"source": "files", "options": {"path": "no.jsonl"}}]}
     with pytest.raises(DataError, match=r"no\.jsonl"):
@@ -343,6 +436,19 @@ def test_the_plan_of_phi4_mini_is_what_its_sizes_say(run: Run) -> None:
     flops = 2 * inner * tokens + 2 * 32 * 3072 * tokens**2 + 2 * 7 * 3072 * 200_064
     assert found["document_flops"] == pytest.approx(flops)
     assert found["plain_search_flops"] == pytest.approx(flops * 10 * 1344)
+
+
+def test_the_plan_of_an_extension_and_of_its_training_tell_the_same_work() -> None:
+    changes = ["init=window-study", "target=32768", "scores.lengths=[]", "training.tokens=32768"]
+    windows = ["training.mixture.0.window=128", "training.mixture.1.window=32768", "training.accumulate=9"]
+    config = load_extension(RECIPES / "extend-phi4-mini.yaml", [*changes, *windows])
+    rope = {"kind": "plain", "window": 32768}
+    training, rows = plan_run(config.run(rope=rope))
+    assert "rows of text=32768 and text=128 in their shares, as its data were not opened" in rows
+    assert training.tokens == 9 * 32768
+    # seen 0.5 % apart; short rows taken for long ones were 40 %, and layers that are not counted again 20 %
+    found = plan_extension(config, [("h100", 1)], 0.4)
+    assert found.training_flops == pytest.approx(training.flops * config.run(rope=rope).steps, rel=0.02)
 
 
 def test_the_published_schedule_is_the_recipe() -> None:

@@ -307,12 +307,46 @@ def test_two_runs_have_the_same_bits(backend: str) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("backend", ["blockwise", FUSED])
-def test_a_gradient_of_the_gradient_is_refused(backend: str) -> None:
-    q = torch.randn(1, 4, 2, 8, device=DEVICE if backend == "fused" else "cpu", requires_grad=True)
-    (once,) = torch.autograd.grad(attend(q, q, q, mask=Mask(), backend=backend).square().sum(), q, create_graph=True)
+@pytest.mark.skipif(not TRITON, reason="needs triton: pip install -e '.[fused]'")
+def test_a_gradient_of_the_fused_gradient_is_refused() -> None:
+    q = torch.randn(1, 4, 2, 8, device=DEVICE, requires_grad=True)
+    (once,) = torch.autograd.grad(attend(q, q, q, mask=Mask(), backend="fused").square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         once.sum().backward()
+
+
+@pytest.mark.parametrize("power", [1, 2])  # a constant gradient of the output must not make those behind it constant
+def test_a_gradient_of_the_gradient_in_tiles_is_refused(power: int) -> None:
+    def loss(q: Tensor) -> Tensor:
+        return (attend(q, q, q, mask=Mask(), backend="blockwise") ** power).sum()
+
+    q = torch.randn(1, 4, 2, 8, requires_grad=True)
+    (once,) = torch.autograd.grad(loss(q), q, create_graph=True)
+    with pytest.raises(ConfigError, match="attend is differentiable once"):
+        (once.sum() + q.sum()).backward()
+    with pytest.raises(ConfigError, match="attend is differentiable once"):
+        torch.func.grad(lambda q: torch.func.grad(loss)(q).sum())(q.detach())
+
+
+@pytest.mark.parametrize("backend", ["eager", "blockwise"])
+def test_func_grad_gives_the_bits_of_backward(backend: str) -> None:
+    case = plain(length=21)
+    given = tuple(x.requires_grad_() for x in case.tensors if x is not None)
+
+    def loss(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, pair_bias: Tensor) -> Tensor:
+        out = attend(q, k, v, mask=case.mask, key_bias=key_bias, pair_bias=pair_bias, backend=backend)
+        return (out * case.upstream[0]).sum()
+
+    told = torch.autograd.grad(loss(*given), given)
+    found = torch.func.grad(loss, argnums=(0, 1, 2, 3, 4))(*(x.detach() for x in given))
+    for one, other in zip(found, told, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", ["eager", "blockwise", None])
+def test_tensors_without_numbers_have_a_shape(backend: str | None) -> None:
+    q, bias = torch.empty(1, 3, 700, 2, 8, device="meta"), torch.empty(1, 2, 700, 700, device="meta")
+    assert attend(q, q, q, mask=Mask(), pair_bias=bias, backend=backend).shape == q.shape
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -103,16 +103,20 @@ def triangle_ending(w: Weights, z: Tensor, mask: Tensor, heads: int) -> Tensor:
 
 
 def block(
-    w: Weights, m: Tensor, z: Tensor, msa_mask: Tensor, pair_mask: Tensor, heads: int, pair_heads: int
-) -> tuple[Tensor, Tensor]:
-    """Algorithm 6, one turn, without dropout."""
+    w: Weights, m: Tensor, z: Tensor, msa_mask: Tensor, pair_mask: Tensor, heads: int, pair_heads: int,
+    outer_first: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Algorithm 6, one turn, without dropout. outer_first: in the order of AlphaFold-Multimer."""
+    if outer_first:
+        z = z + outer_product_mean(w["outer_product_mean"], m, msa_mask)
     m = m + msa_row(w["msa_att_row"], m, z, msa_mask, heads)
     if f"{w.prefix}msa_att_col.layer_norm_m.weight" in w.tensors:
         m = m + msa_column_global(w["msa_att_col"], m, msa_mask, heads)
     else:
         m = m + msa_column(w["msa_att_col"]["_msa_att"], m, msa_mask, heads)
     m = m + transition(w["msa_transition"], m)
-    z = z + outer_product_mean(w["outer_product_mean"], m, msa_mask)
+    if not outer_first:
+        z = z + outer_product_mean(w["outer_product_mean"], m, msa_mask)
     w = w["pair_stack"]
     z = z + triangle_multiplication(w["tri_mul_out"], z, pair_mask, "bikc,bjkc->bijc")
     z = z + triangle_multiplication(w["tri_mul_in"], z, pair_mask, "bkic,bkjc->bijc")

@@ -67,8 +67,9 @@ def plainly(stack: Evoformer, given: Given, msa_mask: Tensor, pair_mask: Tensor)
         own = plain.Weights(weights, f"evoformer.blocks.{number}.")
         config = stack.config
         msa, pair = plain.block(
-            own, msa, pair, msa_mask.double(), pair_mask.double(), config.msa_heads, config.pair_heads
-        )
+            own, msa, pair, msa_mask.double(), pair_mask.double(), config.msa_heads, config.pair_heads,
+            config.outer_first,
+        )  # fmt: skip
     return msa, pair, weights
 
 
@@ -84,8 +85,9 @@ def score(msa: Tensor, pair: Tensor, msa_mask: Tensor, pair_mask: Tensor) -> Ten
 
 @pytest.mark.parametrize("columns", ["all", "global"])
 @pytest.mark.parametrize("backend", ["eager", "blockwise"])
-def test_outputs_and_every_gradient_equal_the_paper_s_sums(columns: str, backend: str) -> None:
-    config = replace(tiny(), columns=columns, backend=backend)
+@pytest.mark.parametrize("outer_first", [False, True])
+def test_outputs_and_every_gradient_equal_the_paper_s_sums(columns: str, backend: str, outer_first: bool) -> None:
+    config = replace(tiny(), columns=columns, backend=backend, outer_first=outer_first)
     stack, given, (msa_mask, pair_mask) = make(config), inputs(config), padded()
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
     msa, pair, single = stack(**leaves, msa_mask=msa_mask, pair_mask=pair_mask)
@@ -261,6 +263,7 @@ def test_bf16_autocast_stays_near_float32() -> None:
         ({"pair": torch.zeros(2, 7, 6, 20)}, r"pair \(2, 7, 6, 20\) does not fit .* make it \(2, 7, 7, 20\)"),
         ({"msa_mask": torch.ones(2, 7, 5)}, r"msa_mask \(2, 7, 5\) does not fit"),
         ({"pair_mask": torch.ones(7, 7)}, r"pair_mask \(7, 7\) does not fit"),
+        *(({"msa": torch.zeros(*sizes, 24)}, "holds nothing") for sizes in ((0, 5, 7), (2, 0, 7), (2, 5, 0))),
     ],
 )
 def test_shapes_that_do_not_belong_together_are_told(change: Given, told: str) -> None:
@@ -270,11 +273,24 @@ def test_shapes_that_do_not_belong_together_are_told(change: Given, told: str) -
 
 @pytest.mark.parametrize(
     ("change", "told"),
-    [({"msa_heads": 0}, "msa_heads=0"), ({"pair_dropout": 1.0}, "pair_dropout"), ({"columns": "some"}, "all, global")],
+    [
+        ({"msa_heads": 0}, "msa_heads=0"),
+        ({"pair_dropout": 1.0}, "pair_dropout"),
+        ({"columns": "some"}, "all, global"),
+        ({"backend": "zz"}, "backend='zz' is unknown; known are eager, sdpa, blockwise, fused, and None"),
+    ],
 )
 def test_sizes_that_cannot_be_are_told(change: dict[str, object], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         replace(tiny(), **change)
+
+
+def test_sizes_that_are_no_whole_numbers_are_told() -> None:
+    for name, value, like in (("msa_heads", 2.5, 8), ("single_width", "28", 384), ("blocks", True, 48)):
+        config = tiny()
+        object.__setattr__(config, name, value)  # the type checks of tests would be faster
+        with pytest.raises(ConfigError, match=f"{name}={value!r} must be a whole number, such as {like}"):
+            config.__post_init__()
 
 
 def test_exact_attention_keeps_no_tensor_of_the_size_of_its_logits() -> None:

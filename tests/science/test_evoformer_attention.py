@@ -55,7 +55,7 @@ def test_biases_of_another_shape_are_refused() -> None:
         DS4Sci_EvoformerAttention(q, q, q, [None, torch.randn(1, 1, 2, 5, 5).expand(1, 3, 2, 5, 5)])
     with pytest.raises(ShapeError, match=r"first bias \(1, 5, 1, 1, 3\) must be \(1, 3, 1, 1, 5\)"):
         DS4Sci_EvoformerAttention(q, q, q, [torch.randn(1, 5, 1, 1, 3)])
-    for shape in ((5, 2, 8), (1, 3, 0, 2, 8), (1, 0, 5, 2, 8)):
+    for shape in ((5, 2, 8), (1, 3, 0, 2, 8), (1, 0, 5, 2, 8), (0, 3, 5, 2, 8)):
         with pytest.raises(
             ShapeError, match="must be \\(..., rows, length, heads, head_dim\\), with at least one of each"
         ):

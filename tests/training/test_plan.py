@@ -74,6 +74,18 @@ def test_blank_rows_take_the_route_of_the_runs_sources() -> None:
     assert batch.route.adapters == ("speech", None, "speech")
 
 
+@pytest.mark.parametrize("budget", [{"tokens": 240}, {"rows": 5}])
+def test_texts_stand_in_for_data_as_long_as_their_windows_and_in_their_shares(budget: dict[str, int]) -> None:
+    sources = [{"source": "books", "window": 24, "weight": 2}, {"source": "books", "name": "long", "window": 120}]
+    weigh = "tokens" if "tokens" in budget else "rows"
+    run = run_of(train=["decoder"], mixture=sources, accumulate=6, weigh=weigh, data="/nowhere", **budget)
+    plan, told = plan_run(run)
+    assert told.startswith("rows of text=120 and text=24 in their shares, as its data were not opened")
+    # a third of 1,440 tokens are 4 long rows, the others 40 short ones; a third of 30 rows are 10
+    wanted = (44, 1440) if weigh == "tokens" else (30, 10 * 120 + 20 * 24)
+    assert (plan.rows, plan.tokens) == wanted
+
+
 def pictures_with_cells() -> Batch:
     batch = shaped_batch(tiny(), ["text=8,image=100x80"], 4)
     media = []

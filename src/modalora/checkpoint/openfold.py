@@ -4,6 +4,9 @@ OpenFold has one stack in three layouts. "openfold" is what its code has today. 
 2022 have, where the pair half of a block, and what feeds it, are called core. "openfold-fused" are its multimer models
 of version 3, where a triangle multiplication has one matrix for both edges, the left one above the right one. Shapes
 are the same everywhere: a matrix is (out, in).
+
+Every multimer model of OpenFold has the outer product mean first in its blocks (opm_first). Names tell that of version
+3 alone; versions 1 and 2 are in the layout "openfold", as the others are.
 """
 
 from __future__ import annotations
@@ -59,10 +62,16 @@ class Place:
 
 def places(stack: Evoformer, layout: str = "openfold", *, prefix: str = "evoformer.") -> dict[str, Place]:
     """Return where each tensor of a stack is in a layout. The prefix of the stack for extra sequences is
-    "extra_msa_stack.". Raises ConfigError for an unknown layout.
+    "extra_msa_stack.". Raises ConfigError for an unknown layout, and for "openfold-fused" of a stack whose blocks have
+    another order.
     """
     if layout not in LAYOUTS:
         raise ConfigError(f"layout={layout!r} is unknown; known are {', '.join(LAYOUTS)}")
+    if layout == "openfold-fused" and not stack.config.outer_first:
+        raise ConfigError(
+            f"{prefix}* in the layout openfold-fused is of a multimer model, whose blocks begin with the outer product "
+            "mean, and the stack has outer_first=False; build it with outer_first=True"
+        )
     table = {}
     for number, block in enumerate(stack.blocks):
         is_global = isinstance(block.msa_column, GlobalColumnAttention)
@@ -100,13 +109,19 @@ def load_openfold(stack: Evoformer, tensors: Mapping[str, Tensor], *, prefix: st
 
     tensors: a state dict of OpenFold's model; names may begin with the "module." and "model." of its trainers. What
     does not begin with the prefix belongs to other parts of that model, and is left alone.
-    Raises CheckpointError when a tensor is missing, left over or of another shape; nothing is copied then.
+    Raises CheckpointError when a tensor is missing, left over, given twice, of another shape or no tensor, ConfigError
+    where the blocks of that layout have another order; nothing is copied then.
     """
-    given = {}
+    given: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         plain = name.removeprefix("module.").removeprefix("model.")
-        if plain.startswith(prefix):
-            given[plain] = tensor
+        if not plain.startswith(prefix):
+            continue
+        if plain in given:
+            raise CheckpointError(f"{plain} stands there twice, also as {name}; leave one of the two out")
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{name} is a {type(tensor).__name__}; give tensors, torch.from_numpy(...) of arrays")
+        given[plain] = tensor
     layout = "openfold"
     if any(".core." in name for name in given):
         layout = "openfold-1"

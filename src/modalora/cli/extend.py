@@ -51,7 +51,7 @@ def _extend(recipe: str, settings: list[str], count: int, as_json: bool) -> None
 
     training = config.run(rope={})  # its rotary factors are still to be searched for
     arguments = ["extend", recipe, *settings, *(["--json"] if as_json else [])]
-    if launch_many(arguments, count, {"training": training} if training else {}):
+    if launch_many(arguments, count, {"training": training} if training else {}, "training."):
         return
     found = carry_out(config, _say, _report)
     if is_first():
@@ -72,7 +72,7 @@ def _told(found: dict[str, Any]) -> str:
     judged = found["search"]
     lines = [
         f"critical pair: {in_theory} in theory; anchor {anchor}, first stretched by s {found['first_stretched_pair']}",
-        f"needle perplexity {judged['perplexity']:.4g} after {judged['evaluations']:,} candidates",
+        f"{judged['measure']} {judged['perplexity']:.4g} after {judged['evaluations']:,} candidates",
     ]
     width = max(len(title) for title in found["scores"])
     lengths = [cell["length"] for cell in next(iter(found["scores"].values()))]

@@ -102,7 +102,7 @@ def _extension(path: Path, overrides: list[str], where: tuple[str, int, float], 
     print(f"           racing reads {found.racing_share:.0%} of them, an assumption: {found.search_flops:.3g} FLOP")
     if found.training_tokens:
         print(f"training   {found.training_tokens:,} tokens, {found.short_share:.0%} in short rows: "
-              f"{found.training_flops:.3g} FLOP, recomputation left out")  # fmt: skip
+              f"{found.training_flops:.3g} FLOP, what is computed again included")  # fmt: skip
     print(f"scores     {found.score_flops:.3g} FLOP")
     print(f"{'time':<11}{'search':>10}{'training':>12}{'scores':>10}")
     for own in found.hours:

@@ -28,10 +28,11 @@ def asked_for(gpus: int, processes: int, overrides: Sequence[str] | None) -> tup
     return max(gpus, processes), [*(overrides or []), *(["device=cuda"] if gpus else [])]
 
 
-def launch_many(arguments: Sequence[str], count: int, runs: Mapping[str, RunConfig]) -> bool:
+def launch_many(arguments: Sequence[str], count: int, runs: Mapping[str, RunConfig], prefix: str = "") -> bool:
     """Carry out `modalora ARGUMENTS` in so many processes; tell whether it was: not for one, nor within one of many.
 
-    runs: what they will train, by title, refused here where so many cannot. Raises InputError, TrainingError.
+    runs: what they will train, by title, refused here where so many cannot; prefix: of its settings among overrides.
+    Raises InputError, TrainingError.
     """
     if count == 1 or is_one_of_many():
         return False
@@ -42,7 +43,8 @@ def launch_many(arguments: Sequence[str], count: int, runs: Mapping[str, RunConf
         if run.accumulate % shares:
             raise InputError(
                 f"{title}: accumulate={run.accumulate} micro-batches cannot be shared by {shares} "
-                f"{'processes' if run.mesh.copies == 1 else 'groups of processes'}; make it a multiple of it"
+                f"{'processes' if run.mesh.copies == 1 else 'groups of processes'}; make it a multiple of it, such as "
+                f"{prefix}accumulate={-(-run.accumulate // shares) * shares}"
             )
         check_processes(run, count)
     if code := launch(arguments, count):

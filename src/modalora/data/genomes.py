@@ -46,7 +46,7 @@ HELD_OUT = {
     "NC_005816.gb": "f11a45c8abf0ae0b9340f3513595d50277ea2ae0f74acaef2666b2f42485f65a",  # Yersinia pestis, a plasmid
 }
 FILES = TRAINING | HELD_OUT
-NUCLEOTIDES = "ACGTURYSWKMBDHVN-.*"  # IUPAC's letters, gaps, and what marks an end
+NUCLEOTIDES = "ACGTRYSWKMBDHVN-.*"  # IUPAC's letters, gaps, and what marks an end
 LEAST = 30  # codons of a gene that is read
 
 ARCHIVE = "biopython==1.88"
@@ -85,15 +85,18 @@ class Genome:
 
 
 def records(path: Path) -> list[SeqRecord]:
-    """Return the records of a FASTA, GenBank or EMBL file, told by its ending. Raises DataError."""
+    """Return the records of a FASTA, GenBank or EMBL file, told by its ending; in capitals, T for U.
+
+    Raises DataError.
+    """
     try:
         from Bio import BiopythonWarning, SeqIO
     except ModuleNotFoundError:
         raise DataError(f"reading {path.name} needs Biopython; pip install -e '.[science]' in your clone") from None
     kinds = dict.fromkeys((".gb", ".gbk", ".gbff", ".genbank"), "genbank") | {".embl": "embl"}
-    kind = kinds.get(path.suffix, "fasta")
+    kind = kinds.get(path.suffix.lower(), "fasta")
     try:
-        with warnings.catch_warnings(record=True) as told, path.open(encoding="utf-8") as file:
+        with warnings.catch_warnings(record=True) as told, path.open(encoding="utf-8-sig") as file:
             warnings.simplefilter("always", BiopythonWarning)
             found = list(SeqIO.parse(file, kind))
     except FileNotFoundError:
@@ -111,7 +114,8 @@ def records(path: Path) -> list[SeqRecord]:
     for record in found:
         if not record.seq.defined:
             raise DataError(f"{path}: {record.id} comes without its sequence; fetch it with it (NCBI: gbwithparts)")
-        if strange := set(str(record.seq).upper()) - set(NUCLEOTIDES):
+        record.seq = record.seq.upper().replace("U", "T")
+        if strange := set(str(record.seq)) - set(NUCLEOTIDES):
             listed = ", ".join(sorted(strange))
             raise DataError(f"{path}: {record.id} holds {listed:.60}, which are no nucleotides; give DNA or RNA")
     return found
@@ -135,7 +139,7 @@ def read_genome(path: Path) -> Genome:
         usable = [gene for gene in coding if gene is not None and len(gene.letters) >= 3 * LEAST]
         skipped += len(coding) - len(usable)
         genes += usable
-    return Genome(path.name, sha256, tuple(_distinct(genes)), tuple(str(one.seq).upper() for one in found), skipped)
+    return Genome(path.name, sha256, tuple(_distinct(genes)), tuple(str(one.seq) for one in found), skipped)
 
 
 def _coding(record: SeqRecord) -> list[Gene | None]:
@@ -146,7 +150,7 @@ def _coding(record: SeqRecord) -> list[Gene | None]:
             continue
         start = feature.qualifiers.get("codon_start", ["1"])[0]
         try:
-            letters = str(feature.extract(record.seq)).upper()
+            letters = str(feature.extract(record.seq))
         except ValueError:  # it reaches into a record that is not here
             letters = ""
         # what ends behind the sequence is shorter than told; a gene that begins in the midst of a codon says where
@@ -159,7 +163,7 @@ def _coding(record: SeqRecord) -> list[Gene | None]:
 
 
 def _open_frame(record: SeqRecord) -> Gene | None:
-    letters = longest_frame(str(record.seq).upper())
+    letters = longest_frame(str(record.seq))
     words = re.search(r"\b([A-Z][a-z]+|[A-Z]\.) ?([a-z]{3,})", record.description)
     name = str(record.id)
     return Gene(name, f"{words[1]} {words[2]}" if words else name, letters) if letters else None

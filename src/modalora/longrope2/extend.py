@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from modalora.checkpoint.adapters import fingerprint
 from modalora.checkpoint.files import weights_digest
 from modalora.checkpoint.resume import locked
 from modalora.checkpoint.store import load_model
-from modalora.config import ExtendConfig, NeedleConfig, RunConfig, SourceConfig, dump, load_extension
+from modalora.config import ExtendConfig, NeedleConfig, RunConfig, SourceConfig, dump, load_extension, load_run
 from modalora.disk import drafted, read_json, write_json
-from modalora.errors import ConfigError
+from modalora.errors import ConfigError, DataError
 from modalora.evaluation.documents import make_documents, part_of_books
 from modalora.evaluation.needle import Document, Grid, measure_grid, plain_document
 from modalora.longrope2.factors import Factors, Provenance, Stretch, read_factors, write_factors
@@ -47,6 +48,7 @@ from modalora.training.states import FREE
 Say = Callable[[str], None]
 
 FACTORS, SETTINGS, SUMMARY, REPORT = "factors.json", "extend.yaml", "summary.json", "report.html"
+MEASURES = {"answers": "needle perplexity", "text": "perplexity of whole texts"}  # by guide.score
 TRAINED = {"reference": "trained", "long": "trained, always long"}  # titles of the trained model's grids
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -121,18 +123,23 @@ def _run_stages(
     space_of(work.stretch, config.search)
     guides, asked = _guides(work), _questions(work)  # and the training data: all before hours are spent
     _check_training(work)
+    there = _read_search(work, guides, say)
+    trained = _train(work, there[0], say, report) if there and _is_trained(work) else None  # which checks it
     with ExitStack() as stack:
         if _is_first():
             stack.enter_context(locked(folder))
             with drafted(folder / SETTINGS) as draft:
                 draft.write_text(dump(config), encoding="utf-8")
-        factors, outcome = _search(work, guides, say)
-        trained = _train(work, factors, say, report)
+        factors, outcome = there or _search(work, guides, say)
+        outcome = _with_others(work, guides, outcome)
+        _check_followers(work, factors)
+        trained = trained or _train(work, factors, say, report)
         if not _is_first():
             return {}
         grids = _score(work, asked, factors, trained, say)
         summary = _summary(work, factors, outcome, grids, trained)
-        write_json(folder / SUMMARY, summary)
+        with drafted(folder / SUMMARY) as draft:
+            write_json(draft, summary)
         _draw(work, factors, outcome, grids, summary)
         say(f"wrote {folder / REPORT}")
     return summary
@@ -224,33 +231,69 @@ def _guides(work: Extension) -> list[Document]:
 
 def _questions(work: Extension) -> list[Document]:
     """Return what scores are measured on: documents of every length."""
-    lengths = work.config.score_lengths(work.stretch.window)
-    return [one for length in lengths for one in _documents(work, work.config.scores, "evaluation", length)]
+    lengths, asked = work.config.score_lengths(work.stretch.window), work.config.scores.lengths
+    try:
+        return [one for length in lengths for one in _documents(work, work.config.scores, "evaluation", length)]
+    except DataError as error:
+        means = "" if asked else f", which stands for {lengths}"
+        raise DataError(f"scores.lengths={asked}{means}: {error}") from None
+
+
+def _read_search(work: Extension, documents: Sequence[Document], say: Say) -> tuple[Factors, dict[str, Any]] | None:
+    """Return the factors of a finished search, and what it tells of itself; None where there is none."""
+    target, told = work.folder / FACTORS, work.folder / "search" / "outcome.json"
+    if not all(ranks.gathered(target.exists() and told.exists())):
+        return None
+    factors, source = read_factors(target)
+    model = fingerprint(work.model)
+    if (source.model, source.documents) != (model, _hashes(documents)):
+        what = "model" if source.model != model else "documents"
+        raise ConfigError(
+            f"{target} was found with another {what}, under the same settings; give another output, or remove "
+            f"{_listed(target, told.parent, *_followers(work))}"
+        )
+    before = source.settings.get("search", {}).get("iterations")
+    if before != work.config.search.iterations:
+        raise ConfigError(
+            f"{target} is the result of {before} iterations, and search.iterations={work.config.search.iterations}; "
+            f"remove {_listed(target, *_followers(work))}, and the search goes on from its log"
+        )
+    say(f"factors are there: {target}")
+    found = read_json(told)
+    if lacking := _TOLD - set(found):
+        raise ConfigError(
+            f"{told} was altered: it has no {', '.join(sorted(lacking))}; remove it, and the search goes on from its "
+            "log"
+        )
+    return factors, found
+
+
+def _hashes(documents: Sequence[Document]) -> tuple[str, ...]:
+    return tuple(document.sha256 for document in documents)
+
+
+def _followers(work: Extension) -> list[Path]:
+    """Return the folders of what was made with the factors."""
+    return [folder for stage in ("training", "scores") if any((folder := work.folder / _STAGES[stage][1]).glob("*"))]
+
+
+def _listed(*paths: Path) -> str:
+    return " and ".join(filter(None, (", ".join(map(str, paths[:-1])), str(paths[-1]))))
+
+
+def _check_followers(work: Extension, factors: Factors) -> None:
+    """Refuse a training of other factors, which were found anew since; scores go with it. Raises ConfigError."""
+    run, before = _training(work, factors), work.folder / _STAGES["training"][1] / "run.yaml"
+    if run is not None and before.exists() and load_run(before).rope != run.rope:
+        raise ConfigError(
+            f"{before.parent} was trained with other factors than {work.folder / FACTORS} has now; remove "
+            f"{_listed(*_followers(work))}, or give another output"
+        )
 
 
 def _search(work: Extension, documents: Sequence[Document], say: Say) -> tuple[Factors, dict[str, Any]]:
-    """Return the factors found, and what the search tells of itself. A finished one is read."""
-    target, told = work.folder / FACTORS, work.folder / "search" / "outcome.json"
-    hashes = tuple(document.sha256 for document in documents)
-    model = fingerprint(work.model)
-    if all(ranks.gathered(target.exists() and told.exists())):
-        factors, source = read_factors(target)
-        if (source.model, source.documents) != (model, hashes):
-            what = "model" if source.model != model else "documents"
-            raise ConfigError(
-                f"{target} was found with another {what}, under the same settings; give another output, or remove "
-                f"{target} and {told.parent}"
-            )
-        _check_iterations(work.config, source, target)
-        say(f"factors are there: {target}")
-        found = read_json(told)
-        if lacking := _TOLD - set(found):
-            raise ConfigError(
-                f"{told} was altered: it has no {', '.join(sorted(lacking))}; remove it, and the search goes on from "
-                "its log"
-            )
-        return factors, found
-    config = work.config.search
+    """Return the factors found, and what the search tells of itself."""
+    target, config, model = work.folder / FACTORS, work.config.search, fingerprint(work.model)
     judge = NeedleJudge(work.model, documents, rows=work.config.rows)
     say(f"searching: {config.population} candidates, {config.iterations} iterations, {len(documents)} documents")
 
@@ -259,32 +302,21 @@ def _search(work: Extension, documents: Sequence[Document], say: Say) -> tuple[F
 
     outcome = search(
         space_of(work.stretch, config), judge, config, folder=work.folder / "search",
-        fingerprints={"model": model, "documents": list(hashes)}, report=show,
+        fingerprints={"model": model, "documents": list(_hashes(documents))}, report=show,
         surrogate=Surrogate(work.model, documents) if config.proposals > 1 else None,
     )  # fmt: skip
-    others = _losses_of_others(work, judge)
-    found = json.loads(json.dumps(_outcome(outcome, others, documents)))  # as it will be read back
+    found = json.loads(json.dumps(_outcome(outcome, documents)))  # as it will be read back
+    found = _with_others(work, documents, found)
     if not _is_first():
         return outcome.best, found
-    with drafted(told) as draft:
-        write_json(draft, found)
     settings = {"search": config.model_dump(mode="json"), "guide": work.config.guide.model_dump(mode="json")}
     provenance = Provenance(
-        model=model, documents=hashes, seed=config.seed, settings=settings, loss=outcome.loss,
+        model=model, documents=_hashes(documents), seed=config.seed, settings=settings, loss=outcome.loss,
         evaluations=outcome.evaluations,
     )  # fmt: skip
     write_factors(target, outcome.best, provenance)
     say(f"wrote {target}: perplexity {found['perplexity']:.4g}, anchor {outcome.best.anchor}")
     return outcome.best, found
-
-
-def _check_iterations(config: ExtendConfig, source: Provenance, target: Path) -> None:
-    before = source.settings.get("search", {}).get("iterations")
-    if before != config.search.iterations:
-        raise ConfigError(
-            f"{target} is the result of {before} iterations, and search.iterations={config.search.iterations}; remove "
-            "it, and the search goes on from its log"
-        )
 
 
 def _progress(figures: Mapping[str, Any]) -> str:
@@ -294,16 +326,25 @@ def _progress(figures: Mapping[str, Any]) -> str:
     return f"{line}, {figures['remaining_seconds']:,} s left"
 
 
-def _losses_of_others(work: Extension, judge: NeedleJudge) -> dict[str, float]:
-    """Return the mean nats of the methods that are compared, on the documents of the search; processes take turns."""
-    rank, world = ranks.place()
-    others = _others(work)
+def _with_others(work: Extension, documents: Sequence[Document], found: dict[str, Any]) -> dict[str, Any]:
+    """Write what a search tells, with the mean nats on its documents of the methods that are compared now.
+
+    Processes take turns with those that are not known.
+    """
+    (rank, world), others, known = ranks.place(), _others(work), found.get("others", {})
+    if "others" in found and [*known] == [*others]:
+        return found
+    judge = NeedleJudge(work.model, documents, rows=work.config.rows)
     own = {
         name: float(judge.losses([others[name]], range(judge.documents)).double().mean())
-        for name in [*others][rank::world]
+        for name in [name for name in others if name not in known][rank::world]
     }
-    told = {name: loss for part in ranks.gathered(own) for name, loss in part.items()}
-    return {name: told[name] for name in others}
+    known = {**known, **{name: loss for part in ranks.gathered(own) for name, loss in part.items()}}
+    found = {**found, "others": {name: known[name] for name in others}}
+    if _is_first():
+        with drafted(work.folder / "search" / "outcome.json") as draft:
+            write_json(draft, found)
+    return found
 
 
 def _others(work: Extension) -> dict[str, Factors]:
@@ -316,16 +357,15 @@ _TOLD = {"perplexity", "loss", "anchor", "first_stretched", "evaluations", "pass
          "history", "documents"}  # fmt: skip
 
 
-def _outcome(outcome: Outcome, others: Mapping[str, float], documents: Sequence[Document]) -> dict[str, Any]:
+def _outcome(outcome: Outcome, documents: Sequence[Document]) -> dict[str, Any]:
     return {
-        "perplexity": float(torch.tensor(outcome.loss).double().exp()),
+        "perplexity": exp(min(outcome.loss, 700.0)),
         "loss": outcome.loss,
         "anchor": outcome.best.anchor,
         "first_stretched": outcome.best.first_stretched,
         "evaluations": outcome.evaluations,
         "passes": outcome.passes,
         "share_of_passes": outcome.passes / (outcome.evaluations * len(documents)),
-        "others": dict(others),
         "history": [dict(figures) for figures in outcome.history],
         "documents": [
             {"seed": one.seed, "tokens": len(one.ids), "scored": len(one.answers), "depths": one.depths,
@@ -347,9 +387,13 @@ def _check_training(work: Extension) -> None:
     """Open the data of the training, with factors that any search may find. Raises ConfigError, DataError."""
     stand_in = other_methods(work.base, work.head_dim, work.config.target)["linear"]
     run = _training(work, stand_in)
-    if run is not None and not (Path(run.output) / "model").exists():
+    if run is not None and not _is_trained(work):
         check_settings(run)
         make_mixture(run, open_context(run), ranks.place()).close()
+
+
+def _is_trained(work: Extension) -> bool:
+    return (work.folder / _STAGES["training"][1] / "model").exists()
 
 
 def _train(work: Extension, factors: Factors, say: Say, report: Callable[[Metrics], None]) -> Path | None:
@@ -426,7 +470,10 @@ def _summary(
         "first_stretched_pair": factors.first_stretched,
         "factors": str(work.folder / FACTORS),
         "trained": None if trained is None else str(trained),
-        "search": {key: value for key, value in outcome.items() if key not in ("history", "documents")},
+        "search": {
+            "measure": MEASURES[work.config.guide.score],
+            **{key: value for key, value in outcome.items() if key not in ("history", "documents")},
+        },
         "scores": {title: grid.as_json()["by_length"] for title, grid in grids.items()},
     }
 
@@ -444,11 +491,12 @@ def _draw(
     progress = [(figures["evaluations"], figures["loss"]) for figures in outcome["history"]]
     pictures = {
         "factors": draw_factors(curves, work.stretch, factors.anchor, factors.first_stretched),
-        "search": draw_search(progress, others),
+        "search": draw_search(progress, others, MEASURES[work.config.guide.score]),
         "by_length": draw_by_length(grids, work.stretch.window),
         "needles": draw_needles(grids, work.stretch.window),
     }
     for name, png in pictures.items():
-        (work.folder / f"{name}.png").write_bytes(png)
-    page = as_page(summary, factors, outcome, pictures, dump(work.config))
-    (work.folder / REPORT).write_text(page, encoding="utf-8")
+        with drafted(work.folder / f"{name}.png") as draft:
+            draft.write_bytes(png)
+    with drafted(work.folder / REPORT) as draft:
+        draft.write_text(as_page(summary, factors, outcome, pictures, dump(work.config)), encoding="utf-8")

@@ -47,8 +47,11 @@ def draw_factors(curves: Mapping[str, Sequence[float]], stretch: Stretch, anchor
     return _png(figure)
 
 
-def draw_search(progress: Sequence[tuple[int, float]], others: Mapping[str, float]) -> bytes:
-    """Draw the best perplexity after so many evaluations. others: mean nats of each method on the same documents."""
+def draw_search(progress: Sequence[tuple[int, float]], others: Mapping[str, float], measure: str) -> bytes:
+    """Draw the best perplexity after so many evaluations.
+
+    others: mean nats of each method on the same documents. measure: of what the perplexity is, in words.
+    """
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.step(
@@ -58,7 +61,7 @@ def draw_search(progress: Sequence[tuple[int, float]], others: Mapping[str, floa
         axes.axhline(exp(loss), color=f"C{place + 1}", linestyle="--", linewidth=1)
         axes.annotate(title, (1, exp(loss)), xycoords=("axes fraction", "data"), ha="right", va="bottom",
                       fontsize="small", color=f"C{place + 1}")  # fmt: skip
-    axes.set(xlabel="candidates judged", ylabel="needle perplexity of the best")
+    axes.set(xlabel="candidates judged", ylabel=f"{measure} of the best")
     if max(every := [*others.values(), *(loss for _, loss in progress)]) - min(every) > 2:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)

@@ -19,7 +19,7 @@ from modalora.longrope2.space import space_of
 from modalora.models.multimodal import Multimodal
 from modalora.training.flops import StepFlops
 from modalora.training.machines import machine_rate
-from modalora.training.plan import read_size
+from modalora.training.plan import read_size, token_shares
 
 # Documents that racing reads, of those that judging every candidate wholly takes: an assumption for a plan, between the
 # 0.12 measured with 48 documents and the 0.92 with 16; a search tells its own (summary.json, share_of_passes).
@@ -40,7 +40,10 @@ class Hours:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtensionPlan:
-    """Cost of an extension. Operations are single ones, a multiply-add two; short_share is of the training's tokens."""
+    """Cost of an extension. Operations are single ones, a multiply-add two; short_share is of the training's tokens.
+
+    training_flops: with what is computed again in the backward pass.
+    """
 
     parameters: int
     window: int
@@ -82,7 +85,7 @@ def plan_extension(config: ExtendConfig, machines: Sequence[tuple[str, int]], sh
     plain = evaluations * config.guide.documents * document
     racing = RACED if search.racing else 1.0
     run = config.run(rope={})
-    trained, short = (0.0, 0.0) if run is None else _training(model, run, stretch.window)
+    trained, short = (0.0, 0.0) if run is None else _training(model, run, stretch)
     lengths = config.score_lengths(stretch.window)
     subjects = len(config.scores.methods) + 2 * (run is not None)
     scores = subjects * config.scores.documents * sum(forward.of([_rows(length, 1, answers)]) for length in lengths)
@@ -120,17 +123,20 @@ def _rows(length: int, rows: int, scored: int) -> Batch:
     return Batch(ids, torch.full((rows,), length), Route((None,) * rows), labels=labels)
 
 
-def _training(model: Multimodal, run: RunConfig, window: int) -> tuple[float, float]:
-    """Return the operations of a run, and the share of its tokens in rows of at most `window`.
+def _training(model: Multimodal, run: RunConfig, stretch: Stretch) -> tuple[float, float]:
+    """Return the operations of a run, and the share of its tokens in rows that the trained window holds.
 
     A row counts as long as its source's window: documents that are shorter take less attention.
     """
-    step = StepFlops(model, run.train, decodes=True)
-    sizes = [source.window or run.window for source in run.mixture]
-    weights = [source.weight_at(0) for source in run.mixture]
-    if run.weigh == "rows":
-        weights = [weight * size for weight, size in zip(weights, sizes, strict=True)]
-    shares = [weight / sum(weights) for weight in weights]
-    per_token = sum(share * step.of([_rows(size, 1, size)]) / size for share, size in zip(shares, sizes, strict=True))
-    short = sum(share for share, size in zip(shares, sizes, strict=True) if size <= window)
+    step, shares = StepFlops(model, run.train, decodes=True), token_shares(run, stretch.target)
+
+    def of_row(size: int) -> float:
+        attention = step.attention * size**2
+        again = attention / 2  # of the two products forward, one is made again in tiles: keys times queries
+        if run.recompute:
+            again += 2 * step.decoder * size + attention
+        return step.of([_rows(size, 1, size)]) + again
+
+    per_token = sum(share * of_row(size) / size for size, share in shares)
+    short = sum(share for size, share in shares if size <= stretch.window)
     return per_token * run.steps * run.step_tokens, short

@@ -27,7 +27,7 @@ pre {{ background: #f5f5f5; padding: .7em; overflow-x: auto; }}
 
 _CAPTIONS = {
     "factors": "Divisor of every rotated pair, by method",
-    "search": "The search: needle perplexity of the best candidate, and of the other methods on the same documents",
+    "search": "The search: {measure} of the best candidate, and of the other methods on the same documents",
     "by_length": "Needles found by length, with 95 % intervals",
     "needles": "Needles found, in percent, by length and depth; the line is the trained window",
 }
@@ -45,7 +45,8 @@ def as_page(
     parts = [_PAGE.format(title=html.escape(title)), _table(("", ""), _facts(summary, outcome))]
     for name, caption in _CAPTIONS.items():
         data = base64.b64encode(pictures[name]).decode()
-        parts.append(f'<h2>{html.escape(caption)}</h2>\n<img alt="{name}" src="data:image/png;base64,{data}">')
+        told = caption.format(measure=summary["search"]["measure"])
+        parts.append(f'<h2>{html.escape(told)}</h2>\n<img alt="{name}" src="data:image/png;base64,{data}">')
         if name == "by_length":
             parts.append(_scores(summary["scores"]))
     parts.append("<h2>Factors</h2>")
@@ -65,7 +66,7 @@ def _facts(summary: Mapping[str, Any], outcome: Mapping[str, Any]) -> list[tuple
         ("first pair with fewer than ten periods", summary["ten_period_pair"]),
         ("real critical pair: anchor found", summary["anchor"]),
         ("real critical pair: first stretched by s", "none" if stretched is None else stretched),
-        ("needle perplexity of the factors", f"{outcome['perplexity']:.4g}"),
+        (f"{summary['search']['measure']} of the factors", f"{outcome['perplexity']:.4g}"),
         ("candidates judged", f"{outcome['evaluations']:,}"),
         ("documents read", f"{outcome['passes']:,}, {share}"),
         ("documents of the search", f"{len(documents)} of {documents[0]['tokens']:,} tokens"),

@@ -79,11 +79,13 @@ def attend(
     mask: its tensors have an entry for each row: (batch,), or (batch, rows). scale: None means head_dim ** -0.5.
     return_lse: also return the log of each query's sum of exponentials, q's shape without head_dim, float32 or float64;
     -inf where it sees no key. It is what `merge` takes. backend: a name of BACKENDS; None takes the fastest that can.
-    Differentiable, once, in q, k, v, both biases, and through what is returned.
+    Differentiable, once, in q, k, v, both biases, and through what is returned. torch.func.grad takes it too, but for
+    the kernels of short.py and fused.py; in place of torch.func.vmap give a longer batch.
     Raises ShapeError when shapes do not fit, ConfigError when the named backend is unknown or cannot do the call.
     """
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    kind = q.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and q.dtype != torch.float64:
+        q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
     _check(q, k, v, key_bias, pair_bias)
     if key_bias is not None:
         key_bias = key_bias.expand(*q.shape[:-3], k.shape[-3]).reshape(-1, k.shape[-3])

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from modalora.errors import ConfigError
 from modalora.nn.call import Call, Found
 from modalora.nn.mask import Mask
 from modalora.nn.shown import pieces
@@ -36,7 +36,6 @@ def run(call: Call) -> Found:
 class _Blockwise(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -59,17 +58,27 @@ class _Blockwise(torch.autograd.Function):
                     top = part.by_head(logits.to(lse.dtype), tile).logsumexp(-1)
                     lse[part.rows, tile.queries, part.heads] = top.transpose(1, 2)
                 del logits, weights  # before the next tile's
-        ctx.save_for_backward(q, k, v, key_bias, pair_bias)
-        ctx.call = mask, scale
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Found) -> None:  # apart, for torch.func.grad
+        ctx.save_for_backward(*inputs[:5])
+        ctx.call = inputs[5:7]
+
+    @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, key_bias, pair_bias = ctx.saved_tensors
-        mask, scale = ctx.call
         to_out, to_lse = upstream
         assert to_out is not None  # autograd gives zeros for what nobody used
+        with torch.no_grad():
+            found = _Blockwise._gradients(ctx, to_out, to_lse)
+        if torch.is_grad_enabled():  # torch's once_differentiable lets gradients that are used again count as constants
+            found = [x if x is None else _Once.apply(x, *ctx.saved_tensors) for x in found]  # type: ignore[no-untyped-call]
+        return *found, None, None, None
+
+    @staticmethod
+    def _gradients(ctx: Any, to_out: Tensor, to_lse: Tensor | None) -> list[Tensor | None]:
+        q, k, v, key_bias, pair_bias = ctx.saved_tensors
+        mask, scale = ctx.call
         exact, (wants_key, wants_pair) = _exact(q), ctx.needs_input_grad[3:5]
         to_q, to_k, to_v = q.new_zeros(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
         to_key = key_bias.new_zeros(key_bias.shape, dtype=exact) if wants_key else None
@@ -102,7 +111,26 @@ class _Blockwise(torch.autograd.Function):
             for all_of, found in ((to_k, sums[0]), (to_v, sums[1])):
                 all_of[part.rows, :, part.groups] = found.unflatten(0, (part.count, -1)).transpose(1, 2)
         biases = (None if to is None else to.to(like.dtype) for to, like in ((to_key, key_bias), (to_pair, pair_bias)))
-        return to_q, to_k, to_v, *biases, None, None, None
+        return [to_q, to_k, to_v, *biases]
+
+
+class _Once(torch.autograd.Function):
+    """Hands on a gradient that depends on what follows, and refuses that gradient's own."""
+
+    @staticmethod
+    def forward(gradient: Tensor, *sources: Tensor | None) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Tensor:
+        raise ConfigError(
+            "a gradient of attention in tiles was differentiated again, and attend is differentiable once; ask for "
+            "first derivatives alone"
+        )
 
 
 def _exact(x: Tensor) -> torch.dtype:

@@ -13,7 +13,7 @@ adds -1e9 instead, a query without any real key attends to all alike; here it ge
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from modalora.config import check_sizes
 from modalora.errors import ConfigError, ShapeError
-from modalora.nn.attend import attend
+from modalora.nn.attend import BACKENDS, attend
 from modalora.nn.mask import Mask
 from modalora.nn.recompute import again
 
@@ -46,15 +46,22 @@ class EvoformerConfig:
     msa_dropout: float = 0.15
     pair_dropout: float = 0.25
     columns: str = "all"  # global: one query for each column, as for extra sequences
+    outer_first: bool = False  # the outer product mean begins a block, as in AlphaFold-Multimer [opm_first]
     backend: str | None = None  # of every attention; None: the fastest that can
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if str(field.type).startswith("int") and value is not None and type(value) is not int:
+                raise ConfigError(f"{field.name}={value!r} must be a whole number, such as {field.default}")
         check_sizes(self)
         for name, rate in (("msa_dropout", self.msa_dropout), ("pair_dropout", self.pair_dropout)):
             if not 0 <= rate < 1:
                 raise ConfigError(f"{name}={rate} must lie in [0, 1); AlphaFold 2 has 0.15 and 0.25")
         if self.columns not in ("all", "global"):
             raise ConfigError(f"columns={self.columns!r} is unknown; known are all, global")
+        if self.backend is not None and self.backend not in BACKENDS:
+            raise ConfigError(f"backend={self.backend!r} is unknown; known are {', '.join(BACKENDS)}, and None")
 
 
 def extra_msa() -> EvoformerConfig:
@@ -290,10 +297,14 @@ class TriangleAttention(nn.Module):
 
 
 class EvoformerBlock(nn.Module):
-    """One block: the alignment is updated from the pair representation, and that from the alignment (algorithm 6)."""
+    """One block: the alignment is updated from the pair representation, and that from the alignment (algorithm 6).
+
+    AlphaFold-Multimer (doi:10.1101/2021.10.04.463034) updates the pair representation first: `outer_first`.
+    """
 
     def __init__(self, config: EvoformerConfig) -> None:
         super().__init__()
+        self.outer_first = config.outer_first
         self.msa_dropout, self.pair_dropout = config.msa_dropout, config.pair_dropout
         self.msa_row = RowAttention(config)
         self.msa_column = ColumnAttention(config) if config.columns == "all" else GlobalColumnAttention(config)
@@ -309,10 +320,13 @@ class EvoformerBlock(nn.Module):
         self, msa: Tensor, pair: Tensor, msa_mask: Tensor | None, pair_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Return both representations, updated."""
+        if self.outer_first:
+            pair = pair + self.outer_product(msa, msa_mask)
         msa = msa + self._dropped(self.msa_row(msa, pair, msa_mask), self.msa_dropout, shared=1)
         msa = msa + self.msa_column(msa, msa_mask)
         msa = msa + self.msa_transition(msa)
-        pair = pair + self.outer_product(msa, msa_mask)
+        if not self.outer_first:
+            pair = pair + self.outer_product(msa, msa_mask)
         for update, shared in (
             (self.triangle_outgoing, 1),
             (self.triangle_incoming, 1),
@@ -360,6 +374,8 @@ class Evoformer(nn.Module):
         config, sizes = self.config, tuple(msa.shape[:3])
         if msa.dim() != 4 or msa.shape[-1] != config.msa_width:
             raise ShapeError(f"msa {tuple(msa.shape)} is not (batch, sequences, residues, {config.msa_width})")
+        if 0 in sizes:
+            raise ShapeError(f"msa {tuple(msa.shape)} holds nothing; give at least one row, sequence and residue")
         batch, _, residues = sizes
         for name, given, wanted in (
             ("pair", pair, (batch, residues, residues, config.pair_width)),

@@ -35,7 +35,7 @@ def DS4Sci_EvoformerAttention(  # noqa: N802  the name that OpenFold imports
     if len(biases) > 2:
         raise ShapeError(f"{len(biases)} biases were given; Evoformer attention takes two at most")
     first, second = (*biases, None, None)[:2]
-    if min(x.ndim for x in (Q, K, V)) < 4 or 0 in (*Q.shape[-4:], K.shape[-3]):
+    if min(x.ndim for x in (Q, K, V)) < 4 or 0 in (*Q.shape, K.shape[-3]):
         raise ShapeError(
             f"Q {tuple(Q.shape)}, K {tuple(K.shape)} and V {tuple(V.shape)} must be (..., rows, length, heads, "
             "head_dim), with at least one of each"

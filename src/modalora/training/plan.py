@@ -43,6 +43,7 @@ from modalora.parallel.sequence import split_tokens
 from modalora.quantize import quantize
 from modalora.training.audit import check_preserved, check_settings, check_trained
 from modalora.training.dropout import add_dropout
+from modalora.training.flops import StepFlops
 from modalora.training.meter import Meter, size_of
 from modalora.training.objectives import OBJECTIVES
 from modalora.training.optimizer import Optimizer, freeze
@@ -104,6 +105,7 @@ def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype
     fake = FakeTensorMode()
     with torch.device("meta"):
         model = Multimodal(config)
+    work = StepFlops(model, {part_of(name) for name in freeze(model, run.train)}, decodes=run.objective == "next_token")
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     with fake:
         blank = {name: torch.empty(shape, dtype=_dtype(name, run, dtype)) for name, shape in shapes.items()}
@@ -130,8 +132,8 @@ def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype
         weights = meter.now
         for moment in optimizer.state().values():
             meter.hold(moment)
-        # the two largest, the largest last: others add no memory, and about as much work for a token
-        metered = sorted(micro, key=_tokens)[-2:]
+        # the two largest, the largest last: others add no memory, and work as formulas tell
+        metered = sorted(micro, key=lambda batch: (_tokens(batch), int(batch.lengths.max())))[-2:]
         for batch in metered:
             with torch.autocast("cpu", torch.bfloat16, enabled=run.precision == "bf16"):
                 losses = objective(model, batch)
@@ -144,7 +146,7 @@ def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype
         step_and_clear(optimizer)
     states = _state_sizes(optimizer)
     parts = _parts(model, objective, gradients, states)
-    times = sum(map(_tokens, micro)) / sum(map(_tokens, metered))
+    times = work.of(micro) / work.of(metered)
     total_gradients, total_states = sum(gradients.values()), sum(states.values())
     return Plan(
         parts=parts,
@@ -285,8 +287,8 @@ def plan_run(run: RunConfig, shapes: Sequence[str] = (), size: str | None = None
     """Plan a step of a run, and tell where its rows come from.
 
     shapes: rows as `shaped_batch` takes them; without them the run's own data, or where these cannot be opened, texts
-    that fill the micro-batch. size: what stands in for run.init while that is not there, such as phi4-multimodal for
-    the stages of a chain. Raises ConfigError, CheckpointError.
+    as long as their sources' windows, in their shares. size: what stands in for run.init while that is not there, such
+    as phi4-multimodal for the stages of a chain. Raises ConfigError, CheckpointError.
     """
     check_settings(run)
     load_modalities(run)
@@ -309,12 +311,12 @@ def plan_run(run: RunConfig, shapes: Sequence[str] = (), size: str | None = None
     except ConfigError:
         raise
     except InputError as error:
-        shape = f"text={min(run.tokens or run.window, config.decoder.rope.window)}"
         if run.objective != "next_token":  # texts cannot stand in
             raise ConfigError(
                 f"objective={run.objective} is planned from its own data, and they were not opened: {error}"
             ) from None
-        micro, source = _filled(config, run, [shape]), f"rows of {shape}, as its data were not opened: {error}"
+        micro, told = _stand_ins(config, run)
+        source = f"{told}, as its data were not opened: {error}"
         steps = run.steps
     return replace(plan_step(config, run, micro, dtype), steps=steps), source
 
@@ -350,6 +352,43 @@ def _filled(config: ModelConfig, run: RunConfig, shapes: Sequence[str]) -> list[
         lengths = shaped_batch(config, shapes, len(shapes), run.media).lengths.tolist()
         rows = max(1, round(len(lengths) * run.tokens / sum(lengths)))
     return [shaped_batch(config, shapes, rows, run.media, routes)] * run.accumulate
+
+
+def token_shares(run: RunConfig, window: int) -> list[tuple[int, float]]:
+    """Return the length of each source's rows and its share of the run's first tokens. window: the model's.
+
+    Rows count as long as their source's window, or where it has none, as long as fill the micro-batch.
+    """
+    most = min(window, run.tokens or window)
+    sizes = [min(source.window or run.tokens or run.window, most) for source in run.mixture]
+    weights = [source.weight_at(0) for source in run.mixture]
+    if run.weigh == "rows":
+        weights = [weight * size for weight, size in zip(weights, sizes, strict=True)]
+    return [(size, weight / sum(weights)) for size, weight in zip(sizes, weights, strict=True)]
+
+
+def _stand_ins(config: ModelConfig, run: RunConfig) -> tuple[list[Batch], str]:
+    """Return the micro-batches of a step of texts in place of a run's data, and what they are."""
+    shares: dict[int, float] = defaultdict(float)
+    for size, share in token_shares(run, config.decoder.rope.window):
+        shares[size] += share
+    *longer, least = sorted((size for size, share in shares.items() if share), reverse=True)
+    if not longer:
+        return _filled(config, run, [f"text={least}"]), f"rows of text={least}"
+    micro: list[list[int]] = [[] for _ in range(run.accumulate)]
+    most, cost = (run.tokens, int) if run.tokens else (run.rows, bool)  # of a micro-batch: tokens, or rows
+    whole = sum(share * cost(size) / size for size, share in shares.items())
+    for size in longer:
+        for _ in range(round(run.accumulate * most * shares[size] / size / whole)):
+            room = [own for own in micro if sum(map(cost, own)) + cost(size) <= most]
+            if room:
+                room[0].append(size)
+    for own in micro:
+        own += [least] * ((most - sum(map(cost, own))) // cost(least))
+    routes = [source.route or "auto" for source in run.mixture]
+    told = " and ".join(f"text={size}" for size in (*longer, least))
+    shapes = [[f"text={size}" for size in own] for own in micro]
+    return [shaped_batch(config, own, len(own), run.media, routes) for own in shapes], f"rows of {told} in their shares"
 
 
 def read_size(init: str) -> tuple[ModelConfig, torch.dtype]:
