@@ -120,9 +120,8 @@ class Assistant:
         _check_bool("raw", raw)
         if not raw:
             messages = conversation(question, image, audio, media)
-            return self.ask_many([messages], max_tokens=max_tokens, route=route, stop=stop, switch=switch, **sampling)[
-                0
-            ]
+            alone = self.ask_many([messages], max_tokens=max_tokens, route=route, stop=stop, switch=switch, **sampling)
+            return alone[0]
         settings = self._settings(max_tokens, stop, switch, sampling, 1)
         batch = self.raw_batch(question, image=image, audio=audio, media=media, route=route)
         self.check_room(int(batch.lengths[0]), max_tokens)
