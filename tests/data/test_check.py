@@ -27,7 +27,7 @@ from modalora.assistant import make_processor
 from modalora.config import MediaConfig, SourceConfig
 from modalora.contracts import IGNORED, Rule
 from modalora.data.check import check_data, check_row
-from modalora.data.corpus import Corpus, Passages, Volume
+from modalora.data.corpus import Corpus, Passages, Volume, Volumes
 from modalora.data.forms import Options, read_record
 from modalora.data.mixture import Mixture
 from modalora.data.preview import as_page, as_terminal, preview
@@ -142,7 +142,8 @@ def test_whatever_is_said_and_shown_lengths_and_spans_are_whole(
 
     volume = Volume(Held(record), "messages", "", Options(Path.cwd()))
     cache = Path(tempfile.mkdtemp(dir=context.cache.parent))
-    corpus = Corpus(replace(context, most=most, cache=cache), (0, 0), [volume], shuffle=False, truncate="messages")
+    shelf = Volumes((0, 0), [volume], shuffle=False, held_out=0)
+    corpus = Corpus(replace(context, most=most, cache=cache), shelf, truncate="messages")
     kept, dropped = corpus.conversation(0)
     assert kept == messages[: len(messages) - dropped]  # whole messages, from the end
     assert kept[-1]["role"] == "assistant"

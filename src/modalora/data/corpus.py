@@ -84,8 +84,8 @@ def open_corpus(
             f"{texts[0].records.path} is plain text and other files of this source are not; give each kind a source"
         )
     if texts:
-        return Passages(context, _Shelf(key, volumes, shuffle, held_out))
-    return Corpus(context, _Shelf(key, volumes, shuffle, held_out), truncate)
+        return Passages(context, Volumes(key, volumes, shuffle, held_out))
+    return Corpus(context, Volumes(key, volumes, shuffle, held_out), truncate)
 
 
 def open_documents(
@@ -184,7 +184,7 @@ def _sample(records: Records) -> tuple[dict[str, Fields], list[tuple[int, str]]]
 _SIDES = (SCORED,)  # key of the order that tells which rows are held out: in every run and stage the same
 
 
-class _Shelf:
+class Volumes:
     """Several files in one numbering, what is held out of it, and the order of each epoch."""
 
     def __init__(self, key: Key, volumes: Sequence[Volume], shuffle: bool, held_out: float) -> None:
@@ -237,7 +237,7 @@ class _Shelf:
 class Corpus:
     """Conversations, a row per record."""
 
-    def __init__(self, context: Context, shelf: _Shelf, truncate: Truncate | None) -> None:
+    def __init__(self, context: Context, shelf: Volumes, truncate: Truncate | None) -> None:
         """shelf: what open_corpus found in the files."""
         self.shelf = shelf
         self._setting = shelf.volumes[0].options.setting
@@ -334,7 +334,7 @@ def _lengths(context: Context, volumes: Sequence[Volume], how: str, rows: int) -
 class Passages:
     """Windows of plain text. Each document ends with <|endoftext|>; no window reaches into the next."""
 
-    def __init__(self, context: Context, shelf: _Shelf) -> None:
+    def __init__(self, context: Context, shelf: Volumes) -> None:
         """shelf: what open_corpus found in the files."""
         self.shelf = shelf
         self.processor = context.processor
