@@ -451,11 +451,14 @@ class _Loop:
         progress.skipped_in_row = 0
         progress.tokens += int(outcome.tokens)
         routes = {f"loss_{name}": total / count for name, (total, count) in outcome.by_route.items()}
-        media = {f"loss_of_{kinds}": total / count for kinds, (total, count) in outcome.by_media.items()}
+        media = {
+            f"loss_of_{kinds}": own[0] / own[1]
+            for kinds, own in outcome.by_media.items()
+            if own not in outcome.by_route.values()  # which say the same of one route's only kind
+        }
         by_part = {f"grad_norm_{part}": own for part, own in norms.parts.items()}
         figures = {"loss": outcome.loss / outcome.labels, "grad_norm": norms.norm}
-        figures |= routes if len(routes) > 1 else {}
-        figures |= media if len(media) > 1 else {}
+        figures |= {**(routes if len(routes) > 1 else {}), **media}
         if self.model.config.decoder.rope.switch is not None:
             figures |= {
                 f"loss_{table}_rows": total / count for table, (total, count, _) in outcome.by_table.items() if count
