@@ -198,6 +198,11 @@ def test_a_link_that_leads_out_of_the_root_is_refused(tmp_path: Path) -> None:
         resolve("link.png", "image", Options(tmp_path / "in"))
 
 
+def test_a_link_to_itself_is_a_path_like_any_that_cannot_be_opened(tmp_path: Path) -> None:
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    assert resolve("loop.png", "image", Options(tmp_path)) == tmp_path / "loop.png"
+
+
 @pytest.mark.parametrize(
     ("form", "record", "told"),
     [

@@ -16,6 +16,7 @@ import shutil
 import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,8 @@ def inside(folder: Path, name: str) -> Path:
 def _lies_in(path: Path, roots: Sequence[Path]) -> bool:
     try:
         resolved = path.resolve()
-        path.exists()  # a name that is too long is no error until it is asked for
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()  # wrong names are errors only here; from Python 3.13 so are circles
     except (OSError, RuntimeError, ValueError):  # links in a circle, zeros and surrogates in a name
         return False
     return any(resolved.is_relative_to(root) for root in roots)

@@ -6,6 +6,7 @@ A form is told by the keys of a record; a file is of one form. Media stand besid
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -492,7 +493,8 @@ def resolve(value: Any, kind: str, options: Options) -> Any:
     if "\0" in value or not value or value.encode(errors="ignore").decode() != value:  # half of a surrogate pair
         raise DataError(f"the path of an {kind} is {value!r:.60}; give the path of a file")
     path = options.root / value
-    if not path.resolve().is_relative_to(options.root.resolve()):
+    resolved = Path(os.path.realpath(path))  # Path.resolve fails where links go round in a circle
+    if not resolved.is_relative_to(options.root.resolve()):
         raise DataError(
             f"the {kind} {value!r:.80} lies outside {str(options.root)!r}; write paths from there, or set media_root"
         )
