@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import modalora
-from modalora.assistant import BUNDLED
+from modalora.assistant import BUNDLED, Answer
 from modalora.checkpoint.adapters import save_adapter
+from modalora.cli.rows import _line
+from modalora.data.files import open_records
 from modalora.nn.lora import LoraConfig
 
 DEMO = BUNDLED / "demo"
@@ -39,6 +42,13 @@ def rows(tmp_path: Path) -> Path:
     path = tmp_path / "d" / "rows.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "\n{\n")
     return path
+
+
+def test_calls_of_tools_stand_in_the_line_of_a_row(rows: Path) -> None:
+    call = {"type": "function", "function": {"name": "seven", "arguments": "{}"}}
+    answer = Answer("[...]", (), "tool_calls", {"adapter": None}, {}, 0.0)
+    assert "tool_calls" not in _line(open_records(rows, rows.parent), 0, answer)
+    assert _line(open_records(rows, rows.parent), 0, replace(answer, tool_calls=(call,)))["tool_calls"] == [call]
 
 
 def held(text: str) -> list[dict[str, Any]]:

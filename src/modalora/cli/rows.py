@@ -85,6 +85,7 @@ def _line(records: Records, number: int, found: Answer | InputError) -> dict[str
         "finish_reason": found.finish_reason,
         "route": found.route["adapter"],
         "usage": dict(found.usage),
+        **({"tool_calls": list(found.tool_calls)} if found.tool_calls else {}),
     }
 
 
