@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from modalora.assistant import find_model, make_processor
-from modalora.checkpoint.store import read_texts
+from modalora.checkpoint.card import read_texts
 from modalora.config import SourceConfig
 from modalora.data.mixture import Mixture
 from modalora.data.sources import Context

@@ -19,8 +19,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from modalora.checkpoint.card import read_card
 from modalora.checkpoint.files import Weights, check_manifest
-from modalora.checkpoint.store import load_model, read_card, save_model
+from modalora.checkpoint.store import load_model, save_model
 from modalora.errors import CheckpointError, ConfigError, InputError
 from modalora.models.multimodal import ModelConfig, Multimodal
 from modalora.models.sizes import tiny

@@ -85,8 +85,8 @@ def _formats() -> Check:
 
 def _bundled() -> Check:
     from modalora.assistant import find_model
+    from modalora.checkpoint.card import CONFIG, TOKENIZER, WEIGHTS
     from modalora.checkpoint.files import check_manifest
-    from modalora.checkpoint.store import CONFIG, TOKENIZER, WEIGHTS
 
     try:
         folder = find_model("nano")

@@ -26,7 +26,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from modalora import modality
 from modalora.assistant import find_model
-from modalora.checkpoint.store import describe, read_card
+from modalora.checkpoint.card import read_card
+from modalora.checkpoint.store import describe
 from modalora.config import MediaConfig, MeshConfig, RunConfig
 from modalora.contracts import IGNORED, Batch, Media, Route
 from modalora.data.reader import limited

@@ -11,8 +11,9 @@ import torch
 
 from modalora.assistant import find_model, make_processor
 from modalora.checkpoint.adapters import fingerprint
+from modalora.checkpoint.card import read_texts
 from modalora.checkpoint.files import weights_digest
-from modalora.checkpoint.store import load_model, read_texts
+from modalora.checkpoint.store import load_model
 from modalora.config import RunConfig, parse
 from modalora.data.files import find_files
 from modalora.data.mixture import Mixture
