@@ -179,7 +179,9 @@ def _stage(
     told = {"run": title, "plan": asdict(found), "estimate": asdict(cost), "rows_from": source}
     if run.scored:
         times = len({found.steps, *range(0, found.steps, run.eval_every or run.save_every)})
-        told["scores"] = {"rows": run.eval_rows * len(run.scored), "every": run.eval_every, "times": times}
+        rows = run.eval_rows * len(run.scored)
+        seconds = rows / found.rows * found.forward * cost.step_seconds  # rows as long as those of training
+        told["scores"] = {"rows": rows, "every": run.eval_every, "times": times, "seconds": seconds}
     if as_json:
         return told
     print(f"{'part':<26} {'numbers':>15} {'trains':>15} {'weights':>10} {'gradients':>10} {'optimizer':>10}")
@@ -208,8 +210,8 @@ def _stage(
         )
     if run.scored:
         names = ", ".join(source_names(run.scored))
-        print(f"scored     up to {run.eval_rows:,} rows of each of {names}, every {run.eval_every:,} steps, "
-              f"{times} times; their time is not counted")  # fmt: skip
+        print(f"scored     up to {run.eval_rows:,} rows of each of {names}, every {run.eval_every:,} steps, {times} times; "
+              f"up to {lasting(seconds)} each, on top of this time")  # fmt: skip
     if found.steps < run.steps:
         print(f"           the data end after about so many, before steps={run.steps}; more epochs give more")
     if cost.fits is False:

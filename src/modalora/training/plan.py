@@ -84,6 +84,7 @@ class Plan:
     peak: int
     flops: int
     moved: int  # bytes that operations read and write
+    forward: float  # share of the work that reading alone takes, as rows that are only scored do
     steps: int  # of the run: about as many as the data last for, where these end before
 
     @property
@@ -106,7 +107,9 @@ def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype
     fake = FakeTensorMode()
     with torch.device("meta"):
         model = Multimodal(config)
-    work = StepFlops(model, {part_of(name) for name in freeze(model, run.train)}, decodes=run.objective == "next_token")
+    decodes = run.objective == "next_token"
+    work = StepFlops(model, {part_of(name) for name in freeze(model, run.train)}, decodes=decodes)
+    reading = StepFlops(model, (), decodes=decodes)
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     with fake:
         blank = {name: torch.empty(shape, dtype=_dtype(name, run, dtype)) for name, shape in shapes.items()}
@@ -162,6 +165,7 @@ def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype
         peak=meter.peak,
         flops=round(meter.flops * times) * run.mesh.sequence,
         moved=round(meter.moved * times) * run.mesh.sequence,
+        forward=reading.of(micro) / work.of(micro),
         steps=run.steps,
     )
 
