@@ -90,6 +90,19 @@ def test_a_tensor_that_no_optimiser_moves_is_told(tmp_path: Path) -> None:
         train(settings(tmp_path, "adapter.vision", steps=8), fresh(), mixed_data(), engine=Clip(drop))
 
 
+def test_a_gradient_of_rounding_alone_need_not_move_its_tensor(tmp_path: Path) -> None:
+    """Softmax does not see a bias of keys: 1e-9 is left of its gradient, which an eps of 1e-3 keeps from moving 3."""
+    told: list[str] = []
+    model = fresh()
+    for name, own in model.named_parameters():
+        if name.endswith("k_proj.bias"):
+            own.data.fill_(3.0)
+    optim = OptimConfig(lr=1e-4, eps=1e-3, warmup_steps=0)
+    train(settings(tmp_path, "image.encoder", steps=AUDITED + 1, optim=optim), model, mixed_data(), say=told.append)
+    assert not [line for line in told if "not judged" in line]
+    assert (model.encoders["image"].tower.layers[0].self_attn.k_proj.bias == 3.0).all()
+
+
 def test_updates_below_the_precision_of_the_weights_are_told(tmp_path: Path) -> None:
     model = fresh()
     model.decoder.to(torch.bfloat16)

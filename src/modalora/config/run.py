@@ -55,10 +55,10 @@ class OptimConfig(Settings):
     # how slowly AdamW's two moments change
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)  # added to the divisor of AdamW's step
-    weight_decay: float = Field(0.01, ge=0)  # of matrices, a step, times the rate
+    weight_decay: float = Field(0.01, ge=0)  # of tensors of two axes and more, a step, times the rate
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # from the end of warm-up to the last step
     warmup_steps: int = Field(50, ge=0)  # in which the rate rises from 0
-    final_lr_ratio: float = Field(0.1, ge=0, le=1)  # share of lr at the last step; constant keeps lr
+    final_lr_ratio: float = Field(0.1, ge=0, le=1)  # share of lr that a decay reaches one step behind the last
     # longest gradient of a step, others are scaled down; .inf: none
     clip_norm: float = Field(1.0, gt=0, allow_inf_nan=True)
     # part -> factor on lr

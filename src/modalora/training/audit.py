@@ -20,6 +20,9 @@ from modalora.errors import ConfigError, TrainingError
 from modalora.models.multimodal import matches, part_of
 from modalora.parallel.engine import Engine
 
+# Of a part's largest gradient: below it lies what rounding leaves of a zero, such as that of a bias of keys, which
+# softmax does not see. AdamW's eps may be more, and then nothing moves.
+NOISE = 1e-5
 AUDITED = 4  # steps with rows for a part after which it is judged: the fault is told before the fifth
 
 
@@ -87,13 +90,18 @@ def check_trained(declared: Mapping[str, nn.Parameter], trained: Mapping[str, nn
 
 @dataclass(slots=True)
 class _Watch:
-    """One trained tensor. place, value: its number with the largest gradient, which an update must change."""
+    """One trained tensor. place, value: its number with the largest gradient, which an update must change.
+
+    largest: the gradient there, on this rank. loud: the same of all ranks.
+    """
 
     part: str
     graded: bool = False
     moved: bool = False
     place: int = -1
     value: float = 0.0
+    largest: float = 0.0
+    loud: float = 0.0
 
 
 class Audit:
@@ -145,8 +153,8 @@ class Audit:
             if gradient is None or watch.moved or not gradient.numel():
                 continue
             place = int(gradient.abs().argmax())
-            if gradient.flatten()[place] != 0:
-                watch.graded, watch.place = True, place
+            if size := abs(float(gradient.flatten()[place])):
+                watch.graded, watch.place, watch.largest = True, place, max(watch.largest, size)
                 watch.value = float(self.engine.local(own).detach().flatten()[place])
 
     def after(self, warming: bool) -> None:
@@ -208,10 +216,12 @@ class Audit:
     def _share(self) -> None:
         flags = {f"graded {name}": float(watch.graded) for name, watch in self.watched.items()}
         flags |= {f"moved {name}": float(watch.moved) for name, watch in self.watched.items()}
+        flags |= {f"loud {name}": watch.largest for name, watch in self.watched.items()}
         if self.engine.world > 1 and flags:
             flags = self.engine.totals(flags)
-            for name, watch in self.watched.items():
-                watch.graded, watch.moved = flags[f"graded {name}"] > 0, flags[f"moved {name}"] > 0
+        for name, watch in self.watched.items():
+            watch.graded, watch.moved = flags[f"graded {name}"] > 0, flags[f"moved {name}"] > 0
+            watch.loud = flags[f"loud {name}"]
 
     def _done(self, part: str) -> None:
         self.judged.append(part)
@@ -226,8 +236,11 @@ class Audit:
                 f"for it, among them {lacking[0]}; something between it and the loss is detached, or it is not the "
                 "tensor that the model runs"
             )
-        still = sorted(name for name, watch in own.items() if not watch.moved)
-        if still and not warming:
+        loudest = max(watch.loud for watch in own.values())
+        still = sorted(name for name, watch in own.items() if not watch.moved and watch.loud > NOISE * loudest)
+        if not still:
+            self._done(part)
+        elif not warming:
             kind = str(self.trained[still[0]].dtype).removeprefix("torch.")
             raise TrainingError(
                 f"{part} trains, and {len(still)} of its {size} tensors have gradients but did not move in {AUDITED} "
