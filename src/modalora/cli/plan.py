@@ -210,8 +210,8 @@ def _stage(
         )
     if run.scored:
         names = ", ".join(source_names(run.scored))
-        print(f"scored     up to {run.eval_rows:,} rows of each of {names}, every {run.eval_every:,} steps, {times} times; "
-              f"up to {lasting(seconds)} each, on top of this time")  # fmt: skip
+        print(f"scored     up to {run.eval_rows:,} rows of each of {names}, every {run.eval_every:,} steps, "
+              f"{times} times; up to {lasting(seconds)} each, beside the time above")  # fmt: skip
     if found.steps < run.steps:
         print(f"           the data end after about so many, before steps={run.steps}; more epochs give more")
     if cost.fits is False:

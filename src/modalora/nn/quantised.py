@@ -58,7 +58,7 @@ class Nf4(nn.Module):
         self.shape = matrix.shape
 
     def expand(self, dtype: torch.dtype) -> Tensor:
-        """Return the matrix. In bf16 it is rounded twice, level and product: 2 % of what four bits have lost already."""
+        """Return the matrix. In bf16 level and product are rounded: 2 % of what four bits lost already."""
         numbers = _pairs(self.codes.device, dtype).index_select(0, self.codes.flatten().int()).view(-1, BLOCK)
         return numbers.mul_(self.scales.to(dtype)).view(self.shape)
 
