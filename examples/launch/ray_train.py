@@ -22,13 +22,13 @@ def work(given: dict[str, Any]) -> None:
     def show(metrics: dict[str, Any]) -> None:
         print(f"step {metrics['step']}  loss {metrics['loss']:.3f}", flush=True)
 
-    run_recipe(load_run(Path(given["recipe"]), given["overrides"]), show)
+    run_recipe(load_run(given["recipe"], given["overrides"]), show)
 
 
 def main() -> None:
     """Start the workers and wait for them."""
     parser = argparse.ArgumentParser(description="Train a recipe with Ray Train.")
-    parser.add_argument("recipe", type=Path)
+    parser.add_argument("recipe", help="a YAML file, or the name of a bundled recipe")
     parser.add_argument("overrides", nargs="*", help="settings to change, e.g. steps=100")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--gpu", action="store_true", help="one GPU per worker")
@@ -41,10 +41,11 @@ def main() -> None:
     from ray.train import ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    recipe = str(Path(given.recipe).resolve()) if Path(given.recipe).is_file() else given.recipe
     overrides = [*given.overrides, f"device={'cuda' if given.gpu else 'cpu'}"]
     TorchTrainer(
         work,
-        train_loop_config={"recipe": str(given.recipe.resolve()), "overrides": overrides},
+        train_loop_config={"recipe": recipe, "overrides": overrides},
         scaling_config=ScalingConfig(num_workers=given.workers, use_gpu=given.gpu),
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if given.gpu else "gloo"),
     ).fit()

@@ -133,6 +133,7 @@ def test_a_length_that_is_named_twice_is_asked_once(run: Run, book: str) -> None
         (("ruler", "--depths", "0.5"), "--depths is a setting of needle, which is not among the tasks"),
         (("needle", "--example"), "--example is a setting of ruler, which is not among the tasks"),
         (("ruler", "--rope", "long"), "rope='long': this model has no long and short table"),
+        (("ruler", "--rope", "reference", "--rope", "long"), "rope='long': this model has no long and short table"),
         (("perplexity", "--text", "no-such.txt"), "no-such.txt cannot be read as text"),
         (("perplexity", "--samples", "1"), "--samples 1: perplexity compares passages and needs at least 2"),
         (("ruler", "--threshold", "nan"), "--threshold nan must lie in 0 to 1, such as 0.856"),

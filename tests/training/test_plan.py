@@ -195,6 +195,14 @@ def test_processes_that_share_tokens_share_what_a_step_holds(ring: int) -> None:
     assert not dist.is_initialized()
 
 
+def test_media_are_planned_for_processes_that_share_tokens() -> None:
+    batch = shaped_batch(tiny(), ["text=30,image=200x100", "text=20,audio=2"], 2)
+    one, two = (plan_step(tiny(), run_of(mesh=mesh), [batch]) for mesh in ({}, {"sequence": 2}))
+    assert two.media_tokens == one.media_tokens > 0
+    # the encoders' inputs and what they hold are as much on each: every process encodes all media of its rows
+    assert 0.4 < two.step / one.step < 1
+
+
 def test_a_mesh_that_cannot_be_planned_is_refused() -> None:
     batch = shaped_batch(tiny(), ["text=30"], 2)
     with pytest.raises(ConfigError, match="mesh.tensor=2 is not planned; plan without it"):

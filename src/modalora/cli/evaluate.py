@@ -73,6 +73,8 @@ def evaluate(
 
     _check(context, tasks, samples, threshold)
     assistant = open_model(model, adapter, modality_file, dtype=dtype, device=device)
+    for regime in reversed(rope or ["reference"]):  # all before the first is measured, which is set again
+        set_regime(assistant.model, cast(Any, regime))
     own = assistant.processor.router((), route).adapter
     check_used(assistant, adapter, route, ())
     window, tokenizer = assistant.processor.window, assistant.processor.tokenizer

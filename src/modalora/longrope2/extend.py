@@ -323,7 +323,7 @@ def _progress(figures: Mapping[str, Any]) -> str:
     line = f"iteration {figures['iteration']} of {figures['iterations']}, {figures['evaluations']:,} judged"
     if "perplexity" in figures:
         line += f", best perplexity {figures['perplexity']:.4g} with anchor {figures['anchor']}"
-    return f"{line}, {figures['remaining_seconds']:,} s left"
+    return f"{line}, {figures['remaining_seconds']:,} s left" if figures["evaluations"] else line
 
 
 def _with_others(work: Extension, documents: Sequence[Document], found: dict[str, Any]) -> dict[str, Any]:

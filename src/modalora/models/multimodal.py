@@ -336,7 +336,7 @@ def _found(places: Tensor | None, tokens: Tensor) -> tuple[Tensor, Tensor | slic
     if places is None:
         return tokens, slice(None)
     at = places[tokens]
-    here = at != NOWHERE
+    here = (at != NOWHERE).nonzero().squeeze(1)  # looked up once, and known where nothing else has numbers (plan)
     return at[here], here
 
 
