@@ -42,7 +42,8 @@ def ask(
     pack: Annotated[bool, typer.Option("--pack", help="Spend seconds to decode bf16 twice as fast on a CPU.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="The question is a whole prompt, control tokens and all.")] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print text, tokens, finish_reason, route, usage, seconds, tool_calls.")
+        bool,
+        typer.Option("--json", help="Print text, tokens, finish_reason, route, usage, seconds, content, tool_calls."),
     ] = False,
     rows: Annotated[
         Path | None,
