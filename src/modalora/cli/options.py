@@ -31,14 +31,15 @@ Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
 
 RowForm = Annotated[
-    str, typer.Option("--form", help="The form of such rows, e.g. alpaca; auto: each by its keys (docs/data.md).")
+    str,
+    typer.Option("--form", help="The form of the rows of a file, e.g. alpaca; auto: each by its keys (docs/data.md)."),
 ]
 RowNames = Annotated[
-    str, typer.Option("--rename", help="Names of their fields: '{question: instruction, answer: output}'.")
+    str, typer.Option("--rename", help="Names of the fields of rows: '{question: instruction, answer: output}'.")
 ]
-RowTags = Annotated[str, typer.Option("--tags", help="false: <image> and <audio> in their texts are mere text.")]
+RowTags = Annotated[str, typer.Option("--tags", help="false: <image> and <audio> in the texts of rows are mere text.")]
 MediaRoot = Annotated[
-    Path | None, typer.Option(help="The folder that their media paths start from and may not leave; else the file's.")
+    Path | None, typer.Option(help="The folder that media paths of rows start from and may not leave; else the file's.")
 ]
 
 Gpus = Annotated[int, typer.Option(min=0, help="GPUs of this machine to work on, one process each.")]
