@@ -144,6 +144,7 @@ def test_what_cannot_be_asked_comes_back_in_its_place(assistant: Assistant) -> N
     assert "this model reads at most" in str(long)
     with pytest.raises(RouteError, match="unknown route 'mine'"):
         assistant.ask_each(asked, route="mine")
+    assert list(assistant.ask_each([])) == []
 
 
 def test_one_line_shows_what_was_loaded(assistant: Assistant) -> None:
@@ -246,7 +247,7 @@ def test_a_call_in_an_answer_is_told_from_its_text(assistant: Assistant, say: Sa
     ids = [tokenizer.control("<|tool_call|>"), *tokenizer.encode(written), tokenizer.control("<|/tool_call|>")]
     say(ids)
     answer = assistant.ask("How many?")
-    assert (answer.text, answer.finish_reason) == (written, "tool_calls")
+    assert (answer.text, answer.content, answer.finish_reason) == (written, "", "tool_calls")
     assert answer.tool_calls == ({"type": "function", "function": {"name": "seven", "arguments": '{"a": 1}'}},)
     said = [
         {"role": "user", "content": "How many?"},
@@ -259,7 +260,35 @@ def test_a_call_in_an_answer_is_told_from_its_text(assistant: Assistant, say: Sa
     assert assistant.ask("How many?", max_tokens=4).finish_reason == "length"
     say(tokenizer.encode(written))
     plain = assistant.ask("How many?")
-    assert (plain.text, plain.finish_reason, plain.tool_calls) == (written, "stop", ())
+    assert (plain.text, plain.content, plain.finish_reason, plain.tool_calls) == (written, written, "stop", ())
+
+
+@pytest.mark.parametrize(
+    ("between", "stop", "text", "content", "told"),
+    [
+        ("", (), "seven blue", "seven blue", [""]),
+        ("[]", (), "seven[] blue", "seven blue", ["[]"]),
+        ('{"name": "box", "arguments": {}}', "x", 'seven{"name": "bo', "seven", ['{"name": "b']),  # "ox" is a token
+        ('{"name": "box", "arguments": {}}', "sev", "", "", []),
+        ('{"name": "box", "arguments": {}}', "lu", 'seven{"name": "box", "arguments": {}} b', "seven b", ["box"]),
+    ],
+)
+def test_what_is_no_whole_call_and_what_a_stop_string_cut_is_no_end_by_calls(
+    assistant: Assistant, say: Say, between: str, stop: str, text: str, content: str, told: list[str]
+) -> None:
+    tokenizer = assistant.processor.tokenizer
+    call, end = tokenizer.control("<|tool_call|>"), tokenizer.control("<|/tool_call|>")
+    letters = [index for letter in " blue" for index in tokenizer.encode(letter)]
+    say([*tokenizer.encode("seven"), call, *tokenizer.encode(between), end, *letters])
+    answer = assistant.ask("How many?", stop=stop)
+    assert (answer.text, answer.content, answer.finish_reason) == (text, content, "stop")
+    assert [one if isinstance(one, str) else one["function"]["name"] for one in answer.tool_calls] == told
+
+
+def test_a_stop_string_does_not_end_an_answer_within_a_character(assistant: Assistant, say: Say) -> None:
+    for text, told in (("one € two", "one € two"), ("one \ufffd two", "one ")):
+        say(assistant.processor.tokenizer.encode(text))
+        assert assistant.ask("?", stop="\ufffd").text == told
 
 
 @pytest.mark.parametrize(
@@ -832,7 +861,7 @@ def test_settings_of_another_kind_are_told(folder: Path) -> None:
     done = subprocess.run([sys.executable, "-c", WRONG_KINDS, str(folder)], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
         "route=None must be 'auto', 'none' or an adapter's name",
-        "seed=None must be a whole number",
+        "seed=None must be a whole number, or a list of one for each conversation",
         "top_k=5.0 must be a whole number",
         "temperature='hot' must be a number",
         "stop=5 must be a string or a list of strings",
@@ -897,6 +926,11 @@ def test_raw_prompts_take_control_tokens_of_any_form_and_no_bare_placeholder(ass
         (lambda m: m.ask("Hi", media={5: "x"}), "media has 5 as a modality's name"),
         (lambda m: m.ask_many(5), "conversations=5 must be a list of message lists"),
         (lambda m: m.ask_many("Hi"), "conversations='Hi' must be a list of message lists"),
+        (lambda m: m.ask_each("Hi"), "conversations='Hi' must be a list of message lists"),
+        (lambda m: m.ask_each({"role": "user"}), "conversations={'role': 'user'} must be a list of message lists"),
+        (lambda m: m.ask_each(None), "conversations=None must be a list of message lists"),
+        (lambda m: m.ask_each(one for one in "ab"), "conversations=<generator .* must be a list of message lists"),
+        (lambda m: m.ask_many(["a", "b"], seed=np.array([1, 2])), "must be a whole number, or a list of one for each"),
         (lambda m: m.save(None), r"save\(None\) takes the path of a new folder"),
         (lambda m: m.save("a\0b"), r"save\('a\\x00b'\) takes the path of a new folder"),
         (lambda m: m.ask("Hi", audio=(SOUND[0], "8000")), r"it must be \(array, rate\), such as"),

@@ -45,8 +45,9 @@ class Answer:
     """What a model said.
 
     finish_reason: "stop", "length" or "tool_calls". route: the row's record of `explain`. usage: token counts as OpenAI
-    names them. tool_calls: the calls of tools that it holds, as OpenAI has them; text has their JSON as well. To go on,
-    add {"role": "assistant", "content": None, "tool_calls": ...} to the messages, and the results.
+    names them. content, tool_calls: its words and the calls of tools in it, as OpenAI has them, a call that is no JSON
+    as its text; `text` has words and JSON together. To go on, add {"role": "assistant", "content": ..., "tool_calls":
+    ...} to the messages, and the results.
     """
 
     text: str
@@ -55,6 +56,7 @@ class Answer:
     route: Mapping[str, Any]
     usage: Mapping[str, int]
     seconds: float
+    content: str = ""
     tool_calls: tuple[dict[str, Any] | str, ...] = ()
 
 
@@ -160,14 +162,12 @@ class Assistant:
         equal answers; or one for each, for several answers to one. What is wrong with any is told before the first is
         answered, as far as texts and the headers of media tell.
         """
-        if isinstance(conversations, str | Mapping) or not isinstance(conversations, Sequence):
-            raise PromptError(f"conversations={conversations!r:.60} must be a list of message lists")
-        if not conversations:
-            raise PromptError("no conversation was given; pass a list of message lists")
         found = self.ask_each(
             conversations, max_tokens=max_tokens, route=route, stop=stop, switch=switch, seed=seed, rows=rows,
             **sampling,
         )  # fmt: skip
+        if not conversations:
+            raise PromptError("no conversation was given; pass a list of message lists")
         for place, one in enumerate(conversations if len(conversations) > 1 else ()):
             try:
                 messages = conversation(one)
@@ -196,14 +196,17 @@ class Assistant:
     ) -> Iterator[Answer | InputError]:
         """Return what becomes of each conversation, in order: an answer, or what is wrong with it.
 
-        Arguments as for `ask_many`. Raises ConfigError and RouteError for a setting that suits none.
+        Arguments as for `ask_many`. Raises ConfigError and RouteError for a setting that suits none, PromptError for
+        what is no list.
         """
+        if isinstance(conversations, str | bytes | Mapping) or not isinstance(conversations, Sequence):
+            raise PromptError(f"conversations={conversations!r:.60} must be a list of message lists")
         if isinstance(rows, bool) or not isinstance(rows, Integral) or rows < 1:
             raise ConfigError(f"rows={rows!r:.40} must be a whole number of at least 1, such as {ROWS}")
         settings = self._settings(max_tokens, stop, switch, {**sampling, "seed": seed}, len(conversations))
         self.processor.router((), route)
         if self.processor.compat:
-            rows = len(conversations)  # whose media route them all
+            rows = len(conversations) or 1  # whose media route them all
         return self._each(conversations, route, settings, rows)
 
     def _each(
@@ -248,10 +251,15 @@ class Assistant:
         for row, new in enumerate(ids):
             prompt = int(batch.lengths[row])
             usage = {"prompt_tokens": prompt, "completion_tokens": len(new), "total_tokens": prompt + len(new)}
-            text = _cut(self.processor.tokenizer.decode(new), settings.stop)
-            calls = read_calls(new, self.processor.tokenizer)
-            finish[row] = "tool_calls" if calls and finish[row] == "stop" else finish[row]
-            answers.append(Answer(text, tuple(new), finish[row], routes[row], usage, seconds, calls))
+            whole, kept = self.processor.tokenizer.decode(new), new
+            text = _cut(whole, settings.stop)
+            while len(self.processor.tokenizer.decode(kept)) > len(text):  # calls are those of the text
+                kept = kept[:-1]
+            words, calls = read_calls(kept, self.processor.tokenizer)
+            if text == whole and finish[row] == "stop" and any(isinstance(call, dict) for call in calls):
+                finish[row] = "tool_calls"
+            content = words if calls else text
+            answers.append(Answer(text, tuple(new), finish[row], routes[row], usage, seconds, content, calls))
         return answers
 
     def stream(
@@ -390,6 +398,8 @@ class Assistant:
         if unknown := sorted(set(sampling) - set(known)):
             raise ConfigError(f"unknown sampling setting {', '.join(unknown)}; known are {', '.join(known)}")
         seed = sampling.get("seed", 0)
+        if not isinstance(seed, Integral | list | tuple | range):
+            raise ConfigError(f"seed={seed!r:.40} must be a whole number, or a list of one for each conversation")
         seeds = seed if isinstance(seed, list | tuple | range) else [seed] * rows
         if len(seeds) != rows:
             raise ConfigError(
@@ -402,7 +412,7 @@ class Assistant:
         growing = [Growing(self.processor.tokenizer) for _ in batch.input_ids]
 
         def stops(row: int, ids: list[int]) -> bool:
-            text = growing[row].add(ids[-1])
+            text = growing[row].add(ids[-1]).rstrip("\ufffd")  # the rest of a character may still come
             return any(word in text for word in settings.stop)
 
         return generate(

@@ -80,8 +80,22 @@ def test_what_was_saved_is_read_as_rows_of_training(
     code, out, _ = run("data", "check", "d/both.jsonl")  # DIGITS is elsewhere
     assert (code, f"the audio '{DIGITS}' lies outside" in out.replace("\n", "")) == (1, True)
     assert run("data", "check", "d/both.jsonl", "mixture.0.options.media_root=/")[0] == 1  # the picture is not there
-    code, out, _ = run("route", "explain", "nano", "Hi", "--batch", "d/both.jsonl", "--json")
-    assert (code, json.loads(out.splitlines()[1])["modalities"]) == (0, ["audio", "image"])
+    code, out, _ = run("route", "explain", "nano", "Hi", "--batch", "d/chat.jsonl", "--json")
+    assert (code, json.loads(out.splitlines()[1])["modalities"]) == (0, ["image"])
+    code, _, err = run("route", "explain", "nano", "Hi", "--batch", "d/both.jsonl")
+    assert (code, f"d/both.jsonl, line 1: the audio '{DIGITS}' lies outside 'd'" in err) == (2, True)
+
+
+def test_tags_that_were_mere_text_are_such_in_what_was_saved(
+    session: Session, take: Take, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    take("/system <audio> is a tag.", "Is <image> or <|image_1|> one?", "/save chat.jsonl")
+    saved = json.loads(Path("chat.jsonl").read_text())["messages"]
+    processor = session.assistant.processor
+    assert processor.row(saved, answer=False).ids == processor.row(session.messages, answer=False).ids
+    code, out, _ = run("data", "check", "chat.jsonl")
+    assert (code, "every row is good" in out) == (0, True)
 
 
 def test_the_route_shown_is_the_one_that_was_taken(session: Session, take: Take) -> None:

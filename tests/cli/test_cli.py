@@ -45,7 +45,7 @@ def test_json_has_text_tokens_finish_reason_route_usage_and_seconds(run: Callabl
     )
     answer = json.loads(out)
     assert code == 0
-    assert set(answer) == {"text", "tokens", "finish_reason", "route", "usage", "seconds", "tool_calls"}
+    assert set(answer) == {"text", "tokens", "finish_reason", "route", "usage", "seconds", "content", "tool_calls"}
     assert answer["route"]["adapter"] == "vision"
     assert answer["route"]["projectors"] == {"image": "vision", "audio": "vision"}
     assert answer["usage"]["prompt_tokens"] + answer["usage"]["completion_tokens"] == answer["usage"]["total_tokens"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,8 +85,9 @@ def test_a_sum_is_composed_and_merged(run: Run, style: Path, tmp_path: Path) -> 
 
 def test_route_explain_tells_what_the_released_code_would_do(run: Run, tmp_path: Path) -> None:
     more = tmp_path / "more.jsonl"
-    picture = {"type": "image", "image": str(BUNDLED / "demo" / "scene.png")}
-    more.write_text(json.dumps([{"role": "user", "content": [picture]}]) + "\n")
+    shutil.copy(BUNDLED / "demo" / "scene.png", tmp_path)
+    picture = {"type": "image", "image": "scene.png"}
+    more.write_text(json.dumps({"messages": [{"role": "user", "content": [picture]}]}) + "\n")
     code, out, _ = run("route", "explain", "nano", "Which?", "--audio", DIGITS)
     assert (code, "released   the same" in out) == (0, True)
     out = run("route", "explain", "nano", "Which?", "--audio", DIGITS, "--batch", str(more))[1]
@@ -96,16 +98,39 @@ def test_route_explain_tells_what_the_released_code_would_do(run: Run, tmp_path:
     assert [json.loads(line)["adapter"] for line in rows.splitlines()] == ["vision", "vision"]
     more.write_text("{")
     assert run("route", "explain", "nano", "Hi", "--batch", str(more))[0] == 2
-    more.write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n\n[{"role": "bot", "content": "Hi"}]\n')
+    more.write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n\n{"messages": [{"role": "bot"}]}\n')
     code, _, err = run("route", "explain", "nano", "Hi", "--batch", str(more))
     assert (code, f"{more}, line 3: message 1 has role 'bot'" in err) == (2, True)
     more.write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n' + "[" * 100_000)
     code, _, err = run("route", "explain", "nano", "Hi", "--batch", str(more))
-    assert (code, f"{more}, line 2 is not JSON" in err) == (2, True)
+    assert (code, f"{more}, line 2: it is nested deeper than 100" in err) == (2, True)
+    code, _, err = run("route", "explain", "nano", "Hi", "--tags", "false")
+    assert (code, "--tags is for --batch" in err) == (2, True)
     for tokens, told in (("0", "max_tokens=0 must be at least 1"), ("99999", "exceed this model's window")):
         code, _, err = run("route", "explain", "nano", "Hi", "--max-tokens", tokens)
         assert (code, told in err) == (2, True)
     assert "compat='x' must be 'official' or None" in run("route", "explain", "nano", "Hi", "--compat", "x")[2]
+
+
+def test_route_explain_reads_a_file_as_ask_does(run: Run, tmp_path: Path) -> None:
+    shutil.copy(BUNDLED / "demo" / "scene.png", tmp_path)
+    rows = [
+        {"messages": [{"role": "user", "content": "<image>Which?"}], "images": ["scene.png"], "n": 1},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]},
+        {"instruction": "Is <image> a tag?"},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    asked = ("route", "explain", "nano", "Hi", "--json", "--batch", str(tmp_path / "rows.json"))
+    code, _, err = run(*asked)
+    assert (code, "line 1: it has 1 <image> places and 0 images; " in err, "set --tags=false when" in err) == (
+        2,
+        True,
+        True,
+    )
+    (tmp_path / "rows.json").write_text(json.dumps(rows[:2]))
+    code, out, err = run(*asked)
+    assert [json.loads(line)["modalities"] for line in out.splitlines()] == [["text"], ["image"], ["text"]]
+    assert (code, err) == (0, f"{tmp_path / 'rows.json'}: fields that are not read: n (1)\n")
 
 
 def test_a_raw_prompt_is_taken_as_it_is(run: Run) -> None:

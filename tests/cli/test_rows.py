@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 import modalora
 from modalora.assistant import BUNDLED, Answer
 from modalora.checkpoint.adapters import save_adapter
-from modalora.cli.rows import _line
+from modalora.cli.rows import Answers, Rows, _line
 from modalora.data.files import open_records
 from modalora.nn.lora import LoraConfig
 
@@ -46,9 +48,13 @@ def rows(tmp_path: Path) -> Path:
 
 def test_calls_of_tools_stand_in_the_line_of_a_row(rows: Path) -> None:
     call = {"type": "function", "function": {"name": "seven", "arguments": "{}"}}
-    answer = Answer("[...]", (), "tool_calls", {"adapter": None}, {}, 0.0)
-    assert "tool_calls" not in _line(open_records(rows, rows.parent), 0, answer)
-    assert _line(open_records(rows, rows.parent), 0, replace(answer, tool_calls=(call,)))["tool_calls"] == [call]
+    asked, answer = (
+        Rows(open_records(rows, rows.parent), rows.parent),
+        Answer("So[]", (), "tool_calls", {"adapter": None}, {}, 0.0),
+    )
+    assert "tool_calls" not in _line(asked, 0, answer)
+    line = _line(asked, 0, replace(answer, content="So", tool_calls=(call,)))
+    assert (line["content"], line["tool_calls"]) == ("So", [call])
 
 
 def held(text: str) -> list[dict[str, Any]]:
@@ -91,10 +97,138 @@ def test_a_file_of_answers_is_gone_on_with_where_it_was_left(run: Run, rows: Pat
     code, out, err = run(*asked)
     assert (code, out, target.read_text()) == (1, "", whole)
     assert err.startswith(f"{target} has 4 of 8 rows, and is gone on with\n3 of 8 rows could not be asked")
-    target.write_text("a file of mine\n")
+
+
+def test_what_is_no_answer_to_these_rows_is_refused_and_left(run: Run, rows: Path, tmp_path: Path) -> None:
+    rows.write_text('{"instruction": "Repeat: hello"}\n{"instruction": "Hi"}\n')
+    target = tmp_path / "answers.jsonl"
+    asked = ("ask", "nano", "--rows", str(rows), "--max-tokens", "2", "--output", str(target))
+    assert run(*asked)[0] == 0
+    whole = target.read_text()
+    for held in ("a file of mine\n", "a file of mine, without an end", '[{"row": 1}]', whole + "and more"):
+        target.write_text(held)
+        code, _, err = run(*asked)
+        assert (code, f"--output {target}, line {held.count(chr(10)) * (held > whole) + 1} is no answer" in err) == (
+            2,
+            True,
+        )
+        assert target.read_text() == held
+    target.write_text(whole)
+    others = [("--max-tokens", "3"), ("--seed", "1"), ("--stop", "x"), ("--tags", "false"), ("--route", "none")]
+    for other in others:
+        code, _, err = run(*asked, *other)
+        assert (code, "line 1 answers another row, or was asked of another model or with other" in err) == (2, True)
+    rows.write_text('{"instruction": "Repeat: hello"}\n{"instruction": "Ho"}\n')
+    assert "line 2 answers another row" in run(*asked)[2]
+    rows.write_text('{"instruction": "Repeat: hello"}\n')
+    assert "line 2 answers more than the 1 rows of" in run(*asked)[2]
+    assert target.read_text() == whole
+    one = rows.with_name("one.jsonl")
+    one.write_text('{"row": 1, "instruction": "Hi"}')
+    for name in (one, one.parent / ".." / "d" / "one.jsonl"):
+        code, _, err = run("ask", "nano", "--rows", str(one), "--output", str(name))
+        assert (code, "is the file of --rows; name a new file" in err) == (2, True)
+    assert one.read_text() == '{"row": 1, "instruction": "Hi"}'
+
+
+def test_an_output_is_a_file_of_one_process(run: Run, rows: Path, tmp_path: Path) -> None:
+    target = tmp_path / "answers.jsonl"
+    for place in ("/dev/full", "/dev/null", str(tmp_path)):
+        code, _, err = run("ask", "nano", "--rows", str(rows), "--output", place)
+        assert (code, f"--output {place} is no file; name one, or leave --output out" in err) == (2, True)
+    target.touch()
+    held = f"import fcntl; f = open({str(target)!r}, 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", held], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        code, _, err = run("ask", "nano", "--rows", str(rows), "--output", str(target))
+        other.communicate(b"\n")
+    assert (code, f"another process writes to --output {target}; wait" in err) == (2, True)
+
+
+def test_no_file_is_left_where_nothing_was_answered(run: Run, rows: Path, tmp_path: Path) -> None:
+    target = tmp_path / "answers.jsonl"
+    for wrong in (("no-such-model",), ("nano", "--route", "mine"), ("nano", "--max-tokens", "1021")):
+        code, _, err = run("ask", *wrong, "--rows", str(rows), "--output", str(target))
+        assert (code, target.exists()) == (2, False)
+    assert "max_tokens=1021 exceed this model's window of 1024; lower max_tokens to" in err
+
+
+def test_a_stopped_run_says_how_it_goes_on(
+    run: Run, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    target = tmp_path / "answers.jsonl"
+    asked = ("ask", "nano", "--rows", str(rows), "--batch", "1", "--max-tokens", "2", "--output", str(target))
+    plain = Answers.write
+    monkeypatch.setattr(Answers, "write", lambda self, line: plain(self, line) if line["row"] < 3 else stop())
     code, _, err = run(*asked)
-    assert (code, "line 1 is no answer to row 1; name a new file" in err) == (2, True)
-    assert target.read_text() == "a file of mine\n"
+    assert (code, err) == (130, "modalora: stopped behind row 2; the same command goes on there\n")
+    assert target.read_text().count("\n") == 2
+
+
+def test_a_file_that_may_not_grow_is_told(rows: Path, tmp_path: Path) -> None:
+    rows.write_text('{"instruction": "Hi"}\n' * 30)
+    limited = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (2000, 2000)); import modalora.cli.main as m; m.main()"
+    given = ["ask", "nano", "--rows", str(rows), "--max-tokens", "1", "--output", str(tmp_path / "answers.jsonl")]
+    done = subprocess.run([sys.executable, "-c", limited, *given], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "modalora: File too large; make room, and do the same again\n")
+
+
+def test_each_row_has_its_own_seed_however_it_is_batched(run: Run, rows: Path, tmp_path: Path) -> None:
+    asked = {"instruction": "Continue the story: Once upon a time"}
+    rows.write_text("".join(json.dumps(one) + "\n" for one in (asked, {"instruction": ""}, asked, asked)))
+    target = tmp_path / "answers.jsonl"
+    given = ("ask", "nano", "--rows", str(rows), "--max-tokens", "12", "--temperature", "1.0", "--seed", "5")
+    found = held(run(*given)[1])
+    assert len({line["text"] for line in found if "text" in line}) == 3
+    assert found == held(run(*given, "--batch", "1")[1])
+    assert run(*given, "--output", str(target))[0] == 1
+    whole = target.read_text()
+    target.write_text("".join(whole.splitlines(keepends=True)[:2]))
+    assert run(*given, "--output", str(target))[0] == 1
+    assert target.read_text() == whole
+    assert [{**line, "asked": None} for line in held(whole)] == [{**line, "asked": None} for line in found]
+    m = modalora.load("nano")
+    said = m.ask(asked["instruction"], max_tokens=12, temperature=1.0, seed=7).text
+    assert found[2]["text"] == said
+
+
+def test_fields_of_a_row_that_are_not_read_are_told_and_lost_media_are_errors(run: Run, rows: Path) -> None:
+    two = {"role": "user", "content": "What is two plus two?"}
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    lines = [
+        {"messages": [two], "tools": [tool]},
+        {"messages": [{"role": "system", "content": None, "tools": [tool]}, two], "max_tokens": 3, "id": "a"},
+        {"messages": [{**two, "images": ["scene.png"]}]},
+        {"messages": [{**two, "name": "Bob"}], "max_tokens": 4},
+    ]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, out, err = run("ask", "nano", "--rows", str(rows), "--max-tokens", "2")
+    found = held(out)
+    assert (code, err.splitlines()[0]) == (
+        1, f"{rows}: fields that are not read: max_tokens (2), id (1), messages[].name (1)"
+    )  # fmt: skip
+    assert found[0]["usage"] == found[1]["usage"]
+    assert found[0]["usage"]["prompt_tokens"] > found[3]["usage"]["prompt_tokens"]
+    assert "line 3: message 1 has 'images', which is not read there" in found[2]["error"]
+
+
+def test_settings_that_errors_of_rows_name_are_those_of_the_command(run: Run, rows: Path) -> None:
+    lines = [{"question": "Repeat: hello"}, {"instruction": "Is <image> a tag?"}]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = ("ask", "nano", "--rows", str(rows), "--max-tokens", "2")
+    first, second = held(run(*asked)[1])
+    assert "rename them (--rename='{question: instruction, answer: output}')" in first["error"]
+    assert "set --tags=false when the tag is mere text" in second["error"]
+    code, out, _ = run(*asked, "--rename={question: instruction, answer: output}", "--tags=false")
+    assert (code, [line["row"] for line in held(out) if "text" in line]) == (0, [1, 2])
+    assert "not of the form messages" in held(run(*asked, "--form=messages")[1])[0]["error"]
+    for wrong in ("--form=poem", "--rename=[1]", "--tags=maybe", "--rename={"):
+        code, _, err = run(*asked, wrong)
+        assert (code, wrong.partition("=")[0] in err, err.count("\n")) == (2, True, 1)
 
 
 def test_rows_do_not_leave_their_folder_unless_told(run: Run, rows: Path) -> None:
@@ -115,6 +249,9 @@ def test_rows_do_not_leave_their_folder_unless_told(run: Run, rows: Path) -> Non
     [
         ((), "give a QUESTION, or --rows FILE with many"),
         (("Hi", "--batch", "3"), "--batch is for --rows"),
+        (("Hi", "--tags", "false"), "--tags is for --rows"),
+        (("--rows", "-"), "--rows - would be standard input, and rows are read more than once; write it to a file"),
+        (("--rows", "/dev/null"), "/dev/null is a pipe or a device"),
         (("Hi", "--output", "x"), "--output is for --rows"),
         (("Hi", "--rows", "x.jsonl"), "QUESTION is for one question; leave it out beside --rows"),
         (("--image", "x.png", "--rows", "x.jsonl"), "--image is for one question; leave it out beside --rows"),

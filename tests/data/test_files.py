@@ -74,6 +74,17 @@ def test_lines_are_those_of_the_file(tmp_path: Path) -> None:
     assert [(records.line(number), records.read(number)["a"]) for number in range(3)] == [(2, 1), (3, 2), (5, 3)]
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff", "\n"])
+def test_an_object_over_several_lines_is_one_record(tmp_path: Path, mark: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(mark + json.dumps({"a": [1, 2]}, indent=2) + "\n", encoding="utf-8")
+    records = open_records(path, tmp_path)
+    assert (len(records), records.read(0), records.line(0)) == (1, {"a": [1, 2]}, 1)
+    path.write_text(mark + '{"a": 1\n{"a": 2}\n', encoding="utf-8")
+    records = open_records(path, tmp_path)
+    assert (len(records), records.read(1)) == (2, {"a": 2})
+
+
 VALUES = st.recursive(st.text() | st.integers() | st.none(), lambda inner: st.lists(inner, max_size=3), max_leaves=6)
 OBJECTS = st.lists(st.dictionaries(st.text(max_size=5), VALUES, max_size=3), max_size=6)
 
@@ -325,6 +336,8 @@ def test_what_is_not_there_or_of_no_kind_is_refused(tmp_path: Path) -> None:
         find_files(str(tmp_path / "*.jsonl"))
     with pytest.raises(DataError, match="of no kind that is read"):
         open_records(write(tmp_path / "a.jsonl").rename(tmp_path / "a.csv"), tmp_path)
+    with pytest.raises(DataError, match="/dev/null is a pipe or a device, .*; write them to a file first"):
+        open_records(Path("/dev/null"), tmp_path)
     for name in ("b.jsonl", "c.jsonl", "a.jsonl"):
         write(tmp_path / name)
     assert [path.name for path in find_files(str(tmp_path / "?.jsonl"))] == ["a.jsonl", "b.jsonl", "c.jsonl"]

@@ -249,6 +249,9 @@ def test_a_link_to_itself_is_a_path_like_any_that_cannot_be_opened(tmp_path: Pat
         ("messages", {"messages": [SAID[1], {"role": "assistant", "content": [{"type": "text", "text": ""}]}]},
          "the assistant's, is empty"),
         ("messages", {"messages": [SAID[1], {"role": "assistant", "tool_calls": [1]}]}, "message 2, call 1 is 1;"),
+        ("messages", {"messages": [{**SAID[1], "images": ["1"]}, SAID[2]]},
+         "message 1 has 'images', which is not read there; write media beside the turns, or as parts"),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "a", "audio": "1"}]}, "turn 1 has 'audio', which"),
         ("sharegpt", {"conversations": [{"from": "chatbot", "value": "a"}]}, "turn 1 is from 'chatbot'"),
         ("sharegpt", {"conversations": [{"from": ["human"], "value": "a"}]}, r"turn 1 is from \['human'\]; use"),
         ("sharegpt", {"conversations": [{"from": "human"}]}, "the value of turn 1 is missing"),
@@ -311,6 +314,35 @@ def test_calls_of_tools_are_the_same_in_every_form_that_has_them() -> None:
     talk[1]["value"] = "add(1)"
     with pytest.raises(DataError, match=r"turn 2, a function_call, is 'add\(1\)'; write JSON"):
         read_record({"conversations": talk}, "sharegpt", OPTIONS)
+
+
+TOOLS = [{"type": "function", "function": {"name": "add"}}]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": SAID[1:3], "tools": TOOLS},
+        {"messages": [{"role": "system", "content": "", "tools": TOOLS}, *SAID[1:3]]},
+        {"messages": [{"role": "system", "content": None, "tools": TOOLS}, *SAID[1:3]], "tools": []},
+        {"conversations": [{"from": "human", "value": "One?"}, {"from": "gpt", "value": "two"}], "tools": TOOLS},
+    ],
+)  # fmt: skip
+def test_tools_beside_the_turns_are_those_of_the_system_message(record: dict[str, Any]) -> None:
+    messages = read_record(record, form_of(record), OPTIONS)
+    assert messages == [{"role": "system", "content": "", "tools": TOOLS}, *SAID[1:3]]
+    assert not FORMS[form_of(record)].unread(record)
+
+
+def test_tools_join_the_system_message_that_there_is() -> None:
+    turns = [("system", "Be brief."), ("human", "Hi"), ("gpt", "Ho")]
+    talk = {"conversations": [{"from": name, "value": words} for name, words in turns], "tools": "[]"}
+    assert read_record(talk, "sharegpt", OPTIONS)[0] == {"role": "system", "content": "Be brief.", "tools": "[]"}
+    both = {"messages": [{"role": "system", "content": "", "tools": TOOLS}, *SAID[1:3]], "tools": TOOLS}
+    with pytest.raises(DataError, match="tools beside its turns and in its system message; keep one"):
+        read_record(both, "messages", OPTIONS)
+    with pytest.raises(DataError, match="message 1 has tools=5; give a list of definitions"):
+        read_record({"messages": SAID[1:3], "tools": 5}, "messages", OPTIONS)
 
 
 def test_control_tokens_in_texts_are_seen() -> None:

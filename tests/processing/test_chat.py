@@ -209,6 +209,7 @@ def test_calls_stand_behind_the_words_between_their_tokens_and_are_trained(messa
         ([call(arguments="a=1")], "message 2, call 1 has arguments='a=1'; give an object of names and values, or its"),
         ([call(arguments=[1])], r"message 2, call 1 has arguments=\[1\]"),
         ([call(arguments="[" * 99_999)], "message 2, call 1 has arguments="),
+        ([call(arguments='{"a": NaN}')], "message 2 has arguments that JSON cannot hold"),
         ([call(strict=True)], "message 2, call 1 has 'strict', which is not read"),
         ([call(arguments={"since": datetime.date(2026, 1, 1)})], "arguments that JSON cannot hold .*; write them as a"),
     ],
@@ -233,29 +234,39 @@ def said(text: str) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
+    ("answer", "words", "told"),
     [
-        ("fox", []),
-        (f"fox<|tool_call|>[{ADD}, {NOW}]<|/tool_call|>", ["add", "now"]),
-        (f"<|tool_call|>{ADD}<|/tool_call|><|tool_call|>[{NOW}]<|/tool_call|>", ["add", "now"]),
-        ("<|tool_call|>[1]<|/tool_call|> fox", ["[1]"]),
-        ("<|tool_call|>fox(3)<|/tool_call|>", ["fox(3)"]),
-        ("<|tool_call|>[]<|/tool_call|>", ["[]"]),
-        ('<|tool_call|>[{"name": "ad', ['[{"name": "ad']),
-        ("fox<|/tool_call|>", []),
+        ("fox", "fox", []),
+        (f"fox<|tool_call|>[{ADD}, {NOW}]<|/tool_call|>", "fox", ["add", "now"]),
+        (f"<|tool_call|>{ADD}<|/tool_call|><|tool_call|>[{NOW}]<|/tool_call|>", "", ["add", "now"]),
+        ("<|tool_call|>[1]<|/tool_call|> fox", " fox", ["[1]"]),
+        ("<|tool_call|>fox(3)<|/tool_call|>", "", ["fox(3)"]),
+        ("<|tool_call|>[]<|/tool_call|>", "", ["[]"]),
+        ('<|tool_call|>[{"name": "ad', "", ['[{"name": "ad']),
+        ("fox<|tool_call|>", "fox", [""]),
+        ("fox<|/tool_call|>", "fox", []),
+        (f"<|tool_call|>{ADD.replace('1', 'NaN')}<|/tool_call|>", "", [ADD.replace("1", "NaN")]),  # JSON has none
+        (f"<|tool_call|>{ADD.replace('1', '1e999')}<|/tool_call|>", "", [ADD.replace("1", "1e999")]),
     ],
 )
-def test_calls_in_an_answer_are_told_from_its_text(answer: str, told: list[str]) -> None:
-    calls = read_calls(said(answer), WORDS)
+def test_calls_in_an_answer_are_told_from_its_words(answer: str, words: str, told: list[str]) -> None:
+    content, calls = read_calls(said(answer), WORDS)
+    assert content == words
     assert [one if isinstance(one, str) else one["function"]["name"] for one in calls] == told
-    assert read_calls(said(answer), PHI3) == ()
+    assert read_calls(said(answer), PHI3) == (PHI3.decode(said(answer)), ())
 
 
 def test_calls_that_were_read_can_be_written_again() -> None:
-    calls = read_calls(said(f"<|tool_call|>[{ADD}, {NOW}]<|/tool_call|>"), WORDS)
+    content, calls = read_calls(said(f"the fox<|tool_call|>[{ADD}, {NOW}]<|/tool_call|>"), WORDS)
     assert calls[0] == {"type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": "ü"}'}}
-    written = as_text(render([{"role": "assistant", "tool_calls": calls}], answer=False))
-    assert written == f"<|assistant|><|tool_call|>[{ADD}, {NOW}]<|/tool_call|><|end|>"
+    written = as_text(render([{"role": "assistant", "content": content, "tool_calls": calls}], answer=False))
+    assert written == f"<|assistant|>the fox<|tool_call|>[{ADD}, {NOW}]<|/tool_call|><|end|>"
+
+
+def test_a_system_message_may_hold_tools_alone() -> None:
+    for content in ("", None):
+        messages = [{"role": "system", "content": content, "tools": "[]"}, {"role": "user", "content": "Hi"}]
+        assert as_text(render(messages, answer=False)) == "<|system|><|tool|>[]<|/tool|><|end|><|user|>Hi<|end|>"
 
 
 def test_calls_and_tools_that_would_be_lost_are_refused() -> None:

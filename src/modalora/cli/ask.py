@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from modalora.cli import options
 from modalora.cli.loading import check_used, media_by_name, open_model, typed
 from modalora.cli.words import to_json
-
-if TYPE_CHECKING:
-    from modalora.assistant import Assistant
 
 
 def ask(
@@ -46,22 +42,24 @@ def ask(
     pack: Annotated[bool, typer.Option("--pack", help="Spend seconds to decode bf16 twice as fast on a CPU.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="The question is a whole prompt, control tokens and all.")] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print text, tokens, finish_reason, route, usage, seconds, tool_calls.")
+        bool,
+        typer.Option("--json", help="Print text, tokens, finish_reason, route, usage, seconds, content, tool_calls."),
     ] = False,
     rows: Annotated[
         Path | None,
         typer.Option(
-            "--rows", help="Ask every row of a data file instead; a JSON line of text, route, usage for each."
+            "--rows",
+            help="Ask every row of a data file instead, row N by seed + N - 1; a JSON line of text, route, usage each.",
         ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="Where the lines of --rows go; a file with some is gone on with.")
     ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Rows answered at a time.")] = 16,
-    media_root: Annotated[
-        Path | None,
-        typer.Option(help="The folder that media paths of --rows start from and may not leave; else the file's."),
-    ] = None,
+    media_root: options.MediaRoot = None,
+    form: options.RowForm = "auto",
+    rename: options.RowNames = "{}",
+    tags: options.RowTags = "true",
 ) -> None:
     """Answer one question, with pictures and recordings if you like; or every row of a file.
 
@@ -69,9 +67,11 @@ def ask(
 
     Example: modalora ask nano --rows rows.jsonl --output answers.jsonl
     """
+    from modalora.cli.rows import Rows, answer_rows, open_answers
+    from modalora.data.files import open_records
     from modalora.errors import ConfigError
 
-    given = options.given(context, "rows", "output", "batch", "media_root")
+    given = options.given(context, "rows", "output", "batch", "media_root", "form", "rename", "tags")
     settings: dict[str, Any] = {
         "max_tokens": max_tokens, "route": route, "stop": stop or [], "switch": switch, "temperature": temperature,
         "top_p": top_p, "top_k": top_k, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
@@ -81,8 +81,26 @@ def ask(
         alone = options.given(context, "image", "audio", "media", "raw") + ["--json"] * as_json
         if question is not None or alone:
             raise ConfigError(f"{alone[0] if alone else 'QUESTION'} is for one question; leave it out beside --rows")
-        _ask_rows(lambda: open_model(model, adapter, modality_file, **loading), adapter, rows, output, batch,
-                  media_root or rows.parent, settings)  # fmt: skip
+        if str(rows) == "-":
+            raise ConfigError("--rows - would be standard input, and rows are read more than once; write it to a file")
+        told = (model, adapter, dtype, rope, form, rename, tags, settings)
+        with TemporaryDirectory() as cache:
+            found = Rows(open_records(rows, Path(cache)), media_root or rows.parent, form, rename, tags)
+            with open_answers(output, found, told) as answers:
+                if answers.count:
+                    print(
+                        f"{output} has {answers.count:,} of {len(found):,} rows, and is gone on with", file=sys.stderr
+                    )
+                assistant = open_model(model, adapter, modality_file, **loading)
+                check_used(assistant, adapter, route)
+                answer_rows(assistant, found, answers, batch, settings)
+        found.tell_unread()
+        if answers.bad:
+            print(
+                f'{answers.bad:,} of {len(found):,} rows could not be asked: see "error" in their lines',
+                file=sys.stderr,
+            )
+            raise typer.Exit(1)
         return
     if question is None or given:
         raise ConfigError(f"{given[0]} is for --rows" if given else "give a QUESTION, or --rows FILE with many")
@@ -93,28 +111,3 @@ def ask(
     check_used(assistant, adapter, route, kinds)
     answer = assistant.ask(text, raw=raw, image=list(image or []), audio=list(audio or []), media=named, **settings)
     print(to_json(asdict(answer)) if as_json else answer.text)
-
-
-def _ask_rows(
-    load: Callable[[], Assistant],
-    adapter: list[str] | None,
-    rows: Path,
-    output: Path | None,
-    batch: int,
-    root: Path,
-    settings: dict[str, Any],
-) -> None:
-    from modalora.cli.rows import Answers, answer_rows
-    from modalora.data.files import open_records
-
-    with TemporaryDirectory() as cache:
-        records = open_records(rows, Path(cache))
-        answers = Answers(output)
-        if answers.rows:
-            print(f"{output} has {answers.rows:,} of {len(records):,} rows, and is gone on with", file=sys.stderr)
-        assistant = load()
-        check_used(assistant, adapter, settings["route"])
-        bad = answer_rows(assistant, records, root, answers, batch, settings)
-    if bad:
-        print(f'{bad:,} of {len(records):,} rows could not be asked: see "error" in their lines', file=sys.stderr)
-        raise typer.Exit(1)

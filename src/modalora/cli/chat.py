@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -218,17 +219,20 @@ class Session:
 
     def _saved(self, message: dict[str, Any], folder: Path) -> dict[str, Any]:
         """Return a message as a row of training has it: media as paths from the folder, absolute where not in it."""
-        if isinstance(message["content"], str):
-            return message
-        return {**message, "content": [self._saved_part(part, folder.resolve()) for part in message["content"]]}
+        content = message["content"]
+        if isinstance(content, str):
+            parts = _untagged(content)
+            return {**message, "content": parts if len(parts) > 1 else content}
+        told = [self._saved_part(part, folder.resolve()) for part in content]
+        return {**message, "content": [own for parts in told for own in parts]}
 
-    def _saved_part(self, part: dict[str, Any], folder: Path) -> dict[str, Any]:
+    def _saved_part(self, part: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
         kind, payload = part["type"], part[part["type"]]
         if kind == "text":
-            return part
+            return _untagged(payload)
         path = Path(self.files.get(payload, payload)).resolve()
         told = (path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix()
-        return {"type": kind, kind: told if kind in ("image", "audio") else {"path": told}}
+        return [{"type": kind, kind: told if kind in ("image", "audio") else {"path": told}}]
 
     def _save(self, name: str) -> None:
         path = _path(name, "/save")
@@ -247,6 +251,14 @@ class Session:
             return
         count = len(held.splitlines())
         print(f"[appended to {name} as line {count + 1}]" if count else f"[saved to {name}]")
+
+
+def _untagged(text: str) -> list[dict[str, Any]]:
+    """Return words as parts, cut within their tags: whole, rows of training take these as places of media."""
+    from modalora.data.forms import TAG
+
+    cuts = [match.start() + 1 for match in TAG.finditer(text)]
+    return [{"type": "text", "text": text[start:stop]} for start, stop in pairwise([0, *cuts, len(text)])]
 
 
 def _path(name: str, command: str) -> Path:

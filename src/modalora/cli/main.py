@@ -75,7 +75,7 @@ def main() -> None:
     except BrokenPipeError:
         raise SystemExit(1) from None
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             print(f"modalora: {error.strerror}; make room, and do the same again", file=sys.stderr)
             raise SystemExit(1) from None
         if error.filename is None or error.errno not in _UNUSABLE:

@@ -30,6 +30,18 @@ MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Most tokens of the
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
 
+RowForm = Annotated[
+    str,
+    typer.Option("--form", help="The form of the rows of a file, e.g. alpaca; auto: each by its keys (docs/data.md)."),
+]
+RowNames = Annotated[
+    str, typer.Option("--rename", help="Names of the fields of rows: '{question: instruction, answer: output}'.")
+]
+RowTags = Annotated[str, typer.Option("--tags", help="false: <image> and <audio> in the texts of rows are mere text.")]
+MediaRoot = Annotated[
+    Path | None, typer.Option(help="The folder that media paths of rows start from and may not leave; else the file's.")
+]
+
 Gpus = Annotated[int, typer.Option(min=0, help="GPUs of this machine to work on, one process each.")]
 Processes = Annotated[int, typer.Option(min=1, help="Processes on the CPU, for trying many-process runs.")]
 

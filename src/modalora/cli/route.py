@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -17,10 +16,8 @@ if TYPE_CHECKING:
     from modalora.processing.processor import Processor, Row
 
 
-_URL = re.compile(r"[a-z][a-z\d+.-]+:", re.IGNORECASE)
-
-
 def explain(
+    context: typer.Context,
     model: options.Model,
     question: Annotated[str, typer.Argument(help="The question; - reads it from standard input.")] = "",
     image: options.Images = None,
@@ -32,9 +29,13 @@ def explain(
     batch: Annotated[
         Path | None,
         typer.Option(
-            help="More prompts of the same batch: a JSON list of messages a line, or what /save of chat wrote."
+            help="A data file with more prompts of the same batch, read as by ask --rows; what /save of chat wrote."
         ),
     ] = None,
+    media_root: options.MediaRoot = None,
+    form: options.RowForm = "auto",
+    rename: options.RowNames = "{}",
+    tags: options.RowTags = "true",
     rope: options.Rope = "reference",
     switch: options.Switch = "crossing",
     max_tokens: options.MaxTokens = 128,
@@ -46,11 +47,17 @@ def explain(
     Example: modalora route explain nano "What is this?" --image scene.png --audio seven.wav
     """
     from modalora.assistant import question_messages
+    from modalora.errors import ConfigError
     from modalora.generation.engine import check_max_tokens
 
+    if batch is None and (given := options.given(context, "media_root", "form", "rename", "tags")):
+        raise ConfigError(f"{given[0]} is for --batch; leave it out, or add a file")
     assistant = open_model(model, adapter, modality_file, rope=cast(Any, rope), compat=cast(Any, compat or None))
     own = question_messages(typed(question), list(image or []), list(audio or []), media_by_name(media))
-    rows = [assistant.processor.row(own), *(_more(batch, assistant.processor) if batch else [])]
+    rows = [
+        assistant.processor.row(own),
+        *(_more(batch, assistant.processor, media_root or batch.parent, form, rename, tags) if batch else []),
+    ]
     prompts = assistant.processor.collate(rows, route=route, labelled=False)
     check_max_tokens(max_tokens)
     assistant.check_room(int(prompts.lengths.max()), max_tokens)
@@ -68,45 +75,22 @@ def explain(
         print(f"released   {_official(record)}")
 
 
-def _more(path: Path, processor: Processor) -> list[Row]:
-    from modalora.errors import InputError, PromptError
+def _more(path: Path, processor: Processor, root: Path, *how: str) -> list[Row]:
+    from modalora.cli.rows import Rows
+    from modalora.data.files import open_records
+    from modalora.errors import InputError
 
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise PromptError(f"{path} is not a file of JSON lines, a list of messages each: {error}") from None
-    rows: list[Row] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            held = json.loads(line)
-            messages = held["messages"] if isinstance(held, dict) and "messages" in held else held
-            rows.append(processor.row(_seen_from(path.parent, messages)))
-        except (ValueError, RecursionError) as error:
-            raise PromptError(f"{path}, line {number} is not JSON: {error}; write a list of messages") from None
-        except InputError as error:
-            raise type(error)(f"{path}, line {number}: {error}") from None
-    return rows
-
-
-def _seen_from(folder: Path, messages: Any) -> Any:
-    """Return messages with the paths of their media seen from a folder; what is wrong with them is told elsewhere."""
-    if isinstance(messages, list):
-        return [_seen_from(folder, one) for one in messages]
-    if not isinstance(messages, dict):
-        return messages
-    if isinstance(messages.get("content"), list):
-        return {**messages, "content": _seen_from(folder, messages["content"])}
-    kind = messages.get("type")
-    payload = messages.get(kind) if isinstance(kind, str) and kind != "text" else None
-    if isinstance(payload, dict) and [*payload] == ["path"]:
-        payload = payload["path"]
-    elif kind not in ("image", "audio"):
-        return messages
-    return (
-        {**messages, kind: str(folder / payload)} if isinstance(payload, str) and not _URL.match(payload) else messages
-    )
+    found: list[Row] = []
+    with TemporaryDirectory() as cache:
+        rows = Rows(open_records(path, Path(cache)), root, *how)
+        rows.suit(processor)
+        for number in range(len(rows)):
+            try:
+                found.append(processor.row(rows.read(number)))
+            except InputError as error:
+                raise type(error)(f"{rows.where(number)}: {error}") from None
+    rows.tell_unread()
+    return found
 
 
 def _official(record: dict[str, Any]) -> str:

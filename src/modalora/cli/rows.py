@@ -6,10 +6,15 @@ is. An answer is one line of JSON; a row that cannot be asked has "error" in its
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,116 +24,226 @@ if TYPE_CHECKING:
     from modalora.assistant import Answer, Assistant
     from modalora.contracts import Message
     from modalora.data.files import Records
-    from modalora.data.forms import Options
     from modalora.errors import InputError
+    from modalora.processing.processor import Processor
 
 _ANSWER = "?"  # in place of the answer that a row lacks, so that it is read as one of training; taken out again
 
 
-def asked(fields: Mapping[str, Any], options: Options) -> list[Message]:
-    """Return the conversation of a record, up to what is to be answered. Raises DataError."""
-    from modalora.data.forms import SPEAKERS, form_of, read_record
+class Rows:
+    """The rows of a file as conversations, up to what is to be answered.
 
-    for key, speaker, words in (("messages", "role", "content"), ("conversations", "from", "value")):
-        turns = fields.get(key)
-        if isinstance(turns, list) and turns and isinstance(turns[-1], Mapping):
-            said = SPEAKERS.get(str(turns[-1].get(speaker))) == "assistant"
-            fields = {**fields, key: [*turns[: len(turns) - said], {speaker: "assistant", words: _ANSWER}]}
-    if "instruction" in fields:
-        fields = {**fields, "output": _ANSWER}
-    return list(read_record(fields, form_of(fields), options)[:-1])
-
-
-def answer_rows(
-    assistant: Assistant, records: Records, root: Path, answers: Answers, batch: int, settings: Mapping[str, Any]
-) -> int:
-    """Answer the rows behind those that are answered, `batch` at a time, and return how many could not be asked.
-
-    root: the folder that media paths are relative to and may not leave. settings: of Assistant.ask_each.
+    unread: fields of what was read so far that say nothing to a model, and in how many rows.
     """
-    from modalora.data.forms import Options
+
+    def __init__(
+        self, records: Records, root: Path, form: str = "auto", rename: str = "{}", tags: str = "true"
+    ) -> None:
+        """root: the folder that media paths are relative to and may not leave. form, rename, tags: see data/corpus.py.
+
+        Raises ConfigError.
+        """
+        from modalora.config.text import read
+        from modalora.data.forms import FORMS, Options
+        from modalora.errors import ConfigError
+
+        names, tagged = read(rename, "--rename"), read(tags, "--tags")
+        if form not in ("auto", *FORMS):
+            raise ConfigError(f"--form {form!r:.40} must be auto or one of {', '.join(FORMS)}")
+        if not isinstance(names, dict) or not all(isinstance(one, str) for pair in names.items() for one in pair):
+            raise ConfigError(f"--rename {rename!r:.60} must be names and names, such as '{{question: instruction}}'")
+        if not isinstance(tagged, bool):
+            raise ConfigError(f"--tags {tags!r:.40} must be true or false")
+        self.records, self.form = records, form
+        self.options = Options(root, names, tags=tagged, setting="--")
+        self.unread: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self.records)
+
+    def suit(self, processor: Processor) -> None:
+        """Read further modalities as this model does."""
+        from modalora.processing.tokenizer import PLACEHOLDERS
+
+        more = tuple(name for name in processor.media if name not in PLACEHOLDERS)
+        self.options = replace(self.options, more=more)
+
+    def read(self, number: int) -> list[Message]:
+        """Return one, counted from 0. Raises DataError."""
+        from modalora.data.forms import FORMS, SPEAKERS, form_of, read_record, renamed
+
+        fields: Mapping[str, Any] = renamed(self.records.read(number), self.options)
+        for key, speaker, words in (("messages", "role", "content"), ("conversations", "from", "value")):
+            turns = fields.get(key)
+            if isinstance(turns, list) and turns and isinstance(turns[-1], Mapping):
+                said = SPEAKERS.get(str(turns[-1].get(speaker))) == "assistant"
+                fields = {**fields, key: [*turns[: len(turns) - said], {speaker: "assistant", words: _ANSWER}]}
+        if "instruction" in fields:
+            fields = {**fields, "output": _ANSWER}
+        form = form_of(fields, self.options.setting) if self.form == "auto" else self.form
+        messages = read_record(fields, form, replace(self.options, rename={}))[:-1]
+        self.unread.update(FORMS[form].unread(fields))
+        return [_parted(message) for message in messages]
+
+    def where(self, number: int) -> str:
+        """Return where in which file one stands."""
+        return f"{self.records.path}, {self.records.unit} {self.records.line(number)}"
+
+    def digest(self, number: int, settings: Any) -> str:
+        """Return what tells a row that is so asked from others; of media in files of their own it knows the names."""
+        from modalora.errors import InputError
+
+        try:
+            held: Any = self.records.read(number)
+        except InputError as error:
+            held = str(error)
+        return hashlib.sha256(repr((held, settings)).encode(errors="backslashreplace")).hexdigest()[:8]
+
+    def tell_unread(self) -> None:
+        """Say on standard error which fields were not read."""
+        if self.unread:
+            listed = ", ".join(f"{name} ({count:,})" for name, count in self.unread.items())
+            print(f"{self.records.path}: fields that are not read: {listed}", file=sys.stderr)
+
+
+def _parted(message: dict[str, Any]) -> Message:
+    """Return a message whose words are a part: in a string, tags that are mere text would be places of media."""
+    words = message["content"]
+    return {**message, "content": [{"type": "text", "text": words}]} if isinstance(words, str) else message
+
+
+def answer_rows(assistant: Assistant, rows: Rows, answers: Answers, batch: int, settings: Mapping[str, Any]) -> None:
+    """Answer the rows behind those that are answered, `batch` at a time; row N has the seed of the settings + N - 1.
+
+    settings: of Assistant.ask_each. Raises PromptError where they leave no room for any prompt.
+    """
+    from modalora.assistant import question_messages
     from modalora.errors import InputError
-    from modalora.processing.tokenizer import PLACEHOLDERS
 
-    options = Options(root, more=tuple(name for name in assistant.processor.media if name not in PLACEHOLDERS))
-    bad = answers.bad
-    with _progress(answers.rows, len(records)) as done:
-        for start in range(answers.rows, len(records), batch):
-            numbers = range(start, min(start + batch, len(records)))
-            read = [_read(records, number, options) for number in numbers]
-            found = assistant.ask_each([one for one in read if not isinstance(one, InputError)], rows=batch, **settings)
-            for number, one in zip(numbers, read, strict=True):
+    assistant.check_room(int(assistant.processor.measure(question_messages("?"))), settings["max_tokens"])
+    rows.suit(assistant.processor)
+    with _progress(answers.count, len(rows)) as done:
+        for start in range(answers.count, len(rows), batch):
+            numbers = range(start, min(start + batch, len(rows)))
+            read = {number: _read(rows, number) for number in numbers}
+            good = {number: one for number, one in read.items() if not isinstance(one, InputError)}
+            seeds = [settings["seed"] + number for number in good]
+            found = assistant.ask_each([*good.values()], rows=batch, **{**settings, "seed": seeds})
+            for number, one in read.items():
                 answer = one if isinstance(one, InputError) else next(found)
-                bad += isinstance(answer, InputError)
-                answers.write(_line(records, number, answer))
+                answers.write(_line(rows, number, answer))
                 done()
-    return bad
 
 
-def _read(records: Records, number: int, options: Options) -> list[Message] | InputError:
+def _read(rows: Rows, number: int) -> list[Message] | InputError:
     from modalora.errors import InputError
 
     try:
-        return asked(records.read(number), options)
+        return rows.read(number)
     except InputError as error:
         return error
 
 
-def _line(records: Records, number: int, found: Answer | InputError) -> dict[str, Any]:
+def _line(rows: Rows, number: int, found: Answer | InputError) -> dict[str, Any]:
     from modalora.errors import InputError
 
     if isinstance(found, InputError):
-        return {"row": number + 1, "error": f"{records.path}, {records.unit} {records.line(number)}: {found}"}
+        return {"row": number + 1, "error": f"{rows.where(number)}: {found}"}
     return {
         "row": number + 1,
         "text": found.text,
         "finish_reason": found.finish_reason,
         "route": found.route["adapter"],
         "usage": dict(found.usage),
-        **({"tool_calls": list(found.tool_calls)} if found.tool_calls else {}),
+        **({"content": found.content, "tool_calls": list(found.tool_calls)} if found.tool_calls else {}),
     }
 
 
 class Answers:
     """Where answers go: standard output, or a file that is gone on with where it was left.
 
-    rows, bad: lines that the file has already, and those of them with an error.
+    count, bad: lines that it has, and those of them with an error.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        """Look at the file. Raises ConfigError where it holds something else than answers to the first rows."""
-        self.path = path
-        self.rows = self.bad = 0
-        if path is None:
+    def __init__(self, rows: Rows, settings: Any, file: FileIO | None = None) -> None:
+        """settings: all that an answer depends on beside its row. file: open for reading and adding.
+
+        Raises ConfigError where it holds something else than answers to the first rows, asked so.
+        """
+        self.rows, self.settings, self.file, self.name = rows, settings, file, file.name if file else ""
+        self.count = self.bad = 0
+        if file is None:
             return
-        with path.open("ab+") as file:
-            file.seek(0)
-            for line in file.readlines():
-                if not line.endswith(b"\n"):  # cut off as it was written
-                    file.truncate(file.tell() - len(line))
-                    break
-                self.rows += 1
-                self.bad += "error" in _held(line, path, self.rows)
+        file.seek(0)
+        data = file.readall()
+        *lines, tail = data.split(b"\n")
+        for line in lines:
+            self._take(line)
+        begun = b'{"row": %d, ' % (self.count + 1)
+        if not (begun.startswith(tail) or tail.startswith(begun)):  # else cut off as it was written
+            raise self._wrong(f"is no answer to row {self.count + 1}")
+        file.truncate(len(data) - len(tail))
+
+    def _take(self, line: bytes) -> None:
+        try:
+            held = json.loads(line)
+        except (ValueError, RecursionError):
+            held = None
+        if not isinstance(held, dict) or held.get("row") != self.count + 1:
+            raise self._wrong(f"is no answer to row {self.count + 1}")
+        if self.count == len(self.rows):
+            raise self._wrong(f"answers more than the {self.count:,} rows of {self.rows.records.path}")
+        if held.get("asked") != self.rows.digest(self.count, self.settings):
+            raise self._wrong("answers another row, or was asked of another model or with other settings")
+        self.count += 1
+        self.bad += "error" in held
+
+    def _wrong(self, why: str) -> InputError:
+        from modalora.errors import ConfigError
+
+        return ConfigError(f"--output {self.name}, line {self.count + 1} {why}; name a new file")
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Write one line and see that it is there."""
-        if self.path is None:
+        if self.file is None:
             print(to_json(line), flush=True)
-            return
-        with self.path.open("ab") as file:
-            file.write(json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
+        else:
+            told = {**line, "asked": self.rows.digest(self.count, self.settings)}
+            data = json.dumps(told, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+            while data:  # a full disk takes a part, and then says so
+                data = data[self.file.write(data) :]
+        self.count += 1
+        self.bad += "error" in line
 
 
-def _held(line: bytes, path: Path, number: int) -> Mapping[str, Any]:
+@contextmanager
+def open_answers(path: Path | None, rows: Rows, settings: Any) -> Iterator[Answers]:
+    """Give where answers go; a file for this process alone, and none where nothing was written. Raises ConfigError."""
     from modalora.errors import ConfigError
 
-    try:
-        held = json.loads(line)
-    except (ValueError, RecursionError):
-        held = None
-    if not isinstance(held, dict) or held.get("row") != number:
-        raise ConfigError(f"--output {path}, line {number} is no answer to row {number}; name a new file")
-    return held
+    if path is None:
+        yield Answers(rows, settings)
+        return
+    new = not path.exists()
+    if not new and not path.is_file():
+        raise ConfigError(f"--output {path} is no file; name one, or leave --output out to have the lines printed")
+    if not new and path.samefile(rows.records.path):
+        raise ConfigError(f"--output {path} is the file of --rows; name a new file")
+    with path.open("ab+", buffering=0) as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go with any handle of it: it is read by this one
+        except (BlockingIOError, PermissionError):
+            raise ConfigError(f"another process writes to --output {path}; wait for it, or name a new file") from None
+        answers = Answers(rows, settings, file)
+        try:
+            yield answers
+        except KeyboardInterrupt:
+            print(f"modalora: stopped behind row {answers.count:,}; the same command goes on there", file=sys.stderr)
+            raise
+        finally:
+            if new and not answers.count:
+                path.resolve().unlink()
 
 
 @contextmanager

@@ -191,16 +191,38 @@ def _messages(fields: Fields, options: Options) -> Messages:
     for number, turn in enumerate(_list(fields["messages"], "messages"), start=1):
         what = f"message {number}"
         check_message(turn, what)
+        _check_media(turn, what)
         content = turn.get("content")
         if isinstance(content, list):
             _check_order(content, seen, what)
             content = [_part(part, f"{what}, part {place}", options) for place, part in enumerate(content, start=1)]
         else:
-            content = "" if content is None and turn.get("tool_calls") else content
+            content = "" if content is None and (turn.get("tool_calls") or turn.get("tools")) else content
             content = _string(content, f"the content of {what}")
         given = {key: turn[key] for key in ("tools", "tool_calls") if turn.get(key)}
         made.append({"role": turn["role"], "content": content, **given, **_loss(turn, what)})
-    return made
+    return _with_tools(made, fields)
+
+
+def _check_media(turn: Fields, what: str) -> None:
+    """Refuse media inside a turn, which would be lost."""
+    for key in (*MEDIA_FIELDS, "video", "videos"):
+        if turn.get(key):
+            raise DataError(f"{what} has {key!r}, which is not read there; write media beside the turns, or as parts")
+
+
+def _with_tools(messages: Messages, fields: Fields) -> Messages:
+    """Put the tools that stand beside the turns into the system message, which is made where there is none."""
+    if not fields.get("tools"):
+        return messages
+    system, rest = {"role": "system", "content": ""}, messages
+    if messages[0]["role"] == "system":
+        system, rest = messages[0], messages[1:]
+    if system.get("tools"):
+        raise DataError("it has tools beside its turns and in its system message; keep one of them")
+    system = {**system, "tools": fields["tools"]}
+    check_message(system, "message 1")
+    return [system, *rest]
 
 
 def _check_order(parts: Sequence[Any], seen: Counter[str], what: str) -> None:
@@ -244,19 +266,17 @@ def _sharegpt(fields: Fields, options: Options) -> Messages:
     made: Messages = []
     if fields.get("system"):
         made.append({"role": "system", "content": _string(fields["system"], "system")})
-    if fields.get("tools"):
-        made = [*made, {"role": "system", "content": ""}][:1]
-        made[0]["tools"] = fields["tools"]
     for number, turn in enumerate(_list(fields["conversations"], "conversations"), start=1):
         if not isinstance(turn, Mapping) or str(turn.get("from")) not in SPEAKERS:
             speaker = turn.get("from") if isinstance(turn, Mapping) else turn
             raise DataError(f"turn {number} is from {speaker!r:.40}; use one of {', '.join(SPEAKERS)}")
+        _check_media(turn, f"turn {number}")
         content = _string(turn.get("value"), f"the value of turn {number}")
         said: dict[str, Any] = {"content": content}
         if turn["from"] == "function_call":
             said = {"content": "", "tool_calls": _calls(content, f"turn {number}")}
         made.append({"role": SPEAKERS[turn["from"]], **said, **_loss(turn, f"turn {number}")})
-    return made
+    return _with_tools(made, fields)
 
 
 def _calls(text: str, what: str) -> list[dict[str, Any]]:
@@ -316,7 +336,7 @@ FORMS: dict[str, Form] = {
         lambda fields: "messages" in fields,
         _messages,
         "'messages' of role and content, as OpenAI's",
-        ("messages",),
+        ("messages", "tools"),
         ("role", "content", "tools", "tool_calls", "tool_call_id", "loss", "weight"),
     ),
     "sharegpt": Form(
@@ -376,7 +396,7 @@ def _is_empty(content: Any) -> bool:
 
 # ----------------------------------------------------------------------------------------------------- media
 
-_TAG = re.compile(r"(<(?:image|audio|video)>|<\|(?:image|audio|video)_\d+\|>)")
+TAG = re.compile(r"(<(?:image|audio|video)>|<\|(?:image|audio|video)_\d+\|>)")
 
 
 def _with_media(messages: Messages, fields: Fields, options: Options) -> Messages:
@@ -415,15 +435,15 @@ def _listed(fields: Fields, kind: str) -> list[Any]:
 
 def _places(content: Any, tags: bool) -> bool:
     if isinstance(content, str):
-        return tags and bool(_TAG.search(content))
+        return tags and bool(TAG.search(content))
     return any(part["type"] in PLACEHOLDERS and part[part["type"]] is None for part in content) or any(
-        tags and _TAG.search(part["text"]) for part in content if part["type"] == "text"
+        tags and TAG.search(part["text"]) for part in content if part["type"] == "text"
     )
 
 
 def _filled(content: Any, waiting: Mapping[str, list[Any]], used: dict[str, int], options: Options) -> Any:
     if isinstance(content, str):
-        if not (options.tags and _TAG.search(content)):
+        if not (options.tags and TAG.search(content)):
             return content
         content = [{"type": "text", "text": content}]
     made: list[dict[str, Any]] = []
@@ -440,9 +460,9 @@ def _filled(content: Any, waiting: Mapping[str, list[Any]], used: dict[str, int]
         if part["type"] != "text":
             made.append(part)
             continue
-        pieces = _TAG.split(part["text"]) if options.tags else [part["text"]]
+        pieces = TAG.split(part["text"]) if options.tags else [part["text"]]
         for piece in pieces:
-            if options.tags and _TAG.fullmatch(piece):
+            if options.tags and TAG.fullmatch(piece):
                 kind, _, place = piece.strip("<|>").partition("_")
                 if kind not in waiting:
                     raise DataError(

@@ -84,7 +84,8 @@ def render(
         pieces += [Piece("control", f"<|{role}|>"), Piece("text", chat.after_role, trained)]
         calls = message.get("tool_calls")
         content = message.get("content")
-        pieces.extend(_content("" if content is None and calls else content, where, trained, kinds))
+        said = "" if content is None and (calls or message.get("tools")) else content
+        pieces.extend(_content(said, where, trained, kinds))
         if calls:
             told = [_call(call, f"{where}, call {place}") for place, call in enumerate(calls, start=1)]
             written = _as_json(told, "arguments", where)
@@ -147,22 +148,24 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     return {"name": name, "arguments": dict(arguments)}
 
 
-def read_calls(ids: Sequence[int], tokenizer: TextTokenizer) -> tuple[dict[str, Any] | str, ...]:
-    """Return the calls in an answer as `render` takes them: OpenAI's tool_calls, arguments as their JSON.
+def read_calls(ids: Sequence[int], tokenizer: TextTokenizer) -> tuple[str, tuple[dict[str, Any] | str, ...]]:
+    """Return the words of an answer, and the calls in it as `render` takes both: OpenAI's content and tool_calls.
 
     What stands between the tokens of a call and is no JSON of calls, or is cut off, is returned as its text.
     """
     if not (tokenizer.has_control(CALL) and tokenizer.has_control(CALL_END)):
-        return ()
+        return tokenizer.decode(ids), ()
     start, stop = tokenizer.control(CALL), tokenizer.control(CALL_END)
+    words: list[int] = []
     found: list[dict[str, Any] | str] = []
     at = 0
     while start in ids[at:]:
-        at = ids.index(start, at) + 1
-        end = ids.index(stop, at) if stop in ids[at:] else len(ids)
-        found += read_call(tokenizer.decode(ids[at:end]))
+        begin = ids.index(start, at)
+        end = ids.index(stop, begin) if stop in ids[begin:] else len(ids)
+        words += ids[at:begin]
+        found += read_call(tokenizer.decode(ids[begin + 1 : end]))
         at = end
-    return tuple(found)
+    return tokenizer.decode([*words, *ids[at:]]), tuple(found)
 
 
 def read_call(text: str) -> list[dict[str, Any] | str]:
@@ -170,7 +173,7 @@ def read_call(text: str) -> list[dict[str, Any] | str]:
     try:
         told = json.loads(text)
         calls = [_call({"function": call}, "it") for call in (told if isinstance(told, list) else [told])]
-        written = [json.dumps(call["arguments"], ensure_ascii=False) for call in calls]
+        written = [_as_json(call["arguments"], "arguments", "it") for call in calls]  # Python reads NaN, JSON has none
     except (ValueError, RecursionError, PromptError):
         return [text]
     found: list[dict[str, Any] | str] = [
@@ -324,7 +327,7 @@ def _part(part: Any, where: str, trained: bool, kinds: Collection[str]) -> Piece
 
 def _as_json(told: Any, what: str, where: str) -> str:
     try:
-        return json.dumps(told, ensure_ascii=False)
+        return json.dumps(told, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise PromptError(f"{where} has {what} that JSON cannot hold ({error}); write them as a string") from None
 

@@ -16,7 +16,7 @@ from modalora.data.files.cache import cached, gunzip
 from modalora.data.files.limits import Fields
 from modalora.data.files.saved import Saved
 from modalora.data.files.tar import Tar, index_tar
-from modalora.data.files.texts import Document, Lines, first_byte, index_array, index_lines
+from modalora.data.files.texts import Document, Lines, first_byte, index_array, index_lines, index_objects
 from modalora.errors import DataError
 
 __all__ = ["Fields", "Records", "Tar", "cached", "find_files", "is_data", "load_arrow", "open_records"]
@@ -74,6 +74,10 @@ def open_records(path: Path, cache: Path, split: str | None = None) -> Records:
         return Saved(path, cache, split)
     if split is not None:
         raise DataError(f"{path}: split={split!r} is for folders that `datasets` saved; leave it out")
+    if path.exists() and not path.is_file():
+        raise DataError(
+            f"{path} is a pipe or a device, and records are read more than once; write them to a file first"
+        )
     if not path.is_file():
         raise DataError(f"{path} does not exist (seen from {str(Path.cwd())!r}); give a data file")
     name = path.name.lower()
@@ -81,10 +85,11 @@ def open_records(path: Path, cache: Path, split: str | None = None) -> Records:
     if name.endswith((".gz", ".tgz")):
         name = name.removesuffix(".gz").replace(".tgz", ".tar")
         plain = cached(path, cache, "." + name.rpartition(".")[2], gunzip)
-    if name.endswith((".jsonl", ".ndjson")) or (name.endswith(".json") and first_byte(plain) != b"["):
+    if name.endswith((".jsonl", ".ndjson")):
         return Lines(path, plain, cached(path, cache, ".lines.npy", index_lines, plain))
     if name.endswith(".json"):
-        return Lines(path, plain, cached(path, cache, ".array.npy", index_array, plain))
+        index, ending = (index_array, ".array.npy") if first_byte(plain) == b"[" else (index_objects, ".objects.npy")
+        return Lines(path, plain, cached(path, cache, ending, index, plain))
     if name.endswith(".tar"):
         members = cached(path, cache, ".members.jsonl", index_tar, plain)
         return Tar(path, plain, Lines(path, members, cached(path, cache, ".members.npy", index_lines, members)))

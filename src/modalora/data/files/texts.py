@@ -152,6 +152,27 @@ def index_lines(path: Path, target: Path) -> None:
     np.save(target, index[~np.isin(stops, blank)])
 
 
+def index_objects(path: Path, target: Path) -> None:
+    """Write the index of a file of one object over several lines, or of one in every line."""
+    size, start = path.stat().st_size, 3 * _starts_with_mark(path)
+    with path.open("rb") as file:
+        file.seek(start)
+        if size <= MOST_BYTES and not _is_json(file.readline()):
+            file.seek(start)
+            if _is_json(file.read()):
+                np.save(target, np.array([[start, size - start, 1]], dtype=np.int64))
+                return
+    index_lines(path, target)
+
+
+def _is_json(data: bytes) -> bool:
+    try:
+        json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def _starts_with_mark(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(3) == b"\xef\xbb\xbf"
