@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import modalora
 from modalora.assistant import find_model
 from modalora.checkpoint.adapters import CONFIG, WEIGHTS, save_adapter
 from modalora.checkpoint.store import convert, describe, save_model
 from modalora.checkpoint.sums import compose, merge
+from modalora.cli.main import app
 from modalora.disk import read_json, write_json
 from modalora.errors import CheckpointError
 from modalora.models.multimodal import ModelConfig, Multimodal
@@ -97,19 +100,22 @@ def test_adapters_are_not_rounded_by_a_base_of_fewer_bits(base: Path, adapter: P
     assert (merged != once).sum() < 5
 
 
-def test_a_packed_model_has_adapters_in_its_own_dtype(base: Path, adapter: Path) -> None:
+def test_a_packed_model_has_adapters_in_its_own_dtype(base: Path, adapter: Path, tmp_path: Path) -> None:
     shutil.copytree(adapter, base / "mine-lora")
     loaded = modalora.load(base)
     wanted = loaded.logits("Hi", route="mine")
     linear = next(iter(loaded.model.decoder.routed().values()))
     assert linear.lora_A["mine"].dtype == torch.float32
-    try:
-        packed = modalora.load(base, pack=True)
-    except modalora.ModaloraError as error:
-        pytest.skip(str(error))
-    packed.load_adapter(adapter, "same")
-    assert torch.equal(packed.logits("Hi", route="same"), packed.logits("Hi", route="mine"))
-    torch.testing.assert_close(packed.logits("Hi", route="mine"), wanted, atol=0.2, rtol=0)  # bf16 in another order
+    convert(base, tmp_path / "own", "modalora")
+    for folder in (base, tmp_path / "own"):
+        try:
+            packed = modalora.load(folder, pack=True)
+        except modalora.ModaloraError as error:
+            pytest.skip(str(error))
+        packed.load_adapter(adapter, "same")
+        assert torch.equal(packed.logits("Hi", route="same"), packed.logits("Hi", route="mine"))
+        # 0 seen on an AMD EPYC, bf16 in another order elsewhere; without the adapter 0.96
+        torch.testing.assert_close(packed.logits("Hi", route="mine"), wanted, atol=0.05, rtol=0)
 
 
 def test_adapters_name_their_base_in_full(
@@ -123,7 +129,12 @@ def test_adapters_name_their_base_in_full(
     convert(Path("copy"), Path("again"), "phi3")
     assert read_json(Path("again/mine-lora") / CONFIG)["base_model_name_or_path"] == str(tmp_path / "again")
     save_adapter(loaded.model, "mine", Path("alone"), base=Path("base"))
-    assert read_json(Path("alone") / CONFIG)["base_model_name_or_path"] == str(base)
+    convert(Path("copy"), Path("own"), "modalora")  # which PEFT cannot open
+    for model, target in (("copy", "sum"), ("own", "own-sum")):
+        result = CliRunner().invoke(app, ["adapter", "compose", model, "mine@0.5", target])
+        assert result.exit_code == 0, result.output
+    told = {name: read_json(Path(name) / CONFIG)["base_model_name_or_path"] for name in ("alone", "sum", "own-sum")}
+    assert told == {"alone": str(base), "sum": str(tmp_path / "copy"), "own-sum": None}
 
 
 @pytest.mark.parametrize(
@@ -137,13 +148,16 @@ def test_adapters_name_their_base_in_full(
     ],
     ids=["compile", "DDP", "compile within PEFT", "checkpoints", "FSDP"],
 )
-def test_adapters_with_the_marks_of_wrappers_are_read(rename: object, base: Path, adapter: Path) -> None:
-    assert callable(rename)
+def test_adapters_with_the_marks_of_wrappers_are_read(
+    rename: Callable[[str], str], base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "marked").mkdir()
+    shutil.copy(adapter / CONFIG, tmp_path / "marked")
+    tensors = load_file(adapter / WEIGHTS)
+    save_file({rename(key): tensor for key, tensor in tensors.items()}, tmp_path / "marked" / WEIGHTS)
     loaded = modalora.load(base)
     loaded.load_adapter(adapter, "plain")
-    tensors = load_file(adapter / WEIGHTS)
-    save_file({rename(key): tensor for key, tensor in tensors.items()}, adapter / WEIGHTS)
-    loaded.load_adapter(adapter, "marked")
+    loaded.load_adapter(tmp_path / "marked", "marked")
     assert torch.equal(loaded.logits("Hi", route="marked"), loaded.logits("Hi", route="plain"))
 
 
