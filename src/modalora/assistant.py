@@ -37,6 +37,7 @@ from modalora.processing.tokenizer import Growing, TextTokenizer
 BUNDLED = Path(__file__).parent / "bundled"
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+_ORIGINAL = "give the folder with the model's original config.json, tokenizer.json and safetensors"
 ROWS = 16  # conversations that are answered at a time
 
 
@@ -495,7 +496,7 @@ def load(
     if fast_images:
         picture = processor.media["image"]
         processor.media["image"] = replace(picture, settings=replace(picture.settings, fast=True))
-    return Assistant(loaded.model, processor, folder, notes=loaded.notes)
+    return Assistant(loaded.model, processor, folder.resolve(), notes=loaded.notes)  # wherever the process goes
 
 
 def check_device(device: str) -> None:
@@ -539,6 +540,8 @@ def find_model(name: str | Path) -> Path:
         _check_model_folder(path)
         return path
     if path.is_file():
+        if path.suffix == ".gguf":
+            raise CheckpointError(f"{str(name)!r} is GGUF, which is not read; {_ORIGINAL}")
         raise CheckpointError(f"{str(name)!r} is a file; give the folder of a model")
     short = str(name).removeprefix("bundled/")
     if (BUNDLED / short).is_dir():
@@ -550,24 +553,25 @@ def find_model(name: str | Path) -> Path:
 
 
 def _check_model_folder(path: Path) -> None:
-    """Say what a folder is that holds no model, but is what a run wrote. Raises CheckpointError."""
-    if (path / "config.json").exists():
-        return
-    if (path / ADAPTER).is_file():
+    """Say what a folder is that holds no model, but an adapter, GGUF or a run. Raises CheckpointError."""
+    held = any(path.glob("model*.safetensors*"))
+    if (path / ADAPTER).is_file() and not held:
         raise CheckpointError(
             f"{path} is an adapter, not a model; load the model that it was trained on, and then "
             f"load_adapter({str(path)!r}, 'mine') (command line: --adapter mine={path} --route mine)"
         )
-    if (path / "model" / "config.json").is_file():
+    if not held and (gguf := sorted(path.glob("*.gguf"))):
+        raise CheckpointError(f"{gguf[0]} is GGUF, which is not read; {_ORIGINAL}")
+    if (path / "model" / "config.json").is_file() and not (path / "config.json").exists():
         raise CheckpointError(f"{path} is the folder of a run; give the model in it, {path / 'model'}")
 
 
 def _check_adapter_folder(path: Path) -> None:
-    """Say where the adapters of a run's folder are. Raises CheckpointError."""
-    if not (path / ADAPTER).exists() and (held := sorted(path.glob(f"*-lora/{ADAPTER}"))):
-        raise CheckpointError(
-            f"{path} is no adapter but holds some; give {' or '.join(str(one.parent) for one in held)}"
-        )
+    """Say where the adapters are of a folder that only holds some, as runs write it. Raises CheckpointError."""
+    if not (path / ADAPTER).exists() and (held := sorted(path.glob(f"*/{ADAPTER}"))):
+        told = [str(one.parent) for one in held]
+        more = f" (and {len(told) - 8} more)" if len(told) > 8 else ""
+        raise CheckpointError(f"{path} is no adapter but holds some; give {' or '.join(told[:8])}{more}")
 
 
 def make_processor(

@@ -84,7 +84,8 @@ def test_a_conversion_keeps_the_bits_of_every_dtype(mixed: Path, tmp_path: Path)
 def test_tensors_of_several_dtypes_run_in_the_one_that_most_have(mixed: Path) -> None:
     assert describe(mixed)["runs_in"] == {"decoder": "bfloat16"}
     model = load_model(mixed).model
-    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}
+    dtypes = {tensor.dtype for name, tensor in model.state_dict().items() if "lora_" not in name}
+    assert dtypes == {torch.bfloat16}  # adapters keep theirs
     assert logits(model, "mine").isfinite().all()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,9 @@ def test_older_and_newer_spellings_of_a_config_are_one() -> None:
     [
         ({"hidden_act": "gelu"}, "hidden_act='gelu'; these networks have hidden_act='silu'"),
         ({"attention_bias": True}, "attention_bias=True"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config tells that the weights were quantised"),
+        ({"quantization_config": {"bits": 4}}, r"quantization_config tells .* quantised; .* quantize\(m.model, 8\)"),
+        ({"quantization": {"bits": 4}}, "quantization tells that the weights were quantised"),
+        ({"compression_config": {"format": "int"}}, "compression_config tells that the weights were quantised"),
         ({"attention_sinks": 4}, "unknown key 'attention_sinks'; if it changes nothing, remove it"),
         ({"sliding_window": True}, "sliding_window=True must be a number"),
         ({"rms_norm_eps": 0}, r"config.json: rms_norm_eps=0.0 must lie in \(0, 1\]"),
@@ -203,6 +206,11 @@ def test_an_original_window_is_read_where_transformers_reads_it() -> None:
     fields["rope_scaling"]["original_max_position_embeddings"] = 64
     with pytest.raises(ConfigError, match="=64 stands within the rotary object alone.* add it beside max_position_emb"):
         configs.read_config("phi3", fields, "config.json")
+
+
+def test_an_empty_quantization_config_changes_nothing() -> None:
+    fields = {**configs.write_config("phi3", phi4_mini(), TOKENS), "quantization_config": None}
+    assert configs.read_config("phi3", fields, "config.json") == phi4_mini()
 
 
 def test_keys_that_older_versions_wrote_change_nothing() -> None:
@@ -280,6 +288,53 @@ def test_names_with_marks_of_checkpoint_wrappers_are_read(official: Path) -> Non
     rewrite(official, wrap)
     after = load_model(official).model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module.{name}",
+        lambda name: f"base_model.model.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: name.replace(".layers.1.", ".layers.1._fsdp_wrapped_module."),
+        lambda name: name.removeprefix("model."),
+    ],
+    ids=["compile", "DDP", "PEFT", "both", "FSDP", "Phi3Model"],
+)
+def test_names_as_wrappers_and_bare_models_save_them_are_read(
+    rename: Callable[[str], str], tied: bool, words: TextTokenizer, tmp_path: Path
+) -> None:
+    model = moved(replace(TEXT, decoder=replace(TEXT.decoder, tie_word_embeddings=tied)))
+    save_model(model, words, tmp_path / "m", layout="phi3")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    save_file({rename(name): tensor for name, tensor in tensors.items()}, tmp_path / "m" / "model.safetensors")
+    after = load_model(tmp_path / "m").model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_tied_model_may_be_stored_by_its_head_alone(official: Path) -> None:
+    before = {name: tensor.clone() for name, tensor in load_model(official).model.state_dict().items()}
+    rewrite(official, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")}))
+    after = load_model(official).model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_model_with_split_matrices_is_told_as_such(words: TextTokenizer, tmp_path: Path) -> None:
+    def split(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if "qkv_proj" in name]:
+            fused = tensors.pop(name)
+            for kind, part in zip("qkv", fused.split((64, 32, 32)), strict=True):
+                tensors[name.replace("qkv", kind)] = part.clone()
+
+    save_model(moved(TEXT), words, tmp_path / "m", layout="phi3")
+    rewrite(tmp_path / "m", split)
+    with pytest.raises(
+        CheckpointError,
+        match=r"qkv_proj.weight is missing; .*k_proj.weight is unknown; .*matrices are split .* which are one here",
+    ):
+        load_model(tmp_path / "m")
 
 
 def test_a_tied_head_in_the_file_must_be_the_embedding(official: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 
 import modalora
 from modalora.assistant import Assistant
@@ -17,6 +17,7 @@ from modalora.checkpoint.adapters import save_adapter
 from modalora.checkpoint.sums import compose, merge
 from modalora.contracts import Batch, Route
 from modalora.errors import CheckpointError
+from modalora.nn.lora import LoraConfig as Size
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -54,8 +55,14 @@ def row(ids: torch.Tensor, route: str | None) -> Batch:
         {**PLAIN, "rank_pattern": {"o_proj": 2, r"layers\.1\.mlp\.down_proj": 6}, "alpha_pattern": {"qkv_proj": 3}},
         {"r": 4, "lora_alpha": 8, "target_modules": ["qkv_proj"], "layers_to_transform": [0, 2]},
         {"r": 4, "lora_alpha": 8, "target_modules": r".*\.(1|2)\.mlp\.gate_up_proj"},
+        {
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": ["model.layers.1.self_attn.qkv_proj", "o_proj"],
+            "layers_to_transform": [0],
+        },
     ],
-    ids=["all", "two kinds", "rank-stabilised", "patterns", "some layers", "a regular expression"],
+    ids=["all", "two kinds", "rank-stabilised", "patterns", "some layers", "a regular expression", "a full name"],
 )
 @torch.no_grad()
 def test_what_peft_saved_gives_its_numbers_here_and_back_in_peft(
@@ -176,3 +183,25 @@ def test_four_broken_adapters_give_four_errors(rng: np.random.Generator, tmp_pat
         same_sizes.load_adapter(tmp_path / "signed", "mine")
     with pytest.raises(CheckpointError, match="another base model|belong to no Linear|missing|fingerprint"):
         other.load_adapter(tmp_path / "signed", "mine")
+
+
+@torch.no_grad()
+def test_an_adapter_of_a_multimodal_base_wraps_the_decoder_alone(
+    rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = oracle.tokenizer()
+    reference = oracle.multimodal_model(oracle.multimodal_config(rng, words), 5)
+    ours = modalora.load(oracle.save(reference, tmp_path / "base", words))
+    ours.model.add_adapter("mine", size := Size(r=4, lora_alpha=8))
+    for linear in ours.model.decoder.routed().values():
+        torch.nn.init.normal_(linear.lora_B["mine"])
+    save_adapter(ours.model, "mine", tmp_path / "lora", base=ours.folder)
+    monkeypatch.chdir("/")
+    theirs = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora")
+    wrapped = {name.removeprefix("base_model.model.") for name, one in theirs.named_modules() if hasattr(one, "lora_A")}
+    assert wrapped == {f"model.{place}" for place in ours.model.decoder.routed()}
+    again = modalora.load(tmp_path / "base")
+    again.load_adapter(tmp_path / "lora", "mine")
+    assert again.model.config.adapters["mine"] == size
+    ids = torch.from_numpy(rng.integers(0, oracle.VOCAB, (1, 30)))
+    assert torch.equal(again.model(row(ids, "mine")), ours.model(row(ids, "mine")))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from modalora.checkpoint.files import Weights, fitted, inside, sort_metadata, write_folder
 from modalora.checkpoint.modules import MODALITY, Modules, add_modules, find_modules, modules_of, ready_modules
-from modalora.checkpoint.names import Stored, plan
+from modalora.checkpoint.names import Stored, plain_name, plan
 from modalora.checkpoint.preserve import CERTIFICATE, Preservation
 from modalora.config import parse
 from modalora.contracts import Batch, Route
@@ -38,9 +38,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 _BASE = "modalora.base"  # metadata of the weights: the fingerprint of the model they were trained on
 # Published adapters differ in the prefix and in whether the adapter's name stands inside the key.
-_KEY = re.compile(
-    r"(?:base_model\.model\.)?model\.(layers\.\d+\.[\w.]+?)(?:\.base_layer)?\.(lora_[AB])\.(?:[\w-]+\.)?weight"
-)
+_KEY = re.compile(r"model\.(layers\.\d+\.[\w.]+?)(?:\.base_layer)?\.(lora_[AB])\.(?:[\w-]+\.)?weight")
 # What these networks have no place for, and why it is not left out.
 _REFUSED = {
     "use_dora": "DoRA scales every row of the merged weight, which a routed row cannot do without merging",
@@ -106,7 +104,7 @@ def fingerprint(model: Multimodal) -> str:
 
 
 def save_adapter(
-    model: Multimodal, name: str, folder: Path, certificate: Preservation | None = None, base: str | None = None
+    model: Multimodal, name: str, folder: Path, certificate: Preservation | None = None, base: Path | None = None
 ) -> None:
     """Write one adapter as a new PEFT folder, which PEFT loads on transformers' Phi-3.
 
@@ -116,7 +114,7 @@ def save_adapter(
     check_plain(model)
     held = linears_of(model, name)
     config = model.config.adapters[name]
-    places = _places(model)
+    places = places_of(model)
     tensors: dict[str, Tensor] = {}
     for place, linear in held.items():
         key = f"base_model.model.{_published(places[place])}"
@@ -125,15 +123,18 @@ def save_adapter(
         tensors[f"{key}.lora_B.weight"] = up.cpu().contiguous()
     saved, modules, modality = modules_of(model, name)
     tensors |= {key: tensor.detach().cpu().contiguous() for key, tensor in saved.items()}
-    if model.config.decoder.phi3_small is None:
-        targets = [end.rsplit(".", 1)[1] if end in _LINEARS else end for end in config.target_modules or _LINEARS]
+    small = model.config.decoder.phi3_small is not None
+    if model.encoders or (small and config.target_modules):  # in full: Linears of encoders may end alike
+        targets = [_published(places[place]) for place in held]
+    elif small:
+        targets = _kinds(places)
     else:
-        targets = [_published(places[place]) for place in held] if config.target_modules else _kinds(places)
+        targets = [end.rsplit(".", 1)[1] if end in _LINEARS else end for end in config.target_modules or _LINEARS]
     config = _with_patterns(config, {f"model.{place}": _published(told) for place, told in places.items()})
     fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": str(base.resolve()) if base else None,
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
@@ -177,8 +178,10 @@ class _Found:
 def load_adapter(model: Multimodal, folder: Path, name: str) -> Verdict:
     """Add a PEFT LoRA folder to the decoder under a new name, with the modality or the projectors that it brings.
 
-    Raises CheckpointError when the name is taken, the folder is not LoRA for this decoder, tensors are missing, unknown
-    or of another shape, a logit would not be finite, or the whole adapter changes nothing; the model is then as before.
+    Matrices of more bits than the model runs in are cast when they are used, so that saving, sums and merges have them
+    unrounded. Raises CheckpointError when the name is taken, the folder is not LoRA for this decoder, tensors are
+    missing, unknown or of another shape, a logit would not be finite, or the whole adapter changes nothing; the model
+    is then as before.
     """
     found = _find(model, folder, name)
     if len(found.zero) == len(found.at) and not found.modules.names:
@@ -187,7 +190,7 @@ def load_adapter(model: Multimodal, folder: Path, name: str) -> Verdict:
             "changes nothing: it was saved before training, or its training never reached it"
         )
     brought = ready_modules(model, found.modules, found.weights)
-    _put(model, found, name, as_stored=False)
+    _put(model, found, name, exact=not model.decoder.is_packed)  # what is packed cannot be saved
     change = logit_change(model, name)
     if not isfinite(change):
         for linear in model.decoder.routed().values():
@@ -211,14 +214,17 @@ def load_adapter(model: Multimodal, folder: Path, name: str) -> Verdict:
     )
 
 
-def restore_adapter(model: Multimodal, folder: Path, name: str, *, as_stored: bool = False) -> None:
+def restore_adapter(
+    model: Multimodal, folder: Path, name: str, *, as_stored: bool = False, exact: bool = False
+) -> None:
     """Add an adapter that belongs to a model's own folder, untrained ones too; no logit is computed.
 
-    as_stored: its tensors keep their dtype, whatever the model's. Raises CheckpointError as `load_adapter` does.
+    as_stored: its tensors keep their dtype, whatever the model's. exact: its matrices are not rounded. Raises
+    CheckpointError as `load_adapter` does.
     """
     found = _find(model, folder, name)
     brought = ready_modules(model, found.modules, found.weights, as_stored=as_stored)
-    _put(model, found, name, as_stored=as_stored)
+    _put(model, found, name, as_stored=as_stored, exact=exact)
     model.config = replace(model.config, adapters={**model.config.adapters, name: found.config})
     add_modules(model, found.modules, brought, name)
 
@@ -228,7 +234,7 @@ def _find(model: Multimodal, folder: Path, name: str) -> _Found:
     check_free(model, name)
     path = _config_path(folder)
     fields = read_json(path, most=CONFIG_BYTES)
-    linears, places = model.decoder.routed(), _places(model)
+    linears, places = model.decoder.routed(), places_of(model)
     config = _read_config(path, fields, places)
     weights = _weights(folder)
     given, others = _match(weights, places)
@@ -285,15 +291,14 @@ def _find(model: Multimodal, folder: Path, name: str) -> _Found:
     )  # fmt: skip
 
 
-def _put(model: Multimodal, found: _Found, name: str, *, as_stored: bool) -> None:
-    """Add the matrices, in the dtype that the model runs in unless as_stored."""
+def _put(model: Multimodal, found: _Found, name: str, *, as_stored: bool = False, exact: bool = False) -> None:
+    """Add the matrices, in the dtype that the model runs in; as_stored: in the file's; exact: in what holds both."""
     linears = model.decoder.routed()
-    ready = {
-        (place, side): tensor
-        if as_stored
-        else fitted(tensor, linears[place].weight.dtype, f"{found.weights.folder}: {place}.lora_{side}")
-        for (place, side), tensor in found.tensors.items()
-    }
+    ready = {}
+    for (place, side), tensor in found.tensors.items():
+        runs_in = linears[place].weight.dtype
+        cast = tensor if as_stored else fitted(tensor, runs_in, f"{found.weights.folder}: {place}.lora_{side}")
+        ready[place, side] = tensor.to(torch.promote_types(tensor.dtype, runs_in)) if exact else cast
     for place, size in found.at.items():
         linear = linears[place]
         linear.add_adapter(name, size)
@@ -301,7 +306,7 @@ def _put(model: Multimodal, found: _Found, name: str, *, as_stored: bool) -> Non
             held[name] = nn.Parameter(ready[place, side].to(linear.weight.device))
 
 
-def _places(model: Multimodal) -> dict[str, Stored]:
+def places_of(model: Multimodal) -> dict[str, Stored]:
     """Return for each Linear of the decoder how the published code has it, by whose names PEFT goes."""
     shapes = {f"decoder.{place}.weight": linear.weight.shape for place, linear in model.decoder.routed().items()}
     layout = "phi3" if model.config.decoder.phi3_small is None else "phi3small"
@@ -316,7 +321,7 @@ def _published(told: Stored) -> str:
 def peek(model: Multimodal, folder: Path) -> tuple[LoraConfig, int]:
     """Return the size of the adapter in a PEFT folder and how many numbers it has; the model may be without memory."""
     path = _config_path(folder)
-    config = _read_config(path, read_json(path, most=CONFIG_BYTES), _places(model))
+    config = _read_config(path, read_json(path, most=CONFIG_BYTES), places_of(model))
     return config, sum(prod(entry.shape) for entry in _weights(folder).entries.values())
 
 
@@ -425,12 +430,13 @@ def _targets(fields: Mapping[str, Any], linears: Mapping[str, Stored], path: Pat
         ]
     else:
         raise CheckpointError(f"{path}: target_modules={targets!r:.80} must be names or a regular expression")
-    if layers not in (None, []):  # PEFT takes an empty list for all layers
+    if layers not in (None, []):  # PEFT takes an empty list for all layers, and a name in full in any layer
         pattern = fields.get("layers_pattern")
         if pattern and pattern != "layers" and pattern != ["layers"]:
             raise CheckpointError(f"{path}: layers_pattern={pattern!r:.60}; the layers of this decoder are in 'layers'")
         numbers = {str(layer) for layer in (layers if isinstance(layers, list) else [layers])}
-        places = [place for place in places if place.split(".")[1] in numbers]
+        full = set() if isinstance(targets, str) else {*_listed(targets)}
+        places = [one for one in places if one.split(".")[1] in numbers or _published(linears[one]) in full]
     if not places:
         raise CheckpointError(
             f"{path}: target_modules={targets!r:.80} name no Linear of this decoder, which has "
@@ -451,20 +457,24 @@ def _kinds(places: Mapping[str, Stored]) -> list[str]:
 
 def _stranger(keys: Sequence[str], places: Mapping[str, Stored], otherwise: str = "") -> str:
     """Return in words why an adapter's names are none of this decoder's; otherwise: if nothing is known of them."""
-    kinds = _kinds(places)
     if any(f".{one}." in key for key in keys for one in ("lm_head", "embed_tokens")):
         return (
             "LoRA on embeddings or on the output matrix would change rows of every route; train it on the Linears alone"
         )
     if any(".embed_tokens_extend." in key for key in keys):
         return "LoRA on encoders would change rows of every route; train the decoder's Linears alone"
+    if split := split_matrices(keys, places):
+        return f"it was trained on a copy whose {split}; train it on the published model"
+    return otherwise or f"keys look like base_model.model.{_published(next(iter(places.values())))}.lora_A.weight"
+
+
+def split_matrices(keys: Sequence[str], places: Mapping[str, Stored]) -> str:
+    """Return in words that names are of matrices which are one in the published code, whose Linears `places` are."""
+    kinds = _kinds(places)
     split = [one for one in _SPLIT if not any(kind.endswith(f".{one}") for kind in kinds)]
     if any(f".{one}." in key for key in keys for one in split):
-        return (
-            "it was trained on a copy whose matrices are split (q_proj, gate_proj and so on), which are one here: "
-            f"{', '.join(kinds)}; train it on the published model"
-        )
-    return otherwise or f"keys look like base_model.model.{_published(next(iter(places.values())))}.lora_A.weight"
+        return f"matrices are split (q_proj, gate_proj and so on), which are one here: {', '.join(kinds)}"
+    return ""
 
 
 def shortest(places: Sequence[str], linears: Mapping[str, Any]) -> tuple[str, ...]:
@@ -480,7 +490,7 @@ def _match(weights: Weights, places: Mapping[str, Stored]) -> tuple[dict[tuple[s
     given: dict[tuple[str, str], str] = {}
     unknown: list[str] = []
     for key in weights.entries:
-        match = _KEY.fullmatch(key)
+        match = _KEY.fullmatch(plain_name(key))
         at = (ours.get(f"model.{match[1]}", ""), match[2][-1]) if match else None
         if at is None or not at[0] or at in given:
             unknown.append(key)

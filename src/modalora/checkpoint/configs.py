@@ -42,6 +42,8 @@ _GENERATION = frozenset(
     num_return_sequences prefix remove_invalid_values repetition_penalty sep_token_id suppress_tokens temperature top_k
     top_p typical_p""".split()
 )
+# Of transformers, of its older versions, of MLX.
+_QUANTISED = ("quantization_config", "compression_config", "quantization")
 # Rates that matter in training only, where dropout is not used.
 _NO_DROPOUT = dict.fromkeys(
     ("attention_dropout", "embd_pdrop", "resid_pdrop", "attention_dropout_prob", "embedding_dropout_prob",
@@ -91,12 +93,13 @@ class Reader:
 
     def finish(self) -> None:
         """Refuse every key that was not asked for and is not known to be inert."""
-        if "quantization_config" in self.fields:
-            raise ConfigError(
-                f"{self.where}: quantization_config tells that the weights were quantised; give the plain ones, and "
-                "modalora.quantize makes int8 or int4 of them"
-            )
-        known = self.asked | _INERT | _GENERATION
+        for key in _QUANTISED:
+            if self.fields.get(key) is not None:
+                raise ConfigError(
+                    f"{self.where}: {key} tells that the weights were quantised; give the plain ones, and once they "
+                    "are loaded as m, quantize(m.model, 8) of modalora.quantize makes int8 of them (4: int4)"
+                )
+        known = self.asked | _INERT | _GENERATION | {*_QUANTISED}
         known |= {key for key, plain in _PLAIN.items() if self.fields.get(key) in plain}
         unknown = [key for key in self.fields if key not in known and not key.startswith("_")]
         unknown = [key for key in unknown if not (key in _NO_DROPOUT and isinstance(self.fields[key], int | float))]

@@ -224,7 +224,8 @@ class Weights:
         if not listing.exists():
             pickles = sorted(path.name for kind in _PICKLES for path in folder.glob(kind))
             had = f"; {pickles[0]} is a pickle, which can run code and is never opened" if pickles else ""
-            raise CheckpointError(f"{folder} has neither {single} nor {index}{had}; save the model as safetensors")
+            kind = "model" if stem == "model" else "adapter"
+            raise CheckpointError(f"{folder} has neither {single} nor {index}{had}; save the {kind} as safetensors")
         _INDEX.check_file(listing)
         listed = read_json(listing).get("weight_map")
         if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):

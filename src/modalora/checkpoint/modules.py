@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from modalora.checkpoint.files import Weights, fitted, inside
-from modalora.checkpoint.names import plan, theirs
+from modalora.checkpoint.names import plain_name, plan, theirs
 from modalora.disk import CONFIG_BYTES, read_json
 from modalora.errors import CheckpointError
 from modalora.modality import brought_by, find, read_encoders, write_encoders
@@ -71,10 +71,11 @@ def find_modules(
     ours = theirs({name: tuple(tensor.shape) for name, tensor in needed.items()})
     if model.decoder.lm_head is None:
         ours["lm_head.weight"] = "decoder.embed_tokens.weight"
+    plain = {key: _WRAPPED.sub("", plain_name(key)) for key in keys}
     stored: dict[str, str] = {}
     unknown: list[str] = []
     for key in keys:
-        own = ours.get(_WRAPPED.sub("", key).removeprefix(PREFIX))
+        own = ours.get(plain[key])
         if own is not None and own in stored and torch.equal(weights.get(key), weights.get(stored[own])):
             continue  # an output matrix that is tied, saved again beside the embedding
         if own is None or own in stored:
@@ -83,7 +84,7 @@ def find_modules(
             stored[own] = key
     if wanted is not None and not (isinstance(wanted, list) and all(isinstance(one, str) for one in wanted)):
         raise CheckpointError(f"{where} has modules_to_save={wanted!r:.60}; it must be a list of module names")
-    absent = [one for one in wanted or () if not any(f".{one}." in f".{_WRAPPED.sub('', key)}." for key in keys)]
+    absent = [one for one in wanted or () if not any(f".{one}." in f".{name}." for name in plain.values())]
     if absent:
         raise CheckpointError(f"{where} has modules_to_save={absent}, of which {folder} holds no tensor")
     missing = sorted(set(own_parts) - set(stored))

@@ -130,7 +130,9 @@ LAYOUTS: dict[str, tuple[Pair, ...]] = {
 HOLDS_ADAPTERS = ("modalora", "phi4mm")
 _FIELDS = {"layer": r"\d+", "side": r"[AB]", "which": r"[qkv]", "number": r"\d+", "kind": r"weight|bias"}
 _FIELDS |= {"end": r"up|down|in|out", "branch": r"speech|vision", "statistic": r"global_mean|global_invstd"}
-_WRAPPER = "_checkpoint_wrapped_module."  # left in names by a training library
+# left in names by torch's checkpoints, compile and FSDP; around everything by DDP and PEFT
+_MARKS = re.compile(r"(?<![^.])(?:_checkpoint_wrapped_module|_orig_mod|_fsdp_wrapped_module)\.")
+_AROUND = re.compile(r"^(?:(?:module|base_model\.model)\.)+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,9 +179,17 @@ def theirs(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def plain_name(name: str) -> str:
+    """Return what a stored name is without the marks of training wrappers."""
+    return _AROUND.sub("", _MARKS.sub("", name))
+
+
 def plain_names(names: Iterable[str]) -> dict[str, str]:
-    """Return stored names by what they are called without the marks of training wrappers."""
-    return {name.replace(_WRAPPER, ""): name for name in names}
+    """Return stored names by what a whole model calls them, without the marks of training wrappers."""
+    found = {plain_name(name): name for name in names}
+    if "embed_tokens.weight" in found:  # transformers' Phi3Model, which is all but the output matrix
+        return {name if name.startswith("lm_head.") else f"model.{name}": stored for name, stored in found.items()}
+    return found
 
 
 def _rename(layout: str, name: str) -> tuple[str, Pair] | None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from modalora.checkpoint.files import Weights
-from modalora.checkpoint.modules import PREFIX
+from modalora.checkpoint.names import plain_name
 from modalora.config import parse
 from modalora.contracts import Batch, Route
 from modalora.disk import read_json
@@ -113,7 +113,7 @@ def probe_logits(model: Multimodal) -> tuple[str, ...]:
 def brought_with(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of the tensors of encoders and projectors that an adapter's folder brings, by our names."""
     weights = Weights(folder, "adapter_model")
-    named = {key.removeprefix(PREFIX): key for key in weights.entries}
+    named = {plain_name(key): key for key in weights.entries}
     return {
         name: tensor_digest(weights.get(key))
         for name, key in named.items()

@@ -8,7 +8,7 @@ loaded. The published ones are what names.LAYOUTS lists, recognised by the model
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import prod
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from modalora.checkpoint import configs
-from modalora.checkpoint.adapters import NATIVE_FOLDERS, peek, restore_adapter, save_adapter
+from modalora.checkpoint.adapters import CONFIG as ADAPTER
+from modalora.checkpoint.adapters import NATIVE_FOLDERS, peek, places_of, restore_adapter, save_adapter, split_matrices
 from modalora.checkpoint.card import (
     CONFIG,
     PLACEHOLDER_KEYS,
@@ -48,6 +49,7 @@ from modalora.disk import CONFIG_BYTES, read_json, write_json
 from modalora.errors import CheckpointError, ConfigError
 from modalora.modality import write_encoders
 from modalora.models.multimodal import ModelConfig, Multimodal, parameter_counts, part_of
+from modalora.nn.lora import check_name
 from modalora.nn.quantised import to_int8
 from modalora.processing.chat import FORMATS, ChatFormat
 from modalora.processing.tokenizer import END_OF_TEXT, PLACEHOLDERS, RANKS, TextTokenizer
@@ -91,16 +93,16 @@ def load_model(
     card, tokenizer, chat = read_texts(folder, check=check)
     weights, stored, model = _open(folder, card)
     runs_in = _dtypes(weights, stored, model)
+    exact = dtype is None and not pack  # adapters are cast where they are used
     tensors, whole = {}, _whole(model)
     for name, place in stored.items():
-        keeps = as_stored or (dtype is None and ".lora_" in name)  # an adapter is cast where it is used
-        own = None if keeps else dtype or runs_in[_network(name)]
+        own = None if as_stored or (exact and ".lora_" in name) else dtype or runs_in[_network(name)]
         tensor = weights.get(place.name) if name in whole else _read(weights, place, card.config, own)
         tensors[name] = tensor.to(device)
     model.load_state_dict(tensors, assign=True)
     _check_memory(model)
     for name in _beside(folder, card):
-        restore_adapter(model, folder / f"{name}-lora", name, as_stored=as_stored)
+        restore_adapter(model, folder / f"{name}-lora", name, as_stored=as_stored, exact=exact)
     if pack:
         model.pack(partial(release, spans=mapped()))  # dropping is not enough: the file stays mapped
     return Loaded(model.eval(), tokenizer, chat, card.notes)
@@ -122,13 +124,18 @@ def save_model(
     """Write a model folder. int8 stores every matrix as int8 with a scale per row (see `to_int8`).
 
     beside: a folder whose further tokenizer and processor files are taken along. Raises ConfigError when the layout
-    cannot hold the model, CheckpointError when the folder exists; nothing is written then.
+    cannot hold the model, CheckpointError when the folder exists or `beside` is none; nothing is written then.
     """
     if model.decoder.is_packed:
         raise ConfigError("this model was packed for reading; load it with pack=False to save it")
     if model.decoder.is_quantised:
         raise ConfigError("this model was quantised; quantize.restore it from its plain weights to save it")
     check_target(folder, beside)
+    if beside is not None and not beside.is_dir():
+        raise CheckpointError(
+            f"{beside} is no folder any more: the tokenizer's and generation files of this model are to be copied from "
+            "there; put it back, or load the model from where it is now"
+        )
     state = model.state_dict()
     fill = _filler(
         model.config, tokenizer, layout, chat or FORMATS["phi4"], notes or {}, beside,
@@ -143,7 +150,7 @@ def save_model(
             write_json(draft / CERTIFICATE, certificate.fields())
         if layout not in HOLDS_ADAPTERS:
             for name in model.config.adapters:
-                save_adapter(model, name, draft / f"{name}-lora")
+                save_adapter(model, name, draft / f"{name}-lora", base=folder)
 
     write_folder(folder, fill_all, manifest=layout == "modalora")
 
@@ -254,6 +261,11 @@ def _beside(folder: Path, card: Card) -> list[str]:
     if card.layout in HOLDS_ADAPTERS:
         return []
     found = {path.name.removesuffix("-lora") for path in folder.glob("*-lora") if inside(folder, path.name).is_dir()}
+    for name in sorted(found):
+        try:
+            check_name(name)
+        except ConfigError as error:
+            raise CheckpointError(f"{folder / name}-lora would be loaded with the model: {error}") from None
     return [*(name for name in NATIVE_FOLDERS if name in found), *sorted(found - {*NATIVE_FOLDERS})]
 
 
@@ -261,26 +273,37 @@ def _open(folder: Path, card: Card) -> tuple[Weights, dict[str, Stored], Multimo
     """Return the files' tensors, where each of ours stands among them, and the networks that want them, once all fit
     the config.
     """
+    if (folder / ADAPTER).exists():
+        raise CheckpointError(
+            f"{folder} holds an adapter beside the model ({ADAPTER}), which transformers applies to every row and a "
+            "model here does not; move its two files into a folder of their own, and load_adapter that"
+        )
     weights = Weights(folder)
     model = _without_memory(folder, card, weights)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     names = plain_names(weights.entries)
-    stored = {
-        name: replace(place, name=names.get(place.name, place.name))
-        for name, place in plan(card.layout, shapes, card.config).items()
-    }
-    _check(folder, weights, stored, card, model)
+    planned = plan(card.layout, shapes, card.config)
+    tied = card.config.decoder.tie_word_embeddings and card.layout != "modalora"
+    if head := names.get("lm_head.weight") if tied else None:
+        embedding = planned["decoder.embed_tokens.weight"].name
+        _check_tied(weights, head, names.setdefault(embedding, head))  # safetensors keeps one of two names
+    stored = {name: replace(place, name=names.get(place.name, place.name)) for name, place in planned.items()}
+    _check(folder, weights, stored, card, model, {head} if head else set())
     return weights, stored, model
 
 
-def _check(folder: Path, weights: Weights, stored: Mapping[str, Stored], card: Card, model: Multimodal) -> None:
+def _check(
+    folder: Path, weights: Weights, stored: Mapping[str, Stored], card: Card, model: Multimodal, tied: Set[str]
+) -> None:
+    """Compare names, shapes and dtypes with what is wanted; tied: the output matrix, where it is the embedding."""
     given = weights.entries
     expected = {place.name: place.shape for place in stored.values()}
     whole = {stored[name].name: kind for name, kind in _whole(model).items()}
     scales = {f"{name}.scale" for name in expected} if card.layout == "modalora" else set()
-    tied = _tied_head(weights, stored, card)
-    wrong = [f"{name} is missing" for name in expected if name not in given]
-    wrong += [f"{name} is unknown" for name in sorted(set(given) - set(expected) - scales - tied)]
+    missing = [f"{name} is missing" for name in expected if name not in given]
+    strangers = sorted(set(given) - set(expected) - scales - tied)
+    unknown = [f"{name} is unknown" for name in strangers]
+    wrong = [*missing[:4], *unknown[:4], *missing[4:], *unknown[4:]]  # either may be the cause
     for name in sorted(set(given) & set(expected)):
         shape, kind = given[name].shape, given[name].dtype
         if shape != expected[name]:
@@ -298,23 +321,19 @@ def _check(folder: Path, weights: Weights, stored: Mapping[str, Stored], card: C
             wrong.append(f"{name}.scale belongs to no int8 tensor")
     if wrong:
         more = f" (and {len(wrong) - 8} more)" if len(wrong) > 8 else ""
-        raise CheckpointError(f"{folder} does not fit its config: {'; '.join(wrong[:8])}{more}")
+        why = split_matrices(strangers, places_of(model))
+        why = f"; it is a copy whose {why}: take the published model" if why else ""
+        raise CheckpointError(f"{folder} does not fit its config: {'; '.join(wrong[:8])}{more}{why}")
 
 
-def _tied_head(weights: Weights, stored: Mapping[str, Stored], card: Card) -> set[str]:
-    """Return the name of an output matrix that a file repeats although it is tied; it must be the embedding."""
-    embedding = stored["decoder.embed_tokens.weight"].name
-    if card.layout == "modalora" or not card.config.decoder.tie_word_embeddings or embedding not in weights.entries:
-        return set()
-    if "lm_head.weight" not in weights.entries:
-        return set()
-    head, table = weights.get("lm_head.weight"), weights.get(embedding)
-    if head.shape != table.shape or not torch.equal(head.to(torch.float64), table.to(torch.float64)):
+def _check_tied(weights: Weights, head: str, embedding: str) -> None:
+    """Refuse an output matrix that a file repeats although it is tied, and that is not the embedding."""
+    ours, table = weights.get(head), weights.get(embedding)
+    if ours.shape != table.shape or not torch.equal(ours.to(torch.float64), table.to(torch.float64)):
         raise CheckpointError(
-            f"{weights.folder}: lm_head.weight differs from {embedding}, and the config ties them; set "
+            f"{weights.folder}: {head} differs from {embedding}, and the config ties them; set "
             "tie_word_embeddings to false if they were trained apart"
         )
-    return {"lm_head.weight"}
 
 
 def _read(weights: Weights, place: Stored, config: ModelConfig, dtype: torch.dtype | None) -> Tensor:

@@ -157,13 +157,17 @@ def compose(
     Example: modalora adapter compose nano vision+mine@0.7 both --adapter mine=my-lora
     """
     from modalora.checkpoint.adapters import save_adapter
+    from modalora.checkpoint.card import read_card
     from modalora.checkpoint.sums import compose as add_up
 
     assistant = open_model(model, adapter, modality_file)
     taken = assistant.model.adapters
     name = next(name for name in (f"sum-{number}" for number in range(len(taken) + 1)) if name not in taken)
     config = add_up(assistant.model, route, name)
-    save_adapter(assistant.model, name, target)
+    base = assistant.folder
+    if base and read_card(base, check=False).layout == "modalora":  # PEFT cannot open it
+        base = None
+    save_adapter(assistant.model, name, target, base=base)
     print(f"wrote {target}: {route} as one adapter of rank {config.r}")
 
 

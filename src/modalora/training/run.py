@@ -171,5 +171,5 @@ def _write(
             if folder.exists():
                 say(f"{folder} is none that training wrote, and stays; the adapter is in {target} alone")
             else:
-                save_adapter(model, name, folder, certificate, base=str(start) if same else None)
+                save_adapter(model, name, folder, certificate, base=start if same else None)
     save_model(model, tokenizer, target, int8=run.int8, chat=chat, notes=notes, beside=start, certificate=certificate)
