@@ -134,7 +134,7 @@ def save_model(
     if beside is not None and not beside.is_dir():
         raise CheckpointError(
             f"{beside} is no folder any more: the tokenizer's and generation files of this model are to be copied from "
-            "there; put it back, or load the model from where it is now"
+            "there; put it back, or do without them (the folder of an Assistant set to None)"
         )
     state = model.state_dict()
     fill = _filler(
