@@ -70,13 +70,12 @@ def open_corpus(
         raise ConfigError(f"form={form!r} must be auto or one of {', '.join(FORMS)}")
     if truncate is not None and truncate not in get_args(Truncate):
         raise ConfigError(f"truncate={truncate!r} must be 'messages', or left out")
-    if not 0 <= held_out < 1:
-        raise ConfigError(f"held_out={held_out:g} must be a share of the rows below 1, such as 0.05")
     more = tuple(name for name in context.processor.media if name not in PLACEHOLDERS)
     volumes: list[Volume] = []
+    typed = "" if key[0] == SCORED else f"mixture.{key[1]}.options."  # which a scored source does not know
     for file in find_files(path):
         root = Path(media_root) if media_root else file if file.is_dir() else file.parent
-        options = Options(root, dict(rename or {}), prompt, tags, more, f"mixture.{key[1]}.options.")
+        options = Options(root, dict(rename or {}), prompt, tags, more, typed)
         volumes.append(_open_volume(file, context.cache, form, split, options))
     texts = [volume for volume in volumes if volume.form == "text"]
     if texts and len(texts) < len(volumes):

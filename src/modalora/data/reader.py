@@ -14,11 +14,11 @@ import numpy as np
 from pydantic import PydanticUserError
 
 from modalora import modality
-from modalora.config import MediaConfig, SourceConfig, parse
+from modalora.config import MediaConfig, SourceConfig, parse, source_names
 from modalora.contracts import IGNORED
 from modalora.data.corpus import Passages, open_corpus, open_documents
 from modalora.data.files import find_files
-from modalora.data.sources import CUT, SOURCES, WINDOWED, Bad, Context, Drawn, Key, Source, bad_row, check_window
+from modalora.data.sources import CUT, SCORED, SOURCES, WINDOWED, Bad, Context, Drawn, Key, Source, bad_row, check_window
 from modalora.errors import ConfigError, DataError, InputError
 from modalora.processing.processor import Processor, Row
 
@@ -161,39 +161,43 @@ def check_labels(row: Row) -> None:
         raise DataError("no token of it is trained; give it an answer")
 
 
+BOOKS = "books"  # what a source of documents reads without a path
+_SIDE = ("path", "split", "form", "rename", "held_out", "shuffle")  # options; of another form, rows are others
+
+
 def check_apart(trained: Sequence[SourceConfig], scored: Sequence[SourceConfig]) -> None:
-    """Refuse to score files that are trained on, by a source that does not hold the same rows out.
+    """Refuse to score files, or books, that are trained on by a source that does not hold the same rows out.
 
     Raises ConfigError naming one of them.
     """
     for source in scored:
         others = [own for own in trained if not source.holds_out or _side(own) != _side(source)]
-        if both := sorted(_files([source]) & _files(others)):
+        both = sorted(_stores(source) & {store for own in others for store in _stores(own)})
+        if both and both[0][0] == BOOKS:
+            raise ConfigError(
+                f"split={both[0][1]} of the {BOOKS} is scored, and a source of mixture trains on it; give the source "
+                "of eval_mixture another split"
+            )
+        if both:
             raise ConfigError(
                 f"{both[0][0]} is scored, and a source of mixture trains on it; give eval_mixture another file, or "
-                "every source of mixture that reads it the same path, held_out, shuffle and window"
+                f"every source of mixture that reads it the same window, {', '.join(_SIDE[:-1])} and {_SIDE[-1]}"
             )
 
 
 def _side(source: SourceConfig) -> tuple[Any, ...]:
     """Return what tells which rows of its files a source trains on."""
-    return (source.holds_out, source.window, *map(source.options.get, ("path", "split", "held_out", "shuffle")))
+    return (source.holds_out, source.window, *map(source.options.get, _SIDE))
 
 
-def _files(sources: Sequence[SourceConfig]) -> set[tuple[str, str]]:
-    """Return the data files of some sources, each with its split, as far as they can be found."""
-    found: set[tuple[str, str]] = set()
-    for source in sources:
-        with suppress(DataError, TypeError):  # what is no file is told where files are opened
-            files = find_files(source.options.get("path", []))
-            found |= {(str(file.resolve()), str(source.options.get("split", ""))) for file in files}
-    return found
-
-
-def source_names(sources: Sequence[SourceConfig]) -> list[str]:
-    """Return what each source is called in the names of samples: its own name, numbered where that is not unique."""
-    names = [source.name or source.source for source in sources]
-    return [name if names.count(name) == 1 else f"{name}.{place}" for place, name in enumerate(names)]
+def _stores(source: SourceConfig) -> set[tuple[str, str]]:
+    """Return the data files of a source, each with its split, as far as they can be found."""
+    path, split = source.options.get("path"), source.options.get("split")
+    if path is None:  # whole texts of books: those that are scored would be trained on
+        return {(BOOKS, str(split or "train"))} if source.source == "documents" else set()
+    with suppress(DataError, TypeError):  # what is no file is told where files are opened
+        return {(str(file.resolve()), str(split or "")) for file in find_files(path)}
+    return set()
 
 
 @dataclass
@@ -241,10 +245,15 @@ class Reader:
         return row
 
 
+def key_of(seed: int, place: int) -> Key:
+    """Return what the rows of a source follow from; those that are scored are the same beside whatever others."""
+    return (seed, 0 if seed == SCORED else place)
+
+
 def open_reader(context: Context, sources: Sequence[SourceConfig], seed: int, most: int = 0) -> Reader:
     """Open every source. Raises ConfigError, DataError."""
     context = replace(context, most=most)
-    opened = [make_source(context, source, (seed, place)) for place, source in enumerate(sources)]
+    opened = [make_source(context, source, key_of(seed, place)) for place, source in enumerate(sources)]
     routes = [source.route for source in sources]
     return Reader(opened, source_names(sources), routes, most, context.processor, context.labelled)
 
