@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ from modalora.training.start import digest_of_start
 from modalora.training.states import Moment, States
 from modalora.training.trackers import open_trackers
 
+STOPPED_AT_ONCE = "stopped before the first step; nothing is lost"
 Metrics = dict[str, Any]
 Say = Callable[[str], None]
 
@@ -70,7 +71,7 @@ def train(
 
     Raises ConfigError for settings under which nothing is learnt; TrainingError when a loss or gradient is not finite,
     when something does not learn that should or moves that should not, or when the disk is full; Interrupted when
-    stopped by SIGINT or SIGTERM. All leave a state that training can go on from.
+    stopped by SIGINT or SIGTERM. Behind the first step all leave a state that training can go on from.
     """
     check_settings(run)
     with ExitStack() as stack:
@@ -81,7 +82,7 @@ def train(
             loop = _Loop(run, model, batches, engine or Single(), report, say, stop, stack, said, held_out)
             stop.breakable = False
         except Asked:
-            raise Interrupted("stopped before the first step; nothing is lost", stop.asked) from None
+            raise Interrupted(STOPPED_AT_ONCE, stop.asked) from None
         finally:
             stop.breakable = False
         tell_training()
@@ -167,7 +168,7 @@ class _Loop:
         stack.callback(self.states.finish)
         self.progress = self.states.resume(batches, say)
         engine.wrap(self.optimizer)
-        self.saved = self.progress.step if self.progress.step else None
+        self.saved = self.progress.step  # 0: nothing was learnt that a state would keep
         seen = self.progress
         self.audit = Audit(model, self.trained, self.objective.idle, engine, say, seen.judged, seen.rows)
         step = self.progress.step
@@ -176,7 +177,8 @@ class _Loop:
         self.events = stack.enter_context(Journal(folder / "events.jsonl", step)) if engine.rank == 0 else None
         self.metrics: Metrics = self.log.last if self.log else {}
         self.held_out = None if held_out is None else HeldOut(run, held_out, model, self.objective, engine)
-        if self.held_out and engine.totals({"scored": float("eval_loss" in self.metrics)})["scored"]:
+        scored = self.metrics.get("step") == step and any(name.startswith("eval_loss") for name in self.metrics)
+        if self.held_out and engine.totals({"scored": float(scored)})["scored"]:
             self.held_out.scored = step
         ledger = "ledger.jsonl" if engine.world == 1 else f"ledger-{engine.rank:05d}.jsonl"
         self.ledger = stack.enter_context(Journal(folder / ledger, step)) if run.ledger else None
@@ -230,8 +232,7 @@ class _Loop:
             if self.engine.world == 1:
                 asked = self.stop.asked  # not only while the gradients were made
             if asked and progress.step < run.steps:
-                self._save(moment)
-                raise Interrupted(f"stopped after step {progress.step}; the same command goes on from there", asked)
+                self._break_off(moment, asked)
         self._score(moment, last=True)
         self.audit.finish(progress.step)
         self._check_preserved()
@@ -256,18 +257,21 @@ class _Loop:
         finally:
             self.stop.breakable = False
         if asked:
-            self._save(moment)
-            raise Interrupted(f"stopped after step {step}; the same command goes on from there", asked)
+            self._break_off(moment, asked)
         if wrong := [name for name, value in scores.items() if not isfinite(value)]:
             self.say(f"behind step {step}, of the rows that are not trained on: {', '.join(wrong)} is not finite")
-        line = {
-            "step": step,
-            "steps": self.run.steps,
-            **{name: own for name, own in scores.items() if name not in wrong},
-        }
-        self._write(line)
-        self.metrics = {**(self.metrics if self.metrics.get("step") == step else {}), **line}
+        if told := {name: own for name, own in scores.items() if name not in wrong}:
+            line = {"step": step, "steps": self.run.steps, **told}
+            self._write(line)
+            self.metrics = {**(self.metrics if self.metrics.get("step") == step else {}), **line}
         return time.perf_counter() - begun
+
+    def _break_off(self, moment: Moment, asked: int) -> NoReturn:
+        """Save and end, as a signal asked for."""
+        if not self.progress.step:
+            raise Interrupted(STOPPED_AT_ONCE, asked)
+        self._save(moment)
+        raise Interrupted(f"stopped after step {self.progress.step}; the same command goes on from there", asked)
 
     def _try(self, moment: Moment) -> tuple[int, list[Batch], _Outcome | None]:
         """Return the signal that came, the micro-batches of a step and what they came to: None, if it was not made."""
@@ -450,28 +454,21 @@ class _Loop:
             progress.judged, progress.rows = self.audit.judged, dict(self.audit.rows)
         progress.skipped_in_row = 0
         progress.tokens += int(outcome.tokens)
-        routes = {f"loss_{name}": total / count for name, (total, count) in outcome.by_route.items()}
-        media = {
-            f"loss_of_{kinds}": own[0] / own[1]
-            for kinds, own in outcome.by_media.items()
-            if own not in outcome.by_route.values()  # which say the same of one route's only kind
-        }
         by_part = {f"grad_norm_{part}": own for part, own in norms.parts.items()}
         figures = {"loss": outcome.loss / outcome.labels, "grad_norm": norms.norm}
-        figures |= {**(routes if len(routes) > 1 else {}), **media}
+        progress.add({f"route {name}": own for name, own in outcome.by_route.items()})
+        progress.add({f"media {kinds}": own for kinds, own in outcome.by_media.items()})
         if self.model.config.decoder.rope.switch is not None:
-            figures |= {
-                f"loss_{table}_rows": total / count for table, (total, count, _) in outcome.by_table.items() if count
-            }
+            progress.add({f"loss_{table}_rows": own[:2] for table, own in outcome.by_table.items() if own[1]})
             figures |= {f"tokens_{table}_rows": outcome.by_table.get(table, (0, 0, 0))[2] for table in TABLES}
         figures |= by_part if len(by_part) > 1 else {}
         progress.note({**figures, "tokens": outcome.tokens, "labels": outcome.labels})
 
     def _tell(self, seconds_per_step: float) -> None:
-        """Log the means since the last logged step."""
+        """Log the means since the last logged step: over steps, of losses of some rows over all their labels."""
         run, progress = self.run, self.progress
         sums = {name: progress.recent.pop(name, [0.0, 0])[0] for name in ("seconds", "tokens", "labels", "flops")}
-        means = {name: total / count for name, (total, count) in progress.recent.items()}
+        means = {name: total / count for name, (total, count) in _told(progress.recent).items()}
         progress.recent.clear()
         if "loss" in means and (progress.best_loss is None or means["loss"] < progress.best_loss):
             progress.best_loss, progress.best_step = means["loss"], progress.step
@@ -565,5 +562,15 @@ def _kinds(model: Multimodal, batch: Batch) -> list[str]:
     return ["+".join(kind for kind in kinds if (row, kind) in held) or "text" for row in range(len(batch.lengths))]
 
 
-def _under(prefix: str, found: dict[str, float]) -> list[str]:
+def _told(recent: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    """Return noted figures by the names that they are told by, without those that say the same as another."""
+    routes, media = ({name: recent[f"{of} {name}"] for name in _under(f"{of} ", recent)} for of in ("route", "media"))
+    return {
+        **{name: own for name, own in recent.items() if not name.startswith(("route ", "media "))},
+        **{f"loss_{name}": own for name, own in routes.items() if len(routes) > 1},
+        **{f"loss_of_{kinds}": own for kinds, own in media.items() if own not in routes.values()},
+    }
+
+
+def _under(prefix: str, found: Mapping[str, Any]) -> list[str]:
     return sorted(name.removeprefix(prefix) for name in found if name.startswith(prefix))
