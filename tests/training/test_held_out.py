@@ -26,6 +26,7 @@ from modalora.processing.chat import FORMATS
 from modalora.processing.tokenizer import TextTokenizer
 from modalora.training.held_out import open_held_out
 from modalora.training.loop import train
+from modalora.training.plan import plan_run
 from modalora.training.run import run_recipe
 from modalora.training.signals import Interrupted
 from modalora.training.start import open_context
@@ -294,7 +295,7 @@ def test_windows_of_text_are_held_out_too(start: Path) -> None:
 
 def test_a_share_that_leaves_no_row_is_refused(start: Path) -> None:
     run = keeping(recipe(start), 0.99)
-    with pytest.raises(DataError, match=r"held_out=0.99 of the 40 rows in .* leaves none to train on; lower it"):
+    with pytest.raises(ConfigError, match=r"held_out=0.99 of the 40 rows in .* leaves none to train on; lower it"):
         make_source(open_context(run), run.mixture[0], (0, 0))
 
 
@@ -457,6 +458,18 @@ def test_the_command_line_shows_plans_and_checks_them(start: Path, run: Run) -> 
     assert (code, f"bad  {start / 'others.jsonl'}:2" in told) == (1, True)
     code, _, told = run("data", "check", *typed(start), f"eval_mixture.0.options.path={start / 'rows.jsonl'}")
     assert (code, "rows.jsonl is scored, and a source" in told) == (2, True)
+
+
+def test_a_plan_refuses_what_training_would(start: Path) -> None:
+    run = recipe(start, eval_mixture=others(start))
+    (start / "others.jsonl").unlink()
+    with pytest.raises(DataError, match=r"others.jsonl' matches no file"):
+        plan_run(run)
+    with pytest.raises(ConfigError, match="leaves none to train on"):
+        plan_run(keeping(recipe(start), 0.99))
+    for shapes in ([], ["text=20"]):
+        with pytest.raises(ConfigError, match=r"rows.jsonl is scored, and a source of mixture trains on it"):
+            plan_run(run.model_copy(update={"eval_mixture": run.mixture}), shapes)
 
 
 def test_a_chain_passes_them_on(start: Path) -> None:

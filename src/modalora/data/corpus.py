@@ -206,12 +206,12 @@ class Volumes:
         return self.volumes[place], self.volumes[place].records.read(inner)
 
     def side(self, rows: int) -> range:
-        """Return the places of those of so many rows that are trained on, or scored. Raises DataError for none."""
+        """Return the places of those of so many rows that are trained on, or scored. Raises ConfigError for none."""
         if not self.held_out:
             return range(rows)
         trained = rows - max(1, round(rows * self.held_out))
         if trained < 1:
-            raise DataError(
+            raise ConfigError(
                 f"held_out={self.held_out:g} of the {rows} rows in {self.volumes[0].records.path} leaves none to train "
                 "on; lower it, or give more rows"
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
@@ -18,7 +18,20 @@ from modalora.config import MediaConfig, SourceConfig, parse, source_names
 from modalora.contracts import IGNORED
 from modalora.data.corpus import Passages, open_corpus, open_documents
 from modalora.data.files import find_files
-from modalora.data.sources import CUT, SCORED, SOURCES, WINDOWED, Bad, Context, Drawn, Key, Source, bad_row, check_window
+from modalora.data.sources import (
+    CUT,
+    MADE,
+    SCORED,
+    SOURCES,
+    WINDOWED,
+    Bad,
+    Context,
+    Drawn,
+    Key,
+    Source,
+    bad_row,
+    check_window,
+)
 from modalora.errors import ConfigError, DataError, InputError
 from modalora.processing.processor import Processor, Row
 
@@ -62,8 +75,7 @@ def limited(kind: str, settings: Any, limits: MediaConfig) -> Any:
 def make_source(context: Context, config: SourceConfig, key: Key = (0, 0)) -> Source:
     """Return the source that a recipe names. Raises ConfigError (unknown name or option), RouteError, DataError."""
     if config.media != MediaConfig():
-        if config.source in CUT:
-            raise _no_media(config)
+        _check_media(config, MADE.get(config.source, LIMITS))
         context = replace(context, processor=limit_media(context.processor, config.media, _of(config)))
     if config.window:
         context = replace(context, window=config.window)
@@ -125,8 +137,8 @@ def _options(config: SourceConfig, maker: Callable[..., Any]) -> dict[str, Any]:
 def _windowed(config: SourceConfig, source: Source) -> Source:
     if config.window and not isinstance(source, Passages):
         raise _no_window(config)
-    if config.media != MediaConfig() and isinstance(source, Passages):
-        raise _no_media(config)
+    if isinstance(source, Passages):
+        _check_media(config, ())
     return source
 
 
@@ -134,8 +146,11 @@ def _of(config: SourceConfig) -> str:
     return f" of source {config.name or config.source!r}"
 
 
-def _no_media(config: SourceConfig) -> ConfigError:
-    return ConfigError(f"media{_of(config)}: its rows are text alone; leave it out")
+def _check_media(config: SourceConfig, made: Collection[str]) -> None:
+    """Refuse limits on media that the rows of a source never hold. Raises ConfigError."""
+    for kind in LIMITS:
+        if kind not in made and (told := _limits(kind, config.media)):
+            raise ConfigError(f"media: {told}{_of(config)}: its rows hold no {kind}; leave it out")
 
 
 def _no_window(config: SourceConfig) -> ConfigError:
