@@ -194,8 +194,13 @@ def test_limits_on_media_that_a_source_cannot_have_are_refused(context: Context,
     limits = MediaConfig(max_seconds=30)
     text = write(tmp_path / "a.jsonl", {"text": STORY})
     for config in (text, SourceConfig(source="documents", name="own", options={"path": str(tmp_path / "a.jsonl")})):
-        with pytest.raises(ConfigError, match="media of source 'own': its rows are text alone; leave it out"):
+        with pytest.raises(ConfigError, match=r"media: .* of source 'own': its rows hold no audio; leave it out"):
             make_source(context, config.model_copy(update={"media": limits}))
+    for name in ("instruct", "nlvr", "books"):
+        with pytest.raises(
+            ConfigError, match=rf"media: {{'max_seconds': 30.0}} of source '{name}': its rows hold no a"
+        ):
+            make_source(context, SourceConfig(source=name, media=limits))
     deaf = replace(context, processor=copy(context.processor))
     deaf.processor.media = {"image": context.processor.media["image"]}
     with pytest.raises(

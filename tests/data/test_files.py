@@ -341,3 +341,14 @@ def test_what_is_not_there_or_of_no_kind_is_refused(tmp_path: Path) -> None:
     for name in ("b.jsonl", "c.jsonl", "a.jsonl"):
         write(tmp_path / name)
     assert [path.name for path in find_files(str(tmp_path / "?.jsonl"))] == ["a.jsonl", "b.jsonl", "c.jsonl"]
+
+
+def test_a_file_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    file, link = write(tmp_path / "a.jsonl"), tmp_path / "link.jsonl"
+    link.symlink_to(file)
+    for paths, told in (
+        ([str(file), str(tmp_path / "?.jsonl")], "a.jsonl' is named twice"),
+        ([str(tmp_path / "*.jsonl")], "link.jsonl' is named as '.*a.jsonl' too"),
+    ):
+        with pytest.raises(DataError, match=f"{told}: its rows would come twice"):
+            find_files(paths)

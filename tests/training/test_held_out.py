@@ -19,13 +19,14 @@ from toys import Steps, assert_same_bits, fresh, mixed, settings, weights
 from modalora.checkpoint.store import load_model, save_model
 from modalora.config import RunConfig, SourceConfig, load_stages, parse
 from modalora.contracts import Batch
-from modalora.data.reader import make_source
+from modalora.data.reader import check_apart, make_source
 from modalora.data.sources import SCORED
 from modalora.errors import ConfigError, DataError, TrainingError
 from modalora.processing.chat import FORMATS
 from modalora.processing.tokenizer import TextTokenizer
 from modalora.training.held_out import open_held_out
 from modalora.training.loop import train
+from modalora.training.plan import plan_run
 from modalora.training.run import run_recipe
 from modalora.training.signals import Interrupted
 from modalora.training.start import open_context
@@ -118,10 +119,11 @@ def test_a_run_that_is_stopped_while_it_scores_ends_at_once_and_goes_on_the_same
     end = train(run, whole, Steps(data), held_out=Held())
     cut = run.model_copy(update={"output": str(tmp_path / "cut")})
     begun = time.monotonic()
-    with pytest.raises(Interrupted, match=f"stopped after step {step};") as stopped:
+    with pytest.raises(Interrupted, match=f"stopped after step {step};" if step else "before the first st") as stopped:
         train(cut, fresh(), Steps(data), held_out=Held(at={taken: ask}))
     assert (stopped.value.exit_code, time.monotonic() - begun < 5) == (0, True)
-    assert (tmp_path / "cut" / "resume" / f"{step:08d}").is_dir()
+    states = sorted(path.name for path in (tmp_path / "cut").glob("resume/*"))
+    assert states == ([f"{step:08d}"] if step else [])  # one of step 0 would pin the settings of nothing
     told = train(cut, model, Steps(data), held_out=Held())
     assert_same_bits(weights(whole), weights(model))
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
@@ -129,6 +131,16 @@ def test_a_run_that_is_stopped_while_it_scores_ends_at_once_and_goes_on_the_same
     again = train(cut, fresh(), Steps(data), held_out=Held(at={1: ask}))  # scored before, and not once more
     assert again == told
     assert (again["loss"], again["eval_loss"]) == (end["loss"], end["eval_loss"])
+
+
+def test_a_score_that_was_broken_off_is_made_again_whatever_was_logged_before(tmp_path: Path) -> None:
+    run = settings(tmp_path / "whole", "decoder", **EVAL, log_every=5)
+    train(run, fresh(), Steps(data), held_out=Held())
+    cut = run.model_copy(update={"output": str(tmp_path / "cut")})
+    with pytest.raises(Interrupted):  # the last line is then the score behind step 2
+        train(cut, fresh(), Steps(data), held_out=Held(at={10: ask}))
+    train(cut, fresh(), Steps(data), held_out=Held())
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
 
 
 def test_data_that_end_early_are_scored_at_their_end(tmp_path: Path) -> None:
@@ -151,6 +163,17 @@ def test_a_score_that_is_not_finite_is_told_and_left_out(tmp_path: Path) -> None
     assert "behind step 0, of the rows that are not trained on: eval_loss, eval_loss/two is not finite" in told
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     assert "eval_loss/one" in lines(tmp_path)[0]
+
+
+def test_scores_of_which_none_is_finite_leave_no_line(tmp_path: Path) -> None:
+    def broken(step: int) -> Batch:
+        batch = mixed(step).select([1])
+        pixels = torch.full_like(batch.media[0].features["pixels"], torch.nan)
+        return replace(batch, media=(replace(batch.media[0], features={**batch.media[0].features, "pixels": pixels}),))
+
+    for _ in range(2):
+        train(settings(tmp_path, "decoder", **EVAL), fresh(), Steps(data), held_out=Held(broken))
+        assert all("loss" in line for line in lines(tmp_path))
 
 
 def test_rows_without_a_label_are_refused(tmp_path: Path) -> None:
@@ -270,19 +293,17 @@ def test_windows_of_text_are_held_out_too(start: Path) -> None:
     assert tokens == sum(len(everything.row(at).ids) for at in range(everything.rows or 0))
 
 
-@pytest.mark.parametrize(
-    ("share", "error", "told"),
-    [
-        (1.0, ConfigError, "held_out=1 must be a share of the rows below 1, such as 0.05"),
-        (0.99, DataError, "held_out=0.99 of the 40 rows in .* leaves none to train on; lower it"),
-    ],
-)
-def test_a_share_that_cannot_be_held_out_is_refused(
-    start: Path, share: float, error: type[Exception], told: str
-) -> None:
-    run = keeping(recipe(start), share)
-    with pytest.raises(error, match=told):
+def test_a_share_that_leaves_no_row_is_refused(start: Path) -> None:
+    run = keeping(recipe(start), 0.99)
+    with pytest.raises(ConfigError, match=r"held_out=0.99 of the 40 rows in .* leaves none to train on; lower it"):
         make_source(open_context(run), run.mixture[0], (0, 0))
+
+
+@pytest.mark.parametrize("share", [1, -0.1, float("nan"), True, None, "0.0", "0.2"])
+def test_a_share_is_a_number_below_one(share: Any) -> None:
+    fields = {"source": "files", "name": "own", "options": {"path": "rows.jsonl", "held_out": share}}
+    with pytest.raises(ConfigError, match=r"held_out=.* of source 'own' must be a share of its rows, a number from 0"):
+        parse(SourceConfig, fields, "a test")
 
 
 def test_the_same_few_rows_of_each_source_are_scored_by_any_number_of_processes(start: Path) -> None:
@@ -305,6 +326,26 @@ def test_the_same_few_rows_of_each_source_are_scored_by_any_number_of_processes(
     assert sorted(samples(0, 3) + samples(1, 3) + samples(2, 3)) == sorted(alone)
 
 
+def test_scored_sources_are_called_as_in_training(start: Path) -> None:
+    files = {"source": "files", "options": {"path": str(start / "rows.jsonl")}}
+    kept = {**files, "options": {**files["options"], "held_out": 0.2}}
+    run = recipe(start, mixture=[files, kept], eval_mixture=[{"source": "files"}, {"source": "books"}])
+    assert [source.name for source in run.scored] == ["files", "books", "files.1"]
+    run = recipe(start, mixture=[kept], eval_mixture=[{"source": "files"}])
+    assert [source.name for source in run.scored] == ["eval.files", "files"]
+
+
+def test_which_rows_are_scored_does_not_depend_on_what_else_is(start: Path) -> None:
+    alone = keeping(recipe(start), 0.5)
+    found = []
+    for own in (alone, keeping(recipe(start, eval_mixture=others(start)), 0.5)):
+        batches = open_held_out(own.model_copy(update={"eval_rows": 3}), open_context(own))
+        assert batches is not None
+        reader = batches.reader
+        found.append([reader.sources[reader.names.index("rows")].place(number) for number in range(3)])
+    assert found[0] == found[1]
+
+
 def test_drawn_rows_that_are_scored_are_others_than_those_that_are_trained_on(start: Path) -> None:
     context = open_context(recipe(start))
     source = SourceConfig(source="pictures", options={"turns": 2})
@@ -313,12 +354,22 @@ def test_drawn_rows_that_are_scored_are_others_than_those_that_are_trained_on(st
     assert scored.row(1).ids == make_source(context, source, (SCORED, 0)).row(1).ids
 
 
-@pytest.mark.parametrize("more", [{}, {"held_out": 0.2}, {"held_out": 0.1, "tags": False}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"split": None},
+        {"held_out": 0.2},
+        {"held_out": 0.1, "tags": False},
+        {"held_out": 0.1, "form": "text"},
+        {"held_out": 0.1, "rename": {"output": "text"}},
+    ],
+)
 def test_a_file_that_is_trained_on_is_not_scored(start: Path, more: dict[str, Any]) -> None:
     own = keeping(recipe(start), 0.1)
     again = own.mixture[0].model_copy(update={"options": {"path": str(start / "rows.jsonl"), **more}})
     twice = own.model_copy(update={"mixture": [*own.mixture, again]})
-    if more.get("held_out") == 0.1:  # of the same rows
+    if "tags" in more:  # of the same rows
         assert open_held_out(twice, open_context(own)) is not None
         return
     with pytest.raises(ConfigError, match=r"rows.jsonl is scored, and a source of mixture trains on it"):
@@ -326,6 +377,14 @@ def test_a_file_that_is_trained_on_is_not_scored(start: Path, more: dict[str, An
     if not more:
         with pytest.raises(ConfigError, match=r"rows.jsonl is scored, and a source of mixture trains on it"):
             run_recipe(own.model_copy(update={"eval_mixture": [again]}))
+
+
+def test_books_whose_texts_are_trained_on_are_not_scored(start: Path) -> None:
+    texts, other = ({"source": "documents", "options": {"rows": "short", **more}} for more in ({}, {"split": "test"}))
+    check_apart(recipe(start, mixture=[texts]).mixture, recipe(start, eval_mixture=[other]).scored)
+    texts["window"] = 64  # other rows of the same texts
+    with pytest.raises(ConfigError, match="split=test of the books is scored, and a source of mixture trains on it"):
+        check_apart(recipe(start, mixture=[texts, other]).mixture, recipe(start, eval_mixture=[other]).scored)
 
 
 def test_bad_rows_are_put_aside_and_the_others_scored(start: Path) -> None:
@@ -399,6 +458,18 @@ def test_the_command_line_shows_plans_and_checks_them(start: Path, run: Run) -> 
     assert (code, f"bad  {start / 'others.jsonl'}:2" in told) == (1, True)
     code, _, told = run("data", "check", *typed(start), f"eval_mixture.0.options.path={start / 'rows.jsonl'}")
     assert (code, "rows.jsonl is scored, and a source" in told) == (2, True)
+
+
+def test_a_plan_refuses_what_training_would(start: Path) -> None:
+    run = recipe(start, eval_mixture=others(start))
+    (start / "others.jsonl").unlink()
+    with pytest.raises(DataError, match=r"others.jsonl' matches no file"):
+        plan_run(run)
+    with pytest.raises(ConfigError, match="leaves none to train on"):
+        plan_run(keeping(recipe(start), 0.99))
+    for shapes in ([], ["text=20"]):
+        with pytest.raises(ConfigError, match=r"rows.jsonl is scored, and a source of mixture trains on it"):
+            plan_run(run.model_copy(update={"eval_mixture": run.mixture}), shapes)
 
 
 def test_a_chain_passes_them_on(start: Path) -> None:

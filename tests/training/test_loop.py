@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -232,6 +233,24 @@ def test_losses_are_reported_by_what_rows_hold_whatever_their_route(tmp_path: Pa
         assert told[name] == pytest.approx(alone["loss"], rel=1e-5)
     assert sum(name.startswith("loss_of_") for name in told) == (2 if route is None else 4)
     assert ("loss_vision" in told) == (route is None)
+
+
+def test_a_loss_of_some_rows_is_the_mean_over_their_labels_in_all_steps_of_the_line(tmp_path: Path) -> None:
+    def own(step: int) -> list[Batch]:  # pictures alone, with sound alone, or both
+        batch = replace(mixed(step), route=Route(("vision",) * 4))
+        return [batch.select([[1], [3], [1, 3]][step % 3])]
+
+    names = ("loss_of_image", "loss_of_image+audio")
+    steps = list[dict[str, Any]]()
+    train(settings(tmp_path / "each", "adapter.vision", steps=6), fresh(), Steps(own), steps.append)
+    told = train(settings(tmp_path / "all", "adapter.vision", steps=6, log_every=6), fresh(), Steps(own))
+    for place, name in enumerate(names):
+        labels = [int(own(step)[0].select([0 if step % 3 < 2 else place]).labelled.sum()) for step in range(6)]
+        losses = [line.get(name, line["loss"]) for line in steps]
+        held = [step for step in range(6) if step % 3 != 1 - place]
+        mean = sum(labels[step] * losses[step] for step in held) / sum(labels[step] for step in held)
+        assert told[name] == pytest.approx(mean, rel=1e-9)  # the same float64 sums in another order
+    assert "loss_vision" not in told  # it would be the loss
 
 
 def test_states_are_kept_as_the_run_says(tmp_path: Path) -> None:

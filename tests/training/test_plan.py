@@ -449,6 +449,9 @@ def test_a_plan_has_the_modalities_adapters_and_limits_that_the_run_adds() -> No
     assert {part.name for part in plan.parts if part.trained} == {"adapter.more"}
     few, many = (plan_run(run_of(media=media), ["image=300x300"])[0] for media in ({"max_crops": 1}, {}))
     assert few.media_tokens < many.media_tokens
+    sources = [{"source": "books"}, *({"source": "files", "media": {"max_crops": most}} for most in (1, 4))]
+    own, two = (plan_run(run_of(mixture=sources[:count]), ["image=300x300"])[0] for count in (2, 3))
+    assert few.media_tokens == own.media_tokens < two.media_tokens <= many.media_tokens
 
 
 def test_what_plans_a_recipe_is_refused_for_a_model() -> None:

@@ -167,7 +167,7 @@ def _stage(
     title: str, run: RunConfig, shapes: list[str], size: str | None, where: tuple[str, int, float, float], as_json: bool
 ) -> dict[str, Any]:
     """Plan a run, tell it unless JSON is asked for, and return what JSON tells."""
-    from modalora.data.reader import source_names
+    from modalora.config import source_names
     from modalora.training.estimate import estimate
     from modalora.training.plan import plan_run
 

@@ -11,6 +11,7 @@ from modalora.config.run import (
     RunConfig,
     SourceConfig,
     StageConfig,
+    source_names,
 )
 from modalora.config.strict import Settings, check_sizes, parse
 
@@ -37,4 +38,5 @@ __all__ = [
     "load_run",
     "load_stages",
     "parse",
+    "source_names",
 ]

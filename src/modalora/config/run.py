@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from math import inf
 from pathlib import Path
@@ -111,16 +112,32 @@ class SourceConfig(Settings):
             raise ConfigError(f"weight={weight} must be greater than 0, such as 1")
         return weight
 
+    @model_validator(mode="after")
+    def _holds_out_a_share(self) -> SourceConfig:
+        share = self.options.get("held_out", 0)
+        if self.source == "files" and (type(share) not in (int, float) or not 0 <= share < 1):
+            raise ConfigError(
+                f"held_out={share!r} of source {self.name or self.source!r} must be a share of its rows, a number from "
+                "0 to below 1, such as 0.05"
+            )
+        return self
+
     @property
     def holds_out(self) -> bool:
         """Whether a share of its files' rows is scored and never trained on (data/corpus.py:open_corpus)."""
-        return self.source == "files" and bool(self.options.get("held_out"))
+        return self.source == "files" and self.options.get("held_out", 0) > 0
 
     def weight_at(self, share: float) -> float:
         """Return the weight at a share of the run, 0 to 1."""
         if not isinstance(self.weight, dict):
             return self.weight
         return self.weight[max(start for start in self.weight if start <= share)]
+
+
+def source_names(sources: Sequence[SourceConfig]) -> list[str]:
+    """Return what each source is called in the names of samples: its own name, numbered where that is not unique."""
+    names = [source.name or source.source for source in sources]
+    return [name if names.count(name) == 1 else f"{name}.{place}" for place, name in enumerate(names)]
 
 
 class MeshConfig(Settings):
@@ -170,7 +187,7 @@ class RunConfig(Settings):
     # where rows come from that are scored and never trained on, beside what sources of mixture hold out
     eval_mixture: list[SourceConfig] = Field(default_factory=list)
     eval_every: int | None = Field(None, ge=1)  # steps between scores, beside the first and the last; None: save_every
-    eval_rows: int = Field(256, ge=1)  # of each source that are scored, the same every time
+    eval_rows: int = Field(256, ge=1)  # of each source that are scored, the same ones every time
     media: MediaConfig = Field(default_factory=MediaConfig)  # limits on pictures and sounds
     # modalities whose fresh projectors start from their features' statistics
     whiten: list[str] = Field(default_factory=list)
@@ -230,17 +247,29 @@ class RunConfig(Settings):
 
     @property
     def scored(self) -> list[SourceConfig]:
-        """Sources whose rows are scored: eval_mixture, and those of the mixture of which a share is held out."""
-        held_out = [source for source in self.mixture if source.holds_out]
-        return [*self.eval_mixture, *(own.model_copy(update={"weight": 1.0, "epochs": None}) for own in held_out)]
+        """Sources whose rows are scored: eval_mixture, and those of the mixture of which a share is held out.
+
+        These keep the names that their rows have in training; one of eval_mixture that is called the same is eval.NAME.
+        """
+        held_out = [
+            source.model_copy(update={"name": name, "weight": 1.0, "epochs": None})
+            for name, source in zip(source_names(self.mixture), self.mixture, strict=True)
+            if source.holds_out
+        ]
+        taken = [source.name for source in held_out]
+        others = [
+            source.model_copy(update={"name": f"eval.{name}" if name in taken else name})
+            for name, source in zip(source_names(self.eval_mixture), self.eval_mixture, strict=True)
+        ]
+        return others + held_out
 
     @model_validator(mode="after")
     def _scores_what_is_held_out(self) -> RunConfig:
         for source in self.eval_mixture:
             if (source.weight, source.epochs, source.holds_out) != (1, None, False):
                 raise ConfigError(
-                    f"eval_mixture: the first eval_rows rows of source {source.name or source.source!r} are scored, "
-                    "each once, so its weight, epochs or held_out says nothing; leave it out"
+                    f"eval_mixture: eval_rows rows of source {source.name or source.source!r} are scored, each once, "
+                    "so its weight, epochs or held_out says nothing; leave it out"
                 )
         for key in ("eval_every", "eval_rows"):
             if not self.scored and (value := getattr(self, key)) != RunConfig.model_fields[key].default:

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from modalora.config import SourceConfig
+from modalora.config import SourceConfig, source_names
 from modalora.contracts import IGNORED
 from modalora.data.corpus import Corpus, Passages
 from modalora.data.documents import LongRows, ShortRows
 from modalora.data.forms import control_tokens
-from modalora.data.reader import check_labels, check_length, check_route, make_source, source_names
+from modalora.data.reader import check_labels, check_length, check_route, key_of, make_source
 from modalora.data.sources import SCORED, Bad, Context, Source, bad_row
 from modalora.errors import DataError, InputError
 from modalora.processing.processor import Row
@@ -74,7 +74,7 @@ def check_data(context: Context, sources: Sequence[SourceConfig], seed: int = 0)
     for place, (name, config) in enumerate(zip(source_names(sources), sources, strict=True)):
         name += " (scored)" * (seed == SCORED)
         try:
-            source = make_source(context, config, (seed, place))
+            source = make_source(context, config, key_of(seed, place))
         except DataError as error:  # a whole file, or none
             reason, _, mend = str(error).rpartition("; ")
             found.append(Found(name, bad=[Bad(name, "", 0, reason, mend)]))

@@ -70,13 +70,12 @@ def open_corpus(
         raise ConfigError(f"form={form!r} must be auto or one of {', '.join(FORMS)}")
     if truncate is not None and truncate not in get_args(Truncate):
         raise ConfigError(f"truncate={truncate!r} must be 'messages', or left out")
-    if not 0 <= held_out < 1:
-        raise ConfigError(f"held_out={held_out:g} must be a share of the rows below 1, such as 0.05")
     more = tuple(name for name in context.processor.media if name not in PLACEHOLDERS)
     volumes: list[Volume] = []
+    typed = "" if key[0] == SCORED else f"mixture.{key[1]}.options."  # which a scored source does not know
     for file in find_files(path):
         root = Path(media_root) if media_root else file if file.is_dir() else file.parent
-        options = Options(root, dict(rename or {}), prompt, tags, more, f"mixture.{key[1]}.options.")
+        options = Options(root, dict(rename or {}), prompt, tags, more, typed)
         volumes.append(_open_volume(file, context.cache, form, split, options))
     texts = [volume for volume in volumes if volume.form == "text"]
     if texts and len(texts) < len(volumes):
@@ -207,12 +206,12 @@ class Volumes:
         return self.volumes[place], self.volumes[place].records.read(inner)
 
     def side(self, rows: int) -> range:
-        """Return the places of those of so many rows that are trained on, or scored. Raises DataError for none."""
+        """Return the places of those of so many rows that are trained on, or scored. Raises ConfigError for none."""
         if not self.held_out:
             return range(rows)
         trained = rows - max(1, round(rows * self.held_out))
         if trained < 1:
-            raise DataError(
+            raise ConfigError(
                 f"held_out={self.held_out:g} of the {rows} rows in {self.volumes[0].records.path} leaves none to train "
                 "on; lower it, or give more rows"
             )

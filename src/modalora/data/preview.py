@@ -15,9 +15,9 @@ import soundfile
 from PIL import Image
 from rich.text import Text
 
-from modalora.config import SourceConfig
+from modalora.config import SourceConfig, source_names
 from modalora.contracts import IGNORED, Message
-from modalora.data.reader import check_route, make_source, source_names
+from modalora.data.reader import check_route, make_source
 from modalora.data.sources import Bad, Context, bad_row
 from modalora.errors import InputError
 from modalora.processing.audio import open_audio

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
@@ -14,11 +14,24 @@ import numpy as np
 from pydantic import PydanticUserError
 
 from modalora import modality
-from modalora.config import MediaConfig, SourceConfig, parse
+from modalora.config import MediaConfig, SourceConfig, parse, source_names
 from modalora.contracts import IGNORED
 from modalora.data.corpus import Passages, open_corpus, open_documents
 from modalora.data.files import find_files
-from modalora.data.sources import CUT, SOURCES, WINDOWED, Bad, Context, Drawn, Key, Source, bad_row, check_window
+from modalora.data.sources import (
+    CUT,
+    MADE,
+    SCORED,
+    SOURCES,
+    WINDOWED,
+    Bad,
+    Context,
+    Drawn,
+    Key,
+    Source,
+    bad_row,
+    check_window,
+)
 from modalora.errors import ConfigError, DataError, InputError
 from modalora.processing.processor import Processor, Row
 
@@ -62,8 +75,7 @@ def limited(kind: str, settings: Any, limits: MediaConfig) -> Any:
 def make_source(context: Context, config: SourceConfig, key: Key = (0, 0)) -> Source:
     """Return the source that a recipe names. Raises ConfigError (unknown name or option), RouteError, DataError."""
     if config.media != MediaConfig():
-        if config.source in CUT:
-            raise _no_media(config)
+        _check_media(config, MADE.get(config.source, LIMITS))
         context = replace(context, processor=limit_media(context.processor, config.media, _of(config)))
     if config.window:
         context = replace(context, window=config.window)
@@ -125,8 +137,8 @@ def _options(config: SourceConfig, maker: Callable[..., Any]) -> dict[str, Any]:
 def _windowed(config: SourceConfig, source: Source) -> Source:
     if config.window and not isinstance(source, Passages):
         raise _no_window(config)
-    if config.media != MediaConfig() and isinstance(source, Passages):
-        raise _no_media(config)
+    if isinstance(source, Passages):
+        _check_media(config, ())
     return source
 
 
@@ -134,8 +146,11 @@ def _of(config: SourceConfig) -> str:
     return f" of source {config.name or config.source!r}"
 
 
-def _no_media(config: SourceConfig) -> ConfigError:
-    return ConfigError(f"media{_of(config)}: its rows are text alone; leave it out")
+def _check_media(config: SourceConfig, made: Collection[str]) -> None:
+    """Refuse limits on media that the rows of a source never hold. Raises ConfigError."""
+    for kind in LIMITS:
+        if kind not in made and (told := _limits(kind, config.media)):
+            raise ConfigError(f"media: {told}{_of(config)}: its rows hold no {kind}; leave it out")
 
 
 def _no_window(config: SourceConfig) -> ConfigError:
@@ -161,39 +176,43 @@ def check_labels(row: Row) -> None:
         raise DataError("no token of it is trained; give it an answer")
 
 
+BOOKS = "books"  # what a source of documents reads without a path
+_SIDE = ("path", "split", "form", "rename", "held_out", "shuffle")  # options; of another form, rows are others
+
+
 def check_apart(trained: Sequence[SourceConfig], scored: Sequence[SourceConfig]) -> None:
-    """Refuse to score files that are trained on, by a source that does not hold the same rows out.
+    """Refuse to score files, or books, that are trained on by a source that does not hold the same rows out.
 
     Raises ConfigError naming one of them.
     """
     for source in scored:
         others = [own for own in trained if not source.holds_out or _side(own) != _side(source)]
-        if both := sorted(_files([source]) & _files(others)):
+        both = sorted(_stores(source) & {store for own in others for store in _stores(own)})
+        if both and both[0][0] == BOOKS:
+            raise ConfigError(
+                f"split={both[0][1]} of the {BOOKS} is scored, and a source of mixture trains on it; give the source "
+                "of eval_mixture another split"
+            )
+        if both:
             raise ConfigError(
                 f"{both[0][0]} is scored, and a source of mixture trains on it; give eval_mixture another file, or "
-                "every source of mixture that reads it the same path, held_out, shuffle and window"
+                f"every source of mixture that reads it the same window, {', '.join(_SIDE[:-1])} and {_SIDE[-1]}"
             )
 
 
 def _side(source: SourceConfig) -> tuple[Any, ...]:
     """Return what tells which rows of its files a source trains on."""
-    return (source.holds_out, source.window, *map(source.options.get, ("path", "split", "held_out", "shuffle")))
+    return (source.holds_out, source.window, *map(source.options.get, _SIDE))
 
 
-def _files(sources: Sequence[SourceConfig]) -> set[tuple[str, str]]:
-    """Return the data files of some sources, each with its split, as far as they can be found."""
-    found: set[tuple[str, str]] = set()
-    for source in sources:
-        with suppress(DataError, TypeError):  # what is no file is told where files are opened
-            files = find_files(source.options.get("path", []))
-            found |= {(str(file.resolve()), str(source.options.get("split", ""))) for file in files}
-    return found
-
-
-def source_names(sources: Sequence[SourceConfig]) -> list[str]:
-    """Return what each source is called in the names of samples: its own name, numbered where that is not unique."""
-    names = [source.name or source.source for source in sources]
-    return [name if names.count(name) == 1 else f"{name}.{place}" for place, name in enumerate(names)]
+def _stores(source: SourceConfig) -> set[tuple[str, str]]:
+    """Return the data files of a source, each with its split, as far as they can be found."""
+    path, split = source.options.get("path"), source.options.get("split")
+    if path is None:  # whole texts of books: those that are scored would be trained on
+        return {(BOOKS, str(split or "train"))} if source.source == "documents" else set()
+    with suppress(DataError, TypeError):  # what is no file is told where files are opened
+        return {(str(file.resolve()), str(split or "")) for file in find_files(path)}
+    return set()
 
 
 @dataclass
@@ -241,10 +260,15 @@ class Reader:
         return row
 
 
+def key_of(seed: int, place: int) -> Key:
+    """Return what the rows of a source follow from; those that are scored are the same beside whatever others."""
+    return (seed, 0 if seed == SCORED else place)
+
+
 def open_reader(context: Context, sources: Sequence[SourceConfig], seed: int, most: int = 0) -> Reader:
     """Open every source. Raises ConfigError, DataError."""
     context = replace(context, most=most)
-    opened = [make_source(context, source, (seed, place)) for place, source in enumerate(sources)]
+    opened = [make_source(context, source, key_of(seed, place)) for place, source in enumerate(sources)]
     routes = [source.route for source in sources]
     return Reader(opened, source_names(sources), routes, most, context.processor, context.labelled)
 

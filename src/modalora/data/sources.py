@@ -119,6 +119,15 @@ WINDOWED = ("books", "retrieval")  # sources whose rows are as long as the windo
 CUT = (*WINDOWED, "documents", "codons", "genome_windows", "genome_repeats")  # those whose rows the window cuts
 
 
+# the media in the rows of each source here; of files, and of modalities' own sources, any
+MADE: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys((*CUT, "instruct"), ()),
+    **dict.fromkeys(("cells", "frames", "nlvr", "pictures"), ("image",)),
+    **dict.fromkeys(("digits", "sentences"), ("audio",)),
+    "seen_and_heard": ("image", "audio"),
+}
+
+
 @dataclass(frozen=True)
 class Bad:
     """A row that cannot be used, why, and what would mend it."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from modalora.checkpoint.preserve import differences, preservation
 from modalora.checkpoint.resume import locked
 from modalora.config import RunConfig, dump
 from modalora.contracts import BLANK, Batch, Batches
-from modalora.disk import Journal, write_json
+from modalora.disk import write_json
 from modalora.errors import InputError, ShapeError, TrainingError
 from modalora.models.multimodal import Multimodal, start_training
 from modalora.nn.products import wide_products
@@ -35,7 +35,7 @@ from modalora.training.audit import Audit, check_preserved, check_settings, chec
 from modalora.training.dropout import add_dropout
 from modalora.training.flops import StepFlops
 from modalora.training.held_out import HeldOut
-from modalora.training.machines import resident
+from modalora.training.log import Log, under
 from modalora.training.nonfinite import Fault, guilty_rows, not_finite, row_name
 from modalora.training.objectives import OBJECTIVES, Ctc, Losses
 from modalora.training.optimizer import Optimizer, freeze
@@ -44,8 +44,8 @@ from modalora.training.report import what_trains
 from modalora.training.signals import Asked, Interrupted, Stop
 from modalora.training.start import digest_of_start
 from modalora.training.states import Moment, States
-from modalora.training.trackers import open_trackers
 
+STOPPED_AT_ONCE = "stopped before the first step; nothing is lost"
 Metrics = dict[str, Any]
 Say = Callable[[str], None]
 
@@ -70,7 +70,7 @@ def train(
 
     Raises ConfigError for settings under which nothing is learnt; TrainingError when a loss or gradient is not finite,
     when something does not learn that should or moves that should not, or when the disk is full; Interrupted when
-    stopped by SIGINT or SIGTERM. All leave a state that training can go on from.
+    stopped by SIGINT or SIGTERM. Behind the first step all leave a state that training can go on from.
     """
     check_settings(run)
     with ExitStack() as stack:
@@ -81,13 +81,13 @@ def train(
             loop = _Loop(run, model, batches, engine or Single(), report, say, stop, stack, said, held_out)
             stop.breakable = False
         except Asked:
-            raise Interrupted("stopped before the first step; nothing is lost", stop.asked) from None
+            raise Interrupted(STOPPED_AT_ONCE, stop.asked) from None
         finally:
             stop.breakable = False
         tell_training()
         loop.run_all()
         tell_stopped()
-    return loop.metrics
+    return loop.log.metrics
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class _Loop:
         held_out: Batches | None,
     ) -> None:
         self.run, self.model, self.batches, self.engine = run, model, batches, engine
-        self.report, self.say, self.stop = report, say, stop
+        self.say, self.stop = say, stop
         folder = Path(run.output)
         if engine.rank == 0:
             stack.enter_context(locked(folder))
@@ -167,20 +167,14 @@ class _Loop:
         stack.callback(self.states.finish)
         self.progress = self.states.resume(batches, say)
         engine.wrap(self.optimizer)
-        self.saved = self.progress.step if self.progress.step else None
+        self.saved = self.progress.step  # 0: nothing was learnt that a state would keep
         seen = self.progress
         self.audit = Audit(model, self.trained, self.objective.idle, engine, say, seen.judged, seen.rows)
         step = self.progress.step
-        lines = step or -1  # a run that begins anew scores anew
-        self.log = stack.enter_context(Journal(folder / "metrics.jsonl", lines)) if engine.rank == 0 else None
-        self.events = stack.enter_context(Journal(folder / "events.jsonl", step)) if engine.rank == 0 else None
-        self.metrics: Metrics = self.log.last if self.log else {}
+        self.log = Log(run, engine, report, stack, step)
         self.held_out = None if held_out is None else HeldOut(run, held_out, model, self.objective, engine)
-        if self.held_out and engine.totals({"scored": float("eval_loss" in self.metrics)})["scored"]:
+        if self.held_out and engine.totals({"scored": float(self.log.has_scores(step))})["scored"]:
             self.held_out.scored = step
-        ledger = "ledger.jsonl" if engine.world == 1 else f"ledger-{engine.rank:05d}.jsonl"
-        self.ledger = stack.enter_context(Journal(folder / ledger, step)) if run.ledger else None
-        self.track = open_trackers(run, stack) if engine.rank == 0 else []
         if engine.rank == 0:
             (folder / "run.yaml").write_text(dump(run), encoding="utf-8")
             if tables := rope_tables(model):
@@ -211,10 +205,10 @@ class _Loop:
                         part = self.engine.share[1] / self.engine.world
                         progress.note({"flops": self.flops.of(micro) * part})
                 progress.step += 1
-                if self.ledger:
+                if self.log.ledger:
                     told = [name for batch in micro for name in batch.samples]
                     tables = [table for batch in micro for table in row_tables(self.model, batch)]
-                    self.ledger.write(
+                    self.log.ledger.write(
                         {"step": progress.step, "samples": told}
                         | ({"tables": tables} if tables else {})
                         | ({"skipped": True} if fault else {})
@@ -223,15 +217,18 @@ class _Loop:
                 progress.note({"seconds": now - since})
                 since = now
                 if progress.step % run.log_every == 0 or progress.step == run.steps:
-                    self._tell((now - started) / (progress.step - first))
+                    self.log.tell(
+                        progress,
+                        self.optimizer.rate(progress.step - 1),
+                        (now - started) / (progress.step - first),
+                    )
                 moment = Moment.now(self.batches)
             if progress.step % run.save_every == 0 or progress.step == run.steps:
                 self._save(moment)
             if self.engine.world == 1:
                 asked = self.stop.asked  # not only while the gradients were made
             if asked and progress.step < run.steps:
-                self._save(moment)
-                raise Interrupted(f"stopped after step {progress.step}; the same command goes on from there", asked)
+                self._break_off(moment, asked)
         self._score(moment, last=True)
         self.audit.finish(progress.step)
         self._check_preserved()
@@ -256,18 +253,19 @@ class _Loop:
         finally:
             self.stop.breakable = False
         if asked:
-            self._save(moment)
-            raise Interrupted(f"stopped after step {step}; the same command goes on from there", asked)
+            self._break_off(moment, asked)
         if wrong := [name for name, value in scores.items() if not isfinite(value)]:
             self.say(f"behind step {step}, of the rows that are not trained on: {', '.join(wrong)} is not finite")
-        line = {
-            "step": step,
-            "steps": self.run.steps,
-            **{name: own for name, own in scores.items() if name not in wrong},
-        }
-        self._write(line)
-        self.metrics = {**(self.metrics if self.metrics.get("step") == step else {}), **line}
+        if told := {name: own for name, own in scores.items() if name not in wrong}:
+            self.log.tell_scores(step, told)
         return time.perf_counter() - begun
+
+    def _break_off(self, moment: Moment, asked: int) -> NoReturn:
+        """Save and end, as a signal asked for."""
+        if not self.progress.step:
+            raise Interrupted(STOPPED_AT_ONCE, asked)
+        self._save(moment)
+        raise Interrupted(f"stopped after step {self.progress.step}; the same command goes on from there", asked)
 
     def _try(self, moment: Moment) -> tuple[int, list[Batch], _Outcome | None]:
         """Return the signal that came, the micro-batches of a step and what they came to: None, if it was not made."""
@@ -297,7 +295,7 @@ class _Loop:
         if not self.progress.step:
             raise TrainingError("the data hold no row to train on; `modalora data check` tells why")
         if self.progress.recent:
-            self._tell(seconds_per_step=0)
+            self.log.tell(self.progress, self.optimizer.rate(self.progress.step - 1), seconds_per_step=0)
         self.say(f"the data have ended after step {self.progress.step} of {self.run.steps}")
         self._save(moment)
 
@@ -349,23 +347,23 @@ class _Loop:
         if self.stop.asked:
             found[f"asked {self.stop.asked}"] = 1
         found = self.engine.totals(found, own)
-        by_route = {name: (found[f"sum {name}"], found[f"count {name}"]) for name in _under("sum ", found)}
+        by_route = {name: (found[f"sum {name}"], found[f"count {name}"]) for name in under("sum ", found)}
         return _Outcome(
             loss=sum(total for total, _ in by_route.values()),
             labels=labels,
             tokens=found["tokens"],
             by_route=by_route,
             by_media={
-                name: (found[f"media sum {name}"], found[f"media count {name}"]) for name in _under("media sum ", found)
+                name: (found[f"media sum {name}"], found[f"media count {name}"]) for name in under("media sum ", found)
             },
             by_table={
                 name: (found[f"table sum {name}"], found[f"table count {name}"], tokens)
-                for name in _under("table tokens ", found)
+                for name in under("table tokens ", found)
                 if (tokens := found[f"table tokens {name}"])
             },
-            reached=set(_under("part ", found)),
-            bad_rows=tuple(_under("bad ", found)),
-            asked=max((int(number) for number in _under("asked ", found)), default=0),
+            reached=set(under("part ", found)),
+            bad_rows=tuple(under("bad ", found)),
+            asked=max((int(number) for number in under("asked ", found)), default=0),
         )
 
     def _note(self, batch: Batch, number: int, shares: Tensor, found: dict[str, float], own: dict[str, float]) -> None:
@@ -420,10 +418,10 @@ class _Loop:
         self._clear()
         told = f"step {progress.step + 1}: {fault}; weights are as before it"
         skips = run.nonfinite == "skip" and progress.skipped_in_row + 1 < run.nonfinite_most
-        if self.events:
+        if self.log.events:
             event = {"step": progress.step + 1, "event": "skipped" if skips else "stopped", "what": fault.what}
             lists = {"weights": fault.weights[:8], "gradients": fault.gradients[:8], "rows": fault.rows}
-            self.events.write({**event, **{key: list(names) for key, names in lists.items()}})
+            self.log.events.write({**event, **{key: list(names) for key, names in lists.items()}})
         if skips:
             progress.skipped += 1
             progress.skipped_in_row += 1
@@ -450,58 +448,20 @@ class _Loop:
             progress.judged, progress.rows = self.audit.judged, dict(self.audit.rows)
         progress.skipped_in_row = 0
         progress.tokens += int(outcome.tokens)
-        routes = {f"loss_{name}": total / count for name, (total, count) in outcome.by_route.items()}
-        media = {
-            f"loss_of_{kinds}": own[0] / own[1]
-            for kinds, own in outcome.by_media.items()
-            if own not in outcome.by_route.values()  # which say the same of one route's only kind
-        }
         by_part = {f"grad_norm_{part}": own for part, own in norms.parts.items()}
         figures = {"loss": outcome.loss / outcome.labels, "grad_norm": norms.norm}
-        figures |= {**(routes if len(routes) > 1 else {}), **media}
+        progress.add({f"route {name}": own for name, own in outcome.by_route.items()})
+        progress.add({f"media {kinds}": own for kinds, own in outcome.by_media.items()})
         if self.model.config.decoder.rope.switch is not None:
-            figures |= {
-                f"loss_{table}_rows": total / count for table, (total, count, _) in outcome.by_table.items() if count
-            }
+            progress.add({f"loss_{table}_rows": own[:2] for table, own in outcome.by_table.items() if own[1]})
             figures |= {f"tokens_{table}_rows": outcome.by_table.get(table, (0, 0, 0))[2] for table in TABLES}
         figures |= by_part if len(by_part) > 1 else {}
         progress.note({**figures, "tokens": outcome.tokens, "labels": outcome.labels})
 
-    def _tell(self, seconds_per_step: float) -> None:
-        """Log the means since the last logged step."""
-        run, progress = self.run, self.progress
-        sums = {name: progress.recent.pop(name, [0.0, 0])[0] for name in ("seconds", "tokens", "labels", "flops")}
-        means = {name: total / count for name, (total, count) in progress.recent.items()}
-        progress.recent.clear()
-        if "loss" in means and (progress.best_loss is None or means["loss"] < progress.best_loss):
-            progress.best_loss, progress.best_step = means["loss"], progress.step
-        self.metrics = {
-            "step": progress.step,
-            "steps": run.steps,
-            **means,
-            "lr": self.optimizer.rate(progress.step - 1),
-            "tokens_per_second": round(sums["tokens"] / sums["seconds"]),
-            "labels_per_second": round(sums["labels"] / sums["seconds"]),
-            "remaining_seconds": round(seconds_per_step * (run.steps - progress.step)),
-            **({"mfu": sums["flops"] / sums["seconds"] / (run.peak_tflops * 1e12)} if run.peak_tflops else {}),
-            **memory(torch.device(run.device)),
-            **({"skipped": progress.skipped} if progress.skipped else {}),
-        }
-        self._write(self.metrics)
-
-    def _write(self, metrics: Metrics) -> None:
-        if self.log:
-            self.log.write(metrics)
-        for track in self.track:
-            track(metrics)
-        self.report(metrics)
-
     def _save(self, moment: Moment) -> None:
         if self.saved == self.progress.step:
             return
-        for journal in (self.log, self.events, self.ledger):
-            if journal:
-                journal.sync()  # no state is ahead of them
+        self.log.sync()
         self.states.save(self.progress, moment)
         self.saved = self.progress.step
 
@@ -540,14 +500,6 @@ def rope_tables(model: Multimodal) -> dict[str, Any]:
     }
 
 
-def memory(device: torch.device) -> dict[str, int]:
-    """Return the most memory held so far, in MB: of the process, and on a GPU."""
-    found = {"memory_mb": resident() // 2**20}
-    if device.type == "cuda":
-        found["gpu_memory_mb"] = torch.cuda.max_memory_allocated(device) // 2**20
-    return found
-
-
 def _check_spans(batch: Batch, number: int) -> None:
     """Refuse media that do not lie in their row. Raises TrainingError naming the row."""
     for item in batch.media:
@@ -563,7 +515,3 @@ def _kinds(model: Multimodal, batch: Batch) -> list[str]:
     held = {(item.row, item.modality) for item in batch.media}
     kinds = model.config.modalities
     return ["+".join(kind for kind in kinds if (row, kind) in held) or "text" for row in range(len(batch.lengths))]
-
-
-def _under(prefix: str, found: dict[str, float]) -> list[str]:
-    return sorted(name.removeprefix(prefix) for name in found if name.startswith(prefix))

@@ -30,8 +30,8 @@ from modalora.checkpoint.card import read_card
 from modalora.checkpoint.store import describe
 from modalora.config import MediaConfig, MeshConfig, RunConfig
 from modalora.contracts import IGNORED, Batch, Media, Route
-from modalora.data.reader import limited
-from modalora.data.sources import Context
+from modalora.data.reader import LIMITS, check_apart, limited
+from modalora.data.sources import MADE, Context
 from modalora.errors import CheckpointError, ConfigError, DataError, InputError
 from modalora.models.multimodal import ModelConfig, Multimodal, matches, part_of, start_training
 from modalora.models.recompute import recompute
@@ -45,6 +45,7 @@ from modalora.quantize import quantize
 from modalora.training.audit import check_preserved, check_settings, check_trained
 from modalora.training.dropout import add_dropout
 from modalora.training.flops import StepFlops
+from modalora.training.held_out import open_held_out
 from modalora.training.meter import Meter, size_of
 from modalora.training.objectives import OBJECTIVES
 from modalora.training.optimizer import Optimizer, freeze
@@ -305,6 +306,7 @@ def plan_run(run: RunConfig, shapes: Sequence[str] = (), size: str | None = None
             raise
         start, (config, dtype) = size, read_size(size)
     config = grown(config, run)
+    check_apart(run.mixture, run.scored)
     if shapes:
         return plan_step(config, run, _filled(config, run, shapes), dtype), "rows of " + " and ".join(shapes)
     try:
@@ -323,6 +325,8 @@ def plan_run(run: RunConfig, shapes: Sequence[str] = (), size: str | None = None
         micro, told = _stand_ins(config, run)
         source = f"{told}, as its data were not opened: {error}"
         steps = run.steps
+    else:
+        open_held_out(run, context)  # refuses what training would
     return replace(plan_step(config, run, micro, dtype), steps=steps), source
 
 
@@ -353,10 +357,22 @@ def _filled(config: ModelConfig, run: RunConfig, shapes: Sequence[str]) -> list[
             f"{' and '.join(shapes)} have none of that; leave --row out, and the rows are made from data={run.data}"
         )
     rows, routes = run.rows, [source.route or "auto" for source in run.mixture]
+    limits = _widest(config, run)
     if run.tokens:
-        lengths = shaped_batch(config, shapes, len(shapes), run.media).lengths.tolist()
+        lengths = shaped_batch(config, shapes, len(shapes), limits).lengths.tolist()
         rows = max(1, round(len(lengths) * run.tokens / sum(lengths)))
-    return [shaped_batch(config, shapes, rows, run.media, routes)] * run.accumulate
+    return [shaped_batch(config, shapes, rows, limits, routes)] * run.accumulate
+
+
+def _widest(config: ModelConfig, run: RunConfig) -> MediaConfig:
+    """Return the limits on media of the source that allows most."""
+    found: dict[str, Any] = {}
+    for kind, key in LIMITS.items():
+        if kind in config.modalities:
+            settings = limited(kind, modality.find(kind).settings(config.modalities[kind]), run.media)
+            holding = [source.media for source in run.mixture if kind in MADE.get(source.source, LIMITS)]
+            found[key] = max(getattr(limited(kind, settings, own), key) for own in holding or [run.media])
+    return MediaConfig(**found)
 
 
 def token_shares(run: RunConfig, window: int) -> list[tuple[int, float]]:

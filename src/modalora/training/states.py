@@ -42,8 +42,8 @@ _PARTS = ("run", "step", "world", "settings", "frozen", "rate", "progress", "dat
 class Progress:
     """How far a run is, and what its next metrics need.
 
-    recent: [sum, count] of each figure since the last logged step, as one step's loss says little. judged, rows: what
-    the audit has seen.
+    recent: [sum, count] of each figure since the last logged step, as one step's loss says little; count is of steps,
+    or of losses. judged, rows: what the audit has seen.
     """
 
     step: int = 0
@@ -58,10 +58,14 @@ class Progress:
 
     def note(self, figures: Mapping[str, float]) -> None:
         """Take in the figures of a step."""
-        for name, value in figures.items():
+        self.add({name: (value, 1) for name, value in figures.items()})
+
+    def add(self, sums: Mapping[str, tuple[float, float]]) -> None:
+        """Take in sums of a step, each with the number of what it is the sum of."""
+        for name, (value, count) in sums.items():
             held = self.recent.setdefault(name, [0.0, 0])
             held[0] += value
-            held[1] += 1
+            held[1] += count
 
 
 @dataclass(frozen=True)

@@ -56,13 +56,27 @@ def find_files(path: str | Sequence[str]) -> list[Path]:
     found: list[Path] = []
     for one in [path] if isinstance(path, str) else path:
         literal = [one] if one and Path(one).exists() else []  # a name may hold what a pattern is made of: b[1].jsonl
-        matches = literal or sorted(glob(one, recursive=True))  # noqa: PTH207  (Path.glob takes no absolute pattern)
+        matches = literal or sorted(set(glob(one, recursive=True)))  # noqa: PTH207  (Path.glob takes no absolute pattern)
         if not matches:
             raise DataError(f"path: {one!r} matches no file (seen from {str(Path.cwd())!r}); give files or patterns")
         found += [Path(match) for match in matches]
     if not found:
         raise DataError(f"path: {path!r} names no file; give files or patterns")
+    _check_once(found)
     return found
+
+
+def _check_once(files: Sequence[Path]) -> None:
+    """Refuse a file that comes twice, by links or patterns that overlap. Raises DataError."""
+    seen: dict[Path, Path] = {}
+    for file in files:
+        before = seen.setdefault(file.resolve(), file)
+        if before is not file:
+            also = "twice" if before == file else f"as {str(before)!r} too"
+            raise DataError(
+                f"path: {str(file)!r} is named {also}: its rows would come twice, and held-out ones would be trained "
+                "on; name each file once, weight or epochs give it more"
+            )
 
 
 def open_records(path: Path, cache: Path, split: str | None = None) -> Records:
