@@ -90,7 +90,7 @@ def conversation(turns: list[tuple[list[Any], str]]) -> dict[str, Any]:
         words = ""
         for part in parts:
             if isinstance(part, str):
-                words += part
+                words += f"{part} "  # two of them make no tag
             else:
                 words += f"<{part[0]}>"
                 made = picture(*part[1:]) if part[0] == "image" else sound(*part[1:])
