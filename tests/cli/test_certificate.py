@@ -12,7 +12,7 @@ import torch
 from modalora.checkpoint.adapters import save_adapter
 from modalora.checkpoint.files import MANIFEST, Weights, seal
 from modalora.checkpoint.preserve import CERTIFICATE, differences, preservation, probe_logits
-from modalora.checkpoint.store import save_model
+from modalora.checkpoint.write import save_model
 from modalora.models.multimodal import Multimodal, part_of
 from modalora.models.sizes import tiny
 from modalora.processing.tokenizer import TextTokenizer

@@ -16,7 +16,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from modalora.checkpoint import configs
-from modalora.checkpoint.store import convert, load_model, save_model
+from modalora.checkpoint.store import load_model
+from modalora.checkpoint.write import convert, save_model
 from modalora.contracts import Batch, Route
 from modalora.errors import ConfigError
 from modalora.models.decoder import DecoderConfig

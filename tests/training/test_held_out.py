@@ -16,7 +16,8 @@ import torch
 from test_objectives import sounds
 from toys import Steps, assert_same_bits, fresh, mixed, settings, weights
 
-from modalora.checkpoint.store import load_model, save_model
+from modalora.checkpoint.store import load_model
+from modalora.checkpoint.write import save_model
 from modalora.config import RunConfig, SourceConfig, load_stages, parse
 from modalora.contracts import Batch
 from modalora.data.reader import check_apart, make_source

@@ -14,7 +14,8 @@ import soundfile
 import torch
 from PIL import Image
 
-from modalora.checkpoint.store import load_model, save_model
+from modalora.checkpoint.store import load_model
+from modalora.checkpoint.write import save_model
 from modalora.cli.train import RECIPES
 from modalora.config import MediaConfig, RunConfig, is_extension, load_extension, load_run, load_stages
 from modalora.data.sources import SOURCES

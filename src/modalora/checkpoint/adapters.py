@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from modalora.checkpoint.files import Weights, fitted, inside, sort_metadata, write_folder
+from modalora.checkpoint.files import FLOATS, Weights, fitted, inside, sort_metadata, write_folder
 from modalora.checkpoint.modules import MODALITY, Modules, add_modules, find_modules, modules_of, ready_modules
 from modalora.checkpoint.names import Stored, plain_name, plan
 from modalora.checkpoint.preserve import CERTIFICATE, Preservation
@@ -34,7 +34,6 @@ from modalora.nn.rope import Plain
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NATIVE_FOLDERS = ("vision", "speech")  # NAME-lora beside the weights of transformers' Phi-4-Multimodal
 _SPLIT = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # of other architectures, and of copies like them
-_FLOATS = ("F64", "F32", "F16", "BF16")
 _LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 _BASE = "modalora.base"  # metadata of the weights: the fingerprint of the model they were trained on
 # Published adapters differ in the prefix and in whether the adapter's name stands inside the key.
@@ -258,9 +257,9 @@ def _find(model: Multimodal, folder: Path, name: str) -> _Found:
     for (place, side), stored in given.items():
         rows, columns = linears[place].weight.shape
         entry, r = weights.entries[stored], found[place].r
-        if entry.dtype not in _FLOATS:
+        if entry.dtype not in FLOATS:
             raise CheckpointError(
-                f"{folder}: {place}.lora_{side} has dtype {entry.dtype}; {', '.join(_FLOATS)} are read"
+                f"{folder}: {place}.lora_{side} has dtype {entry.dtype}; {', '.join(FLOATS)} are read"
             )
         if entry.shape != ((r, columns) if side == "A" else (rows, r)):
             raise CheckpointError(

@@ -72,6 +72,7 @@ _BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
     "U16": 16, "U8": 8, "BOOL": 8,
 }  # fmt: skip
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAME = re.compile(r"[\w./-]{1,250}", re.ASCII)
 _TOLD = 20  # files in one message
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
