@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from modalora.checkpoint.files import seal
 from modalora.checkpoint.resume import locked
-from modalora.cli.train import RECIPES
+from modalora.config.recipes import RECIPES
 
 Run = Callable[..., tuple[int, str, str]]
 SAVED_WITHIN_SECONDS = 5  # at nano size; this model is smaller, the machine may be busy

@@ -58,7 +58,7 @@ def plan(
             raise typer.BadParameter(f"--alignment is the depth of an evoformer's alignment, and {what} has none")
         _by_length(what, lengths, (machine, count, share, link), (sequence, offload, alignment), as_json)
         return
-    from modalora.cli.train import find_recipe
+    from modalora.cli.recipes import find_recipe
     from modalora.config import is_extension
     from modalora.errors import InputError
     from modalora.models.sizes import SIZES
@@ -136,10 +136,9 @@ def _by_length(
 def _training(
     path: Path, overrides: list[str], shapes: list[str], where: tuple[str, int, float, float], as_json: bool
 ) -> None:
-    from modalora.cli.train import RECIPES
     from modalora.config import load_chain_start, load_stages
 
-    runs = load_stages(path, RECIPES, overrides)
+    runs = load_stages(path, overrides)
     size = load_chain_start(path, overrides)
     _check_paths(overrides)
     found: list[dict[str, Any]] = []
