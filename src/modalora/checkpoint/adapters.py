@@ -71,10 +71,9 @@ class Verdict:
 
     consumed: tensors used; none is missing or left over, or loading would have failed. linears: how many of the
     decoder's Linears it changes, of how many. zero: those among them that it leaves as they are: A, B or alpha is zero.
-    base: the name of the model that
-    it was trained on, as its config has it. fingerprint: of this model; matched: whether the adapter has the same one.
-    logit_change: largest change of a logit on a fixed probe of 16 tokens. modules: modalities and projectors that came
-    along.
+    base: the name of the model that it was trained on, as its config has it. fingerprint: of this model; matched:
+    whether the adapter has the same one. logit_change: largest change of a logit on a fixed probe of 16 tokens.
+    modules: modalities and projectors that came along.
     """
 
     consumed: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from fnmatch import fnmatchcase
@@ -13,7 +12,7 @@ import typer
 
 from modalora.cli import options
 from modalora.cli.options import given
-from modalora.cli.words import lasting, sized
+from modalora.cli.words import lasting, sized, to_json
 
 if TYPE_CHECKING:
     from modalora.config import RunConfig
@@ -92,7 +91,7 @@ def _extension(path: Path, overrides: list[str], where: tuple[str, int, float], 
     machines = [("h100", 1), ("h100", 8)] if (machine, count) == ("this", 1) else [(machine, 1), (machine, count)]
     found = plan_extension(load_extension(path, overrides), list(dict.fromkeys(machines)), share)
     if as_json:
-        print(json.dumps(asdict(found)))
+        print(to_json(asdict(found)))
         return
     print(f"window     {found.window:,} to {found.target:,} tokens; {found.parameters:,} parameters")
     print(f"pairs      {found.pairs} rotated; {found.critical} is the first without a period in the window, "
@@ -147,7 +146,7 @@ def _training(
             print(f"\n{title}")
         found.append(_stage(title, run, shapes, size, where, as_json))
     if as_json:
-        print(json.dumps(found if size is not None else found[0]))
+        print(to_json(found if size is not None else found[0]))
 
 
 def _check_paths(overrides: list[str]) -> None:
@@ -245,7 +244,7 @@ def _reading(model: str, machine: str, as_json: bool) -> None:
 
     found = plan_reading(model, machine)
     if as_json:
-        print(json.dumps(asdict(found)))
+        print(to_json(asdict(found)))
         return
     for name, size in found.weights.items():
         print(f"{name:<26} {sized(size):>10}")
