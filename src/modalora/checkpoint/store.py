@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modalora.checkpoint.adapter_config import split_matrices
 from modalora.checkpoint.adapters import CONFIG as ADAPTER
-from modalora.checkpoint.adapters import NATIVE_FOLDERS, peek, places_of, restore_adapter, split_matrices
+from modalora.checkpoint.adapters import NATIVE_FOLDERS, peek, places_of, restore_adapter
 from modalora.checkpoint.card import (
     Card,
     read_card,
