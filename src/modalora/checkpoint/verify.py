@@ -13,7 +13,7 @@ from modalora.checkpoint.store import load_model
 from modalora.errors import CheckpointError
 
 
-def check_preserved(model: Path, adapter: Path | None, device: str) -> str:
+def verify_base(model: Path, adapter: Path | None, device: str) -> str:
     """Compare a model with the certificate beside an adapter, or its own; return in words what was found.
 
     Raises CheckpointError naming what differs, or when the model has no certificate of its own.

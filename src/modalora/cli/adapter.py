@@ -76,11 +76,11 @@ def verify(
     Example: modalora adapter verify nano my-lora
     """
     from modalora.assistant import check_device, find_model
-    from modalora.checkpoint.verify import check_preserved
+    from modalora.checkpoint.verify import verify_base
 
     load_files(modality_file)
     check_device(device)
-    preserved = check_preserved(find_model(model), folder, device)
+    preserved = verify_base(find_model(model), folder, device)
     if folder is None:
         print(to_json({"preserved": preserved}) if as_json else f"base       {preserved}")
         return
