@@ -34,8 +34,8 @@ import torch
 
 from modalora.assistant import find_model
 from modalora.checkpoint.store import load_model
-from modalora.cli.train import RECIPES
 from modalora.config import load_run
+from modalora.config.recipes import RECIPES
 from modalora.data.genomes import FILES, TRAINING, Genome, read_genomes
 from modalora.evaluation.genome import (
     KINDS,

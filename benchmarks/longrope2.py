@@ -34,7 +34,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from modalora.checkpoint.store import load_model, save_model
+from modalora.checkpoint.store import load_model
+from modalora.checkpoint.write import save_model
 from modalora.config import RunConfig, SearchConfig, load_run, parse
 from modalora.contracts import Batch, Route
 from modalora.disk import drafted

@@ -23,8 +23,8 @@ from modalora import modality
 from modalora.assistant import Assistant, make_processor, question_messages
 from modalora.checkpoint.adapters import CONFIG, WEIGHTS, save_adapter
 from modalora.checkpoint.preserve import preservation
-from modalora.checkpoint.store import convert, save_model
 from modalora.checkpoint.sums import compose, merge
+from modalora.checkpoint.write import convert, save_model
 from modalora.config import SourceConfig
 from modalora.contracts import Rule
 from modalora.data.mixture import Mixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import modalora
-from modalora.checkpoint.store import save_model
+from modalora.checkpoint.write import save_model
 from modalora.contracts import Batch, Route
 from modalora.errors import ConfigError
 from modalora.models.multimodal import Multimodal, part_of

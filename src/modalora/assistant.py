@@ -18,7 +18,8 @@ from torch import Tensor
 from modalora import modality
 from modalora.checkpoint.adapters import CONFIG as ADAPTER
 from modalora.checkpoint.adapters import Verdict, load_adapter
-from modalora.checkpoint.store import load_model, save_model
+from modalora.checkpoint.store import load_model
+from modalora.checkpoint.write import save_model
 from modalora.contracts import Batch, Message, terms
 from modalora.errors import CheckpointError, ConfigError, InputError, PromptError, RouteError
 from modalora.generation.engine import Token, check_max_tokens, generate

@@ -56,7 +56,7 @@ class Modality:
     otherwise {name}: the adapter `name` and the first projector.
     placeholder: the control token that fills its spans. No text becomes one, and its embedding is never read.
     sources: training data; a recipe calls "NAME.SOURCE", a function (context, **options) -> draw(rng) -> Row, as those
-    of data/mixture.py. package: what brought it; filled in when it is found.
+    of data/sources.py. package: what brought it; filled in when it is found.
     """
 
     name: str

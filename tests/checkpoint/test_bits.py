@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modalora.checkpoint.adapters import fingerprint, load_adapter, save_adapter
-from modalora.checkpoint.store import convert, describe, load_model, save_model
+from modalora.checkpoint.store import describe, load_model
 from modalora.checkpoint.sums import compose, merge
+from modalora.checkpoint.write import convert, save_model
 from modalora.contracts import Batch, Route
 from modalora.disk import read_json, write_json
 from modalora.errors import CheckpointError, RouteError

@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 import modalora
 from modalora.assistant import find_model
 from modalora.checkpoint.adapters import CONFIG, WEIGHTS, save_adapter
-from modalora.checkpoint.store import convert, describe, save_model
+from modalora.checkpoint.store import describe
 from modalora.checkpoint.sums import compose, merge
+from modalora.checkpoint.write import convert, save_model
 from modalora.cli.main import app
 from modalora.disk import read_json, write_json
 from modalora.errors import CheckpointError

@@ -21,7 +21,8 @@ import torch
 
 from modalora.checkpoint.card import read_card
 from modalora.checkpoint.files import Weights, check_manifest
-from modalora.checkpoint.store import load_model, save_model
+from modalora.checkpoint.store import load_model
+from modalora.checkpoint.write import save_model
 from modalora.errors import CheckpointError, ConfigError, InputError
 from modalora.models.multimodal import ModelConfig, Multimodal
 from modalora.models.sizes import tiny

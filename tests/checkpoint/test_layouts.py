@@ -16,7 +16,8 @@ from torch import Tensor
 
 from modalora.checkpoint import configs, names
 from modalora.checkpoint.files import Weights
-from modalora.checkpoint.store import convert, load_model, save_model
+from modalora.checkpoint.store import load_model
+from modalora.checkpoint.write import convert, save_model
 from modalora.contracts import Batch, Route
 from modalora.disk import read_json, write_json
 from modalora.errors import CheckpointError, ConfigError

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from modalora.checkpoint.card import CONFIG, TOKENIZER, WEIGHTS, read_card
 from modalora.checkpoint.files import MANIFEST, Weights, check_manifest, mapped, release, write_folder
-from modalora.checkpoint.store import load_model, save_model
+from modalora.checkpoint.store import load_model
+from modalora.checkpoint.write import save_model
 from modalora.disk import digest, read_json, write_json
 from modalora.errors import CheckpointError, ConfigError, WorkError
 from modalora.models.multimodal import Multimodal

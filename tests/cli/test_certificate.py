@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from modalora.checkpoint import verify
 from modalora.checkpoint.adapters import save_adapter
 from modalora.checkpoint.files import MANIFEST, Weights, seal
 from modalora.checkpoint.preserve import CERTIFICATE, differences, preservation, probe_logits
-from modalora.checkpoint.store import save_model
+from modalora.checkpoint.write import save_model
 from modalora.models.multimodal import Multimodal, part_of
 from modalora.models.sizes import tiny
 from modalora.processing.tokenizer import TextTokenizer
@@ -119,6 +120,19 @@ def test_logits_are_compared_on_as_many_threads_as_were_certified(run: Run, base
         assert torch.get_num_threads() == threads + 1
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_check_that_fails_leaves_the_threads_as_they_were(base: tuple[Path, Path], monkeypatch) -> None:
+    def fail(*given: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(verify, "preservation", fail)
+    certificate = json.loads((base[0] / CERTIFICATE).read_text())
+    (base[0] / CERTIFICATE).write_text(json.dumps(certificate | {"threads": torch.get_num_threads() + 1}))
+    threads = torch.get_num_threads()
+    with pytest.raises(RuntimeError):
+        verify.verify_base(base[0], None, "cpu")
+    assert torch.get_num_threads() == threads
 
 
 def test_what_trained_is_no_part_of_the_certificate() -> None:

@@ -14,7 +14,7 @@ import soundfile
 from PIL import Image
 
 from modalora.assistant import BUNDLED, find_model
-from modalora.checkpoint.store import save_model
+from modalora.checkpoint.write import save_model
 from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import tiny
 from modalora.processing.tokenizer import TextTokenizer

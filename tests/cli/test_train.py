@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from modalora.checkpoint.files import seal
 from modalora.checkpoint.resume import locked
-from modalora.cli.train import RECIPES
+from modalora.config.recipes import RECIPES
 
 Run = Callable[..., tuple[int, str, str]]
 SAVED_WITHIN_SECONDS = 5  # at nano size; this model is smaller, the machine may be busy
@@ -177,7 +177,7 @@ def test_a_state_of_another_start_is_not_gone_on_from(tmp_path: Path, run: Run, 
 def published(tmp_path: Path) -> Path:
     """The decoder of nano as a published folder, with files of its own beside the weights."""
     from modalora import load
-    from modalora.checkpoint.store import save_model
+    from modalora.checkpoint.write import save_model
     from modalora.models.multimodal import Multimodal
 
     nano, folder = load("nano"), tmp_path / "published"

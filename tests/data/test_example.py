@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from modalora.checkpoint.store import load_model
-from modalora.cli.train import find_recipe
+from modalora.cli.recipes import find_recipe
 from modalora.config import load_run
 from modalora.data.check import check_data
 from modalora.errors import DataError

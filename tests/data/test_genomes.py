@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modalora.cli.train import RECIPES
 from modalora.config import load_run
+from modalora.config.recipes import RECIPES
 from modalora.contracts import IGNORED
 from modalora.data import genomes, organisms
 from modalora.data.genome_rows import GeneRows, RepeatRows, WindowRows, repeat

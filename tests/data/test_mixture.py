@@ -172,7 +172,7 @@ def test_a_worker_that_never_begins_ends_the_run(tmp_path: Path) -> None:
     rows = Path(__file__).parents[2] / "examples" / "finetune" / "rows.jsonl"
     script.write_text(
         "import multiprocessing\nif multiprocessing.current_process().name != 'MainProcess':\n    raise SystemExit(3)\n"
-        "from modalora.cli.train import find_recipe\nfrom modalora.config import load_run\n"
+        "from modalora.cli.recipes import find_recipe\nfrom modalora.config import load_run\n"
         "from modalora.training.run import run_recipe\n"
         f"run_recipe(load_run(find_recipe('finetune-media'), ['mixture.0.options.path={rows}', 'steps=2',"
         f" 'workers=1', 'output={tmp_path / 'out'}']))\n"

@@ -8,7 +8,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from modalora.data.instruct import instruct
-from modalora.data.text import learnt_tokenizer, token_stream, windows
+from modalora.data.text import learnt_tokenizer, token_stream, window
 from modalora.errors import DataError
 from modalora.processing.tokenizer import END_OF_TEXT
 
@@ -43,10 +43,10 @@ def test_other_books_have_tokens_and_a_tokenizer_of_their_own(tmp_path: Path) ->
 
 def test_a_text_no_longer_than_the_window_is_drawn_whole_and_a_shorter_one_is_refused(tmp_path: Path) -> None:
     rng, stream = np.random.default_rng(0), np.arange(8)
-    assert windows(stream, 8, 2, rng) == [list(range(8))] * 2
-    assert {window[0] for window in windows(stream, 6, 50, rng)} == {0, 1}
+    assert [window(stream, 8, rng) for _ in range(2)] == [list(range(8))] * 2
+    assert {window(stream, 6, rng)[0] for _ in range(50)} == {0, 1}
     with pytest.raises(DataError, match=r"^the text is 8 tokens long, and windows of 9 are cut from it; give more"):
-        windows(stream, 9, 1, rng)
+        window(stream, 9, rng)
     write(tmp_path, "The cat went home.\n\n" * 40)
     with pytest.raises(DataError, match="the text is 8 tokens long, and windows of 200 are cut from it"):
         instruct(stream, learnt_tokenizer(tmp_path, 300, tmp_path))

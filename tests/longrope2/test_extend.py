@@ -19,8 +19,8 @@ import yaml
 
 from modalora.assistant import Assistant, make_processor
 from modalora.checkpoint.store import load_model
-from modalora.cli.train import RECIPES
 from modalora.config import ExtendConfig, load_extension, load_run
+from modalora.config.recipes import RECIPES
 from modalora.errors import ConfigError, DataError
 from modalora.longrope2.extend import extend
 from modalora.longrope2.factors import read_factors

@@ -16,7 +16,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from modalora.checkpoint import configs
-from modalora.checkpoint.store import convert, load_model, save_model
+from modalora.checkpoint.config_decoder import ROPE_KEYS
+from modalora.checkpoint.store import load_model
+from modalora.checkpoint.write import convert, save_model
 from modalora.contracts import Batch, Route
 from modalora.errors import ConfigError
 from modalora.models.decoder import DecoderConfig
@@ -201,7 +203,7 @@ def test_what_a_form_cannot_hold_is_refused_and_nothing_written(rope: Rope, told
 def test_both_forms_are_read_by_transformers_phi3() -> None:
     sizes = configs.write_config("phi3", made(ROPE).config, {"pad_token_id": 0})
     for form in ("rope_parameters", "rope_scaling"):
-        fields = {key: value for key, value in sizes.items() if key not in configs.ROPE_KEYS}
+        fields = {key: value for key, value in sizes.items() if key not in ROPE_KEYS}
         config = Phi3Config(**fields, **ROPE.to_hf(form))
         told = config.rope_parameters
         assert (told["rope_type"], told["original_max_position_embeddings"]) == ("longrope", 64)

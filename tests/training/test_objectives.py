@@ -9,8 +9,8 @@ import pytest
 import torch
 from toys import Steps, fresh, settings
 
-from modalora.cli.train import RECIPES
 from modalora.config import load_run
+from modalora.config.recipes import RECIPES
 from modalora.contracts import IGNORED, Batch, Media, Route
 from modalora.models.sizes import tiny
 from modalora.training.fresh import count_said

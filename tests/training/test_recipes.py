@@ -14,9 +14,10 @@ import soundfile
 import torch
 from PIL import Image
 
-from modalora.checkpoint.store import load_model, save_model
-from modalora.cli.train import RECIPES
+from modalora.checkpoint.store import load_model
+from modalora.checkpoint.write import save_model
 from modalora.config import MediaConfig, RunConfig, is_extension, load_extension, load_run, load_stages
+from modalora.config.recipes import RECIPES
 from modalora.data.sources import SOURCES
 from modalora.errors import CheckpointError
 from modalora.models.multimodal import Multimodal, part_of
@@ -29,10 +30,7 @@ from modalora.training.start import open_start
 PATHS = sorted(RECIPES.glob("*.yaml"))
 EXTENSIONS = [path for path in PATHS if is_extension(path)]
 RUNS = {
-    f"{path.stem}/{title}": run
-    for path in PATHS
-    if path not in EXTENSIONS
-    for title, run in load_stages(path, RECIPES).items()
+    f"{path.stem}/{title}": run for path in PATHS if path not in EXTENSIONS for title, run in load_stages(path).items()
 } | {path.stem: run for path in EXTENSIONS if (run := load_extension(path).run(rope={}))}
 
 # arXiv:2503.01743, section 3: what each stage trains; all else is frozen. Rates and steps where they are published.
@@ -68,7 +66,7 @@ def test_a_recipe_starts_from_models_that_other_recipes_write() -> None:
 
 def test_the_stages_of_the_paper_train_what_the_paper_trains() -> None:
     for chain in ("chain-phi4", "chain-nano"):
-        runs = load_stages(RECIPES / f"{chain}.yaml", RECIPES)
+        runs = load_stages(RECIPES / f"{chain}.yaml")
         stages = {title: run for title, run in runs.items() if title in PUBLISHED}
         assert list(stages) == list(PUBLISHED)
         assert {title: set(run.train) for title, run in stages.items()} == {
@@ -142,7 +140,7 @@ def test_the_chain_of_the_paper_runs_at_nano_size_and_each_stage_changes_its_par
         f"mixture=[{{source: files, options: {{path: {conversations}}}}}]", "steps=2", "accumulate=1", "save_every=100",
         "optim.warmup_steps=0", "precision=fp32", "threads=1",
     ]  # fmt: skip
-    stages = load_stages(RECIPES / "chain-phi4.yaml", RECIPES, small)
+    stages = load_stages(RECIPES / "chain-phi4.yaml", small)
     before, start = "bundled/nano", "bundled/nano"
     for title, run in stages.items():
         own = run.model_copy(

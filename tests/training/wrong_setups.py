@@ -11,7 +11,7 @@ import torch
 from toys import Steps, fresh, mixed, settings, text
 
 from modalora.checkpoint.adapters import load_adapter, save_adapter
-from modalora.checkpoint.store import save_model
+from modalora.checkpoint.write import save_model
 from modalora.config import load_run
 from modalora.contracts import IGNORED, Batch
 from modalora.models.multimodal import Multimodal

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import isfinite, prod
 from pathlib import Path
@@ -19,51 +19,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from modalora.checkpoint.files import Weights, fitted, inside, sort_metadata, write_folder
+from modalora.checkpoint.adapter_config import LINEARS, kinds, read_config, stranger, with_patterns
+from modalora.checkpoint.files import FLOATS, Weights, fitted, inside, sort_metadata, write_folder
 from modalora.checkpoint.modules import MODALITY, Modules, add_modules, find_modules, modules_of, ready_modules
 from modalora.checkpoint.names import Stored, plain_name, plan
 from modalora.checkpoint.preserve import CERTIFICATE, Preservation
-from modalora.config import parse
 from modalora.contracts import Batch, Route
 from modalora.disk import CONFIG_BYTES, read_json, write_json
 from modalora.errors import CheckpointError, ConfigError
 from modalora.models.multimodal import Multimodal
-from modalora.nn.lora import LoraConfig, RoutedLinear, check_name, check_pattern
+from modalora.nn.lora import LoraConfig, RoutedLinear, check_name
 from modalora.nn.rope import Plain
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NATIVE_FOLDERS = ("vision", "speech")  # NAME-lora beside the weights of transformers' Phi-4-Multimodal
-_SPLIT = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # of other architectures, and of copies like them
-_FLOATS = ("F64", "F32", "F16", "BF16")
-_LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 _BASE = "modalora.base"  # metadata of the weights: the fingerprint of the model they were trained on
 # Published adapters differ in the prefix and in whether the adapter's name stands inside the key.
 _KEY = re.compile(r"model\.(layers\.\d+\.[\w.]+?)(?:\.base_layer)?\.(lora_[AB])\.(?:[\w-]+\.)?weight")
-# What these networks have no place for, and why it is not left out.
-_REFUSED = {
-    "use_dora": "DoRA scales every row of the merged weight, which a routed row cannot do without merging",
-    "lora_bias": "the adapter adds biases",
-    "layer_replication": "the adapter repeats layers",
-    "exclude_modules": "the adapter leaves modules out by name",
-    "trainable_token_indices": "the adapter brings embeddings of its own",
-    "target_parameters": "the adapter targets bare parameters",
-    "use_qalora": "QA-LoRA pools the inputs",
-    "alora_invocation_tokens": "the adapter starts in the middle of a row",
-    "arrow_config": "the adapter routes between experts",
-    "corda_config": "the base weights were changed with it",
-    "kasa_config": "KaSA takes small singular values out of the base, and scales the ranks",
-    "monteclora_config": "MonteCLoRA brings a sampler of its own",
-    "velora_config": "VeLoRA brings projections of its own",
-    "use_bdlora": "the matrices are block-diagonal",
-}
-# PEFT's keys that are read, or change no number when an adapter is used.
-_KNOWN = frozenset(
-    """alpha_pattern auto_mapping base_model_name_or_path bias ensure_weight_tying eva_config fan_in_fan_out
-    inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout lora_dtype
-    lora_ga_config lorap_emb_lr lorap_lr_ratio megatron_config megatron_core modules_to_save peft_type peft_version
-    qalora_group_size r rank_pattern revision runtime_config target_modules task_type use_rslora""".split()
-)
-_CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # init_lora_weights that take W - s B A for W
 
 
 @dataclass(frozen=True)
@@ -72,10 +44,9 @@ class Verdict:
 
     consumed: tensors used; none is missing or left over, or loading would have failed. linears: how many of the
     decoder's Linears it changes, of how many. zero: those among them that it leaves as they are: A, B or alpha is zero.
-    base: the name of the model that
-    it was trained on, as its config has it. fingerprint: of this model; matched: whether the adapter has the same one.
-    logit_change: largest change of a logit on a fixed probe of 16 tokens. modules: modalities and projectors that came
-    along.
+    base: the name of the model that it was trained on, as its config has it. fingerprint: of this model; matched:
+    whether the adapter has the same one. logit_change: largest change of a logit on a fixed probe of 16 tokens.
+    modules: modalities and projectors that came along.
     """
 
     consumed: int
@@ -117,7 +88,7 @@ def save_adapter(
     places = places_of(model)
     tensors: dict[str, Tensor] = {}
     for place, linear in held.items():
-        key = f"base_model.model.{_published(places[place])}"
+        key = f"base_model.model.{places[place].module}"
         tensors[f"{key}.lora_A.weight"] = linear.lora_A[name].detach().cpu().contiguous()
         up = places[place].pair.to_theirs(linear.lora_B[name].detach(), model.config)
         tensors[f"{key}.lora_B.weight"] = up.cpu().contiguous()
@@ -125,12 +96,12 @@ def save_adapter(
     tensors |= {key: tensor.detach().cpu().contiguous() for key, tensor in saved.items()}
     small = model.config.decoder.phi3_small is not None
     if model.encoders or (small and config.target_modules):  # in full: Linears of encoders may end alike
-        targets = [_published(places[place]) for place in held]
+        targets = [places[place].module for place in held]
     elif small:
-        targets = _kinds(places)
+        targets = kinds(places)
     else:
-        targets = [end.rsplit(".", 1)[1] if end in _LINEARS else end for end in config.target_modules or _LINEARS]
-    config = _with_patterns(config, {f"model.{place}": _published(told) for place, told in places.items()})
+        targets = [end.rsplit(".", 1)[1] if end in LINEARS else end for end in config.target_modules or LINEARS]
+    config = with_patterns(config, {f"model.{place}": told.module for place, told in places.items()})
     fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -235,14 +206,14 @@ def _find(model: Multimodal, folder: Path, name: str) -> _Found:
     path = _config_path(folder)
     fields = read_json(path, most=CONFIG_BYTES)
     linears, places = model.decoder.routed(), places_of(model)
-    config = _read_config(path, fields, places)
+    config = read_config(path, fields, places)
     weights = _weights(folder)
     given, others = _match(weights, places)
     modules = find_modules(model, folder, weights, others, fields.get("modules_to_save"), path)
     if unknown := modules.unknown:
         raise CheckpointError(
             f"{folder}: {len(unknown)} of {len(weights.entries)} tensors belong to no Linear of this decoder, such as "
-            f"{unknown[0]!r}; {_stranger(unknown, places)}"
+            f"{unknown[0]!r}; {stranger(unknown, places)}"
         )
     found = {place: config.at(f"model.{place}") for place in linears if config.targets(f"model.{place}")}
     wanted = {(place, side) for place in found for side in "AB"}
@@ -258,9 +229,9 @@ def _find(model: Multimodal, folder: Path, name: str) -> _Found:
     for (place, side), stored in given.items():
         rows, columns = linears[place].weight.shape
         entry, r = weights.entries[stored], found[place].r
-        if entry.dtype not in _FLOATS:
+        if entry.dtype not in FLOATS:
             raise CheckpointError(
-                f"{folder}: {place}.lora_{side} has dtype {entry.dtype}; {', '.join(_FLOATS)} are read"
+                f"{folder}: {place}.lora_{side} has dtype {entry.dtype}; {', '.join(FLOATS)} are read"
             )
         if entry.shape != ((r, columns) if side == "A" else (rows, r)):
             raise CheckpointError(
@@ -314,14 +285,10 @@ def places_of(model: Multimodal) -> dict[str, Stored]:
     return {name.removeprefix("decoder.").removesuffix(".weight"): told for name, told in stored.items()}
 
 
-def _published(told: Stored) -> str:
-    return told.name.removesuffix(".weight")
-
-
 def peek(model: Multimodal, folder: Path) -> tuple[LoraConfig, int]:
     """Return the size of the adapter in a PEFT folder and how many numbers it has; the model may be without memory."""
     path = _config_path(folder)
-    config = _read_config(path, read_json(path, most=CONFIG_BYTES), places_of(model))
+    config = read_config(path, read_json(path, most=CONFIG_BYTES), places_of(model))
     return config, sum(prod(entry.shape) for entry in _weights(folder).entries.values())
 
 
@@ -360,133 +327,8 @@ def check_free(model: Multimodal, name: str) -> None:
         raise CheckpointError(f"the adapter name {name!r} is taken; choose another")
 
 
-def _read_config(path: Path, fields: Mapping[str, Any], places: Mapping[str, Stored]) -> LoraConfig:
-    if fields.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path} has peft_type={fields.get('peft_type')!r}; LORA is read")
-    if fields.get("bias", "none") != "none":
-        raise CheckpointError(f"{path} has bias={fields['bias']!r}: biases of the base were trained; 'none' is read")
-    if unknown := sorted(key for key in set(fields) - _KNOWN - set(_REFUSED) if fields[key]):
-        raise CheckpointError(
-            f"{path} has {unknown[0]!r:.60}={fields[unknown[0]]!r:.60}, which is not known here; if it changes "
-            "nothing, remove it from the file"
-        )
-    for key, reason in _REFUSED.items():
-        if fields.get(key):
-            raise CheckpointError(
-                f"{path} has {key}={fields[key]!r:.60}: {reason}; merge it with PEFT, or train without"
-            )
-    if str(start := fields.get("init_lora_weights")).lower().startswith(_CHANGE_BASE):
-        raise CheckpointError(
-            f"{path} has init_lora_weights={start!r:.60}: the base weights were changed with it, so the adapter does "
-            "not fit the base as it was; convert it with PEFT (path_initial_model_for_weight_conversion of "
-            "save_pretrained)"
-        )
-    if not {"r", "lora_alpha"} <= set(fields):
-        raise CheckpointError(f"{path} has no r or no lora_alpha; PEFT writes both")
-    size = {
-        "r": fields["r"],
-        "lora_alpha": fields["lora_alpha"],
-        "lora_dropout": fields.get("lora_dropout", 0.0),
-        "use_rslora": fields.get("use_rslora", False),
-        "target_modules": _targets(fields, places, path),
-        "rank_pattern": fields.get("rank_pattern") or {},
-        "alpha_pattern": fields.get("alpha_pattern") or {},
-    }
-    try:
-        config = parse(LoraConfig, size, str(path))
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from None
-    return _with_patterns(config, {_published(told): f"model.{place}" for place, told in places.items()})
-
-
-def _with_patterns(config: LoraConfig, names: Mapping[str, str]) -> LoraConfig:
-    """Return the config with its patterns, which are of the modules' old names, for new ones; names: old -> new."""
-    if all(old == new for old, new in names.items()):
-        return config
-    sizes = {re.escape(new): config.at(old) for old, new in names.items()}
-    return replace(
-        config,
-        rank_pattern={new: one.r for new, one in sizes.items() if one.r != config.r},
-        alpha_pattern={new: one.lora_alpha for new, one in sizes.items() if one.lora_alpha != config.lora_alpha},
-    )
-
-
-def _targets(fields: Mapping[str, Any], linears: Mapping[str, Stored], path: Path) -> tuple[str, ...]:
-    """Return the ends of module names that PEFT's settings mean here; empty: all Linears."""
-    targets, layers = fields.get("target_modules"), fields.get("layers_to_transform")
-    if targets in ("all-linear", None):
-        places = list(linears)
-    elif isinstance(targets, str):  # a regular expression for the whole name
-        try:
-            check_pattern(targets)
-            places = [place for place, told in linears.items() if re.fullmatch(targets, _published(told))]
-        except ConfigError as error:
-            raise CheckpointError(f"{path}: target_modules: {error}") from None
-    elif isinstance(targets, Sequence) and all(isinstance(one, str) for one in targets):
-        places = [
-            place
-            for place, told in linears.items()
-            if any(f".{_published(told)}".endswith(f".{one}") for one in targets)
-        ]
-    else:
-        raise CheckpointError(f"{path}: target_modules={targets!r:.80} must be names or a regular expression")
-    if layers not in (None, []):  # PEFT takes an empty list for all layers, and a name in full in any layer
-        pattern = fields.get("layers_pattern")
-        if pattern and pattern != "layers" and pattern != ["layers"]:
-            raise CheckpointError(f"{path}: layers_pattern={pattern!r:.60}; the layers of this decoder are in 'layers'")
-        numbers = {str(layer) for layer in (layers if isinstance(layers, list) else [layers])}
-        full = set() if isinstance(targets, str) else {*_listed(targets)}
-        places = [one for one in places if one.split(".")[1] in numbers or _published(linears[one]) in full]
-    if not places:
-        raise CheckpointError(
-            f"{path}: target_modules={targets!r:.80} name no Linear of this decoder, which has "
-            f"{', '.join(_kinds(linears))} in every layer; "
-            f"{_stranger([f'.{one}.' for one in _listed(targets)], linears, 'it was trained on another architecture')}"
-        )
-    return shortest(places, linears)
-
-
-def _listed(targets: Any) -> list[str]:
-    return [targets] if isinstance(targets, str) else list(targets or ())
-
-
-def _kinds(places: Mapping[str, Stored]) -> list[str]:
-    """Return what the published code calls the Linears of a layer."""
-    return list(dict.fromkeys(_published(told).split(".", 3)[3] for told in places.values()))
-
-
-def _stranger(keys: Sequence[str], places: Mapping[str, Stored], otherwise: str = "") -> str:
-    """Return in words why an adapter's names are none of this decoder's; otherwise: if nothing is known of them."""
-    if any(f".{one}." in key for key in keys for one in ("lm_head", "embed_tokens")):
-        return (
-            "LoRA on embeddings or on the output matrix would change rows of every route; train it on the Linears alone"
-        )
-    if any(".embed_tokens_extend." in key for key in keys):
-        return "LoRA on encoders would change rows of every route; train the decoder's Linears alone"
-    if split := split_matrices(keys, places):
-        return f"it was trained on a copy whose {split}; train it on the published model"
-    return otherwise or f"keys look like base_model.model.{_published(next(iter(places.values())))}.lora_A.weight"
-
-
-def split_matrices(keys: Sequence[str], places: Mapping[str, Stored]) -> str:
-    """Return in words that names are of matrices which are one in the published code, whose Linears `places` are."""
-    kinds = _kinds(places)
-    split = [one for one in _SPLIT if not any(kind.endswith(f".{one}") for kind in kinds)]
-    if any(f".{one}." in key for key in keys for one in split):
-        return f"matrices are split (q_proj, gate_proj and so on), which are one here: {', '.join(kinds)}"
-    return ""
-
-
-def shortest(places: Sequence[str], linears: Mapping[str, Any]) -> tuple[str, ...]:
-    """Name modules by their kind where all layers are meant, else one by one; empty: all Linears."""
-    if len(places) == len(linears):
-        return ()
-    kinds = [kind for kind in _LINEARS if all(place in places for place in linears if place.endswith(kind))]
-    return (*kinds, *(place for place in places if not place.endswith(tuple(kinds))))
-
-
 def _match(weights: Weights, places: Mapping[str, Stored]) -> tuple[dict[tuple[str, str], str], list[str]]:
-    ours = {_published(told): place for place, told in places.items()}
+    ours = {told.module: place for place, told in places.items()}
     given: dict[tuple[str, str], str] = {}
     unknown: list[str] = []
     for key in weights.entries:

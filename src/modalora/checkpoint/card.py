@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from modalora.checkpoint import configs
-from modalora.checkpoint.files import FORMAT, MANIFEST, RANKS_BYTES, TOKENIZER_BOUNDS, check_manifest, inside
+from modalora.checkpoint.files import (
+    FORMAT,
+    MANIFEST,
+    RANKS_BYTES,
+    TOKENIZER_BOUNDS,
+    check_folder,
+    check_manifest,
+    inside,
+)
 from modalora.checkpoint.names import LAYOUTS
 from modalora.config import parse
 from modalora.disk import CONFIG_BYTES, check_file, read_json
@@ -42,8 +50,7 @@ class Card:
 
 def read_card(folder: Path, *, check: bool = True) -> Card:
     """Return layout and config of a model folder; check: compare the files with the manifest first, if there is one."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; give a model folder or the name of a bundled model")
+    check_folder(folder)
     path, sealed = inside(folder, CONFIG), (folder / MANIFEST).exists()
     if check and sealed:
         check_manifest(folder, (CONFIG, WEIGHTS, TOKENIZER))

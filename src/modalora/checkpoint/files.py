@@ -72,6 +72,7 @@ _BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
     "U16": 16, "U8": 8, "BOOL": 8,
 }  # fmt: skip
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAME = re.compile(r"[\w./-]{1,250}", re.ASCII)
 _TOLD = 20  # files in one message
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -164,13 +165,18 @@ def weights_digest(folder: Path) -> str | None:
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest() if listed else None
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse what is no folder, where a model's is wanted. Raises CheckpointError."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; give a model folder or the name of a bundled model")
+
+
 def check_manifest(folder: Path, needed: Sequence[str] = ()) -> None:
     """Compare every file that the manifest lists with it; the needed ones must be listed.
 
     Raises CheckpointError naming each file that is missing, altered, unlisted or outside the folder.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; give a model folder or the name of a bundled model")
+    check_folder(folder)
     manifest = read_json(folder / MANIFEST, most=CONFIG_BYTES)
     files: Any = manifest.get("files")
     listed = isinstance(files, dict) and all(isinstance(told, dict) for told in files.values())
@@ -367,9 +373,7 @@ def release(tensor: Tensor, spans: Sequence[tuple[int, int]]) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), size, ctypes.c_int(4))  # MADV_DONTNEED
 
 
-def write_tensors(
-    folder: Path, tensors: Iterator[tuple[str, Tensor]], *, shard_bytes: int, stem: str = "model"
-) -> None:
+def write_tensors(folder: Path, tensors: Iterator[tuple[str, Tensor]], *, shard_bytes: int) -> None:
     """Write tensors as one file, or as shards of at most `shard_bytes` (a larger tensor alone) with an index."""
     shards: list[Path] = []
     where: dict[str, int] = {}
@@ -378,7 +382,7 @@ def write_tensors(
 
     def flush() -> None:
         nonlocal used
-        shards.append(folder / f"{stem}-{len(shards) + 1:05d}.safetensors")
+        shards.append(folder / f"model-{len(shards) + 1:05d}.safetensors")
         save_file(held, shards[-1], metadata={"format": "pt"})
         held.clear()
         used = 0
@@ -390,10 +394,10 @@ def write_tensors(
         used, total = used + tensor.nbytes, total + tensor.nbytes
     flush()
     if len(shards) == 1:
-        shards[0].rename(folder / f"{stem}.safetensors")
+        shards[0].rename(folder / "model.safetensors")
         return
-    names = [f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     for path, name in zip(shards, names, strict=True):
         path.rename(folder / name)
     index = {"metadata": {"total_size": total}, "weight_map": {name: names[place] for name, place in where.items()}}
-    write_json(folder / f"{stem}.safetensors.index.json", index)
+    write_json(folder / "model.safetensors.index.json", index)

@@ -68,7 +68,7 @@ def find_modules(
             )
     own_parts = _tensors(model, new)
     needed = held | own_parts
-    ours = theirs({name: tuple(tensor.shape) for name, tensor in needed.items()})
+    ours = theirs(needed)
     if model.decoder.lm_head is None:
         ours["lm_head.weight"] = "decoder.embed_tokens.weight"
     plain = {key: _WRAPPED.sub("", plain_name(key)) for key in keys}

@@ -143,6 +143,11 @@ class Stored:
     shape: tuple[int, ...]
     pair: Pair
 
+    @property
+    def module(self) -> str:
+        """The module there that it is the weight of."""
+        return self.name.removesuffix(".weight")
+
 
 def plan(layout: str, shapes: Mapping[str, Sequence[int]], config: ModelConfig) -> dict[str, Stored]:
     """Return for each of our tensors, with its shape, where the layout has it.

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modalora.checkpoint.adapters import check_free, check_plain, linears_of, shortest
+from modalora.checkpoint.adapter_config import shortest
+from modalora.checkpoint.adapters import check_free, check_plain, linears_of
 from modalora.checkpoint.files import fitted
 from modalora.checkpoint.modules import own_projectors
 from modalora.contracts import terms

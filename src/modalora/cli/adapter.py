@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from modalora.cli import options
 from modalora.cli.loading import load_files, open_model
+from modalora.cli.words import to_json
 
 adapters = typer.Typer(help="LoRA adapters: new, list, verify, compose, merge.", no_args_is_help=True)
 
@@ -48,7 +48,7 @@ def list_adapters(
     load_files(modality_file)
     found = describe(find_model(model))["adapters"]
     if as_json:
-        print(json.dumps(found))
+        print(to_json(found))
         return
     for name, lora in found.items():
         where = ", ".join(lora["target_modules"]) or "every Linear of the decoder"
@@ -76,12 +76,13 @@ def verify(
     Example: modalora adapter verify nano my-lora
     """
     from modalora.assistant import check_device, find_model
+    from modalora.checkpoint.verify import verify_base
 
     load_files(modality_file)
     check_device(device)
-    preserved = _preserved(find_model(model), folder, device)
+    preserved = verify_base(find_model(model), folder, device)
     if folder is None:
-        print(json.dumps({"preserved": preserved}) if as_json else f"base       {preserved}")
+        print(to_json({"preserved": preserved}) if as_json else f"base       {preserved}")
         return
     assistant = open_model(model, device=device)
     probe = "The quick brown fox jumps over the lazy dog."
@@ -90,7 +91,7 @@ def verify(
     found["text_bits_changed"] = int((before != assistant.logits(probe)).sum())
     found["preserved"] = preserved
     if as_json:
-        print(json.dumps(found))
+        print(to_json(found))
         return
     used, linears = found["linears"]
     named = f" (it names {found['base']})" if found["base"] else ""
@@ -103,45 +104,6 @@ def verify(
     print(f"idle       {len(idle)} Linears that it leaves as they are{': ' + idle[0] if idle else ''}")
     print(f"logits     change by up to {found['logit_change']:.3g} on a probe where the adapter is on")
     print(f"text       {found['text_bits_changed']} of {before.numel():,} logits change where it is off")
-
-
-def _preserved(model: Path, adapter: Path | None, device: str) -> str:
-    """Compare a model with the certificate beside an adapter, or its own; return in words what was found.
-
-    Raises CheckpointError naming what differs, or when the model has no certificate of its own.
-    """
-    from dataclasses import replace
-
-    import torch
-
-    from modalora.checkpoint.files import MANIFEST, check_manifest
-    from modalora.checkpoint.preserve import CERTIFICATE, brought_with, differences, preservation, read_certificate
-    from modalora.checkpoint.store import load_model
-    from modalora.errors import CheckpointError
-
-    if adapter is not None and not (adapter / CERTIFICATE).exists():
-        return f"not certified: {adapter} has no {CERTIFICATE}"
-    certified = read_certificate(adapter or model)
-    # unchecked, so that a tensor can be named, not only the file that holds it
-    network = load_model(model, device=device, check=False).model
-    trained = set(network.state_dict()) - set(certified.frozen)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(min(max(certified.threads, 1), 256))  # the last bits of logits depend on it
-    found = preservation(network, trained)
-    torch.set_num_threads(threads)
-    if adapter is not None:  # frozen parts of a modality that the base lacks
-        found = replace(found, frozen=brought_with(adapter) | dict(found.frozen))
-    if wrong := differences(certified, found):
-        more = f" (and {len(wrong) - 8} more)" if len(wrong) > 8 else ""
-        raise CheckpointError(f"{model} is not the base that was certified: {'; '.join(wrong[:8])}{more}")
-    if (model / MANIFEST).exists():
-        check_manifest(model)
-    tensors = f"{len(certified.frozen)} frozen tensors"
-    if certified.sums == found.sums:
-        return f"{tensors} and the logits of {len(certified.logits)} texts are as certified"
-    return (
-        f"{tensors} are as certified; logits are not compared, theirs were of {certified.sums}, these of {found.sums}"
-    )
 
 
 @adapters.command()

@@ -24,7 +24,7 @@ def convert(
     Example: modalora convert Phi-4-multimodal-instruct phi4-native --layout phi4_multimodal
     """
     from modalora.assistant import find_model
-    from modalora.checkpoint.store import convert as rewrite
+    from modalora.checkpoint.write import convert as rewrite
     from modalora.errors import ConfigError
 
     if not 0 < shard_gb < 1e6:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from modalora.cli import options
-from modalora.cli.train import find_recipe
+from modalora.cli.recipes import find_recipe
 from modalora.cli.words import to_json
 
 if TYPE_CHECKING:

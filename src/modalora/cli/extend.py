@@ -40,7 +40,7 @@ def extend(
 
 
 def _extend(recipe: str, settings: list[str], count: int, as_json: bool) -> None:
-    from modalora.cli.train import find_recipe
+    from modalora.cli.recipes import find_recipe
     from modalora.config import load_extension
 
     config = load_extension(find_recipe(recipe), settings)

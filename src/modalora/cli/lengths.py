@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from modalora.cli.words import lasting, sized
+from modalora.cli.words import lasting, sized, to_json
 
 if TYPE_CHECKING:
     from modalora.models.decoder import DecoderConfig
@@ -44,7 +43,7 @@ def decoder_table(name: str, lengths: str, where: Devices, sequence: int, offloa
             for (own, naive), (busy, sent) in zip(rows, seconds, strict=True)
         ]  # fmt: skip
         found = {"size": name, "numbers": decoder_numbers(size), "layout": asdict(layout), "lines": lines}
-        print(json.dumps(found | {"longest": _longest(name, size, layout, capacity)}))
+        print(to_json(found | {"longest": _longest(name, size, layout, capacity)}))
         return
     shape = f"{size.num_hidden_layers} layers of width {size.hidden_size}"
     print(f"{name}: {decoder_numbers(size) / 1e9:.3g}e9 numbers, {shape}, {size.num_attention_heads} heads")
@@ -112,7 +111,7 @@ def evoformer_table(lengths: str, sequences: int, where: Devices, as_json: bool)
         for residues in parse_lengths(lengths)
     ]
     if as_json:
-        print(json.dumps([asdict(one) for one in needs]))
+        print(to_json([asdict(one) for one in needs]))
         return
     print(f"48 blocks, {sequences} sequences, on each of {where.count} {where.machine}, {capacity / 1e9:.0f} GB")
     print(f"{'residues':>8} {'kept':>9} {'naive':>9} {'in all':>9} {'exact':>9} {'in all':>9} {'ratio':>6} {'time':>9}")

@@ -10,6 +10,7 @@ import typer
 
 from modalora import __version__
 from modalora.cli import adapter, ask, chat, convert, data, demo, doctor, evaluate, extend, inspect, plan, route, train
+from modalora.cli.recipes import names_of
 from modalora.errors import ModaloraError
 
 app = typer.Typer(
@@ -25,8 +26,8 @@ app.command("ask")(ask.ask)
 app.command("chat")(chat.chat)
 app.command("inspect")(inspect.inspect)
 app.command("convert")(convert.convert)
-app.command("train", epilog=train.names_of(extending=False))(train.train)
-app.command("extend", epilog=train.names_of(extending=True))(extend.extend)
+app.command("train", epilog=names_of(extending=False))(train.train)
+app.command("extend", epilog=names_of(extending=True))(extend.extend)
 app.command("plan")(plan.plan)
 app.command("eval")(evaluate.evaluate)
 app.command("doctor")(doctor.doctor)

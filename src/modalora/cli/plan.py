@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from fnmatch import fnmatchcase
@@ -13,7 +12,7 @@ import typer
 
 from modalora.cli import options
 from modalora.cli.options import given
-from modalora.cli.words import lasting, sized
+from modalora.cli.words import lasting, sized, to_json
 
 if TYPE_CHECKING:
     from modalora.config import RunConfig
@@ -58,7 +57,7 @@ def plan(
             raise typer.BadParameter(f"--alignment is the depth of an evoformer's alignment, and {what} has none")
         _by_length(what, lengths, (machine, count, share, link), (sequence, offload, alignment), as_json)
         return
-    from modalora.cli.train import find_recipe
+    from modalora.cli.recipes import find_recipe
     from modalora.config import is_extension
     from modalora.errors import InputError
     from modalora.models.sizes import SIZES
@@ -92,7 +91,7 @@ def _extension(path: Path, overrides: list[str], where: tuple[str, int, float], 
     machines = [("h100", 1), ("h100", 8)] if (machine, count) == ("this", 1) else [(machine, 1), (machine, count)]
     found = plan_extension(load_extension(path, overrides), list(dict.fromkeys(machines)), share)
     if as_json:
-        print(json.dumps(asdict(found)))
+        print(to_json(asdict(found)))
         return
     print(f"window     {found.window:,} to {found.target:,} tokens; {found.parameters:,} parameters")
     print(f"pairs      {found.pairs} rotated; {found.critical} is the first without a period in the window, "
@@ -136,10 +135,9 @@ def _by_length(
 def _training(
     path: Path, overrides: list[str], shapes: list[str], where: tuple[str, int, float, float], as_json: bool
 ) -> None:
-    from modalora.cli.train import RECIPES
     from modalora.config import load_chain_start, load_stages
 
-    runs = load_stages(path, RECIPES, overrides)
+    runs = load_stages(path, overrides)
     size = load_chain_start(path, overrides)
     _check_paths(overrides)
     found: list[dict[str, Any]] = []
@@ -148,7 +146,7 @@ def _training(
             print(f"\n{title}")
         found.append(_stage(title, run, shapes, size, where, as_json))
     if as_json:
-        print(json.dumps(found if size is not None else found[0]))
+        print(to_json(found if size is not None else found[0]))
 
 
 def _check_paths(overrides: list[str]) -> None:
@@ -246,7 +244,7 @@ def _reading(model: str, machine: str, as_json: bool) -> None:
 
     found = plan_reading(model, machine)
     if as_json:
-        print(json.dumps(asdict(found)))
+        print(to_json(asdict(found)))
         return
     for name, size in found.weights.items():
         print(f"{name:<26} {sized(size):>10}")

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from modalora.errors import InputError
     from modalora.processing.processor import Processor
 
-_ANSWER = "?"  # in place of the answer that a row lacks, so that it is read as one of training; taken out again
-
 
 class Rows:
     """The rows of a file as conversations, up to what is to be answered.
@@ -71,19 +69,10 @@ class Rows:
 
     def read(self, number: int) -> list[Message]:
         """Return one, counted from 0. Raises DataError."""
-        from modalora.data.forms import FORMS, SPEAKERS, form_of, read_record, renamed
+        from modalora.data.forms import read_question
 
-        fields: Mapping[str, Any] = renamed(self.records.read(number), self.options)
-        for key, speaker, words in (("messages", "role", "content"), ("conversations", "from", "value")):
-            turns = fields.get(key)
-            if isinstance(turns, list) and turns and isinstance(turns[-1], Mapping):
-                said = SPEAKERS.get(str(turns[-1].get(speaker))) == "assistant"
-                fields = {**fields, key: [*turns[: len(turns) - said], {speaker: "assistant", words: _ANSWER}]}
-        if "instruction" in fields:
-            fields = {**fields, "output": _ANSWER}
-        form = form_of(fields, self.options.setting) if self.form == "auto" else self.form
-        messages = read_record(fields, form, replace(self.options, rename={}))[:-1]
-        self.unread.update(FORMS[form].unread(fields))
+        messages, unread = read_question(self.records.read(number), self.form, self.options)
+        self.unread.update(unread)
         return [_parted(message) for message in messages]
 
     def where(self, number: int) -> str:

@@ -15,7 +15,7 @@ from modalora.config.run import ChainConfig, RunConfig
 from modalora.config.strict import parse
 from modalora.errors import ConfigError
 
-_BUNDLED = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[1] / "recipes"
 _FILES = "modality_files"  # of a recipe: paths seen from its folder
 
 
@@ -36,7 +36,7 @@ def is_extension(path: Path) -> bool:
 
 def load_run(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe, a file or the name of a bundled one, and apply "key.sub=value" overrides (values are YAML)."""
-    path = _BUNDLED / f"{recipe}.yaml"
+    path = RECIPES / f"{recipe}.yaml"
     path = path if path.is_file() else Path(recipe)
     fields = _read(path)
     if fields.get("kind") == "extend":
@@ -48,8 +48,8 @@ def load_run(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return parse(RunConfig, fields, str(path))
 
 
-def load_stages(path: Path, bundled: Path, overrides: Sequence[str] = ()) -> dict[str, RunConfig]:
-    """Read a recipe or a chain of recipes: the runs by name, in order. bundled: the folder of named recipes.
+def load_stages(path: Path, overrides: Sequence[str] = ()) -> dict[str, RunConfig]:
+    """Read a recipe or a chain of recipes, bundled ones or files beside it: the runs by name, in order.
 
     An override holds for every stage, or for one of a chain where its name comes first: "vision-2-joint.steps=10".
     init and output are the chain's: where its first stage starts from, and the folder of all stages' folders, which
@@ -69,7 +69,7 @@ def load_stages(path: Path, bundled: Path, overrides: Sequence[str] = ()) -> dic
     runs: dict[str, RunConfig] = {}
     before = chain.init
     for stage in chain.stages:
-        found = [own for own in (bundled / f"{stage.recipe}.yaml", path.parent / stage.recipe) if own.is_file()]
+        found = [own for own in (RECIPES / f"{stage.recipe}.yaml", path.parent / stage.recipe) if own.is_file()]
         if not found:
             raise ConfigError(f"{path}: stage {stage.title!r}: there is no recipe {stage.recipe!r}")
         own = _read(found[0])

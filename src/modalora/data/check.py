@@ -17,7 +17,7 @@ from modalora.contracts import IGNORED
 from modalora.data.corpus import Corpus, Passages
 from modalora.data.documents import LongRows, ShortRows
 from modalora.data.forms import control_tokens
-from modalora.data.reader import check_labels, check_length, check_route, key_of, make_source
+from modalora.data.reader import check_usable, key_of, make_source
 from modalora.data.sources import SCORED, Bad, Context, Source, bad_row
 from modalora.errors import DataError, InputError
 from modalora.processing.processor import Row
@@ -99,10 +99,7 @@ def _look(found: Found, source: Source, number: int, context: Context, route: st
         measured = source.measure(number)
         row = source.row(number)
         check_row(row, measured)
-        check_route(row, route, context.processor)
-        check_length(len(row.ids), context.most)
-        if context.labelled:
-            check_labels(row)
+        check_usable(row, route, context)
         context.suits([(kind, features) for kind, features, *_ in row.media])
         if isinstance(source, Corpus):
             record = source.record(number)

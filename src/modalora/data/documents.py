@@ -15,12 +15,10 @@ import numpy as np
 
 from modalora.contracts import Message
 from modalora.data.order import shuffled
-from modalora.data.sources import Place
+from modalora.data.sources import Key, Place
 from modalora.errors import ConfigError, DataError
 from modalora.processing.processor import Row
 from modalora.processing.tokenizer import TextTokenizer
-
-Key = tuple[int, ...]
 
 
 @dataclass(frozen=True)

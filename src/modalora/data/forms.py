@@ -10,17 +10,17 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from modalora.data.files import Fields
 from modalora.errors import DataError, PromptError
 from modalora.processing.chat import check_message, decode_base64, read_call, read_part
 from modalora.processing.tokenizer import CONTROL_TOKENS, PLACEHOLDERS
 
-Fields = Mapping[str, Any]
 Messages = list[dict[str, Any]]
 
 SPEAKERS = {
@@ -28,6 +28,7 @@ SPEAKERS = {
     "system": "system", "tool": "tool", "observation": "tool", "function_call": "assistant",
 }  # fmt: skip
 MEDIA_FIELDS = tuple(name for kind in PLACEHOLDERS for name in (kind, f"{kind}s"))
+_ANSWER = "?"  # in place of the answer that a record lacks, so that it is read as one of training; taken out again
 UNREAD = ("video", "videos", "chosen", "rejected")  # fields that change what a record means and are not read
 
 
@@ -128,6 +129,23 @@ def read_record(fields: Fields, form: str, options: Options) -> Messages:
         if message["role"] == "user" and _is_empty(message["content"]):
             raise DataError(f"message {number}, the user's, is empty; put a question there, or drop the record")
     return messages
+
+
+def read_question(fields: Fields, form: str, options: Options) -> tuple[Messages, list[str]]:
+    """Return a record up to its last answer, which it may lack, as messages; and its fields that are not read.
+
+    form: "auto" tells it by the keys. Raises DataError.
+    """
+    fields = renamed(fields, options)
+    for key, speaker, words in (("messages", "role", "content"), ("conversations", "from", "value")):
+        turns = fields.get(key)
+        if isinstance(turns, list) and turns and isinstance(turns[-1], Mapping):
+            said = SPEAKERS.get(str(turns[-1].get(speaker))) == "assistant"
+            fields = {**fields, key: [*turns[: len(turns) - said], {speaker: "assistant", words: _ANSWER}]}
+    if "instruction" in fields:
+        fields = {**fields, "output": _ANSWER}
+    form = form_of(fields, options.setting) if form == "auto" else form
+    return read_record(fields, form, replace(options, rename={}))[:-1], FORMS[form].unread(fields)
 
 
 def read_text(fields: Fields, options: Options) -> str:

@@ -17,7 +17,7 @@ from modalora.data.rows import Conversation, conversation, judged
 from modalora.data.scenes import COLORS, KINDS, SIZES, caption, free_scene, nlvr_like
 from modalora.data.speech import Clip, speech_questions
 from modalora.data.statements import nlvr_case, statement
-from modalora.data.text import check_length, windows
+from modalora.data.text import check_length, window
 from modalora.processing.tokenizer import TextTokenizer
 
 Rng = np.random.Generator
@@ -153,7 +153,7 @@ def recall(stream: np.ndarray, tokenizer: TextTokenizer, rng: Rng) -> Conversati
 
 def story(stream: np.ndarray, tokenizer: TextTokenizer, rng: Rng) -> Conversation:
     """Return a passage of a book as question and what follows it as answer."""
-    (ids,) = windows(stream, LONGEST, 1, rng)
+    ids = window(stream, LONGEST, rng)
     cut = int(rng.integers(25, 80))
     asked = str(rng.choice(("Continue the story: ", "Continue: ", "What happens next? ")))
     before, after = tokenizer.decode(ids[:cut]), tokenizer.decode(ids[cut : cut + 70])
@@ -217,6 +217,6 @@ def _copy(words: Sequence[str], rng: Rng) -> Pair:
 
 
 def _words(stream: np.ndarray, tokenizer: TextTokenizer, rng: Rng, most: int = 8) -> list[str]:
-    (ids,) = windows(stream, 128, 1, rng)
+    ids = window(stream, 128, rng)
     words = [word for word in tokenizer.decode(ids[:96]).split() if word.isalpha()][1:-1]
     return words[: int(rng.integers(2, most + 1))] or ["yes"]

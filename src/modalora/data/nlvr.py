@@ -30,7 +30,6 @@ _ORDERS = tuple(permutations(range(len(BOX_NAMES))))
 class NlvrRow:
     """One real picture with its sentence; the picture stays a PNG until it is asked for."""
 
-    identifier: str
     png: bytes
     shapes: tuple[Shape, ...]
     sentence: str
@@ -69,7 +68,7 @@ def nlvr_scenes(folder: Path, split: str) -> list[NlvrRow]:
                 f"{found}: record {name!r} has no boxes; a record {_stem(name)}-* must name them, the last part 0 to 5"
             )
         shapes = _shapes(layout, _ORDERS[int(turn)], f"{found}: record {name!r}")
-        made.append(NlvrRow(name, row["image"], shapes, row["sentence"], bool(row["label"])))
+        made.append(NlvrRow(row["image"], shapes, row["sentence"], bool(row["label"])))
     return made
 
 

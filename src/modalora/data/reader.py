@@ -159,6 +159,14 @@ def _no_window(config: SourceConfig) -> ConfigError:
     )
 
 
+def check_usable(row: Row, asked: str | None, context: Context) -> None:
+    """Refuse a row that a run cannot take, as a mixture with this context reads it. Raises RouteError, DataError."""
+    check_route(row, asked, context.processor)
+    check_length(len(row.ids), context.most)
+    if context.labelled:
+        check_labels(row)
+
+
 def check_route(row: Row, asked: str | None, processor: Processor) -> None:
     """Refuse a row whose media no route of the model takes. Raises RouteError."""
     processor.router({kind for kind, *_ in row.media}, asked or "auto")
@@ -222,9 +230,7 @@ class Reader:
     sources: list[Source]
     names: list[str]
     routes: list[str | None]  # that the rows of each source ask for; None: by their media
-    most: int  # tokens of a row, 0: whatever the model reads
-    processor: Processor
-    labelled: bool = True  # whether rows need a token that trains
+    context: Context
 
     def sample(self, name: Name) -> str:
         """Return what a row is called: SOURCE:NUMBER."""
@@ -240,7 +246,7 @@ class Reader:
         if tokens is None:
             return self.make(name)
         try:
-            check_length(tokens, self.most)
+            check_length(tokens, self.context.most)
         except DataError as error:
             return bad_row(error, self.sample(name), source, number)
         return tokens
@@ -250,10 +256,7 @@ class Reader:
         source, number = self.sources[name[0]], name[1]
         try:
             row = source.row(number)
-            check_route(row, self.routes[name[0]], self.processor)
-            check_length(len(row.ids), self.most)
-            if self.labelled:
-                check_labels(row)
+            check_usable(row, self.routes[name[0]], self.context)
         except InputError as error:
             return bad_row(error, self.sample(name), source, number)
         row.sample, row.route = self.sample(name), self.routes[name[0]]
@@ -270,7 +273,7 @@ def open_reader(context: Context, sources: Sequence[SourceConfig], seed: int, mo
     context = replace(context, most=most)
     opened = [make_source(context, source, key_of(seed, place)) for place, source in enumerate(sources)]
     routes = [source.route for source in sources]
-    return Reader(opened, source_names(sources), routes, most, context.processor, context.labelled)
+    return Reader(opened, source_names(sources), routes, context)
 
 
 def mean_tokens(reader: Reader, place: int) -> float:

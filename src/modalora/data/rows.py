@@ -217,8 +217,8 @@ def cells(shapes: Sequence[Shape], size: tuple[int, int], features: dict[str, Te
     full = mask[1:].unflatten(0, (rows, columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
     lines, across = (int(full[:, 0].sum()) + 1) // 2, (int(full[0].sum()) + 1) // 2
     cell, pooled = 2 * patch / scale, side // 2
-    fine = cell_labels(shapes, 0, 0, cell, cell, across, lines) + 1
-    coarse = cell_labels(shapes, 0, 0, columns * cell, rows * cell, pooled, pooled) + 1
+    fine = cell_labels(shapes, cell, cell, across, lines) + 1
+    coarse = cell_labels(shapes, columns * cell, rows * cell, pooled, pooled) + 1
     by_crop, by_third = np.zeros((rows, columns, COUNTED), np.int64), np.zeros((3, COUNTED), np.int64)
     for shape in shapes:
         kind, color = KINDS.index(shape.kind), COLORS.index(shape.color)

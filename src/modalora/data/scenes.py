@@ -227,8 +227,6 @@ def listing(scene: Scene, shapes: Iterable[Shape]) -> str:
 
 def cell_labels(
     shapes: Sequence[Shape],
-    x0: float,
-    y0: float,
     cell_width: float,
     cell_height: float,
     columns: int,
@@ -236,12 +234,12 @@ def cell_labels(
 ) -> np.ndarray:
     """Return what lies in each cell of a grid, int64 (rows, columns, 3): places in KINDS, COLORS, SIZES, or -1.
 
-    The grid's upper left corner is (x0, y0), in the image's own pixels. A shape belongs to the cell that its centre
-    falls in; of several in one cell the largest is given, and of equals the first.
+    Cells are in the image's own pixels, from its upper left corner. A shape belongs to the cell that its centre falls
+    in; of several in one cell the largest is given, and of equals the first.
     """
     labels = np.full((rows, columns, 3), -1, dtype=np.int64)
     for shape in sorted(shapes, key=lambda shape: -shape.width):
-        column, row = int((shape.x - x0) // cell_width), int((shape.y - y0) // cell_height)
+        column, row = int(shape.x // cell_width), int(shape.y // cell_height)
         if 0 <= column < columns and 0 <= row < rows and labels[row, column, 0] < 0:
             labels[row, column] = KINDS.index(shape.kind), COLORS.index(shape.color), SIZES.index(shape.size)
     return labels

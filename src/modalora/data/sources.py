@@ -34,7 +34,7 @@ from modalora.data.rows import (
 )
 from modalora.data.scenes import free_scene, nlvr_like
 from modalora.data.speech import Clip, spoken_digits
-from modalora.data.text import check_length, recurring_window, token_stream, windows
+from modalora.data.text import check_length, recurring_window, token_stream, window
 from modalora.data.variation import augment, mask_bands
 from modalora.data.voices import digit_voices, question_voices, sentence_voices
 from modalora.errors import ConfigError, DataError, InputError
@@ -189,7 +189,7 @@ def _books(context: Context, split: str = "train", recurring: float = 0.0) -> Dr
         if rng.random() < recurring:
             ids = recurring_window(stream, context.window, rng)
         else:
-            (ids,) = windows(stream, context.window, 1, rng)
+            ids = window(stream, context.window, rng)
         return Row(ids=ids, labels=list(ids))
 
     return draw
@@ -205,7 +205,7 @@ def _retrieval(
     check_length(stream, context.window)
 
     def draw(rng: np.random.Generator) -> Row:
-        text = np.array(windows(stream, context.window, 1, rng)[0])
+        text = np.array(window(stream, context.window, rng))
         if rng.random() < facts:
             ids, _ = facts_row(text, phrases, rng, distances, most)
         else:

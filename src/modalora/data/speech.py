@@ -17,7 +17,7 @@ from numpy.random import Generator
 
 from modalora.data.files import load_arrow
 from modalora.data.numbers import DIGITS, number_words
-from modalora.data.variation import Variation, augment, resample, stretch
+from modalora.data.variation import augment, resample, stretch
 from modalora.errors import DataError
 
 TRANSCRIBE = "Transcribe the audio clip into text."
@@ -90,7 +90,6 @@ def digit_string(
     low: int = 1,
     high: int = 7,
     augmented: bool = True,
-    variation: Variation | None = None,
 ) -> Clip:
     """Return low to high random digits in one clip, with pauses of 0 to 0.5 s or none, mostly of one speaker.
 
@@ -118,7 +117,7 @@ def digit_string(
         pieces.append(_soften(wave, rate))
     wave = np.concatenate(pieces)
     if augmented:
-        wave = np.clip(resample(augment(wave, rate, rng, variation), rate, target), -1.0, 1.0)
+        wave = np.clip(resample(augment(wave, rate, rng), rate, target), -1.0, 1.0)
     speaker = anchor.speaker if all(row.speaker == anchor.speaker for row in chosen) else ""
     return Clip(wave, target, tuple(word for row in chosen for word in row.words), speaker)
 

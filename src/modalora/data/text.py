@@ -57,12 +57,13 @@ def check_length(stream: np.ndarray, length: int) -> None:
         )
 
 
-def windows(stream: np.ndarray, length: int, rows: int, rng: np.random.Generator) -> list[list[int]]:
-    """Return `rows` random windows of `length` ids. Raises DataError when the stream is shorter."""
+def window(stream: np.ndarray, length: int, rng: np.random.Generator) -> list[int]:
+    """Return a random window of `length` ids. Raises DataError when the stream is shorter."""
     check_length(stream, length)
     # the last start is drawn where it is the only one: a bound one higher would move half of the draws of earlier runs
-    starts = rng.integers(0, max(1, len(stream) - length), size=rows)
-    return [stream[start : start + length].tolist() for start in starts]
+    start = int(rng.integers(0, max(1, len(stream) - length)))
+    ids: list[int] = stream[start : start + length].tolist()
+    return ids
 
 
 def recurring_window(stream: np.ndarray, length: int, rng: np.random.Generator) -> list[int]:
@@ -72,7 +73,7 @@ def recurring_window(stream: np.ndarray, length: int, rng: np.random.Generator) 
     """
     passages = []
     for _ in range(int(rng.integers(1, 5))):
-        (passage,) = windows(stream, int(rng.integers(4, max(5, length // 5))), 1, rng)
+        passage = window(stream, int(rng.integers(4, max(5, length // 5))), rng)
         if rng.random() < 0.5:
             rng.shuffle(passage)
         passages.append(passage)

@@ -96,12 +96,12 @@ def shift_formants(wave: np.ndarray, rate: int, factor: float) -> np.ndarray:
     return np.asarray(out.reshape(-1)[: len(wave)], dtype=np.float32)
 
 
-def augment(wave: np.ndarray, rate: int, rng: Generator, variation: Variation | None = None) -> np.ndarray:
+def augment(wave: np.ndarray, rate: int, rng: Generator) -> np.ndarray:
     """Return the words said by another voice, in another room, over another channel; the rate stays.
 
     The result is finite, in [-1, 1], and at most 1 / min(pitch, tempo) times longer plus the silences.
     """
-    drawn = variation or Variation()
+    drawn = Variation()
     wave = np.asarray(wave, dtype=np.float32)
     if rng.random() < drawn.voice_chance:
         wave = _revoice(wave, rate, rng, drawn)

@@ -37,6 +37,7 @@ ACCENTS = (
 MEN = ("m1", "m2", "m3", "m4", "m5", "m6", "m7", "adam", "Alex", "Andy", "boris", "caleb", "Michael", "klatt", "klatt3")
 WOMEN = ("f1", "f2", "f3", "f4", "f5", "Annie", "steph", "steph3", "linda", "belinda", "Alicia", "Andrea", "aunty")
 VARIANTS = (*MEN, *WOMEN, "grandma", "grandpa", "croak")
+RATE = 16_000  # Hz, of the clips in a bank
 BANK_FORMAT = 1  # raised when what a request gives changes, so that old files are not taken for new ones
 FRAME_SECONDS, QUIET = 0.01, 0.02  # trimming: frames under this share of the loudest one are silence
 
@@ -50,9 +51,9 @@ class Voice:
     pitch: int = 50
 
 
-def draw_voices(count: int = 48, seed: int = 0) -> tuple[Voice, ...]:
+def draw_voices(count: int = 48) -> tuple[Voice, ...]:
     """Return different voices over all accents and variants, each with its own speed and pitch."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     names = [
         f"{ACCENTS[(place + place // len(VARIANTS)) % len(ACCENTS)]}+{VARIANTS[place % len(VARIANTS)]}"
         for place in range(count)
@@ -88,31 +89,30 @@ def voice_bank(
     seed: int = 0,
     voices: Sequence[Voice] = VOICES,
     takes: int | None = None,
-    rate: int = 16_000,
 ) -> list[Clip]:
     """Return each text said by `takes` of the voices drawn by the seed, or by every voice when takes is None.
 
-    Silence at the ends is trimmed. The clips, at `rate` Hz, are kept in one file under `folder` named by the request:
+    Silence at the ends is trimmed. The clips, at 16 kHz, are kept in one file under `folder` named by the request:
     the first call synthesises (about 10 ms a clip), later calls read the file.
     """
     if not voices or (takes is not None and not 1 <= takes <= len(voices)):
         raise DataError(f"takes={takes} must lie in 1..{len(voices)}, the number of voices")
-    request = json.dumps([BANK_FORMAT, list(texts), [asdict(voice) for voice in voices], takes, seed, rate])
+    request = json.dumps([BANK_FORMAT, list(texts), [asdict(voice) for voice in voices], takes, seed, RATE])
     path = Path(folder) / f"voices-{hashlib.sha256(request.encode()).hexdigest()[:16]}.npz"
     if not path.is_file():
-        _write_bank(path, _synthesise(texts, voices, takes, np.random.default_rng(seed), rate))
+        _write_bank(path, _synthesise(texts, voices, takes, np.random.default_rng(seed)))
     return _read_bank(path)
 
 
 def _synthesise(
-    texts: Sequence[str], voices: Sequence[Voice], takes: int | None, rng: np.random.Generator, rate: int
+    texts: Sequence[str], voices: Sequence[Voice], takes: int | None, rng: np.random.Generator
 ) -> list[Clip]:
     clips: list[Clip] = []
     for text in texts:
         chosen = range(len(voices)) if takes is None else rng.choice(len(voices), takes, replace=False)
         for voice in (voices[index] for index in chosen):
             said = espeak(text, voice=voice.name, speed=voice.speed, pitch=voice.pitch)
-            clips.append(Clip(trim(resample(said.wave, said.rate, rate), rate), rate, said.words, said.speaker))
+            clips.append(Clip(trim(resample(said.wave, said.rate, RATE), RATE), RATE, said.words, said.speaker))
     return clips
 
 

@@ -1,5 +1,4 @@
-"""Which adapter and which projectors a row uses, by the media it holds (Phi-4-Multimodal, arXiv:2503.01743, section
-2.2).
+"""Which adapter and which projectors a row uses, by the media it holds (Phi-4-Multimodal, arXiv:2503.01743, 2.2).
 
 One adapter at a time, for every token of the row, unless a sum of several is asked for by name.
 """

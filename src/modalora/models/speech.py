@@ -1,5 +1,5 @@
-"""The sound encoder: a conformer over log-mel frames, eight frames to one token (Phi-4-Multimodal, arXiv:2503.01743,
-2.2).
+"""The sound encoder: a conformer over log-mel frames, eight frames to one token (Phi-4-Multimodal,
+arXiv:2503.01743, 2.2).
 
 mel is (batch, frames, mels) at 100 frames a second; tokens are 80 ms. Frames behind a row's length are kept at zero
 through the subsampling, so that a row in a batch gives what it gives alone.

@@ -1,7 +1,7 @@
 """The picture encoder: a SigLIP tower over square crops, then 2x2 pooling and learned separators.
 
-Phi-4-Multimodal, arXiv:2503.01743, section 2.2; SigLIP, arXiv:2303.15343. patches = (crop / patch) ** 2, side = crop
-/ patch.
+Phi-4-Multimodal, arXiv:2503.01743, section 2.2; SigLIP, arXiv:2303.15343. patches = (crop / patch) ** 2, side =
+crop / patch.
 """
 
 from __future__ import annotations

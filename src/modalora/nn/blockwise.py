@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from modalora.errors import ConfigError
-from modalora.nn.call import Call, Found
+from modalora.nn.call import Call, Found, softmax_backward
 from modalora.nn.mask import Mask
 from modalora.nn.shown import pieces
 
@@ -94,8 +94,7 @@ class _Blockwise(torch.autograd.Function):
                 given = part.of_queries(to_out, tile)
                 sums[1, :, tile.keys] += torch.bmm(weights.transpose(1, 2), given)
                 change = torch.bmm(given, values[:, tile.keys].transpose(1, 2))
-                # in place: a row is summed before it is written
-                torch.ops.aten._softmax_backward_data.out(change, weights, -1, weights.dtype, grad_input=change)
+                softmax_backward(change, weights)
                 if to_lse is not None:
                     change += weights * part.of_queries(to_lse[..., None], tile).to(weights.dtype)
                 sums[0, :, tile.keys] += torch.bmm(change.transpose(1, 2), own)

@@ -1,4 +1,4 @@
-"""One attention call, its leading axes laid flat: what every backend of `attend` is given."""
+"""One attention call, its leading axes laid flat: what backends of `attend` are given, and what two of them share."""
 
 from __future__ import annotations
 
@@ -45,3 +45,9 @@ class Call:
         """Whether a gradient will be asked for."""
         given = (self.q, self.k, self.v, self.key_bias, self.pair_bias)
         return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+
+
+def softmax_backward(change: Tensor, weights: Tensor) -> None:
+    """Make the gradient of softmax's output, along the last axis, that of its input; weights: the output."""
+    # in place: a row is summed before it is written
+    torch.ops.aten._softmax_backward_data.out(change, weights, -1, weights.dtype, grad_input=change)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from modalora.nn.call import Call
+from modalora.nn.call import Call, softmax_backward
 
 
 def suits(call: Call) -> bool:
@@ -54,8 +54,7 @@ class _Short(torch.autograd.Function):
         given = _by_key_head(upstream[0], kv_heads)
         to_v = torch.bmm(weights.transpose(1, 2), given)
         change = torch.bmm(given, v.transpose(1, 2))
-        # in place: a row is summed before it is written
-        torch.ops.aten._softmax_backward_data.out(change, weights, -1, weights.dtype, grad_input=change)
+        softmax_backward(change, weights)
         to_q, to_k = torch.bmm(change, k).mul_(scale), torch.bmm(change.transpose(1, 2), q).mul_(scale)
         of_keys = (_by_token(x, kv_heads, kv_heads) for x in (to_k, to_v))
         return _by_token(to_q, heads, kv_heads), *of_keys, None, None

@@ -127,10 +127,10 @@ def count_audio_tokens(source: str | Path | bytes | tuple[ArrayLike, int], confi
             else:
                 wave, rate = _checked(name, *_decode(name, data, file, config))
                 samples = len(wave)
-    target = rate if rate in (WIDE, NARROW) else WIDE if rate > NARROW else NARROW
+    target = _cut_at(rate)
     if target != rate:
         samples = int(samples * target / rate + 0.5)  # what soxr gives
-    length, hop = target * WINDOW_MS // 1000, target * HOP_MS // 1000
+    length, hop = _frame(target)
     if samples < length:
         raise MediaError(
             f"{name} lasts {1000 * samples / target:.1f} ms, and one window needs {WINDOW_MS} ms; give more"
@@ -325,9 +325,9 @@ def log_mel(wave: Wave, rate: int, *, mels: int = 80) -> Tensor:
     if wave.ndim != 1:
         raise MediaError(f"a wave has the shape {wave.shape}, and it must be (samples,); average its channels first")
     wave = np.asarray(wave, dtype=np.float32)
-    if rate not in (WIDE, NARROW):
-        wave, rate = _resample(wave, rate)
-    length, hop = rate * WINDOW_MS // 1000, rate * HOP_MS // 1000
+    if (target := _cut_at(rate)) != rate:
+        wave, rate = np.asarray(soxr.resample(wave, rate, target), dtype=np.float32), target
+    length, hop = _frame(rate)
     if len(wave) < length:
         raise MediaError(f"a wave of {len(wave)} samples at {rate} Hz has no frame: it needs {length}, {WINDOW_MS} ms")
     bank = mel_matrix(mels)
@@ -363,6 +363,11 @@ def log_mel(wave: Wave, rate: int, *, mels: int = 80) -> Tensor:
     return torch.from_numpy(result)
 
 
-def _resample(wave: Wave, rate: int) -> tuple[Wave, int]:
-    target = WIDE if rate > NARROW else NARROW
-    return np.asarray(soxr.resample(wave, rate, target), dtype=np.float32), target
+def _cut_at(rate: int) -> int:
+    """Return the rate at which the frames of a sound of this rate are cut."""
+    return WIDE if rate > NARROW else NARROW
+
+
+def _frame(rate: int) -> tuple[int, int]:
+    """Return the samples of a frame, and from its first to that of the next."""
+    return rate * WINDOW_MS // 1000, rate * HOP_MS // 1000

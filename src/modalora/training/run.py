@@ -11,7 +11,7 @@ from modalora.assistant import BUNDLED, check_device, find_model
 from modalora.checkpoint.adapters import save_adapter
 from modalora.checkpoint.card import read_card
 from modalora.checkpoint.preserve import CERTIFICATE, preservation
-from modalora.checkpoint.store import check_target, rounded_by_int8, save_model
+from modalora.checkpoint.write import check_target, rounded_by_int8, save_model
 from modalora.config import RunConfig, load_run
 from modalora.data.quarantine import Quarantine
 from modalora.errors import ConfigError

@@ -6,6 +6,7 @@ import json
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from modalora.data.files.limits import MOST_BYTES, Fields
 from modalora.data.files.texts import Lines, parse_json
@@ -51,7 +52,7 @@ class Tar:
                     raise DataError(f"member {key}.{ending} has {size:,} bytes, and at most {MOST_BYTES:,} are read")
                 file.seek(offset)
                 held[ending] = file.read(size)
-        fields: Fields = {}
+        fields: dict[str, Any] = {}
         for ending, data in held.items():
             if ending == "json":
                 fields |= parse_json(data)
@@ -76,8 +77,8 @@ def _text(data: bytes, name: str) -> str:
 
 
 def _with_members(
-    fields: Fields, media: Mapping[str, list[bytes]], members: Mapping[str, bytes], named: Mapping[str, bytes]
-) -> Fields:
+    fields: dict[str, Any], media: Mapping[str, list[bytes]], members: Mapping[str, bytes], named: Mapping[str, bytes]
+) -> dict[str, Any]:
     """Put media where the JSON names them; others of that sort become fields, which no form reads and a check lists."""
     for plural, found in media.items():
         for key in (plural, plural[:-1]):

@@ -16,7 +16,7 @@ from modalora.data.files.limits import MOST_BYTES, MOST_DEPTH, Fields
 from modalora.errors import DataError
 
 
-def parse_json(data: bytes) -> Fields:
+def parse_json(data: bytes) -> dict[str, Any]:
     """Return one record of JSON. Raises DataError with the reason and what to do."""
     if b"\0" in data:
         raise DataError("it holds NUL bytes, which JSON has not; save the file as UTF-8 (it may be UTF-16 or binary)")

@@ -19,9 +19,9 @@ import numpy as np
 from modalora.data.scenes import BOX_NAMES, Scene, dice, draw_nlvr, nlvr_shapes
 from modalora.data.statements.boxes import COUNTS, OF_TOWERS, SCATTERED
 from modalora.data.statements.towers import TOWERS
-from modalora.data.statements.words import Judge, Statement, Template, by_box
+from modalora.data.statements.words import Statement, Template, by_box
 
-__all__ = ["Judge", "Statement", "by_box", "draw_statement", "nlvr_case", "statement"]
+__all__ = ["by_box", "draw_statement", "nlvr_case", "statement"]
 
 
 _NOT_OF_TOWERS = re.compile("circle|triangle|small|medium|large")
