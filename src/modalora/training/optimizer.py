@@ -39,6 +39,11 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]
     return trained
 
 
+def trained_parts(model: nn.Module, patterns: Sequence[str]) -> set[str]:
+    """Freeze a model as `freeze` does, and return the names of the parts that train."""
+    return {part_of(name) for name in freeze(model, patterns)}
+
+
 def _never_run(model: nn.Module) -> set[int]:
     """Parameters that no forward pass reads: the tower's last layer, norm and head, kept for the published layout."""
     idle: set[int] = set()
