@@ -31,13 +31,13 @@ from modalora.nn.products import wide_products
 from modalora.nn.rope import is_long
 from modalora.parallel.engine import Engine, Single
 from modalora.parallel.stops import tell_stopped, tell_training
-from modalora.training.audit import Audit, check_preserved, check_settings, check_trained, parts_reached, trained_part
+from modalora.training.audit import Audit, check_preserved, check_settings, check_trained, parts_reached
 from modalora.training.dropout import add_dropout
 from modalora.training.flops import StepFlops
 from modalora.training.held_out import HeldOut
-from modalora.training.log import Log, under
+from modalora.training.log import Log, asked_of, under
 from modalora.training.nonfinite import Fault, guilty_rows, not_finite, row_name
-from modalora.training.objectives import OBJECTIVES, Ctc, Losses
+from modalora.training.objectives import OBJECTIVES, Ctc, Losses, trained_part
 from modalora.training.optimizer import Optimizer, freeze
 from modalora.training.randomness import seed_all, seed_dropout
 from modalora.training.report import what_trains
@@ -363,7 +363,7 @@ class _Loop:
             },
             reached=set(under("part ", found)),
             bad_rows=tuple(under("bad ", found)),
-            asked=max((int(number) for number in under("asked ", found)), default=0),
+            asked=asked_of(found),
         )
 
     def _note(self, batch: Batch, number: int, shares: Tensor, found: dict[str, float], own: dict[str, float]) -> None:

@@ -14,8 +14,8 @@ from modalora.config import OptimConfig
 from modalora.errors import ConfigError
 from modalora.models.multimodal import matches, part_of
 from modalora.models.vision import VisionTower
-from modalora.training.audit import trained_part
 from modalora.training.moments import SmallAdamW
+from modalora.training.objectives import trained_part
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
