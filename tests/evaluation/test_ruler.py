@@ -14,8 +14,8 @@ from modalora.errors import ConfigError, DataError
 from modalora.evaluation import ruler
 from modalora.evaluation.documents import make_documents
 from modalora.evaluation.intervals import wilson
+from modalora.evaluation.puzzles import COMMON, HOPS, TASKS, zipf_counts
 from modalora.evaluation.ruler import (
-    TASKS,
     Report,
     Sample,
     TaskCell,
@@ -23,7 +23,6 @@ from modalora.evaluation.ruler import (
     make_samples,
     run_tasks,
     score_answer,
-    zipf_counts,
 )
 from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import tiny
@@ -112,7 +111,7 @@ def test_variables_are_a_chain_of_five_names_in_order(processor: Processor) -> N
         text = text_of(processor, sample)
         chain = re.findall(r"LET ([A-Z]{5}) = (\w+)\.", text)
         assert tuple(name for name, _ in chain) == sample.answers
-        assert len(set(sample.answers)) == ruler.HOPS + 1 == 5
+        assert len(set(sample.answers)) == HOPS + 1 == 5
         assert [value for _, value in chain][1:] == list(sample.answers[:-1])
         number = chain[0][1]
         assert re.fullmatch(r"[1-9]\d{4}", number)
@@ -127,7 +126,7 @@ def test_exactly_ten_words_are_common(tokenizer: TextTokenizer, length: int, oft
     assert [int(number) for number, _ in listed] == list(range(1, len(listed) + 1))
     counts = Counter(word for _, word in listed)
     assert {word for word, count in counts.items() if count == often} == set(sample.answers)
-    assert len(sample.answers) == ruler.COMMON == 10
+    assert len(sample.answers) == COMMON == 10
     assert set(counts.values()) == {often, seldom}
     assert len(counts) >= 20
 

@@ -451,6 +451,16 @@ def test_the_plan_of_an_extension_and_of_its_training_tell_the_same_work() -> No
     assert found.training_flops == pytest.approx(training.flops * config.run(rope=rope).steps, rel=0.02)
 
 
+@pytest.mark.parametrize("pattern", ["*", "decod*"])
+def test_a_pattern_that_holds_the_decoder_is_planned_as_its_name_is(pattern: str) -> None:
+    recipe = RECIPES / "extend-phi4-mini.yaml"
+    by_name, by_pattern = (
+        plan_extension(load_extension(recipe, [f'training.train=["{train}"]']), [], 0.4).training_flops
+        for train in ("decoder", pattern)
+    )
+    assert by_pattern == by_name
+
+
 def test_the_published_schedule_is_the_recipe() -> None:
     mixed = load_run(RECIPES / "extend-mixed.yaml")
     inner = load_extension(RECIPES / "extend-phi4-mini.yaml").run(rope=mixed.rope)

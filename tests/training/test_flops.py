@@ -8,10 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from toys import fresh, mixed
 
 from modalora.contracts import IGNORED
-from modalora.models.multimodal import part_of
 from modalora.nn import products
 from modalora.training.flops import StepFlops
-from modalora.training.optimizer import freeze
+from modalora.training.optimizer import trained_parts
 
 
 @pytest.mark.parametrize("row", range(4))
@@ -23,7 +22,7 @@ def test_operations_are_those_that_torch_counts(
 ) -> None:
     monkeypatch.setattr(products, "HEIGHT", 0)  # the plain mathematics: filling up and recomputing are no progress
     model = fresh()
-    trained = {part_of(name) for name in freeze(model, parts)}
+    trained = trained_parts(model, parts)
     batch = mixed(0).select([row])
     assert batch.labels is not None
     rows, columns = (batch.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)

@@ -69,7 +69,8 @@ def evaluate(
     from modalora.evaluation.documents import check_lengths, grid_documents, load_texts
     from modalora.evaluation.needle import measure_grid
     from modalora.evaluation.perplexity import bits_by_length
-    from modalora.evaluation.ruler import TASKS, Report, least_length, run_tasks
+    from modalora.evaluation.puzzles import TASKS
+    from modalora.evaluation.ruler import Report, least_length, run_tasks
 
     _check(context, tasks, samples, threshold)
     assistant = open_model(model, adapter, modality_file, dtype=dtype, device=device)

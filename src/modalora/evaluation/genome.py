@@ -160,16 +160,19 @@ def by_gene(document: Document, bits: np.ndarray) -> list[np.ndarray]:
     return [gene[~np.isnan(gene)] for gene in genes]
 
 
-def mean_interval(groups: Sequence[np.ndarray], seed: int = 0, draws: int = 2000) -> tuple[float, float, float]:
+def mean_interval(groups: Sequence[np.ndarray]) -> tuple[float, float, float]:
     """Return the mean over all values and its 95 % interval, groups drawn anew with replacement (bootstrap)."""
     sums, sizes = np.array([own.sum() for own in groups]), np.array([len(own) for own in groups])
-    places = np.random.default_rng(seed).integers(0, len(groups), (draws, len(groups)))
+    places = np.random.default_rng(0).integers(0, len(groups), (2000, len(groups)))
     means = sums[places].sum(1) / sizes[places].sum(1)
     low, high = np.quantile(means, (0.025, 0.975))
     return float(sums.sum() / sizes.sum()), float(low), float(high)
 
 
 # ------------------------------------------------------------------------------------------------------------- repeats
+
+
+LEAST = 200  # letters of an inverted repeat
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,14 +184,14 @@ class InvertedRepeat:
     length: int
 
 
-def inverted_repeat(letters: str, least: int = 200) -> InvertedRepeat:
-    """Return the longest exact inverted repeat of a sequence that has one of `least` letters. Raises DataError."""
+def inverted_repeat(letters: str) -> InvertedRepeat:
+    """Return the longest exact inverted repeat of a sequence that has one of LEAST letters. Raises DataError."""
     letters = clean(letters)
     other, size = reverse_complement(letters), len(letters)
     own, turned = (np.frombuffer(one.encode(), np.uint8) for one in (letters, other))
     best = InvertedRepeat(0, 0, 0)
-    for at in range(0, size - least, least // 2):  # one of these lies wholly in any repeat that is long enough
-        word = letters[at : at + least // 2]
+    for at in range(0, size - LEAST, LEAST // 2):  # one of these lies wholly in any repeat that is long enough
+        word = letters[at : at + LEAST // 2]
         found = other.find(word)
         while found >= 0:
             back = _agreeing(own[:at][::-1], turned[:found][::-1])
@@ -199,8 +202,8 @@ def inverted_repeat(letters: str, least: int = 200) -> InvertedRepeat:
             if start < second and length > best.length:
                 best = InvertedRepeat(start, second, length)
             found = other.find(word, found + 1)
-    if best.length < least:
-        raise DataError(f"this sequence of {size:,} letters has no inverted repeat of {least}; give another")
+    if best.length < LEAST:
+        raise DataError(f"this sequence of {size:,} letters has no inverted repeat of {LEAST}; give another")
     return best
 
 

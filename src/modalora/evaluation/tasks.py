@@ -22,6 +22,8 @@ from modalora.data.speech import TRANSCRIBE, Clip, digit_string, spoken_digits
 from modalora.evaluation.intervals import wilson
 from modalora.processing.tokenizer import TextTokenizer
 
+KINDS = ("count", "color", "position")  # of questions about a picture
+
 
 @dataclass(frozen=True)
 class Case:
@@ -84,19 +86,17 @@ def single_digits(rows: Sequence[Clip]) -> list[Case]:
     return [Case(_heard(TRANSCRIBE, clip), clip.words[0], clip.speaker) for clip in rows]
 
 
-def digit_strings(rows: Sequence[Clip], count: int, seed: int = 0) -> list[Case]:
+def digit_strings(rows: Sequence[Clip], count: int) -> list[Case]:
     """Strings of three to seven recordings, transcribed."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     clips = [digit_string(rows, rng, 3, 7, augmented=False) for _ in range(count)]
     return [Case(_heard(TRANSCRIBE, clip), clip.text, str(len(clip.words))) for clip in clips]
 
 
-def nlvr_questions(
-    folder: Path, count: int, kinds: Sequence[str] = ("count", "color", "position"), seed: int = 0
-) -> list[Case]:
+def nlvr_questions(folder: Path, count: int) -> list[Case]:
     """Questions made from the shapes of the real validation pictures."""
-    rng = np.random.default_rng(seed)
-    return [case for row in nlvr_scenes(folder, "validation") for case in _questions(row.scene, rng, kinds)][:count]
+    rng = np.random.default_rng(0)
+    return [case for row in nlvr_scenes(folder, "validation") for case in _questions(row.scene, rng)][:count]
 
 
 def nlvr_sentences(folder: Path) -> list[Case]:
@@ -113,9 +113,9 @@ def nlvr_sentences(folder: Path) -> list[Case]:
     ]
 
 
-def numbers_and_pictures(folder: Path, count: int, seed: int = 0) -> list[Case]:
+def numbers_and_pictures(folder: Path, count: int) -> list[Case]:
     """A recorded digit and a real picture: is it the number of some shapes? Yes and no equally often."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     digits: dict[str, list[Clip]] = {}
     for clip in spoken_digits(folder, "validation"):
         digits.setdefault(clip.words[0], []).append(clip)
@@ -127,9 +127,9 @@ def numbers_and_pictures(folder: Path, count: int, seed: int = 0) -> list[Case]:
     return cases
 
 
-def spoken_questions(folder: Path, clips: Sequence[Clip], count: int, seed: int = 0) -> list[Case]:
+def spoken_questions(folder: Path, clips: Sequence[Clip], count: int) -> list[Case]:
     """A real picture and a clip that asks something about it, with no word of text; fewer where few clips fit."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     bank: dict[str, list[Clip]] = {}
     for clip in clips:
         bank.setdefault(clip.text, []).append(clip)
@@ -138,23 +138,23 @@ def spoken_questions(folder: Path, clips: Sequence[Clip], count: int, seed: int 
     return list(islice((_first(messages) for messages in made if messages), count))
 
 
-def generated_questions(count: int, kinds: Sequence[str] = ("count", "color", "position"), seed: int = 0) -> list[Case]:
+def generated_questions(count: int, seed: int = 0) -> list[Case]:
     """Questions about drawn pictures of other shapes, sizes and backgrounds than NLVR's."""
     rng = np.random.default_rng(seed)
-    return list(islice((case for _ in range(count) for case in _questions(free_scene(rng), rng, kinds)), count))
+    return list(islice((case for _ in range(count) for case in _questions(free_scene(rng), rng)), count))
 
 
-def frame_questions(folder: Path, count: int, seed: int = 0) -> list[Case]:
+def frame_questions(folder: Path, count: int) -> list[Case]:
     """Two or three real pictures in a row and a question about one of them, or about which has the most of a colour."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     scenes = [row.scene for row in nlvr_scenes(folder, "validation")]
     asked = [[scenes[index] for index in rng.integers(len(scenes), size=rng.integers(2, 4))] for _ in range(count)]
     return [_first(frames(shown, rng, 3)) for shown in asked]
 
 
-def text_questions(text: str, tokenizer: TextTokenizer, count: int, seed: int = 0) -> list[Case]:
+def text_questions(text: str, tokenizer: TextTokenizer, count: int) -> list[Case]:
     """Count each of: sums up to forty, words of a passage to be said again, one of a list of things to be recalled."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     stream = np.array(tokenizer.encode(text))
     made = [
         *(("sum", sums(rng)) for _ in range(count)),
@@ -172,6 +172,6 @@ def _heard(question: str, clip: Clip) -> list[Message]:
     return question_messages(question, audio=(clip.wave, clip.rate))
 
 
-def _questions(scene: Any, rng: np.random.Generator, kinds: Sequence[str]) -> Iterator[Case]:
-    for made in kind_questions(scene, rng, len(kinds), kinds):
+def _questions(scene: Any, rng: np.random.Generator) -> Iterator[Case]:
+    for made in kind_questions(scene, rng, len(KINDS), KINDS):
         yield Case(question_messages(made.question, scene.image), made.answer, made.kind)

@@ -95,7 +95,7 @@ def extend(
         device = torch.device(config.device)
         if is_one_of_many():
             device = ranks.join(config.device, config.patience_seconds)
-        if not _is_first():
+        if not ranks.is_first():
             say, report = lambda line: None, lambda metrics: None
         return _carry_out(config, device, say, report)
 
@@ -126,7 +126,7 @@ def _run_stages(
     there = _read_search(work, guides, say)
     trained = _train(work, there[0], say, report) if there and _is_trained(work) else None  # which checks it
     with ExitStack() as stack:
-        if _is_first():
+        if ranks.is_first():
             stack.enter_context(locked(folder))
             with drafted(folder / SETTINGS) as draft:
                 draft.write_text(dump(config), encoding="utf-8")
@@ -134,7 +134,7 @@ def _run_stages(
         outcome = _with_others(work, guides, outcome)
         _check_followers(work, factors)
         trained = trained or _train(work, factors, say, report)
-        if not _is_first():
+        if not ranks.is_first():
             return {}
         grids = _score(work, asked, factors, trained, say)
         summary = _summary(work, factors, outcome, grids, trained)
@@ -143,10 +143,6 @@ def _run_stages(
         _draw(work, factors, outcome, grids, summary)
         say(f"wrote {folder / REPORT}")
     return summary
-
-
-def _is_first() -> bool:
-    return ranks.place()[0] == 0
 
 
 def _wait() -> None:
@@ -307,7 +303,7 @@ def _search(work: Extension, documents: Sequence[Document], say: Say) -> tuple[F
     )  # fmt: skip
     found = json.loads(json.dumps(_outcome(outcome, documents)))  # as it will be read back
     found = _with_others(work, documents, found)
-    if not _is_first():
+    if not ranks.is_first():
         return outcome.best, found
     settings = {"search": config.model_dump(mode="json"), "guide": work.config.guide.model_dump(mode="json")}
     provenance = Provenance(
@@ -341,7 +337,7 @@ def _with_others(work: Extension, documents: Sequence[Document], found: dict[str
     }
     known = {**known, **{name: loss for part in ranks.gathered(own) for name, loss in part.items()}}
     found = {**found, "others": {name: known[name] for name in others}}
-    if _is_first():
+    if ranks.is_first():
         with drafted(work.folder / "search" / "outcome.json") as draft:
             write_json(draft, found)
     return found

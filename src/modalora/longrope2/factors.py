@@ -32,6 +32,11 @@ def temperature_scale(policy: Temperature, stretch: float, window: int) -> float
     return su_temperature(stretch, window) if policy == "su" else yarn_temperature(stretch)
 
 
+def trained_window(rope: Rope) -> int:
+    """Return the window that a model had before LongRoPE's factors."""
+    return rope.original_window if isinstance(rope, LongRope) else rope.window
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stretch:
     """The rotary positions of a trained model, and the window that it is to reach."""
@@ -53,8 +58,7 @@ class Stretch:
     @classmethod
     def of(cls, rope: Rope, head_dim: int, target: int) -> Stretch:
         """Return the stretch of a model to a target window. Raises ConfigError where its window is as long already."""
-        window = rope.original_window if isinstance(rope, LongRope) else rope.window
-        return cls(theta=rope.theta, pairs=len(rope.frequencies(head_dim)), window=window, target=target)
+        return cls(theta=rope.theta, pairs=len(rope.frequencies(head_dim)), window=trained_window(rope), target=target)
 
     @property
     def ratio(self) -> float:
@@ -138,7 +142,7 @@ class Factors:
 
         Raises ConfigError for a model of another window or number of pairs.
         """
-        window = base.original_window if isinstance(base, LongRope) else base.window
+        window = trained_window(base)
         if window != self.window:
             raise ConfigError(f"these factors stretch a window of {self.window} tokens, and the model's is {window}")
         ratio = self.target / self.window

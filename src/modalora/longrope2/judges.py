@@ -59,19 +59,22 @@ class NeedleJudge:
         return torch.cat(found).view(len(candidates), len(documents)).cpu()
 
 
+LEAD = 16  # tokens before the first answer
+
+
 class Surrogate:
     """Reads documents whole with the first candidate alone; of the others it computes only the end, with the answers.
 
     For these, keys and values of what stands before are the first candidate's, turned by the other's angles. They are
     exact in the first layer; deeper ones read hidden states of the first candidate, which is the error. The end is all
-    from `lead` tokens before the first answer on: T tokens take their keys' rotation and the end's attention instead of
+    from LEAD tokens before the first answer on: T tokens take their keys' rotation and the end's attention instead of
     a pass over T.
     """
 
-    def __init__(self, model: Multimodal, documents: Sequence[Document], *, lead: int = 16) -> None:
-        if not documents or lead < 1:
-            raise ConfigError(f"{len(documents)} documents, lead={lead}: a surrogate needs one of each at least")
-        self.model, self.texts, self.lead = model, tuple(documents), lead
+    def __init__(self, model: Multimodal, documents: Sequence[Document]) -> None:
+        if not documents:
+            raise ConfigError("0 documents: a surrogate needs one at least")
+        self.model, self.texts = model, tuple(documents)
         self._base: Factors | None = None
         self._kept: dict[int, list[tuple[Tensor, Tensor]]] = {}  # by document: keys and values of each layer
 
@@ -91,7 +94,7 @@ class Surrogate:
 
     def _document(self, number: int, tables: Rotations) -> Tensor:
         text, decoder, rows = self.texts[number], self.model.decoder, len(tables.scale)
-        start = max(1, text.answers[0] - self.lead)
+        start = max(1, text.answers[0] - LEAD)
         if number not in self._kept:
             self._kept[number] = self._read(text, start, Rotations(tables.frequencies[:1], tables.scale[:1]))
         device = tables.scale.device

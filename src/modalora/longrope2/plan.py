@@ -19,6 +19,7 @@ from modalora.longrope2.space import space_of
 from modalora.models.multimodal import Multimodal
 from modalora.training.flops import StepFlops
 from modalora.training.machines import machine_rate
+from modalora.training.optimizer import trained_parts
 from modalora.training.plan import read_size, token_shares
 
 # Documents that racing reads, of those that judging every candidate wholly takes: an assumption for a plan, between the
@@ -128,7 +129,8 @@ def _training(model: Multimodal, run: RunConfig, stretch: Stretch) -> tuple[floa
 
     A row counts as long as its source's window: documents that are shorter take less attention.
     """
-    step, shares = StepFlops(model, run.train, decodes=True), token_shares(run, stretch.target)
+    step = StepFlops(model, trained_parts(model, run.train), decodes=True)
+    shares = token_shares(run, stretch.target)
 
     def of_row(size: int) -> float:
         attention = step.attention * size**2

@@ -96,7 +96,7 @@ def search(
     told |= {"documents": judge.documents, "fingerprints": dict(fingerprints or {})}
     with ExitStack() as stack:
         stop = stack.enter_context(Stop())
-        if folder is not None and _rank() == 0:
+        if folder is not None and ranks.is_first():
             stack.enter_context(locked(folder))
         log = stack.enter_context(_opened(None if folder is None else folder / LOG, told))
         return _Search(space, judge, surrogate, config, log, stop, report).run()
@@ -149,7 +149,7 @@ class _Log:
 def _opened(path: Path | None, told: Mapping[str, Any]) -> Iterator[_Log]:
     """Open the log that rank 0 sees. Raises ConfigError when it is of another search."""
     lines: list[dict[str, Any]] = []
-    if path is not None and _rank() == 0:  # up to the first that is none, as a killed process may leave behind
+    if path is not None and ranks.is_first():  # up to the first that is none, as a killed process may leave behind
         numbered = takewhile(lambda own: step_of(own[1]) == own[0], enumerate(read_lines(path)))
         lines = [json.loads(line) for _, line in numbered]
     lines = ranks.gathered(lines)[0]
@@ -160,17 +160,13 @@ def _opened(path: Path | None, told: Mapping[str, Any]) -> Iterator[_Log]:
         raise ConfigError(
             f"{path} is the log of a search with other {' and '.join(other)}; give another folder, or what it had"
         )
-    if path is None or _rank() != 0:
+    if path is None or not ranks.is_first():
         yield _Log(lines[1:], None)
         return
     with Journal(path, len(lines) - 1) as journal:
         if not lines:
             journal.write({"step": 0, "search": given})
         yield _Log(lines[1:], journal)
-
-
-def _rank() -> int:
-    return ranks.place()[0]
 
 
 class _Search:

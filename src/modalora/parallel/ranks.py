@@ -105,21 +105,19 @@ def place() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def is_first() -> bool:
+    """Tell whether this process is the first of its process group, or in none; before there is one, stops.is_first."""
+    return place()[0] == 0
+
+
 def leave() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def totals(values: Mapping[str, float]) -> dict[str, float]:
-    """Return the sum over the ranks by key; a rank need not have every key.
-
-    Every rank adds up in the same order, so all get the same bits.
-    """
-    return _summed(gathered(dict(values)))
-
-
 def _summed(told: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Return the sum over the ranks by key; every rank adds up in the same order, so all get the same bits."""
     found: dict[str, float] = defaultdict(float)
     for own in told:
         for key, value in own.items():

@@ -19,16 +19,12 @@ from modalora.contracts import Batch, terms
 from modalora.errors import ConfigError, TrainingError
 from modalora.models.multimodal import matches, part_of
 from modalora.parallel.engine import Engine
+from modalora.training.objectives import trained_part
 
 # Of a part's largest gradient: below it lies what rounding leaves of a zero, such as that of a bias of keys, which
 # softmax does not see. AdamW's eps may be more, and then nothing moves.
 NOISE = 1e-5
 AUDITED = 4  # steps with rows for a part after which it is judged: the fault is told before the fifth
-
-
-def trained_part(name: str) -> str:
-    """Return the part of a trained parameter; an objective's head is one of its own."""
-    return "objective" if name.startswith("objective.") else part_of(name)
 
 
 def parts_reached(batch: Batch, rows: Iterable[int]) -> set[str]:

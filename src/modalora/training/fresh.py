@@ -13,8 +13,10 @@ from modalora.models.multimodal import Multimodal, matches
 from modalora.models.speech import SpeechEncoder
 from modalora.nn.mlp import Projector
 
+FIRST = 20  # steps of a run that statistics are taken from
 
-def set_mel_statistics(model: Multimodal, batches: Batches, steps: int = 20) -> None:
+
+def set_mel_statistics(model: Multimodal, batches: Batches) -> None:
     """Give a fresh sound encoder the mean and inverse deviation of each mel channel, from the first batches with
     sound."""
     if "audio" not in model.encoders:
@@ -23,14 +25,14 @@ def set_mel_statistics(model: Multimodal, batches: Batches, steps: int = 20) -> 
     assert isinstance(encoder, SpeechEncoder)
     if not torch.equal(encoder.global_mean, torch.zeros_like(encoder.global_mean)):
         return
-    media = [item for _ in range(steps) for batch in batches.take() for item in batch.media if item.modality == "audio"]
+    media = [item for _ in range(FIRST) for batch in batches.take() for item in batch.media if item.modality == "audio"]
     if media:
         mel = torch.cat([item.features["mel"] for item in media])
         encoder.global_mean.copy_(mel.mean(0))
         encoder.global_invstd.copy_(1 / mel.std(0).clamp(min=1.0))
 
 
-def count_said(batches: Batches, vocab_size: int, steps: int = 20) -> Tensor:
+def count_said(batches: Batches, vocab_size: int, steps: int = FIRST) -> Tensor:
     """Return how often the answers of the first batches hold each token, (vocab,)."""
     counts = torch.zeros(vocab_size, dtype=torch.long)
     labels = [batch.labels for _ in range(steps) for batch in batches.take() if batch.labels is not None]
@@ -46,7 +48,6 @@ def whiten_projectors(
     patterns: Sequence[str],
     batches: Batches,
     device: str | torch.device = "cpu",
-    steps: int = 8,
 ) -> None:
     """Let the trained projectors of a modality start on features of mean 0 and deviation 1, at the scale of embeddings.
 
@@ -56,6 +57,7 @@ def whiten_projectors(
     """
     if modality not in model.encoders:
         raise ConfigError(f"whiten: this model has no {modality!r} encoder; it has {', '.join(model.encoders)}")
+    steps = 8  # of the run, the first
     media = [
         item for _ in range(steps) for batch in batches.take() for item in batch.media if item.modality == modality
     ]

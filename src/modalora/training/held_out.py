@@ -8,22 +8,22 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
 from modalora.config import RunConfig
 from modalora.contracts import Batch, Batches
 from modalora.data.mixture import Mixture
-from modalora.data.quarantine import Quarantine
 from modalora.data.reader import check_apart
 from modalora.data.sources import SCORED, Context
 from modalora.errors import TrainingError
 from modalora.models.multimodal import Multimodal, start_training
 from modalora.parallel.engine import Engine
+from modalora.training.log import asked_of, under
 from modalora.training.objectives import Losses, Objective
 from modalora.training.randomness import random_state, set_random_state
 from modalora.training.signals import Stop
+from modalora.training.start import open_quarantine
 
 
 def open_held_out(run: RunConfig, context: Context, share: tuple[int, int] = (0, 1)) -> Mixture | None:
@@ -35,10 +35,9 @@ def open_held_out(run: RunConfig, context: Context, share: tuple[int, int] = (0,
         return None
     check_apart(run.mixture, run.scored)
     rank, world = share
-    own = "quarantine-scored.jsonl" if rank == 0 else f"quarantine-scored-{rank:05d}.jsonl"
     return Mixture(
         context, run.scored, rows=run.rows, tokens=run.tokens, accumulate=world, seed=SCORED, rank=rank, world=world,
-        quarantine=Quarantine(Path(run.output) / own, run.quarantine_most), scored=run.eval_rows,
+        quarantine=open_quarantine(run, "quarantine-scored", rank), scored=run.eval_rows,
     )  # fmt: skip
 
 
@@ -73,12 +72,12 @@ class HeldOut:
                 if stop.asked:
                     whole[f"asked {stop.asked}"] = 1
                 told = self.engine.totals(whole)
-                if signals := [int(key.removeprefix("asked ")) for key in told if key.startswith("asked ")]:
-                    return max(signals), {}
+                if asked := asked_of(told):
+                    return asked, {}
                 if told["labels"]:  # else all rows were bad
                     for key, value in self._sums(micro, losses).items():
                         found[key] += value
-        names = sorted(key.removeprefix("count ") for key in found if key.startswith("count "))
+        names = under("count ", found)
         labels = sum(found[f"count {name}"] for name in names)
         if not labels:
             raise TrainingError(

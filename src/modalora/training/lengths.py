@@ -257,13 +257,13 @@ class BiasedAttention:
         biases = (4 + 2 * unit) * self.heads * self.length**2 if self.bias else 0
         return 8 * own.one(unit) + biases + 8 * own.rows * own.heads * own.length
 
-    def flops(self, recompute: bool = True) -> float:
-        """Return operations forward and back: 4 S D and 18 S D, the bias's gradient without atomics among them."""
-        return (4 * (2 if recompute else 1) + 18) * self.scores() * self.head_dim
+    def flops(self) -> float:
+        """Return operations forward, again and back: 4, 4 and 18 S D, the bias's gradient without atomics."""
+        return 26 * self.scores() * self.head_dim
 
-    def exponentials(self, recompute: bool = True) -> float:
-        """Return exponentials forward and back: S and 3 S."""
-        return (4 + recompute) * self.scores()
+    def exponentials(self) -> float:
+        """Return exponentials forward, again and back: S, S and 3 S."""
+        return 5 * self.scores()
 
 
 def attentions(size: EvoformerConfig, residues: int, sequences: int) -> tuple[BiasedAttention, ...]:
@@ -295,15 +295,14 @@ def evoformer_need(
     ranks: int,
     rate: float,
     exponential_rate: float,
-    unit: int = 2,
 ) -> EvoformerNeed:
-    """Return what a stack with recomputed blocks needs: kept inputs of all blocks, and its largest attention.
+    """Return what a stack with recomputed blocks needs in bf16: kept inputs of all blocks, and its largest attention.
 
     ranks: that share the rows of every attention. rate: FLOP/s of one device. exponential_rate: exp/s.
     """
     calls = attentions(size, residues, sequences)
-    kept = size.blocks * unit * residues * (sequences * size.msa_width + residues * size.pair_width) / ranks
-    peaks = {kind: max(one.peak(kind, unit, ranks) for one in calls) for kind in ("naive", "exact")}
+    kept = size.blocks * 2 * residues * (sequences * size.msa_width + residues * size.pair_width) / ranks
+    peaks = {kind: max(one.peak(kind, ranks=ranks) for one in calls) for kind in ("naive", "exact")}
     flops = size.blocks * sum(one.flops() for one in calls) / ranks
     exponentials = size.blocks * sum(one.exponentials() for one in calls) / ranks
     return EvoformerNeed(

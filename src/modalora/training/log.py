@@ -100,6 +100,11 @@ def under(prefix: str, found: Mapping[str, Any]) -> list[str]:
     return sorted(name.removeprefix(prefix) for name in found if name.startswith(prefix))
 
 
+def asked_of(found: Mapping[str, Any]) -> int:
+    """Return the largest number N of the names "asked N", a signal that a rank told of, or 0."""
+    return max((int(number) for number in under("asked ", found)), default=0)
+
+
 def _told(recent: Mapping[str, list[float]]) -> dict[str, list[float]]:
     """Return noted figures by the names that they are told by, without those that say the same as another."""
     routes, media = ({name: recent[f"{of} {name}"] for name in under(f"{of} ", recent)} for of in ("route", "media"))

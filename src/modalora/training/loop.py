@@ -28,19 +28,19 @@ from modalora.disk import write_json
 from modalora.errors import InputError, ShapeError, TrainingError
 from modalora.models.multimodal import Multimodal, start_training
 from modalora.nn.products import wide_products
-from modalora.nn.rope import is_long
 from modalora.parallel.engine import Engine, Single
 from modalora.parallel.stops import tell_stopped, tell_training
-from modalora.training.audit import Audit, check_preserved, check_settings, check_trained, parts_reached, trained_part
+from modalora.training.audit import Audit, check_preserved, check_settings, check_trained, parts_reached
 from modalora.training.dropout import add_dropout
 from modalora.training.flops import StepFlops
 from modalora.training.held_out import HeldOut
-from modalora.training.log import Log, under
+from modalora.training.log import Log, asked_of, under
 from modalora.training.nonfinite import Fault, guilty_rows, not_finite, row_name
-from modalora.training.objectives import OBJECTIVES, Ctc, Losses
+from modalora.training.objectives import OBJECTIVES, Ctc, Losses, trained_part
 from modalora.training.optimizer import Optimizer, freeze
 from modalora.training.randomness import seed_all, seed_dropout
 from modalora.training.report import what_trains
+from modalora.training.rows import TABLES, check_spans, rope_tables, row_kinds, row_tables
 from modalora.training.signals import Asked, Interrupted, Stop
 from modalora.training.start import digest_of_start
 from modalora.training.states import Moment, States
@@ -332,7 +332,7 @@ class _Loop:
         found: dict[str, float] = defaultdict(float)  # of whole micro-batches
         own: dict[str, float] = defaultdict(float)  # of the losses that this process has of them
         for number, batch in enumerate(micro):
-            _check_spans(batch, number)
+            check_spans(batch, number)
         levelled = self.engine.level(micro)
         told: list[Tensor] = []  # asked for once all gradients are on their way
         for number, batch in enumerate(levelled):
@@ -363,7 +363,7 @@ class _Loop:
             },
             reached=set(under("part ", found)),
             bad_rows=tuple(under("bad ", found)),
-            asked=max((int(number) for number in under("asked ", found)), default=0),
+            asked=asked_of(found),
         )
 
     def _note(self, batch: Batch, number: int, shares: Tensor, found: dict[str, float], own: dict[str, float]) -> None:
@@ -377,7 +377,7 @@ class _Loop:
             own[f"table sum {table}"] += sums[row]
             own[f"table count {table}"] += counts[row]
             found[f"table tokens {table}"] += int(batch.lengths[row])
-        kinds = _kinds(self.model, batch)
+        kinds = row_kinds(self.model, batch)
         for row, adapter in enumerate(batch.route.adapters):
             if counts[row]:
                 own[f"sum {adapter or 'text'}"] += sums[row]
@@ -474,44 +474,3 @@ class _Loop:
         moved = differences(self.preserved, preservation(whole, self.trained)) if whole else []
         if moved:
             raise TrainingError(f"what is frozen has moved while training: {'; '.join(moved[:4])}; the run is no good")
-
-
-TABLES = ("short", "long")  # rotary tables of a row, where a model has two
-
-
-def row_tables(model: Multimodal, batch: Batch) -> list[str]:
-    """Return which of two rotary tables each row of a batch uses; none where the model has one table alone."""
-    rope = model.config.decoder.rope
-    return [] if rope.switch is None else [TABLES[long] for long in is_long(rope, batch.lengths.tolist())]
-
-
-def rope_tables(model: Multimodal) -> dict[str, Any]:
-    """Return both tables of a model, as JSON: radians per token and attention factors; nothing where it has one."""
-    config = model.config.decoder
-    rope = config.rope
-    if rope.switch is None:
-        return {}
-    return {"switch": rope.switch, "window": rope.window} | {
-        table: {
-            "attention_factor": rope.attention_factor(long=long),
-            "frequencies": rope.frequencies(config.head_dim, long=long).tolist(),
-        }
-        for long, table in ((False, "short"), (True, "long"))
-    }
-
-
-def _check_spans(batch: Batch, number: int) -> None:
-    """Refuse media that do not lie in their row. Raises TrainingError naming the row."""
-    for item in batch.media:
-        if item.start < 0 or item.start + item.tokens > int(batch.lengths[item.row]):
-            raise TrainingError(
-                f"row {row_name(batch, number, item.row)}: its {item.modality} fills tokens {item.start} to "
-                f"{item.start + item.tokens}, and the row has {int(batch.lengths[item.row])}; was it cut off?"
-            )
-
-
-def _kinds(model: Multimodal, batch: Batch) -> list[str]:
-    """Return what each row of a batch holds: text alone, or its media, such as image+audio."""
-    held = {(item.row, item.modality) for item in batch.media}
-    kinds = model.config.modalities
-    return ["+".join(kind for kind in kinds if (row, kind) in held) or "text" for row in range(len(batch.lengths))]

@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -39,16 +40,29 @@ def machine_rate(machine: str, precision: str, share: float) -> float:
     return measured_rate(precision) if machine == "this" else machine_of(machine)[0] * share
 
 
-def measured_rate(precision: str, size: int = 1536) -> float:
+def measured_rate(precision: str) -> float:
     """Return the FLOP/s of matrix products on this machine in "bf16" or "fp32", the best of three."""
-    x = torch.ones(size, size, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    best = float("inf")
+    side = 1536
+    x = torch.ones(side, side, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     with wide_products():  # as training multiplies
-        for _ in range(4):  # the first one starts threads
-            started = time.perf_counter()
-            x @ x
-            best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+        return 2 * side**3 / _least_seconds(lambda: x @ x)
+
+
+def measured_bandwidth() -> float:
+    """Return the bytes that this machine reads in a second, the best of three."""
+    x = torch.ones(2**25)
+    return x.nbytes / _least_seconds(x.sum)
+
+
+def _least_seconds(work: Callable[[], object]) -> float:
+    """Return the shortest of three times that some work takes."""
+    work()  # the first one starts threads
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times)
 
 
 def machine_of(name: str) -> tuple[float, float, float]:
@@ -67,14 +81,3 @@ def resident() -> int:
     """Return the bytes that this process holds: torch and its imports, as a training process has them too."""
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return usage if sys.platform == "darwin" else usage * 1024
-
-
-def measured_bandwidth(size: int = 2**27) -> float:
-    """Return the bytes that this machine reads in a second, the best of three."""
-    x = torch.ones(size // 4)
-    best = float("inf")
-    for _ in range(4):
-        started = time.perf_counter()
-        x.sum()
-        best = min(best, time.perf_counter() - started)
-    return size / best

@@ -13,7 +13,7 @@ from modalora.contracts import BLANK, IGNORED, Batch
 from modalora.data.rows import COUNTED, MOST_COUNTED
 from modalora.data.sources import Held, any_media
 from modalora.errors import ConfigError, DataError
-from modalora.models.multimodal import Multimodal
+from modalora.models.multimodal import Multimodal, part_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +158,11 @@ class Cells(nn.Module):
         in_cell = in_cell * self.ATTRIBUTES
         counted = _token_losses(self.counts(features).unflatten(-1, (self.COUNTS, self.LEVELS)), counts[real])
         return Losses(torch.cat((in_cell, counted)), rows[real.cpu()].repeat(2))
+
+
+def trained_part(name: str) -> str:
+    """Return the part of a trained parameter; an objective's head is one of its own."""
+    return "objective" if name.startswith("objective.") else part_of(name)
 
 
 def _check_rows(batch: Batch, check: Callable[[Held], None]) -> None:

@@ -14,8 +14,8 @@ from modalora.config import OptimConfig
 from modalora.errors import ConfigError
 from modalora.models.multimodal import matches, part_of
 from modalora.models.vision import VisionTower
-from modalora.training.audit import trained_part
 from modalora.training.moments import SmallAdamW
+from modalora.training.objectives import trained_part
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
@@ -37,6 +37,11 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]
         if chosen:
             trained[name] = parameter
     return trained
+
+
+def trained_parts(model: nn.Module, patterns: Sequence[str]) -> set[str]:
+    """Freeze a model as `freeze` does, and return the names of the parts that train."""
+    return {part_of(name) for name in freeze(model, patterns)}
 
 
 def _never_run(model: nn.Module) -> set[int]:

@@ -47,8 +47,8 @@ from modalora.training.dropout import add_dropout
 from modalora.training.flops import StepFlops
 from modalora.training.held_out import open_held_out
 from modalora.training.meter import Meter, size_of
-from modalora.training.objectives import OBJECTIVES
-from modalora.training.optimizer import Optimizer, freeze
+from modalora.training.objectives import OBJECTIVES, trained_part
+from modalora.training.optimizer import Optimizer, freeze, trained_parts
 from modalora.training.start import grown, load_modalities, make_mixture, open_context
 
 LOOKED_AT = 4  # steps of each phase of a mixture
@@ -109,7 +109,7 @@ def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype
     with torch.device("meta"):
         model = Multimodal(config)
     decodes = run.objective == "next_token"
-    work = StepFlops(model, {part_of(name) for name in freeze(model, run.train)}, decodes=decodes)
+    work = StepFlops(model, trained_parts(model, run.train), decodes=decodes)
     reading = StepFlops(model, (), decodes=decodes)
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     with fake:
@@ -279,7 +279,7 @@ def _parts(
     own = [*model.named_parameters(), *((f"objective.{name}", value) for name, value in objective.named_parameters())]
     totals: dict[str, list[int]] = defaultdict(lambda: [0] * 5)
     for name, parameter in own:
-        part = "objective" if name.startswith("objective.") else part_of(name)
+        part = trained_part(name)
         trained = parameter.numel() if parameter.requires_grad else 0
         stored = parameter.untyped_storage().nbytes()  # of a matrix in few bits, next to nothing
         added = (parameter.numel(), trained, stored, gradients.get(name, 0), states.get(name, 0))

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from modalora.models.multimodal import part_of
-from modalora.training.audit import trained_part
+from modalora.training.objectives import trained_part
 from modalora.training.optimizer import Optimizer
 
 # panel: columns of metrics.jsonl, by pattern

@@ -13,7 +13,6 @@ from modalora.checkpoint.card import read_card
 from modalora.checkpoint.preserve import CERTIFICATE, preservation
 from modalora.checkpoint.write import check_target, rounded_by_int8, save_model
 from modalora.config import RunConfig, load_run
-from modalora.data.quarantine import Quarantine
 from modalora.errors import ConfigError
 from modalora.models.multimodal import Multimodal, matches, part_of
 from modalora.models.recompute import recompute
@@ -34,6 +33,7 @@ from modalora.training.start import (
     digest_of_start,
     load_modalities,
     make_mixture,
+    open_quarantine,
     open_start,
     widen,
 )
@@ -95,8 +95,7 @@ def _carry_out(
     if run.base_bits is not None:
         quantize(model, run.base_bits)
     model = model.to(device)
-    own = "quarantine.jsonl" if engine.rank == 0 else f"quarantine-{engine.rank:05d}.jsonl"
-    quarantine = Quarantine(Path(run.output) / own, run.quarantine_most)
+    quarantine = open_quarantine(run, "quarantine", engine.rank)
     batches = make_mixture(run, context, engine.share, workers=run.workers, quarantine=quarantine)
     try:
         metrics = train(run, model, batches, report, engine=engine, say=say, said=said, held_out=held_out)

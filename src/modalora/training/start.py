@@ -205,3 +205,9 @@ def make_mixture(
         steps=run.steps, weigh=run.weigh, rank=rank, world=world, workers=workers,
         quarantine=quarantine or Quarantine(None, run.quarantine_most),
     )  # fmt: skip
+
+
+def open_quarantine(run: RunConfig, name: str, rank: int) -> Quarantine:
+    """Return the file of a process's bad rows; the first has the plain name."""
+    own = f"{name}.jsonl" if rank == 0 else f"{name}-{rank:05d}.jsonl"
+    return Quarantine(Path(run.output) / own, run.quarantine_most)
