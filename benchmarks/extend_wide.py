@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
-from modalora.assistant import Assistant, find_model, make_processor
+from modalora.assistant import Assistant, make_processor
 from modalora.checkpoint.card import read_texts
+from modalora.checkpoint.find import find_model
 from modalora.config import ExtendConfig
 from modalora.longrope2.extend import extend
 from modalora.longrope2.plan import plan_extension

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from modalora.assistant import find_model
+from modalora.checkpoint.find import find_model
 from modalora.checkpoint.store import load_model
 from modalora.config import load_run
 from modalora.config.recipes import RECIPES

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from modalora.assistant import find_model, make_processor
+from modalora.assistant import make_processor
 from modalora.checkpoint.card import read_texts
+from modalora.checkpoint.find import find_model
 from modalora.config import SourceConfig
 from modalora.data.mixture import Mixture
 from modalora.data.sources import Context

@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import modalora
-from modalora.assistant import Assistant, find_model, make_processor, question_messages, set_regime
+from modalora.assistant import Assistant, make_processor, question_messages, set_regime
 from modalora.checkpoint.adapters import CONFIG, WEIGHTS, load_adapter, save_adapter
+from modalora.checkpoint.find import find_model
 from modalora.contracts import Batch, Route
 from modalora.disk import read_json, write_json
 from modalora.errors import CheckpointError, ConfigError, ModaloraError, PromptError, RouteError

@@ -131,7 +131,7 @@ def test_a_score_is_the_log_of_what_the_model_says_next(dna: Any, assistant: mod
 
 def test_text_pictures_and_sound_keep_every_bit(assistant: modalora.Assistant) -> None:
     plain = modalora.load("nano")
-    demo = modalora.assistant.BUNDLED / "demo"
+    demo = modalora.checkpoint.find.BUNDLED / "demo"
     for messages in (
         question_messages("The old man went home."),
         question_messages("How many?", image=demo / "scene.png"),

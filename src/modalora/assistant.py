@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from modalora import modality
-from modalora.checkpoint.adapters import CONFIG as ADAPTER
 from modalora.checkpoint.adapters import Verdict, load_adapter
+from modalora.checkpoint.find import check_adapter_folder, find_model
 from modalora.checkpoint.store import load_model
 from modalora.checkpoint.write import save_model
 from modalora.contracts import Batch, Message, terms
-from modalora.errors import CheckpointError, ConfigError, InputError, PromptError, RouteError
+from modalora.errors import ConfigError, InputError, PromptError, RouteError
 from modalora.generation.engine import Token, check_max_tokens, generate
 from modalora.generation.sampling import Sampling
 from modalora.generation.windows import Switch, check_switch, explain_table
@@ -35,10 +35,8 @@ from modalora.processing.questions import question_messages as question_messages
 from modalora.processing.spans import spans
 from modalora.processing.tokenizer import Growing, TextTokenizer
 
-BUNDLED = Path(__file__).parent / "bundled"
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_ORIGINAL = "give the folder with the model's original config.json, tokenizer.json and safetensors"
 ROWS = 16  # conversations that are answered at a time
 
 
@@ -334,7 +332,7 @@ class Assistant:
         """
         if not isinstance(folder, str | os.PathLike) or "\0" in str(folder) or not isinstance(name, str):
             raise ConfigError(f"load_adapter({folder!r:.60}, {name!r:.40}) takes a folder, and a name for its adapter")
-        _check_adapter_folder(Path(folder))
+        check_adapter_folder(Path(folder))
         verdict = load_adapter(self.model, Path(folder), name)
         self._renew()
         return verdict
@@ -527,52 +525,6 @@ def set_regime(model: Multimodal, regime: Regime) -> None:
         raise ConfigError(f"rope={regime!r}: this model has no long and short table; leave rope at 'reference'")
     if isinstance(rope, LongRope):
         model.set_rope(replace(rope, regime=regime))
-
-
-def find_model(name: str | Path) -> Path:
-    """Return the folder of a model: a path, or the name of a bundled model.
-
-    "bundled/NAME" is the same, for recipes, where a bare nano means fresh weights of that size.
-    """
-    if not isinstance(name, str | os.PathLike):
-        raise ConfigError(f"the model {name!r:.60} must be a folder, or the name of a bundled model")
-    path = Path(name)
-    if path.is_dir():
-        _check_model_folder(path)
-        return path
-    if path.is_file():
-        if path.suffix == ".gguf":
-            raise CheckpointError(f"{str(name)!r} is GGUF, which is not read; {_ORIGINAL}")
-        raise CheckpointError(f"{str(name)!r} is a file; give the folder of a model")
-    short = str(name).removeprefix("bundled/")
-    if (BUNDLED / short).is_dir():
-        return BUNDLED / short
-    bundled = ", ".join(sorted(folder.name for folder in BUNDLED.glob("*/") if (folder / "config.json").exists()))
-    raise CheckpointError(
-        f"no model folder {str(name)!r}; give a folder, or a bundled model ({bundled or 'none here'})"
-    )
-
-
-def _check_model_folder(path: Path) -> None:
-    """Say what a folder is that holds no model, but an adapter, GGUF or a run. Raises CheckpointError."""
-    held = any(path.glob("model*.safetensors*"))
-    if (path / ADAPTER).is_file() and not held:
-        raise CheckpointError(
-            f"{path} is an adapter, not a model; load the model that it was trained on, and then "
-            f"load_adapter({str(path)!r}, 'mine') (command line: --adapter mine={path} --route mine)"
-        )
-    if not held and (gguf := sorted(path.glob("*.gguf"))):
-        raise CheckpointError(f"{gguf[0]} is GGUF, which is not read; {_ORIGINAL}")
-    if (path / "model" / "config.json").is_file() and not (path / "config.json").exists():
-        raise CheckpointError(f"{path} is the folder of a run; give the model in it, {path / 'model'}")
-
-
-def _check_adapter_folder(path: Path) -> None:
-    """Say where the adapters are of a folder that only holds some, as runs write it. Raises CheckpointError."""
-    if not (path / ADAPTER).exists() and (held := sorted(path.glob(f"*/{ADAPTER}"))):
-        told = [str(one.parent) for one in held]
-        more = f" (and {len(told) - 8} more)" if len(told) > 8 else ""
-        raise CheckpointError(f"{path} is no adapter but holds some; give {' or '.join(told[:8])}{more}")
 
 
 def make_processor(

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import modalora
-from modalora.assistant import find_model
 from modalora.checkpoint.adapters import CONFIG, WEIGHTS, save_adapter
+from modalora.checkpoint.find import find_model
 from modalora.checkpoint.store import describe
 from modalora.checkpoint.sums import compose, merge
 from modalora.checkpoint.write import convert, save_model

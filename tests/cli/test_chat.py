@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 import modalora
-from modalora.assistant import BUNDLED, Assistant, make_processor
+from modalora.assistant import Assistant, make_processor
+from modalora.checkpoint.find import BUNDLED
 from modalora.cli.chat import Session
 from modalora.errors import WorkError
 from modalora.models.multimodal import Multimodal

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from modalora.assistant import BUNDLED, find_model
+from modalora.checkpoint.find import BUNDLED, find_model
 from modalora.checkpoint.write import save_model
 from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import tiny

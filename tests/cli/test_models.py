@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modalora.assistant import BUNDLED, load
+from modalora.assistant import load
 from modalora.checkpoint.adapters import save_adapter
+from modalora.checkpoint.find import BUNDLED
 
 DIGITS = str(BUNDLED / "demo" / "digits.wav")
 Run = Callable[..., tuple[int, str, str]]

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 import modalora
-from modalora.assistant import BUNDLED, Answer
+from modalora.assistant import Answer
 from modalora.checkpoint.adapters import save_adapter
+from modalora.checkpoint.find import BUNDLED
 from modalora.cli.rows import Answers, Rows, _line
 from modalora.data.files import open_records
 from modalora.nn.lora import LoraConfig

@@ -23,7 +23,8 @@ if NAME == "elsewhere":  # which changes torch, so that nothing of ours may be t
     from elsewhere import questions
 
 import modalora
-from modalora.assistant import BUNDLED, Assistant
+from modalora.assistant import Assistant
+from modalora.checkpoint.find import BUNDLED
 from modalora.checkpoint.preserve import preservation
 from modalora.config import load_run
 from modalora.contracts import Batch, Route

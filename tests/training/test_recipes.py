@@ -153,7 +153,7 @@ def test_the_chain_of_the_paper_runs_at_nano_size_and_each_stage_changes_its_par
 
 
 def changed_parts(start: str, folder: Path) -> set[str]:
-    from modalora.assistant import find_model
+    from modalora.checkpoint.find import find_model
 
     one, other = load_model(find_model(start.removeprefix("bundled/"))).model, load_model(folder).model
     after = other.state_dict()

@@ -42,7 +42,7 @@ def list_adapters(
 
     Example: modalora adapter list nano
     """
-    from modalora.assistant import find_model
+    from modalora.checkpoint.find import find_model
     from modalora.checkpoint.store import describe
 
     load_files(modality_file)
@@ -75,7 +75,8 @@ def verify(
 
     Example: modalora adapter verify nano my-lora
     """
-    from modalora.assistant import check_device, find_model
+    from modalora.assistant import check_device
+    from modalora.checkpoint.find import find_model
     from modalora.checkpoint.verify import verify_base
 
     load_files(modality_file)

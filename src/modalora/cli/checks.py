@@ -84,9 +84,9 @@ def _formats() -> Check:
 
 
 def _bundled() -> Check:
-    from modalora.assistant import find_model
     from modalora.checkpoint.card import CONFIG, TOKENIZER, WEIGHTS
     from modalora.checkpoint.files import check_manifest
+    from modalora.checkpoint.find import find_model
 
     try:
         folder = find_model("nano")

@@ -23,7 +23,7 @@ def convert(
 
     Example: modalora convert Phi-4-multimodal-instruct phi4-native --layout phi4_multimodal
     """
-    from modalora.assistant import find_model
+    from modalora.checkpoint.find import find_model
     from modalora.checkpoint.write import convert as rewrite
     from modalora.errors import ConfigError
 

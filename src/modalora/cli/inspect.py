@@ -16,7 +16,7 @@ def inspect(
 
     Example: modalora inspect nano
     """
-    from modalora.assistant import find_model
+    from modalora.checkpoint.find import find_model
     from modalora.checkpoint.store import describe
 
     load_files(modality_file)

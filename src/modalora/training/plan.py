@@ -25,8 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 
 from modalora import modality
-from modalora.assistant import find_model
 from modalora.checkpoint.card import read_card
+from modalora.checkpoint.find import find_model
 from modalora.checkpoint.store import describe
 from modalora.config import MediaConfig, MeshConfig, RunConfig
 from modalora.contracts import IGNORED, Batch, Media, Route

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from modalora.assistant import BUNDLED, check_device, find_model
+from modalora.assistant import check_device
 from modalora.checkpoint.adapters import save_adapter
 from modalora.checkpoint.card import read_card
+from modalora.checkpoint.find import BUNDLED, find_model
 from modalora.checkpoint.preserve import CERTIFICATE, preservation
 from modalora.checkpoint.write import check_target, rounded_by_int8, save_model
 from modalora.config import RunConfig, load_run

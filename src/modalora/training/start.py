@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from modalora.assistant import find_model, make_processor
+from modalora.assistant import make_processor
 from modalora.checkpoint.adapters import fingerprint
 from modalora.checkpoint.card import read_texts
 from modalora.checkpoint.files import weights_digest
+from modalora.checkpoint.find import find_model
 from modalora.checkpoint.store import load_model
 from modalora.config import RunConfig, parse
 from modalora.data.files import find_files
