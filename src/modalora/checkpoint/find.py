@@ -13,10 +13,11 @@ BUNDLED = Path(__file__).parents[1] / "bundled"
 _ORIGINAL = "give the folder with the model's original config.json, tokenizer.json and safetensors"
 
 
-def find_model(name: str | Path) -> Path:
+def find_model(name: object) -> Path:
     """Return the folder of a model: a path, or the name of a bundled model.
 
-    "bundled/NAME" is the same, for recipes, where a bare nano means fresh weights of that size.
+    "bundled/NAME" is the same, for recipes, where a bare nano means fresh weights of that size. Raises ConfigError for
+    what is neither, CheckpointError where there is no model.
     """
     if not isinstance(name, str | os.PathLike):
         raise ConfigError(f"the model {name!r:.60} must be a folder, or the name of a bundled model")
