@@ -23,6 +23,7 @@ from modalora.errors import CheckpointError
 from modalora.models.multimodal import ModelConfig, Multimodal
 from modalora.models.sizes import tiny
 from modalora.nn.lora import LoraConfig
+from modalora.nn.packed import can_pack
 from modalora.processing.tokenizer import TextTokenizer
 
 
@@ -108,11 +109,10 @@ def test_a_packed_model_has_adapters_in_its_own_dtype(base: Path, adapter: Path,
     linear = next(iter(loaded.model.decoder.routed().values()))
     assert linear.lora_A["mine"].dtype == torch.float32
     convert(base, tmp_path / "own", "modalora")
+    if not can_pack(linear.weight):
+        pytest.skip("this CPU has no bf16 products")
     for folder in (base, tmp_path / "own"):
-        try:
-            packed = modalora.load(folder, pack=True)
-        except modalora.ModaloraError as error:
-            pytest.skip(str(error))
+        packed = modalora.load(folder, pack=True)
         packed.load_adapter(adapter, "same")
         assert torch.equal(packed.logits("Hi", route="same"), packed.logits("Hi", route="mine"))
         # 0 seen on an AMD EPYC, bf16 in another order elsewhere; without the adapter 0.96

@@ -115,7 +115,14 @@ def test_what_is_no_answer_to_these_rows_is_refused_and_left(run: Run, rows: Pat
         )
         assert target.read_text() == held
     target.write_text(whole)
-    others = [("--max-tokens", "3"), ("--seed", "1"), ("--stop", "x"), ("--tags", "false"), ("--route", "none")]
+    others = [
+        ("--media-root", "/"),
+        ("--max-tokens", "3"),
+        ("--seed", "1"),
+        ("--stop", "x"),
+        ("--tags", "false"),
+        ("--route", "none"),
+    ]
     for other in others:
         code, _, err = run(*asked, *other)
         assert (code, "line 1 answers another row, or was asked of another model or with other" in err) == (2, True)

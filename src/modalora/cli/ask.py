@@ -83,7 +83,7 @@ def ask(
             raise ConfigError(f"{alone[0] if alone else 'QUESTION'} is for one question; leave it out beside --rows")
         if str(rows) == "-":
             raise ConfigError("--rows - would be standard input, and rows are read more than once; write it to a file")
-        told = (model, adapter, dtype, rope, form, rename, tags, settings)
+        told = (model, adapter, modality_file, dtype, rope, media_root, form, rename, tags, settings)
         with TemporaryDirectory() as cache:
             found = Rows(open_records(rows, Path(cache)), media_root or rows.parent, form, rename, tags)
             with open_answers(output, found, told) as answers:
