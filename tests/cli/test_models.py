@@ -78,6 +78,8 @@ def test_a_sum_is_composed_and_merged(run: Run, style: Path, tmp_path: Path) -> 
     torch.testing.assert_close(
         load(tmp_path / "merged").logits("Hello there"), model.logits("Hello there", route="style"), atol=1e-4, rtol=0
     )
+    code, out, _ = run("adapter", "merge", "nano", "vision + style", str(tmp_path / "spaced"), *given)
+    assert (code, "decoder as it was: speech\n" in out) == (0, True)
     code, _, err = run("adapter", "merge", "nano", "mine", str(tmp_path / "x"))
     assert (code, "no adapter 'mine'" in err, (tmp_path / "x").exists()) == (2, True, False)
     code, _, err = run("adapter", "merge", "nano", "a", str(tmp_path / "x"), "--adapter", "mine")

@@ -148,9 +148,10 @@ def merge(
     Example: modalora adapter merge nano mine merged --adapter mine=my-lora
     """
     from modalora.checkpoint.sums import merge as add_for_good
+    from modalora.contracts import terms
 
     assistant = open_model(model, adapter, modality_file)
-    dropped = set(assistant.model.adapters) - {part.partition("@")[0] for part in route.split("+")}
+    dropped = set(assistant.model.adapters) - {name for name, _ in terms(route)}
     found = add_for_good(assistant.model, route)
     assistant.save(target, layout)
     kind = str(assistant.model.decoder.embed_tokens.weight.dtype).removeprefix("torch.")
