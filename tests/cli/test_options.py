@@ -13,7 +13,7 @@ from typer.main import get_command
 
 from modalora.cli.main import app
 from modalora.cli.words import lasting, sized
-from modalora.training.machines import EXPONENTIALS, MACHINES
+from modalora.training.machines import MACHINES
 
 Run = Callable[..., tuple[int, str, str]]
 RUNNING = [
@@ -57,7 +57,6 @@ def test_chat_takes_a_dtype(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_help_of_plan_names_every_machine() -> None:
     (option,) = (one for one in get_command(app).commands["plan"].params if one.name == "machine")
     assert option.help == f"this, or a GPU by name: {', '.join(MACHINES)}."
-    assert [*EXPONENTIALS] == [*MACHINES]
 
 
 def test_help_lists_the_recipes_of_its_verb_and_breaks_no_name(run: Run) -> None:

@@ -28,7 +28,8 @@ def decoder_table(name: str, lengths: str, where: Devices, sequence: int, offloa
     from modalora.training.machines import machine_of
     from modalora.training.plan import read_size
 
-    peak, capacity, _ = machine_of(where.machine)
+    machine = machine_of(where.machine)
+    peak, capacity = machine.peak, machine.memory
     size = read_size(name)[0].decoder
     layout = Layout(count=where.count, sequence=sequence or where.count, offload=offload)
     rows = [
@@ -102,12 +103,13 @@ def evoformer_table(lengths: str, sequences: int, where: Devices, as_json: bool)
     """Print memory and time of the attention of AlphaFold2's 48 blocks by residues, `sequences` deep."""
     from modalora.science.evoformer import EvoformerConfig
     from modalora.training.lengths import evoformer_need, parse_lengths
-    from modalora.training.machines import EXPONENTIALS, machine_of
+    from modalora.training.machines import machine_of
 
-    peak, capacity, _ = machine_of(where.machine)
+    machine = machine_of(where.machine)
+    peak, capacity = machine.peak, machine.memory
     size, rate = EvoformerConfig(), where.share * peak
     needs = [
-        evoformer_need(size, residues, sequences, where.count, rate, EXPONENTIALS[where.machine])
+        evoformer_need(size, residues, sequences, where.count, rate, machine.exponentials)
         for residues in parse_lengths(lengths)
     ]
     if as_json:

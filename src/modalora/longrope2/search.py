@@ -336,14 +336,12 @@ class _Search:
         candidates = [self.space.factors(genome) for genome in call.genomes]
         judge = self.surrogate if call.cheap and self.surrogate else self.judge
         try:
-            self.stop.breakable = alone  # what is being judged is thrown away; others would wait for this process
-            if alone and self.stop.asked:
-                raise Asked
-            losses: list[list[float]] = judge.losses(candidates, call.documents).tolist()
+            with self.stop.breaking(alone):  # what is being judged is thrown away; others would wait for this process
+                if alone and self.stop.asked:
+                    raise Asked
+                losses: list[list[float]] = judge.losses(candidates, call.documents).tolist()
         except Asked:
             raise self._interrupted(self.stop.asked) from None
-        finally:
-            self.stop.breakable = False
         for genome, row in zip(call.genomes, losses, strict=True):
             if not all(map(isfinite, row)):
                 raise WorkError(

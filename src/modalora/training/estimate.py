@@ -50,9 +50,9 @@ def estimate(plan: Plan, run: RunConfig, machine: str, count: int, share: float,
         assumption = f"measured here, {run.precision} matrix products; memory {bandwidth / 1e9:.3g} GB/s"
         capacity, process = own_memory(), resident()
     else:
-        peak, capacity, _ = machine_of(machine)
-        process = 0
-        assumption = f"{share:.0%} of {count} x {peak / 1e12:.0f} TFLOP/s, an assumption"
+        kind = machine_of(machine)
+        capacity, process = kind.memory, 0
+        assumption = f"{share:.0%} of {count} x {kind.peak / 1e12:.0f} TFLOP/s, an assumption"
     total = seconds * plan.steps
     return Estimate(
         memory=memory,
@@ -116,7 +116,8 @@ def plan_reading(model: str, machine: str = "this") -> Reading:
         rate, bandwidth = measured_rate("bf16" if size == 2 else "fp32"), measured_bandwidth()
         assumption = "rates measured here: "
     else:
-        rate, _, bandwidth = machine_of(machine)
+        kind = machine_of(machine)
+        rate, bandwidth = kind.peak, kind.bandwidth
         assumption = f"peak rates of a {machine}: "
     assumption += (
         f"{rate / 1e12:.3g} TFLOP/s, {bandwidth / 1e9:.3g} GB/s; reading takes at least, decoding reaches at most"

@@ -77,13 +77,10 @@ def train(
         stop = stack.enter_context(Stop())
         stack.enter_context(wide_products())
         try:
-            stop.breakable = True
-            loop = _Loop(run, model, batches, engine or Single(), report, say, stop, stack, said, held_out)
-            stop.breakable = False
+            with stop.breaking():
+                loop = _Loop(run, model, batches, engine or Single(), report, say, stop, stack, said, held_out)
         except Asked:
             raise Interrupted(STOPPED_AT_ONCE, stop.asked) from None
-        finally:
-            stop.breakable = False
         tell_training()
         loop.run_all()
         tell_stopped()
@@ -244,14 +241,11 @@ class _Loop:
         if self.held_out is None or not self.held_out.is_due(step, last=last):
             return 0.0
         try:
-            self.stop.breakable = self.engine.world == 1
-            take = partial(self._take, moment)
-            asked, scores = self.held_out.score(self._forward, take, self.stop, step)
-            self.stop.breakable = False
+            with self.stop.breaking(self.engine.world == 1):
+                take = partial(self._take, moment)
+                asked, scores = self.held_out.score(self._forward, take, self.stop, step)
         except Asked:
             asked = self.stop.asked
-        finally:
-            self.stop.breakable = False
         if asked:
             self._break_off(moment, asked)
         if wrong := [name for name, value in scores.items() if not isfinite(value)]:
@@ -270,14 +264,11 @@ class _Loop:
     def _try(self, moment: Moment) -> tuple[int, list[Batch], _Outcome | None]:
         """Return the signal that came, the micro-batches of a step and what they came to: None, if it was not made."""
         try:
-            self.stop.breakable = self.engine.world == 1  # one rank alone must not leave the others waiting
-            micro = self._take(moment, self.batches)
-            outcome = self._gradients(micro) if micro else None
-            self.stop.breakable = False
+            with self.stop.breaking(self.engine.world == 1):  # one rank alone must not leave the others waiting
+                micro = self._take(moment, self.batches)
+                outcome = self._gradients(micro) if micro else None
         except Asked:
             return self.stop.asked, [], None
-        finally:
-            self.stop.breakable = False
         return outcome.asked if outcome else 0, micro, outcome
 
     def _take(self, moment: Moment, batches: Batches) -> list[Batch]:

@@ -7,37 +7,36 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from modalora.errors import ConfigError
 from modalora.nn.products import wide_products
 
-# Dense bf16 peak (FLOP/s), memory (bytes) and its rate (bytes/s), as the makers' data sheets give them.
+
+class Machine(NamedTuple):
+    """A GPU, as its maker's data sheet has it."""
+
+    peak: float  # FLOP/s, dense bf16
+    memory: float  # bytes
+    bandwidth: float  # bytes/s
+    exponentials: float  # a second: 16 a clock of each multiprocessor, at the highest clock
+
+
 MACHINES = {
-    "a100": (312e12, 80e9, 2.04e12),
-    "a100-40gb": (312e12, 40e9, 1.555e12),
-    "h100": (989e12, 80e9, 3.35e12),
-    "h200": (989e12, 141e9, 4.8e12),
-    "l40s": (362e12, 48e9, 0.864e12),
-    "rtx4090": (165e12, 24e9, 1.008e12),
-}
-
-
-# Exponentials a second: 16 a clock of each multiprocessor, at the highest clock of the data sheets.
-EXPONENTIALS = {
-    "a100": 2.44e12,
-    "a100-40gb": 2.44e12,
-    "h100": 3.86e12,
-    "h200": 3.86e12,
-    "l40s": 5.73e12,
-    "rtx4090": 5.16e12,
+    "a100": Machine(312e12, 80e9, 2.04e12, 2.44e12),
+    "a100-40gb": Machine(312e12, 40e9, 1.555e12, 2.44e12),
+    "h100": Machine(989e12, 80e9, 3.35e12, 3.86e12),
+    "h200": Machine(989e12, 141e9, 4.8e12, 3.86e12),
+    "l40s": Machine(362e12, 48e9, 0.864e12, 5.73e12),
+    "rtx4090": Machine(165e12, 24e9, 1.008e12, 5.16e12),
 }
 
 
 def machine_rate(machine: str, precision: str, share: float) -> float:
     """Return the FLOP/s of one machine, "this", which is measured, or a share of the peak of a name of MACHINES."""
-    return measured_rate(precision) if machine == "this" else machine_of(machine)[0] * share
+    return measured_rate(precision) if machine == "this" else machine_of(machine).peak * share
 
 
 def measured_rate(precision: str) -> float:
@@ -65,8 +64,8 @@ def _least_seconds(work: Callable[[], object]) -> float:
     return min(times)
 
 
-def machine_of(name: str) -> tuple[float, float, float]:
-    """Return peak rate, memory and its rate of a machine of MACHINES. Raises ConfigError for another name."""
+def machine_of(name: str) -> Machine:
+    """Return a machine of MACHINES. Raises ConfigError for another name."""
     if name not in MACHINES:
         raise ConfigError(f"machine {name!r} is unknown; use this, {', '.join(MACHINES)}")
     return MACHINES[name]

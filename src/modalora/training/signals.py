@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import current_thread, main_thread
 from types import FrameType, TracebackType
 
@@ -43,6 +45,15 @@ class Stop:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    @contextmanager
+    def breaking(self, may: bool = True) -> Iterator[None]:
+        """Let what is done inside be broken off by `Asked`, if it may be."""
+        self.breakable = may
+        try:
+            yield
+        finally:
+            self.breakable = False
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
