@@ -34,7 +34,7 @@ README = Path(__file__).parents[1] / "README.md"
 @torch.no_grad()
 def all_logits(model: Multimodal, documents: list[Document]) -> torch.Tensor:
     """The same losses from every logit."""
-    device = model.decoder.embed_tokens.weight.device
+    device = model.device
     ids = torch.tensor([document.ids for document in documents], device=device)
     lengths = torch.full((len(ids),), ids.shape[1], device=device)
     logits = model(Batch(ids, lengths, Route((None,) * len(ids))))
@@ -47,7 +47,7 @@ def all_logits(model: Multimodal, documents: list[Document]) -> torch.Tensor:
 
 @torch.no_grad()
 def forward_only(model: Multimodal, documents: list[Document]) -> torch.Tensor:
-    device = model.decoder.embed_tokens.weight.device
+    device = model.device
     ids = torch.tensor([document.ids for document in documents], device=device)
     return model.hidden(Batch(ids, torch.full((len(ids),), ids.shape[1], device=device), Route((None,) * len(ids))))
 

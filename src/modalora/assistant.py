@@ -376,7 +376,7 @@ class Assistant:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.model.decoder.embed_tokens.weight.device
+        return self.model.device
 
     def check_room(self, tokens: int, max_tokens: int) -> None:
         """Raise PromptError unless an answer of max_tokens fits behind a prompt of so many tokens."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import isfinite, prod
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def save_adapter(
         save_file(tensors, draft / WEIGHTS, metadata={"format": "pt", _BASE: fingerprint(model)})
         sort_metadata(draft / WEIGHTS)
         if certificate:
-            write_json(draft / CERTIFICATE, certificate.fields())
+            write_json(draft / CERTIFICATE, asdict(certificate))
 
     write_folder(folder, fill, manifest=False)
 
@@ -307,7 +307,7 @@ def _weights(folder: Path) -> Weights:
 @torch.inference_mode()
 def logit_change(model: Multimodal, route: str) -> float:
     """Return the largest change of a logit that a route makes on a fixed probe of 16 tokens."""
-    ids = torch.arange(16, device=model.decoder.embed_tokens.weight.device)[None] % model.config.decoder.vocab_size
+    ids = torch.arange(16, device=model.device)[None] % model.config.decoder.vocab_size
     lengths = torch.tensor([16], device=ids.device)
     plain, changed = (model(Batch(ids, lengths, Route((name,)))).float() for name in (None, route))
     said = plain.isfinite()  # Phi-3-small has ids that are never said

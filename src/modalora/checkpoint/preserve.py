@@ -10,9 +10,8 @@ import hashlib
 import platform
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -48,10 +47,6 @@ class Preservation:
     def sums(self) -> str:
         """Return in words what the order of sums depends on."""
         return f"torch {self.torch}, threads: {self.threads}, {self.device or 'a device it does not name'}"
-
-    def fields(self) -> dict[str, Any]:
-        """Return the certificate as JSON."""
-        return asdict(self)
 
     @property
     def fingerprint(self) -> str:
@@ -90,7 +85,7 @@ def preservation(model: Multimodal, trained: Collection[str]) -> Preservation:
         logits=probe_logits(model) if whole else (),
         torch=torch.__version__,
         threads=torch.get_num_threads(),
-        device=device_name(model.decoder.embed_tokens.weight.device),
+        device=device_name(model.device),
     )
 
 
@@ -100,7 +95,7 @@ def probe_logits(model: Multimodal) -> tuple[str, ...]:
     was_training = model.training
     model.eval()
     rng = np.random.default_rng(20250303)
-    device = model.decoder.embed_tokens.weight.device
+    device = model.device
     found = []
     for _ in range(_PROBES):
         ids = torch.from_numpy(rng.integers(0, model.config.decoder.vocab_size, (1, _PROBE_TOKENS))).to(device)

@@ -75,7 +75,7 @@ def save_model(
     def fill_all(draft: Path) -> None:
         fill(draft)
         if certificate:
-            write_json(draft / CERTIFICATE, certificate.fields())
+            write_json(draft / CERTIFICATE, asdict(certificate))
         if layout not in HOLDS_ADAPTERS:
             for name in model.config.adapters:
                 save_adapter(model, name, draft / f"{name}-lora", base=folder)

@@ -40,7 +40,7 @@ def model_bits(model: Multimodal, document: Document, window: int) -> np.ndarray
         raise ConfigError(f"window={window} must lie in 4 .. {most}, what this model reads")
     ids = torch.tensor(list(document))
     bits = np.full(len(ids), np.nan)
-    device = model.decoder.embed_tokens.weight.device
+    device = model.device
     scored = 1  # the first id follows nothing
     for start in range(0, len(ids), window // 2):
         piece = ids[start : start + window]

@@ -256,7 +256,7 @@ def _answer_states(
     """Return the states that predict the answers of all documents, (answers, width), and the answers, (answers,)."""
     if not documents:
         raise DataError("no documents were given; build at least one")
-    device = model.decoder.embed_tokens.weight.device
+    device = model.device
     lengths = [len(document.ids) for document in documents]
     padded = torch.zeros((len(documents), max(lengths)), dtype=torch.long)
     for row, document in enumerate(documents):

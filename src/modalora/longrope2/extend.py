@@ -105,7 +105,7 @@ def _carry_out(
 ) -> dict[str, Any]:
     folder = Path(config.output)
     _check_output(config, folder)
-    _wait()  # until all have read what the first one now writes
+    ranks.gathered(None)  # wait until all have read what the first one now writes
     threads = torch.get_num_threads()
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -138,15 +138,10 @@ def _run_stages(
             return {}
         grids = _score(work, asked, factors, trained, say)
         summary = _summary(work, factors, outcome, grids, trained)
-        with drafted(folder / SUMMARY) as draft:
-            write_json(draft, summary)
+        write_json(folder / SUMMARY, summary)
         _draw(work, factors, outcome, grids, summary)
         say(f"wrote {folder / REPORT}")
     return summary
-
-
-def _wait() -> None:
-    ranks.gathered(None)
 
 
 # ---------------------------------------------------------------------------------------------------- settings
@@ -338,8 +333,7 @@ def _with_others(work: Extension, documents: Sequence[Document], found: dict[str
     known = {**known, **{name: loss for part in ranks.gathered(own) for name, loss in part.items()}}
     found = {**found, "others": {name: known[name] for name in others}}
     if ranks.is_first():
-        with drafted(work.folder / "search" / "outcome.json") as draft:
-            write_json(draft, found)
+        write_json(work.folder / "search" / "outcome.json", found)
     return found
 
 
@@ -417,8 +411,7 @@ def _score(
             work.model.set_rope(own.rope(work.base))
             (grid,) = measure_grid(work.model, documents, rows=config.rows)
             work.model.set_rope(work.base)
-            with drafted(path) as draft:
-                write_json(draft, {**grid.as_json(), "made_with": made_with})
+            write_json(path, {**grid.as_json(), "made_with": made_with})
         grids[TITLES[name]] = _read_grid(path, made_with)
     if trained is None:
         return grids
@@ -430,8 +423,7 @@ def _score(
         say(f"measuring the trained model: {len(documents)} documents, twice")
         model = _placed(load_model(trained).model, config, work.device)
         for path, grid in zip(paths, measure_grid(model, documents, regimes=regimes, rows=config.rows), strict=True):
-            with drafted(path) as draft:
-                write_json(draft, {**grid.as_json(), "made_with": made_with})
+            write_json(path, {**grid.as_json(), "made_with": made_with})
     for path, regime in zip(paths, regimes, strict=True):
         grids[f"LongRoPE2, {TRAINED[regime]}"] = _read_grid(path, made_with)
     return grids

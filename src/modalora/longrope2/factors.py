@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from modalora.config import parse
-from modalora.disk import drafted, read_json, write_json
+from modalora.disk import read_json, write_json
 from modalora.errors import CheckpointError, ConfigError
 from modalora.nn.rope import LongRope, Rope, su_temperature, yarn_temperature
 
@@ -193,8 +193,7 @@ class _File:
 
 def write_factors(path: Path, factors: Factors, provenance: Provenance) -> None:
     """Write a factors file: JSON, whole or not at all."""
-    with drafted(path) as draft:
-        write_json(draft, {"format": FORMAT, "factors": asdict(factors), "provenance": asdict(provenance)})
+    write_json(path, {"format": FORMAT, "factors": asdict(factors), "provenance": asdict(provenance)})
 
 
 def read_factors(path: Path) -> tuple[Factors, Provenance]:

@@ -22,7 +22,7 @@ from modalora.nn.rope import rotate, turned
 
 def rotations(model: Multimodal, candidates: Sequence[Factors]) -> Rotations:
     """Return a row's rotary table for each candidate: its long one, as the model's config would have it."""
-    config, device = model.config.decoder, model.decoder.embed_tokens.weight.device
+    config, device = model.config.decoder, model.device
     ropes = [candidate.rope(config.rope) for candidate in candidates]
     tables = [rope.frequencies(config.head_dim, long=True) for rope in ropes]
     scales = [rope.attention_factor(long=True) for rope in ropes]

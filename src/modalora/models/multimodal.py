@@ -99,6 +99,11 @@ class Multimodal(nn.Module):
         for name, lora in config.adapters.items():
             self.decoder.add_adapter(name, lora)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.decoder.embed_tokens.weight.device
+
     def _add_networks(self, modality: str, sizes: EncoderConfig, branches: Sequence[str]) -> None:
         self.encoders[modality] = make_encoder(modality, sizes)
         self.projectors[modality] = nn.ModuleDict(
@@ -240,7 +245,7 @@ class Multimodal(nn.Module):
 
     def new_cache(self, batch: int) -> KVCache:
         """Return an empty cache for this many rows."""
-        return KVCache(self.config.decoder.num_hidden_layers, batch, self.decoder.embed_tokens.weight.device)
+        return KVCache(self.config.decoder.num_hidden_layers, batch, self.device)
 
     def read(self, batch: Batch, cache: Cache, reach: Sequence[int] | None = None) -> Tensor:
         """Read whole prompts into an empty cache; return logits of each row's last token, (batch, vocab).

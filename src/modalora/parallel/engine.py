@@ -148,7 +148,7 @@ class Single:
 
     def shard(self, model: Multimodal, objective: nn.Module) -> None:
         """Leave the model whole; the objective's head goes where it is."""
-        self.model, self.objective = model, objective.to(model.decoder.embed_tokens.weight.device)
+        self.model, self.objective = model, objective.to(model.device)
 
     def wrap(self, optimizer: Updates) -> None:
         """Take the optimiser."""

@@ -86,18 +86,13 @@ def explained() -> Iterator[None]:
 @contextmanager
 def joined() -> Iterator[None]:
     """Explain what goes wrong between processes, and leave a group that was joined inside."""
-    before = has_joined()
+    before = dist.is_initialized()
     try:
         with explained():
             yield
     finally:
-        if not before:
-            leave()
-
-
-def has_joined() -> bool:
-    """Tell whether this process is in a process group."""
-    return dist.is_initialized()
+        if dist.is_initialized() and not before:
+            dist.destroy_process_group()
 
 
 def place() -> tuple[int, int]:
@@ -108,12 +103,6 @@ def place() -> tuple[int, int]:
 def is_first() -> bool:
     """Tell whether this process is the first of its process group, or in none; before there is one, stops.is_first."""
     return place()[0] == 0
-
-
-def leave() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _summed(told: Iterable[Mapping[str, float]]) -> dict[str, float]:

@@ -51,8 +51,6 @@ class Log:
         sums = {name: progress.recent.pop(name, [0.0, 0])[0] for name in ("seconds", "tokens", "labels", "flops")}
         means = {name: total / count for name, (total, count) in _told(progress.recent).items()}
         progress.recent.clear()
-        if "loss" in means and (progress.best_loss is None or means["loss"] < progress.best_loss):
-            progress.best_loss, progress.best_step = means["loss"], progress.step
         self.metrics = {
             "step": progress.step,
             "steps": run.steps,

@@ -187,7 +187,7 @@ class _Loop:
             since += self._score(moment)
             asked, micro, outcome = self._try(moment)
             if outcome is None:  # the step was broken off, as if it had not begun, or there are no data for it
-                self._clear()
+                self.engine.clear(self.trained)
                 if not asked:
                     self._end_early(moment)
                     break
@@ -406,7 +406,7 @@ class _Loop:
     def _refuse(self, fault: Fault, moment: Moment) -> None:
         """Leave the weights as they are; stop, or count the step as skipped."""
         run, progress = self.run, self.progress
-        self._clear()
+        self.engine.clear(self.trained)
         told = f"step {progress.step + 1}: {fault}; weights are as before it"
         skips = run.nonfinite == "skip" and progress.skipped_in_row + 1 < run.nonfinite_most
         if self.log.events:
@@ -455,9 +455,6 @@ class _Loop:
         self.log.sync()
         self.states.save(self.progress, moment)
         self.saved = self.progress.step
-
-    def _clear(self) -> None:
-        self.engine.clear(self.trained)
 
     def _check_preserved(self) -> None:
         """Compare everything frozen with what it was at the start. Raises TrainingError naming what moved."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from modalora.contracts import Batch
+from modalora.parallel.engine import clear
 from modalora.training.randomness import random_state, set_random_state
 
 _MOST_ROWS = 512  # rows that are run once more, one by one
@@ -66,12 +67,10 @@ def guilty_rows(
     found: list[str] = []
     rows = [(number, batch, row) for number, batch in enumerate(micro) for row in range(len(batch.lengths))]
     for number, batch, row in rows[:_MOST_ROWS]:
-        for parameter in trained.values():
-            parameter.grad = None
+        clear(trained)
         backward(batch.select([row]))
         if not_finite((name, own.grad) for name, own in trained.items()):
             found.append(row_name(batch, number, row))
-    for parameter in trained.values():
-        parameter.grad = None
+    clear(trained)
     set_random_state(before)
     return tuple(found)

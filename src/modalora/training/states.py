@@ -50,8 +50,6 @@ class Progress:
     tokens: int = 0
     skipped: int = 0
     skipped_in_row: int = 0
-    best_loss: float | None = None
-    best_step: int = 0
     recent: dict[str, list[float]] = field(default_factory=dict)
     judged: list[str] = field(default_factory=list)
     rows: dict[str, int] = field(default_factory=dict)
