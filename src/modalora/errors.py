@@ -15,6 +15,8 @@ ModaloraError
 A message says what, where, the rule, and what to do.
 """
 
+from collections.abc import Sequence
+
 
 class ModaloraError(Exception):
     """Base of every deliberate error."""
@@ -62,3 +64,8 @@ class WorkError(ModaloraError):
 
 class TrainingError(WorkError):
     """Training met a state it must not go on from."""
+
+
+def listed(told: Sequence[str], most: int = 8, between: str = "; ") -> str:
+    """Return the first of what a message has to tell, and how many more there are."""
+    return between.join(told[:most]) + (f" and {len(told) - most} more" if len(told) > most else "")

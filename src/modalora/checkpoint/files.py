@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modalora.disk import CONFIG_BYTES, check_file, digest, draft_beside, parse_json, read_json, write_json
-from modalora.errors import CheckpointError, WorkError
+from modalora.errors import CheckpointError, WorkError, listed
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -179,8 +179,8 @@ def check_manifest(folder: Path, needed: Sequence[str] = ()) -> None:
     check_folder(folder)
     manifest = read_json(folder / MANIFEST, most=CONFIG_BYTES)
     files: Any = manifest.get("files")
-    listed = isinstance(files, dict) and all(isinstance(told, dict) for told in files.values())
-    if manifest.get("format") != FORMAT or not listed:
+    whole = isinstance(files, dict) and all(isinstance(told, dict) for told in files.values())
+    if manifest.get("format") != FORMAT or not whole:
         raise CheckpointError(f"{folder / MANIFEST} is not a manifest of format {FORMAT}")
     if len(files) > MOST_TENSORS:
         raise CheckpointError(f"{folder / MANIFEST} lists {len(files):,} files; at most {MOST_TENSORS:,} are read")
@@ -196,8 +196,9 @@ def check_manifest(folder: Path, needed: Sequence[str] = ()) -> None:
         elif digest(path) != told.get("sha256"):
             wrong.append(f"{name} was altered: its SHA-256 is not the manifest's")
     if wrong:
-        wrong = wrong if len(wrong) <= _TOLD else [*wrong[:_TOLD], f"and {len(wrong) - _TOLD} more"]
-        raise CheckpointError(f"{folder} fails its manifest: {'; '.join(wrong)}; copy the folder again from its source")
+        raise CheckpointError(
+            f"{folder} fails its manifest: {listed(wrong, _TOLD)}; copy the folder again from its source"
+        )
 
 
 @dataclass(frozen=True, slots=True)

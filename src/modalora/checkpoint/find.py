@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from modalora.checkpoint.adapters import CONFIG as ADAPTER
-from modalora.errors import CheckpointError, ConfigError
+from modalora.errors import CheckpointError, ConfigError, listed
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
 
@@ -56,5 +56,4 @@ def check_adapter_folder(path: Path) -> None:
     """Say where the adapters are of a folder that only holds some, as runs write it. Raises CheckpointError."""
     if not (path / ADAPTER).exists() and (held := sorted(path.glob(f"*/{ADAPTER}"))):
         told = [str(one.parent) for one in held]
-        more = f" (and {len(told) - 8} more)" if len(told) > 8 else ""
-        raise CheckpointError(f"{path} is no adapter but holds some; give {' or '.join(told[:8])}{more}")
+        raise CheckpointError(f"{path} is no adapter but holds some; give {listed(told, between=' or ')}")

@@ -36,7 +36,7 @@ from modalora.checkpoint.files import (
     release,
 )
 from modalora.checkpoint.names import HOLDS_ADAPTERS, Stored, plain_names, plan
-from modalora.errors import CheckpointError, ConfigError
+from modalora.errors import CheckpointError, ConfigError, listed
 from modalora.models.multimodal import ModelConfig, Multimodal, parameter_counts
 from modalora.nn.lora import check_name
 from modalora.processing.chat import ChatFormat
@@ -228,10 +228,9 @@ def _check(
         elif scale is not None:
             wrong.append(f"{name}.scale belongs to no int8 tensor")
     if wrong:
-        more = f" (and {len(wrong) - 8} more)" if len(wrong) > 8 else ""
         why = split_matrices(strangers, places_of(model))
         why = f"; it is a copy whose {why}: take the published model" if why else ""
-        raise CheckpointError(f"{folder} does not fit its config: {'; '.join(wrong[:8])}{more}{why}")
+        raise CheckpointError(f"{folder} does not fit its config: {listed(wrong)}{why}")
 
 
 def _check_tied(weights: Weights, head: str, embedding: str) -> None:

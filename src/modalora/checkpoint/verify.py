@@ -10,7 +10,7 @@ import torch
 from modalora.checkpoint.files import MANIFEST, check_manifest
 from modalora.checkpoint.preserve import CERTIFICATE, brought_with, differences, preservation, read_certificate
 from modalora.checkpoint.store import load_model
-from modalora.errors import CheckpointError
+from modalora.errors import CheckpointError, listed
 
 
 def verify_base(model: Path, adapter: Path | None, device: str) -> str:
@@ -33,8 +33,7 @@ def verify_base(model: Path, adapter: Path | None, device: str) -> str:
     if adapter is not None:  # frozen parts of a modality that the base lacks
         found = replace(found, frozen=brought_with(adapter) | dict(found.frozen))
     if wrong := differences(certified, found):
-        more = f" (and {len(wrong) - 8} more)" if len(wrong) > 8 else ""
-        raise CheckpointError(f"{model} is not the base that was certified: {'; '.join(wrong[:8])}{more}")
+        raise CheckpointError(f"{model} is not the base that was certified: {listed(wrong)}")
     if (model / MANIFEST).exists():
         check_manifest(model)
     tensors = f"{len(certified.frozen)} frozen tensors"

@@ -8,10 +8,9 @@ from typing import Any, Generic, Literal, TypeVar, get_args, get_origin, get_typ
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from modalora.errors import ConfigError, InputError
+from modalora.errors import ConfigError, InputError, listed
 
 T = TypeVar("T")
-_TOLD = 8  # faults in one message
 
 
 class Settings(BaseModel):
@@ -37,7 +36,7 @@ def parse(kind: type[T], fields: Any, where: str) -> T:
     try:
         return _Strict[kind].model_validate({"fields": fields}).fields  # type: ignore[valid-type]
     except ValidationError as error:
-        raise ConfigError(f"{where}: {'; '.join(_explain(error, kind))}") from None
+        raise ConfigError(f"{where}: {listed(_explain(error, kind))}") from None
     except InputError as error:  # a rule of the values' own, which knows no file
         raise type(error)(f"{where}: {error}") from None
 
@@ -84,8 +83,7 @@ def _explain(error: ValidationError, kind: Any) -> list[str]:
     # Of a union, the member that was meant is the one that knows the most of the keys.
     members = [own for taken, own in lines.items() if taken]
     members.sort(key=lambda own: (sum(line.startswith("unknown") for line in own), len(own)))
-    told = lines.get((), [])[: None if _groups(kind) else 1] + (members[0] if members else [])
-    return told if len(told) <= _TOLD else [*told[:_TOLD], f"and {len(told) - _TOLD} more"]
+    return lines.get((), [])[: None if _groups(kind) else 1] + (members[0] if members else [])
 
 
 def _booleans(value: Any, kind: Any, key: str = "") -> list[str]:

@@ -23,7 +23,7 @@ from modalora.data.order import shuffled
 from modalora.data.sources import SCORED, Context, Key, Place, check_window
 from modalora.data.text import token_stream
 from modalora.disk import drafted
-from modalora.errors import ConfigError, DataError, InputError, PromptError
+from modalora.errors import ConfigError, DataError, InputError, PromptError, listed
 from modalora.processing.processor import Row
 from modalora.processing.tokenizer import END_OF_TEXT, PLACEHOLDERS
 
@@ -157,9 +157,8 @@ def _open_volume(file: Path, cache: Path, form: str, split: str | None, options:
         return Volume(records, form, f"form={form} was asked for", options)
     sample, broken = _sample(records)
     if not sample:
-        told = ", ".join(f"{records.unit} {line}: {error.rpartition('; ')[0]}" for line, error in broken[:LISTED])
-        more = f" and {len(broken) - LISTED} more" if len(broken) > LISTED else ""
-        raise DataError(f"{file} holds no record that can be read: {told}{more}; {broken[0][1].rpartition('; ')[2]}")
+        told = listed([f"{records.unit} {line}: {error.rpartition('; ')[0]}" for line, error in broken], LISTED, ", ")
+        raise DataError(f"{file} holds no record that can be read: {told}; {broken[0][1].rpartition('; ')[2]}")
     try:
         found, because = detect(sample, options)
     except DataError as error:

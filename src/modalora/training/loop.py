@@ -338,15 +338,17 @@ class _Loop:
         if self.stop.asked:
             found[f"asked {self.stop.asked}"] = 1
         found = self.engine.totals(found, own)
-        by_route = {name: (found[f"sum {name}"], found[f"count {name}"]) for name in under("sum ", found)}
+
+        def sums(of: str) -> dict[str, tuple[float, float]]:
+            return {name: (found[f"{of}sum {name}"], found[f"{of}count {name}"]) for name in under(f"{of}sum ", found)}
+
+        by_route = sums("")
         return _Outcome(
             loss=sum(total for total, _ in by_route.values()),
             labels=labels,
             tokens=found["tokens"],
             by_route=by_route,
-            by_media={
-                name: (found[f"media sum {name}"], found[f"media count {name}"]) for name in under("media sum ", found)
-            },
+            by_media=sums("media "),
             by_table={
                 name: (found[f"table sum {name}"], found[f"table count {name}"], tokens)
                 for name in under("table tokens ", found)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from modalora.contracts import Batch
+from modalora.errors import listed
 from modalora.parallel.engine import clear
 from modalora.training.randomness import random_state, set_random_state
 
@@ -35,11 +36,9 @@ class Fault:
         if self.weights:
             told.append(f"the model itself holds values that are not finite, first in {self.weights[0]}")
         if self.gradients:
-            more = f" and {len(self.gradients) - 1} more" if len(self.gradients) > 1 else ""
-            told.append(f"not finite is the gradient of {self.gradients[0]}{more}")
+            told.append(f"not finite is the gradient of {listed(self.gradients, 1)}")
         if self.rows:
-            more = f" and {len(self.rows) - 8} more" if len(self.rows) > 8 else ""
-            told.append(f"from the rows {', '.join(self.rows[:8])}{more}")
+            told.append(f"from the rows {listed(self.rows, between=', ')}")
         else:
             told.append("no single row brings it about")
         return "; ".join(told)
