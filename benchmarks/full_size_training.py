@@ -35,8 +35,7 @@ from full_size import build, words
 from modalora.assistant import make_processor
 from modalora.checkpoint.store import load_model
 from modalora.contracts import IGNORED, Batch, Route
-from modalora.models.multimodal import ModelConfig, Multimodal
-from modalora.models.recompute import recompute
+from modalora.models.multimodal import ModelConfig, Multimodal, recompute
 from modalora.models.sizes import phi4_mini, phi4_multimodal, tiny
 from modalora.processing.tokenizer import TextTokenizer
 from modalora.training.flops import StepFlops

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 import modalora
-from modalora.assistant import question_messages
 from modalora.config import load_run
 from modalora.modality import load_file
+from modalora.processing.questions import question_messages
 from modalora.scaffold import new_package
 from modalora.training.run import run_recipe
 

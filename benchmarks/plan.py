@@ -22,8 +22,7 @@ from typing import Any
 import torch
 
 from modalora.config import RunConfig, parse
-from modalora.models.multimodal import ModelConfig, Multimodal
-from modalora.models.recompute import recompute
+from modalora.models.multimodal import ModelConfig, Multimodal, recompute
 from modalora.models.sizes import nano, phi4_multimodal
 from modalora.nn.lora import LoraConfig
 from modalora.training.estimate import estimate

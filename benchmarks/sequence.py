@@ -37,8 +37,7 @@ from torch.nn import functional
 
 from modalora.contracts import Batch, Route
 from modalora.models import decoder
-from modalora.models.multimodal import ModelConfig, Multimodal
-from modalora.models.recompute import recompute
+from modalora.models.multimodal import ModelConfig, Multimodal, recompute
 from modalora.models.sizes import nano
 from modalora.parallel.sequence import split_tokens
 from timing import peak

@@ -34,8 +34,7 @@ from full_size import TUNED, draw
 from full_size import build as build_base
 from modalora.checkpoint.store import load_model
 from modalora.contracts import IGNORED, Batch, Route
-from modalora.models.multimodal import ModelConfig, Multimodal
-from modalora.models.recompute import recompute
+from modalora.models.multimodal import ModelConfig, Multimodal, recompute
 from modalora.models.sizes import phi4_mini
 from modalora.nn.lora import LoraConfig
 from modalora.nn.loss import cross_entropy

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import modalora
-from modalora.assistant import Assistant, make_processor, question_messages, set_regime
+from modalora.assistant import Assistant, make_processor, set_regime
 from modalora.checkpoint.adapters import CONFIG, WEIGHTS, load_adapter, save_adapter
 from modalora.checkpoint.find import find_model
 from modalora.contracts import Batch, Route
@@ -32,6 +32,7 @@ from modalora.models.sizes import tiny
 from modalora.nn.cache import KVCache
 from modalora.nn.lora import LoraConfig
 from modalora.processing.chat import as_text, render, render_raw
+from modalora.processing.questions import question_messages
 from modalora.processing.tokenizer import END, TextTokenizer
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 100, 3), dtype=np.uint8))

@@ -22,13 +22,12 @@ from modalora.config import (
     SearchConfig,
     SourceConfig,
     dump,
-    load_chain_start,
     load_run,
     load_stages,
     parse,
 )
 from modalora.config.recipes import RECIPES
-from modalora.config.text import read, write
+from modalora.config.yaml import read, write
 from modalora.errors import ConfigError
 from modalora.models.multimodal import ModelConfig
 from modalora.models.sizes import SIZES
@@ -197,9 +196,9 @@ def test_modality_files_of_a_recipe_are_seen_from_its_folder_and_those_of_an_ove
     assert load_run(own, ["modality_files=[here.py]"]).modality_files == ["here.py"]
     chain = {"init": "tiny", "output": "out", "stages": [{"recipe": "own.yaml"}]}
     (package / "chain.yaml").write_text(yaml.safe_dump(chain))
-    assert load_stages(package / "chain.yaml")["own"].modality_files == found
+    assert load_stages(package / "chain.yaml").runs["own"].modality_files == found
     (package / "chain.yaml").write_text(yaml.safe_dump({**chain, "set": {"modality_files": ["beside.py"]}}))
-    assert load_stages(package / "chain.yaml")["own"].modality_files == ["package/beside.py"]
+    assert load_stages(package / "chain.yaml").runs["own"].modality_files == ["package/beside.py"]
 
 
 def test_a_run_survives_its_own_yaml(recipe: Callable[[Any], Path]) -> None:
@@ -220,7 +219,7 @@ def chain_files(folder: Path) -> Path:
 
 
 def test_a_stage_of_a_chain_starts_where_the_one_before_ended(tmp_path: Path) -> None:
-    runs = load_stages(chain_files(tmp_path), ["window=33", "other.optim.lr=1e-3"])
+    runs = load_stages(chain_files(tmp_path), ["window=33", "other.optim.lr=1e-3"]).runs
     assert list(runs) == ["one", "other"]
     assert [(run.init, run.output) for run in runs.values()] == [("tiny", "out/one"), ("out/one/model", "out/other")]
     assert [(run.rows, run.steps, run.window) for run in runs.values()] == [(3, 9, 33), (3, 7, 33)]
@@ -228,7 +227,7 @@ def test_a_stage_of_a_chain_starts_where_the_one_before_ended(tmp_path: Path) ->
 
 
 def test_start_and_folder_of_a_chain_are_set_for_the_chain(tmp_path: Path) -> None:
-    runs = load_stages(chain_files(tmp_path), ["init=nano", "output=there", "other.output=elsewhere"])
+    runs = load_stages(chain_files(tmp_path), ["init=nano", "output=there", "other.output=elsewhere"]).runs
     assert [(run.init, run.output) for run in runs.values()] == [
         ("nano", "there/one"),
         ("there/one/model", "elsewhere"),
@@ -241,16 +240,16 @@ def test_settings_of_a_stage_may_name_the_folder_of_the_chain(tmp_path: Path) ->
     stages = f"stages: [{{recipe: one.yaml}}, {second}]\n"
     chain.write_text(f"init: tiny\noutput: out\n{stages}")
     for output in ("out", "runs/mine"):
-        one, two = load_stages(chain, [f"output={output}"]).values()
+        one, two = load_stages(chain, [f"output={output}"]).runs.values()
         assert (two.init, two.take, one.output) == (f"{output}/one/model", {"*": f"{output}/x"}, f"{output}/one")
-    nano = load_stages(RECIPES / "chain-nano.yaml", ["output=runs/mine"])
+    nano = load_stages(RECIPES / "chain-nano.yaml", ["output=runs/mine"]).runs
     assert not any("chain-nano" in str(run) for run in nano.values())
-    assert load_chain_start(chain, ["init=nano"]) == "nano"
+    assert load_stages(chain, ["init=nano"]).start == "nano"
 
 
 def test_a_plain_recipe_is_a_chain_of_one(tmp_path: Path) -> None:
     chain_files(tmp_path)
-    assert list(load_stages(tmp_path / "one.yaml")) == ["one"]
+    assert load_stages(tmp_path / "one.yaml").runs.keys() == {"one"}
 
 
 def test_a_wrong_chain_says_which_stage(tmp_path: Path) -> None:

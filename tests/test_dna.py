@@ -13,9 +13,9 @@ import torch
 
 import modalora
 from modalora import modality
-from modalora.assistant import question_messages
 from modalora.config import load_run
 from modalora.errors import DataError, MediaError
+from modalora.processing.questions import question_messages
 from modalora.science.codons import NUMBER
 from modalora.training.run import run_recipe
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import modalora
 from modalora import modality
-from modalora.assistant import Assistant, make_processor, question_messages
+from modalora.assistant import Assistant, make_processor
 from modalora.checkpoint.adapters import CONFIG, WEIGHTS, save_adapter
 from modalora.checkpoint.preserve import preservation
 from modalora.checkpoint.sums import compose, merge
@@ -37,6 +37,7 @@ from modalora.models.multimodal import ModelConfig, Multimodal, part_of
 from modalora.models.router import ROUTES
 from modalora.models.sizes import tiny
 from modalora.nn.lora import LoraConfig
+from modalora.processing.questions import question_messages
 from modalora.processing.spans import spans
 from modalora.processing.tokenizer import TextTokenizer
 

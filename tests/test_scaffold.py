@@ -17,8 +17,8 @@ import torch
 
 import modalora
 from modalora import modality
-from modalora.assistant import question_messages
 from modalora.errors import CheckpointError, ConfigError
+from modalora.processing.questions import question_messages
 from modalora.scaffold import new_package
 
 Run = Callable[..., tuple[int, str, str]]

@@ -31,7 +31,6 @@ from modalora.nn.rope import LongRope, Regime
 from modalora.processing.chat import FORMATS, ChatFormat, read_calls
 from modalora.processing.processor import Compat, Processor, Row
 from modalora.processing.questions import Payloads, check_open, conversation, media_by_kind
-from modalora.processing.questions import question_messages as question_messages  # the front door has it, too
 from modalora.processing.spans import spans
 from modalora.processing.tokenizer import Growing, TextTokenizer
 

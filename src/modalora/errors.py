@@ -15,8 +15,6 @@ ModaloraError
 A message says what, where, the rule, and what to do.
 """
 
-from collections.abc import Sequence
-
 
 class ModaloraError(Exception):
     """Base of every deliberate error."""
@@ -66,6 +64,6 @@ class TrainingError(WorkError):
     """Training met a state it must not go on from."""
 
 
-def listed(told: Sequence[str], most: int = 8, between: str = "; ") -> str:
+def listed(told: list[str] | tuple[str, ...], most: int = 8, between: str = "; ") -> str:
     """Return the first of what a message has to tell, and how many more there are."""
     return between.join(told[:most]) + (f" and {len(told) - most} more" if len(told) > most else "")

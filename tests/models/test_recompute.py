@@ -10,8 +10,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from modalora.contracts import Batch
-from modalora.models.multimodal import Multimodal
-from modalora.models.recompute import recompute
+from modalora.models.multimodal import Multimodal, recompute
 
 Model = Callable[..., Multimodal]
 Rows = Callable[..., Batch]

@@ -25,8 +25,7 @@ from torch.distributed.tensor import DTensor
 from modalora.config import MeshConfig, OptimConfig, RunConfig, SourceConfig
 from modalora.contracts import BLANK, IGNORED, Batch
 from modalora.errors import CheckpointError, ConfigError, TrainingError
-from modalora.models.multimodal import Multimodal
-from modalora.models.recompute import recompute
+from modalora.models.multimodal import Multimodal, recompute
 from modalora.models.sizes import tiny
 from modalora.nn.gate import gate
 from modalora.parallel.engine import Engine, Single

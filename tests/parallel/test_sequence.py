@@ -17,8 +17,7 @@ from torch.distributed.tensor import DTensor
 from modalora.config import MeshConfig, RunConfig, parse
 from modalora.contracts import IGNORED, Batch, Route
 from modalora.errors import ConfigError, ShapeError
-from modalora.models.multimodal import Multimodal
-from modalora.models.recompute import recompute
+from modalora.models.multimodal import Multimodal, recompute
 from modalora.models.sizes import tiny
 from modalora.nn.attend import attend
 from modalora.nn.mask import BlockSparse, Mask

@@ -477,7 +477,7 @@ def test_a_chain_passes_them_on(start: Path) -> None:
     typed(start)
     stages = "[{recipe: recipe.yaml, name: a}, {recipe: recipe.yaml, name: b, set: {eval_rows: 7}}]"
     (start / "chain.yaml").write_text(f"{{init: x, output: y, set: {{eval_every: 3}}, stages: {stages}}}")
-    runs = load_stages(start / "chain.yaml", ["a.eval_rows=2"])
+    runs = load_stages(start / "chain.yaml", ["a.eval_rows=2"]).runs
     assert {name: (own.eval_every, own.eval_rows) for name, own in runs.items()} == {"a": (3, 2), "b": (3, 7)}
 
 

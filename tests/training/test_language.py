@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import modalora
-from modalora.assistant import Assistant, make_processor, question_messages
+from modalora.assistant import Assistant, make_processor
 from modalora.config import SourceConfig, load_run
 from modalora.data.mixture import Mixture
 from modalora.data.sources import Context
@@ -19,6 +19,7 @@ from modalora.errors import ConfigError, RouteError
 from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import tiny
 from modalora.processing.processor import Row
+from modalora.processing.questions import question_messages
 from modalora.processing.tokenizer import TextTokenizer
 from modalora.training.run import run_recipe
 

@@ -159,7 +159,7 @@ def test_stages_that_train_an_encoder_alone_are_planned(recipe: str, labels: boo
 @pytest.mark.data
 def test_every_stage_of_a_chain_is_planned_with_rows_of_its_own(data_folder: Path, tmp_path: Path) -> None:
     small = [f"data={data_folder}", f"output={tmp_path}", "tokens=0", "rows=2"]
-    for title, run in load_stages(RECIPES / "chain-nano.yaml", small).items():
+    for title, run in load_stages(RECIPES / "chain-nano.yaml", small).runs.items():
         plan, source = plan_run(run, size="bundled/nano")  # none of the models before it is there
         assert source == "the fullest of a few steps of its data", title
         assert plan.rows == 2

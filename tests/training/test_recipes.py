@@ -30,7 +30,10 @@ from modalora.training.start import open_start
 PATHS = sorted(RECIPES.glob("*.yaml"))
 EXTENSIONS = [path for path in PATHS if is_extension(path)]
 RUNS = {
-    f"{path.stem}/{title}": run for path in PATHS if path not in EXTENSIONS for title, run in load_stages(path).items()
+    f"{path.stem}/{title}": run
+    for path in PATHS
+    if path not in EXTENSIONS
+    for title, run in load_stages(path).runs.items()
 } | {path.stem: run for path in EXTENSIONS if (run := load_extension(path).run(rope={}))}
 
 # arXiv:2503.01743, section 3: what each stage trains; all else is frozen. Rates and steps where they are published.
@@ -66,7 +69,7 @@ def test_a_recipe_starts_from_models_that_other_recipes_write() -> None:
 
 def test_the_stages_of_the_paper_train_what_the_paper_trains() -> None:
     for chain in ("chain-phi4", "chain-nano"):
-        runs = load_stages(RECIPES / f"{chain}.yaml")
+        runs = load_stages(RECIPES / f"{chain}.yaml").runs
         stages = {title: run for title, run in runs.items() if title in PUBLISHED}
         assert list(stages) == list(PUBLISHED)
         assert {title: set(run.train) for title, run in stages.items()} == {
@@ -140,7 +143,7 @@ def test_the_chain_of_the_paper_runs_at_nano_size_and_each_stage_changes_its_par
         f"mixture=[{{source: files, options: {{path: {conversations}}}}}]", "steps=2", "accumulate=1", "save_every=100",
         "optim.warmup_steps=0", "precision=fp32", "threads=1",
     ]  # fmt: skip
-    stages = load_stages(RECIPES / "chain-phi4.yaml", small)
+    stages = load_stages(RECIPES / "chain-phi4.yaml", small).runs
     before, start = "bundled/nano", "bundled/nano"
     for title, run in stages.items():
         own = run.model_copy(

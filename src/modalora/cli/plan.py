@@ -135,10 +135,9 @@ def _by_length(
 def _training(
     path: Path, overrides: list[str], shapes: list[str], where: tuple[str, int, float, float], as_json: bool
 ) -> None:
-    from modalora.config import load_chain_start, load_stages
+    from modalora.config import load_stages
 
-    runs = load_stages(path, overrides)
-    size = load_chain_start(path, overrides)
+    size, runs = load_stages(path, overrides)
     _check_paths(overrides)
     found: list[dict[str, Any]] = []
     for title, run in runs.items():
@@ -151,12 +150,12 @@ def _training(
 
 def _check_paths(overrides: list[str]) -> None:
     """Refuse a path that was typed and matches no file; other rows stand in for those of a recipe alone."""
-    from modalora.config import text
+    from modalora.config import yaml
     from modalora.data.files import find_files
 
     for override in overrides:
         key, _, value = override.partition("=")
-        path = text.read(value, override) if key.endswith("options.path") else None
+        path = yaml.read(value, override) if key.endswith("options.path") else None
         if isinstance(path, str) or (isinstance(path, list) and all(isinstance(one, str) for one in path)):
             find_files(path)  # what is no path is told where the source is opened
 

@@ -46,9 +46,9 @@ def explain(
 
     Example: modalora route explain nano "What is this?" --image scene.png --audio seven.wav
     """
-    from modalora.assistant import question_messages
     from modalora.errors import ConfigError
     from modalora.generation.engine import check_max_tokens
+    from modalora.processing.questions import question_messages
 
     if batch is None and (given := options.given(context, "media_root", "form", "rename", "tags")):
         raise ConfigError(f"{given[0]} is for --batch; leave it out, or add a file")

@@ -41,7 +41,7 @@ class Rows:
 
         Raises ConfigError.
         """
-        from modalora.config.text import read
+        from modalora.config.yaml import read
         from modalora.data.forms import FORMS, Options
         from modalora.errors import ConfigError
 
@@ -107,8 +107,8 @@ def answer_rows(assistant: Assistant, rows: Rows, answers: Answers, batch: int, 
 
     settings: of Assistant.ask_each. Raises PromptError where they leave no room for any prompt.
     """
-    from modalora.assistant import question_messages
     from modalora.errors import InputError
+    from modalora.processing.questions import question_messages
 
     assistant.check_room(int(assistant.processor.measure(question_messages("?"))), settings["max_tokens"])
     rows.suit(assistant.processor)

@@ -40,7 +40,7 @@ def _train(recipe: str, settings: list[str], count: int) -> None:
     from modalora.config import load_stages
     from modalora.training.run import run_recipe
 
-    runs = load_stages(find_recipe(recipe), settings)
+    runs = load_stages(find_recipe(recipe), settings).runs
     if launch_many(["train", recipe, *settings], count, runs):
         return
     for number, (title, run) in enumerate(runs.items(), 1):

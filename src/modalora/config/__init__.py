@@ -1,7 +1,7 @@
 """Settings: pydantic models that refuse unknown keys, read from YAML recipes and overrides."""
 
 from modalora.config.extend import ExtendConfig, NeedleConfig, SearchConfig
-from modalora.config.recipes import dump, is_extension, load_chain_start, load_extension, load_run, load_stages
+from modalora.config.recipes import dump, is_extension, load_extension, load_run, load_stages
 from modalora.config.run import (
     FittedRate,
     MediaConfig,
@@ -26,7 +26,6 @@ __all__ = [
     "check_sizes",
     "dump",
     "is_extension",
-    "load_chain_start",
     "load_extension",
     "load_run",
     "load_stages",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from modalora.config import text as yaml
+from modalora.config import yaml
 from modalora.config.extend import ExtendConfig
 from modalora.config.run import ChainConfig, RunConfig
 from modalora.config.strict import parse
@@ -48,21 +48,32 @@ def load_run(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return parse(RunConfig, fields, str(path))
 
 
-def load_stages(path: Path, overrides: Sequence[str] = ()) -> dict[str, RunConfig]:
-    """Read a recipe or a chain of recipes, bundled ones or files beside it: the runs by name, in order.
+class Stages(NamedTuple):
+    """The runs of a recipe by name, in order. start: what the first of a chain starts from; None: it is no chain."""
+
+    start: str | None
+    runs: dict[str, RunConfig]
+
+
+def load_stages(path: Path, overrides: Sequence[str] = ()) -> Stages:
+    """Read a recipe or a chain of recipes, bundled ones or files beside it.
 
     An override holds for every stage, or for one of a chain where its name comes first: "vision-2-joint.steps=10".
     init and output are the chain's: where its first stage starts from, and the folder of all stages' folders, which
     settings of stages call {output}.
     """
-    if "stages" not in _read(path):
-        return {path.stem: load_run(path, overrides)}
-    chain, overrides = _read_chain(path, overrides)
+    fields = _read(path)
+    if "stages" not in fields:
+        return Stages(None, {path.stem: load_run(path, overrides)})
+    of_chain = [override for override in overrides if override.startswith(("init=", "output="))]
+    for override in of_chain:
+        _set(fields, *_override(override))
+    chain = parse(ChainConfig, fields, str(path))
     titles = [stage.title for stage in chain.stages]
     if len(set(titles)) < len(titles):
         raise ConfigError(f"{path}: two stages have one name ({', '.join(titles)}); give one of them another `name`")
     given: dict[str, list[str]] = {title: [] for title in titles}
-    for override in overrides:
+    for override in [override for override in overrides if override not in of_chain]:
         first, _, rest = override.partition(".")
         for title in [first] if first in given else titles:
             given[title].append(rest if first in given else override)
@@ -82,7 +93,7 @@ def load_stages(path: Path, overrides: Sequence[str] = ()) -> dict[str, RunConfi
             _set(own, *_override(override))
         runs[stage.title] = parse(RunConfig, own, where)
         before = f"{runs[stage.title].output}/model"
-    return runs
+    return Stages(chain.init, runs)
 
 
 def _beside(path: Path, files: Any) -> Any:
@@ -103,20 +114,6 @@ def _within(value: Any, output: str) -> Any:
     if isinstance(value, list):
         return [_within(own, output) for own in value]
     return value.replace("{output}", output) if isinstance(value, str) else value
-
-
-def load_chain_start(path: Path, overrides: Sequence[str] = ()) -> str | None:
-    """Return what the first stage of a chain starts from; None for a plain recipe."""
-    return _read_chain(path, overrides)[0].init if "stages" in _read(path) else None
-
-
-def _read_chain(path: Path, overrides: Sequence[str]) -> tuple[ChainConfig, list[str]]:
-    """Return a chain with its own overrides, init and output, and the overrides that are left for its stages."""
-    fields = _read(path)
-    own = [override for override in overrides if override.startswith(("init=", "output="))]
-    for override in own:
-        _set(fields, *_override(override))
-    return parse(ChainConfig, fields, str(path)), [override for override in overrides if override not in own]
 
 
 def _read(path: Path) -> dict[str, Any]:

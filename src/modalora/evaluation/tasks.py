@@ -11,7 +11,7 @@ from typing import Any
 import jiwer
 import numpy as np
 
-from modalora.assistant import Assistant, question_messages
+from modalora.assistant import Assistant
 from modalora.contracts import Message
 from modalora.data.instruct import recall, repetition, sums
 from modalora.data.nlvr import nlvr_scenes
@@ -20,6 +20,7 @@ from modalora.data.rows import TRUE_OR_FALSE, Conversation, frames, number_and_p
 from modalora.data.scenes import free_scene
 from modalora.data.speech import TRANSCRIBE, Clip, digit_string, spoken_digits
 from modalora.evaluation.intervals import wilson
+from modalora.processing.questions import question_messages
 from modalora.processing.tokenizer import TextTokenizer
 
 KINDS = ("count", "color", "position")  # of questions about a picture

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from modalora.contracts import IGNORED, NOWHERE, Batch, Cache, Cut, Media, Rotations, Route, Step
 from modalora.errors import ConfigError, ModaloraError, ShapeError
-from modalora.models.decoder import Decoder, DecoderConfig
-from modalora.models.speech import SpeechConfig
-from modalora.models.vision import VisionConfig
+from modalora.models.decoder import Decoder, DecoderConfig, DecoderLayer
+from modalora.models.speech import ConformerBlock, SpeechConfig
+from modalora.models.vision import VisionConfig, VisionLayer
+from modalora.nn import recompute as general
 from modalora.nn.cache import KVCache
 from modalora.nn.dense import Product
 from modalora.nn.lora import LoraConfig, check_name
@@ -406,3 +407,14 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     for name, tensor in model.state_dict().items():
         counts[part_of(name)] += tensor.numel()
     return dict(counts)
+
+
+LAYERS = (DecoderLayer, VisionLayer, ConformerBlock)
+
+
+def recompute(model: nn.Module, *, offload: bool = False) -> None:
+    """Let each decoder layer and encoder block of a model run again instead of keeping what it computes.
+
+    offload: keep its input in the memory of the CPU meanwhile.
+    """
+    general.recompute(model, LAYERS, offload=offload)

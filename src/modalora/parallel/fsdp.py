@@ -63,7 +63,7 @@ def parallelize(model: Multimodal, mesh: DeviceMesh, plan: Plan) -> None:
 
     Gates come first, since what they pass on is one rank's; then tensor parallelism, whose heads sequence parallelism
     shares out further; FSDP gathers around what these leave to a rank. A layer that is run again in the backward pass
-    (models/recompute.py) may be so before all of them.
+    (models/multimodal.py:recompute) may be so before all of them.
     Raises ConfigError when heads or channels do not fit the mesh.
     """
     gate_adapters(model)

@@ -33,8 +33,7 @@ from modalora.contracts import IGNORED, Batch, Media, Route
 from modalora.data.reader import LIMITS, check_apart, limited
 from modalora.data.sources import MADE, Context
 from modalora.errors import CheckpointError, ConfigError, DataError, InputError
-from modalora.models.multimodal import ModelConfig, Multimodal, matches, part_of, start_training
-from modalora.models.recompute import recompute
+from modalora.models.multimodal import ModelConfig, Multimodal, matches, part_of, recompute, start_training
 from modalora.models.router import route
 from modalora.models.sizes import SIZES
 from modalora.nn.lora import LoraConfig

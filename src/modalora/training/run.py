@@ -15,8 +15,7 @@ from modalora.checkpoint.preserve import CERTIFICATE, preservation
 from modalora.checkpoint.write import check_target, rounded_by_int8, save_model
 from modalora.config import RunConfig, load_run
 from modalora.errors import ConfigError
-from modalora.models.multimodal import Multimodal, matches, part_of
-from modalora.models.recompute import recompute
+from modalora.models.multimodal import Multimodal, matches, part_of, recompute
 from modalora.models.sizes import SIZES
 from modalora.parallel.engine import Engine
 from modalora.parallel.launch import engine_for
