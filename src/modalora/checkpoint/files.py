@@ -267,6 +267,23 @@ class Weights:
 
 def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """Return a file's tensors and metadata, refusing what no writer of safetensors makes."""
+    fields, before, size = _parse_header(path)
+    metadata = fields.pop("__metadata__", None)
+    found = {name: _read_entry(path, name, told) for name, told in fields.items()}
+    at = 0
+    for begin, end in sorted(span for _, span in found.values()):
+        if begin != at:
+            raise CheckpointError(f"{path}: its tensors overlap or leave a gap at byte {min(begin, at):,}")
+        at = end
+    if at != size - before:
+        raise CheckpointError(
+            f"{path} has {size:,} bytes and its header promises {at + before:,}; it is cut short or was altered"
+        )
+    return {name: entry for name, (entry, _) in found.items()}, metadata if isinstance(metadata, dict) else {}
+
+
+def _parse_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """Return the fields of a file's header, the bytes before its numbers, and those of the whole file."""
     try:
         check_file(path, sys.maxsize)
         size = path.stat().st_size
@@ -291,39 +308,29 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error!s:.200}") from None
     if not isinstance(fields, dict) or len(fields) > MOST_TENSORS:
         raise CheckpointError(f"{path}: its header must be an object of at most {MOST_TENSORS:,} tensors")
-    metadata = fields.pop("__metadata__", None)
-    spans: list[tuple[int, int]] = []
-    entries: dict[str, Entry] = {}
-    for name, told in fields.items():
-        try:
-            dtype, shape, (begin, end) = told["dtype"], tuple(told["shape"]), told["data_offsets"]
-            sound = all(type(n) is int and 0 <= n < 2**31 for n in shape) and type(begin) is type(end) is int
-            count = 1
-            for n in shape:
-                count *= n
-            sound = sound and len(shape) <= 8 and bool(_NAME.fullmatch(name)) and count < 2**48
-            sound = sound and 0 <= begin <= end and (end - begin) * 8 == count * _BITS[dtype]
-        except (KeyError, TypeError, ValueError):
-            sound = False
-        if isinstance(told, dict) and str(told.get("dtype")).startswith(("F8_", "F4", "F6_")):
-            raise CheckpointError(
-                f"{path}: {name!r:.80} has dtype {told['dtype']!r:.20}, numbers of 8 bits or fewer; expand them to "
-                "bf16 with the tool that made the file"
-            )
-        if not sound:
-            raise CheckpointError(f"{path}: the header's entry {name!r:.80} is no tensor: {told!r:.120}")
-        spans.append((begin, end))
-        entries[name] = Entry(path, dtype, shape)
-    at = 0
-    for begin, end in sorted(spans):
-        if begin != at:
-            raise CheckpointError(f"{path}: its tensors overlap or leave a gap at byte {min(begin, at):,}")
-        at = end
-    if at != size - 8 - length:
+    return fields, 8 + length, size
+
+
+def _read_entry(path: Path, name: str, told: Any) -> tuple[Entry, tuple[int, int]]:
+    """Return what a header tells of a tensor, and the bytes from where to where it lies."""
+    try:
+        dtype, shape, (begin, end) = told["dtype"], tuple(told["shape"]), told["data_offsets"]
+        sound = all(type(n) is int and 0 <= n < 2**31 for n in shape) and type(begin) is type(end) is int
+        count = 1
+        for n in shape:
+            count *= n
+        sound = sound and len(shape) <= 8 and bool(_NAME.fullmatch(name)) and count < 2**48
+        sound = sound and 0 <= begin <= end and (end - begin) * 8 == count * _BITS[dtype]
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if isinstance(told, dict) and str(told.get("dtype")).startswith(("F8_", "F4", "F6_")):
         raise CheckpointError(
-            f"{path} has {size:,} bytes and its header promises {at + 8 + length:,}; it is cut short or was altered"
+            f"{path}: {name!r:.80} has dtype {told['dtype']!r:.20}, numbers of 8 bits or fewer; expand them to "
+            "bf16 with the tool that made the file"
         )
-    return entries, metadata if isinstance(metadata, dict) else {}
+    if not sound:
+        raise CheckpointError(f"{path}: the header's entry {name!r:.80} is no tensor: {told!r:.120}")
+    return Entry(path, dtype, shape), (begin, end)
 
 
 def fitted(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:

@@ -72,16 +72,7 @@ def find_modules(
     if model.decoder.lm_head is None:
         ours["lm_head.weight"] = "decoder.embed_tokens.weight"
     plain = {key: _WRAPPED.sub("", plain_name(key)) for key in keys}
-    stored: dict[str, str] = {}
-    unknown: list[str] = []
-    for key in keys:
-        own = ours.get(plain[key])
-        if own is not None and own in stored and torch.equal(weights.get(key), weights.get(stored[own])):
-            continue  # an output matrix that is tied, saved again beside the embedding
-        if own is None or own in stored:
-            unknown.append(key)
-        else:
-            stored[own] = key
+    stored, unknown = _places({key: ours.get(name) for key, name in plain.items()}, weights)
     if wanted is not None and not (isinstance(wanted, list) and all(isinstance(one, str) for one in wanted)):
         raise CheckpointError(f"{where} has modules_to_save={wanted!r:.60}; it must be a list of module names")
     absent = [one for one in wanted or () if not any(f".{one}." in f".{name}." for name in plain.values())]
@@ -91,17 +82,7 @@ def find_modules(
     if missing and not unknown:
         raise CheckpointError(f"{folder}: {len(missing)} tensors of its modality are missing, such as {missing[0]}")
     for name, key in stored.items():
-        shape, kind = weights.entries[key].shape, weights.get(key).dtype
-        if shape != needed[name].shape:
-            raise CheckpointError(
-                f"{folder}: {key} has shape {list(shape)}, and this model needs {list(needed[name].shape)}: it was "
-                "trained on another base model"
-            )
-        if kind != needed[name].dtype and not (kind.is_floating_point and needed[name].is_floating_point()):
-            raise CheckpointError(
-                f"{folder}: {key} has dtype {weights.entries[key].dtype}, and this model has {needed[name].dtype} "
-                "there; floats are cast, other numbers are not: save it in that dtype"
-            )
+        _check_fit(weights, key, needed[name])
     branches: dict[tuple[str, str], None] = {}
     for name, key in list(stored.items()):
         pieces = name.split(".")
@@ -114,6 +95,34 @@ def find_modules(
         else:
             raise CheckpointError(f"{folder} saves {key}: {_reason(pieces)}; merge it with PEFT, or train without")
     return Modules(new, tuple(branches), stored, tuple(unknown))
+
+
+def _places(named: Mapping[str, str | None], weights: Weights) -> tuple[dict[str, str], list[str]]:
+    """Return keys by our name of what they hold, and those that are no tensor of ours, or one for the second time."""
+    stored: dict[str, str] = {}
+    unknown: list[str] = []
+    for key, own in named.items():
+        if own is not None and own in stored and torch.equal(weights.get(key), weights.get(stored[own])):
+            continue  # an output matrix that is tied, saved again beside the embedding
+        if own is None or own in stored:
+            unknown.append(key)
+        else:
+            stored[own] = key
+    return stored, unknown
+
+
+def _check_fit(weights: Weights, key: str, needed: Tensor) -> None:
+    shape, kind = weights.entries[key].shape, weights.get(key).dtype
+    if shape != needed.shape:
+        raise CheckpointError(
+            f"{weights.folder}: {key} has shape {list(shape)}, and this model needs {list(needed.shape)}: it was "
+            "trained on another base model"
+        )
+    if kind != needed.dtype and not (kind.is_floating_point and needed.is_floating_point()):
+        raise CheckpointError(
+            f"{weights.folder}: {key} has dtype {weights.entries[key].dtype}, and this model has {needed.dtype} "
+            "there; floats are cast, other numbers are not: save it in that dtype"
+        )
 
 
 def ready_modules(

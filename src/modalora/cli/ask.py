@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -87,19 +86,10 @@ def ask(
         with TemporaryDirectory() as cache:
             found = Rows(open_records(rows, Path(cache)), media_root or rows.parent, form, rename, tags)
             with open_answers(output, found, told) as answers:
-                if answers.count:
-                    print(
-                        f"{output} has {answers.count:,} of {len(found):,} rows, and is gone on with", file=sys.stderr
-                    )
                 assistant = open_model(model, adapter, modality_file, **loading)
                 check_used(assistant, adapter, route)
                 answer_rows(assistant, found, answers, batch, settings)
-        found.tell_unread()
         if answers.bad:
-            print(
-                f'{answers.bad:,} of {len(found):,} rows could not be asked: see "error" in their lines',
-                file=sys.stderr,
-            )
             raise typer.Exit(1)
         return
     if question is None or given:

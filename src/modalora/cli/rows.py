@@ -112,6 +112,8 @@ def answer_rows(assistant: Assistant, rows: Rows, answers: Answers, batch: int, 
 
     assistant.check_room(int(assistant.processor.measure(question_messages("?"))), settings["max_tokens"])
     rows.suit(assistant.processor)
+    if answers.count:
+        print(f"{answers.name} has {answers.count:,} of {len(rows):,} rows, and is gone on with", file=sys.stderr)
     with _progress(answers.count, len(rows)) as done:
         for start in range(answers.count, len(rows), batch):
             numbers = range(start, min(start + batch, len(rows)))
@@ -123,6 +125,9 @@ def answer_rows(assistant: Assistant, rows: Rows, answers: Answers, batch: int, 
                 answer = one if isinstance(one, InputError) else next(found)
                 answers.write(_line(rows, number, answer))
                 done()
+    rows.tell_unread()
+    if answers.bad:
+        print(f'{answers.bad:,} of {len(rows):,} rows could not be asked: see "error" in their lines', file=sys.stderr)
 
 
 def _read(rows: Rows, number: int) -> list[Message] | InputError:

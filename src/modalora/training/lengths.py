@@ -15,6 +15,7 @@ from modalora.models.decoder import DecoderConfig
 from modalora.science.evoformer import EvoformerConfig
 
 Attention = Literal["exact", "naive"]  # what attention keeps: a number a row, or all weights
+_COMPUTED = 2  # bytes of a number that is computed, in bf16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +37,6 @@ class Layout:
     recompute: bool = True
     offload: bool = False
     attention: Attention = "exact"
-    activation_bytes: int = 2  # of a number that is computed: 2 in bf16, 4 in fp32
     stream_bytes: int = 4  # of a number between layers: float32, as embeddings are
 
     def __post_init__(self) -> None:
@@ -118,7 +118,7 @@ def extra_per_token(size: DecoderConfig, layout: Layout) -> float:
 
 def _unit(layout: Layout) -> float:
     """Return the bytes that a channel inside a layer takes of a token on one device."""
-    return layout.activation_bytes / layout.tensor
+    return _COMPUTED / layout.tensor
 
 
 def _stream(size: DecoderConfig, layout: Layout) -> float:
@@ -133,7 +133,7 @@ def decoder_need(size: DecoderConfig, tokens: int, layout: Layout) -> Need:
     computed in, two at a time, with one layer's gradient before it is shared out. Logits are never held whole
     (nn/loss.py).
     """
-    numbers, layers, unit = decoder_numbers(size), size.num_hidden_layers, layout.activation_bytes
+    numbers, layers, unit = decoder_numbers(size), size.num_hidden_layers, _COMPUTED
     own = tokens / layout.sequence
     if layout.whole_states:  # fp16 weights and gradients, and twelve bytes of optimiser
         states = numbers * (4 / layout.tensor + 12 / layout.count)
@@ -179,7 +179,7 @@ def step_flops(size: DecoderConfig, tokens: int, recompute: bool) -> float:
 def _moved(size: DecoderConfig, tokens: int, layout: Layout) -> float:
     """Return the bytes that a device sends in a step: states, and what attention exchanges."""
     numbers, layers = decoder_numbers(size), size.num_hidden_layers
-    unit, passes = layout.activation_bytes, 3 if layout.recompute else 2
+    unit, passes = _COMPUTED, 3 if layout.recompute else 2
     sent = 0.0
     others = (layout.count - 1) / layout.count
     if layout.whole_states:

@@ -46,7 +46,7 @@ from modalora.training.dropout import add_dropout
 from modalora.training.flops import StepFlops
 from modalora.training.held_out import open_held_out
 from modalora.training.meter import Meter, size_of
-from modalora.training.objectives import OBJECTIVES, trained_part
+from modalora.training.objectives import OBJECTIVES, Objective, trained_part
 from modalora.training.optimizer import Optimizer, freeze, trained_parts
 from modalora.training.start import grown, load_modalities, make_mixture, open_context
 
@@ -110,20 +110,7 @@ def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype
     decodes = run.objective == "next_token"
     work = StepFlops(model, trained_parts(model, run.train), decodes=decodes)
     reading = StepFlops(model, (), decodes=decodes)
-    shapes = {name: value.shape for name, value in model.state_dict().items()}
-    with fake:
-        blank = {name: torch.empty(shape, dtype=_dtype(name, run, dtype)) for name, shape in shapes.items()}
-        model.load_state_dict(blank, assign=True)
-        objective = OBJECTIVES[run.objective](model)
-        if run.base_bits is not None:
-            quantize(model, run.base_bits)
-    if run.recompute:
-        recompute(model)  # what is offloaded is counted all the same: it is in some memory
-    trained = freeze(model, run.train)
-    check_preserved(model, run)
-    check_trained(trained, trained, run)
-    add_dropout(model, run.dropout)
-    trained |= {f"objective.{name}": parameter for name, parameter in objective.named_parameters()}
+    objective, trained = _make_trainable(model, run, dtype, fake)
     optimizer = Optimizer(trained, run.optim, run.steps)
     optimizer.set_rate(0)
     start_training(model)
@@ -168,6 +155,26 @@ def plan_step(config: ModelConfig, run: RunConfig, micro: Sequence[Batch], dtype
         forward=reading.of(micro) / work.of(micro),
         steps=run.steps,
     )
+
+
+def _make_trainable(
+    model: Multimodal, run: RunConfig, dtype: torch.dtype, fake: FakeTensorMode
+) -> tuple[Objective, dict[str, torch.nn.Parameter]]:
+    """Give a model without memory the fake weights of a run; return its objective, and what trains of both."""
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    with fake:
+        blank = {name: torch.empty(shape, dtype=_dtype(name, run, dtype)) for name, shape in shapes.items()}
+        model.load_state_dict(blank, assign=True)
+        objective = OBJECTIVES[run.objective](model)
+        if run.base_bits is not None:
+            quantize(model, run.base_bits)
+    if run.recompute:
+        recompute(model)  # what is offloaded is counted all the same: it is in some memory
+    trained = freeze(model, run.train)
+    check_preserved(model, run)
+    check_trained(trained, trained, run)
+    add_dropout(model, run.dropout)
+    return objective, trained | {f"objective.{name}": parameter for name, parameter in objective.named_parameters()}
 
 
 def _tokens(batch: Batch) -> int:
