@@ -99,17 +99,18 @@ class Space:
             tail.append(owner.tail[pair - owner.anchor])
         return Genome(anchor, tuple(sorted(tail)))
 
+    def check(self, count: int) -> None:
+        """Refuse a population that does not hold the first candidates: seeds, or one of each anchor."""
+        if (given := len(self.seeds or self.anchors)) > count:
+            raise ConfigError(f"population={count} does not hold the {given} first candidates; raise it, or set anchor")
+
     def first(self, rng: Rng, count: int, probability: float) -> list[Genome]:
         """Return a first population: the seeds, every anchor once, then random slopes and mutants by turns.
 
         Raises ConfigError where so many do not hold seeds and anchors.
         """
-        given = [*self.seeds, *(self.flat(anchor, rng) for anchor in self.anchors if not self.seeds)]
-        if len(given) > count:
-            raise ConfigError(
-                f"population={count} does not hold the {len(given)} first candidates; raise it, or set anchor"
-            )
-        found = dict.fromkeys(given)
+        self.check(count)
+        found = dict.fromkeys([*self.seeds, *(self.flat(anchor, rng) for anchor in self.anchors if not self.seeds)])
         for _ in range(100 * count):
             if len(found) == count:
                 break
@@ -141,14 +142,17 @@ def space_of(stretch: Stretch, config: SearchConfig, seeds: Sequence[Sequence[fl
     longrope2: anchors from the first pair of fewer than ten turns to the first of fewer than one, or the one that is
     set; divisors from s to 2 s behind it. longrope: all pairs, from 1 to 1.25 s, starting from position interpolation,
     the NTK base, and the seeds: further vectors of one divisor per pair.
-    Raises ConfigError for an anchor that is no pair, and for a window in which every pair turns.
+    Raises ConfigError for an anchor that is no pair, for a window in which every pair turns, and for a population that
+    is too small.
     """
     ratio, pairs = stretch.ratio, stretch.pairs
     temperature: Temperature = config.temperature
     if config.space == "longrope":
         whole = Space(stretch=stretch, anchors=(0,), lowest=100, highest=floor(125 * ratio), temperature=temperature)
         known = [[ratio] * pairs, [ratio ** (pair / (pairs - 1)) for pair in range(pairs)], *seeds]
-        return replace(whole, seeds=tuple(dict.fromkeys(_on_grid(whole, values) for values in known)))
+        space = replace(whole, seeds=tuple(dict.fromkeys(_on_grid(whole, values) for values in known)))
+        space.check(config.population)
+        return space
     if seeds:
         raise ConfigError("seeds are for space=longrope; longrope2 starts from every anchor")
     if config.anchor is not None and config.anchor >= pairs:
@@ -159,10 +163,12 @@ def space_of(stretch: Stretch, config: SearchConfig, seeds: Sequence[Sequence[fl
             "set anchor, or search every pair with space=longrope"
         )
     anchors = range(max(1, stretch.ten_turns), stretch.critical + 1) if config.anchor is None else (config.anchor,)
-    return Space(
+    space = Space(
         stretch=stretch, anchors=tuple(anchors), lowest=ceil(round(100 * ratio, 6)), highest=floor(200 * ratio),
         temperature=temperature,
     )  # fmt: skip
+    space.check(config.population)
+    return space
 
 
 def _on_grid(space: Space, values: Sequence[float]) -> Genome:
