@@ -170,7 +170,7 @@ def test_short_rows_keep_the_table_that_a_model_came_with(short: tuple[float, ..
     [
         (Yarn(factor=4.0, window=512, original_window=128), "kind 'yarn' was extended already, and tells no window"),
         (
-            LongRope(short_factor=(1.0,), long_factor=(2.0,), window=512, original_window=128, regime="long"),
+            LongRope(short_factor=(1.0,) * 6, long_factor=(2.0,) * 6, window=512, original_window=128, regime="long"),
             "regime='long' reads short rows by its long table",
         ),
     ],

@@ -133,9 +133,6 @@ def test_a_population_smaller_than_the_anchors_is_refused() -> None:
         SPACES["found anchor"].first(np.random.default_rng(0), 8, 0.3)
     with pytest.raises(ConfigError, match="population=8 does not hold the 11 first candidates"):
         space_of(STUDY, SearchConfig(population=8))
-    seeds = [[1.0 + seed] * 32 for seed in range(3)]
-    with pytest.raises(ConfigError, match="population=4 does not hold the 5 first candidates"):
-        space_of(STUDY, SearchConfig(space="longrope", population=4), seeds=seeds)
 
 
 def test_seeds_belong_to_a_search_of_all_pairs() -> None:

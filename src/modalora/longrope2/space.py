@@ -48,6 +48,11 @@ class Space:
         """
         return max(1, (self.highest - self.lowest) // 20)
 
+    def check(self, count: int) -> None:
+        """Refuse a population that does not hold the first candidates: seeds, or one of each anchor."""
+        if (given := len(self.seeds or self.anchors)) > count:
+            raise ConfigError(f"population={count} does not hold the {given} first candidates; raise it, or set anchor")
+
     def factors(self, genome: Genome) -> Factors:
         """Return the divisors of all pairs."""
         tail = [value / 100 for value in genome.tail]
@@ -99,11 +104,6 @@ class Space:
             tail.append(owner.tail[pair - owner.anchor])
         return Genome(anchor, tuple(sorted(tail)))
 
-    def check(self, count: int) -> None:
-        """Refuse a population that does not hold the first candidates: seeds, or one of each anchor."""
-        if (given := len(self.seeds or self.anchors)) > count:
-            raise ConfigError(f"population={count} does not hold the {given} first candidates; raise it, or set anchor")
-
     def first(self, rng: Rng, count: int, probability: float) -> list[Genome]:
         """Return a first population: the seeds, every anchor once, then random slopes and mutants by turns.
 
@@ -142,17 +142,15 @@ def space_of(stretch: Stretch, config: SearchConfig, seeds: Sequence[Sequence[fl
     longrope2: anchors from the first pair of fewer than ten turns to the first of fewer than one, or the one that is
     set; divisors from s to 2 s behind it. longrope: all pairs, from 1 to 1.25 s, starting from position interpolation,
     the NTK base, and the seeds: further vectors of one divisor per pair.
-    Raises ConfigError for an anchor that is no pair, for a window in which every pair turns, and for a population that
-    is too small.
+    Raises ConfigError for an anchor that is no pair, and for a window in which every pair turns.
+    So it does for a population of fewer than the anchors.
     """
     ratio, pairs = stretch.ratio, stretch.pairs
     temperature: Temperature = config.temperature
     if config.space == "longrope":
         whole = Space(stretch=stretch, anchors=(0,), lowest=100, highest=floor(125 * ratio), temperature=temperature)
         known = [[ratio] * pairs, [ratio ** (pair / (pairs - 1)) for pair in range(pairs)], *seeds]
-        space = replace(whole, seeds=tuple(dict.fromkeys(_on_grid(whole, values) for values in known)))
-        space.check(config.population)
-        return space
+        return replace(whole, seeds=tuple(dict.fromkeys(_on_grid(whole, values) for values in known)))
     if seeds:
         raise ConfigError("seeds are for space=longrope; longrope2 starts from every anchor")
     if config.anchor is not None and config.anchor >= pairs:
