@@ -65,8 +65,9 @@ def test_gains_are_compared_passage_by_passage() -> None:
     near, far = LengthBits(10, 2.0, 30, (1.0, 2.0, 3.0)), LengthBits(20, 2.5, 30, (1.4, 2.5, 3.6))
     gained, low, high = bits_gained(near, far)
     assert gained == pytest.approx(0.5)
-    assert (low, high) == pytest.approx((0.5 - 1.96 * 0.1 / sqrt(3), 0.5 + 1.96 * 0.1 / sqrt(3)))
-    assert near.interval == pytest.approx((2 - 1.96 / sqrt(3), 2 + 1.96 / sqrt(3)))
+    student = 4.302653  # of two degrees of freedom, as tables have it
+    assert (low, high) == pytest.approx((0.5 - student * 0.1 / sqrt(3), 0.5 + student * 0.1 / sqrt(3)))
+    assert near.interval == pytest.approx((2 - student / sqrt(3), 2 + student / sqrt(3)))
     assert bits_gained(near, near) == (0, 0, 0)
     told = near.as_json()
     assert (told["low"], told["high"], told["each"]) == (*near.interval, [1.0, 2.0, 3.0])

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from modalora.assistant import Assistant, make_processor
 from modalora.checkpoint.store import load_model
 from modalora.config import ExtendConfig, load_extension, load_run
 from modalora.config.recipes import RECIPES
+from modalora.contracts import Batch, Route
 from modalora.errors import ConfigError, DataError
 from modalora.longrope2.extend import extend
 from modalora.longrope2.factors import read_factors
@@ -42,6 +44,11 @@ TEXTS = [
     for book in range(4)
 ]  # fmt: skip
 
+# Extended before, as published Phi models are: short rows have divisors and an attention factor of their own.
+SHORT = (1.0, 1.05, 1.02, 1.3, 1.5, 2.0)
+TINY = tiny()
+SIZES = replace(TINY, decoder=replace(TINY.decoder, rope=replace(TINY.decoder.rope, short_factor=SHORT)))
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -53,7 +60,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         table = arrow.table({"name": names, "title": names, "text": TEXTS})
         parquet.write_table(table, folder / "books" / f"{split}.parquet")
     torch.manual_seed(0)
-    Assistant(Multimodal(tiny()).eval(), make_processor(tiny(), TextTokenizer.train(TEXTS, 320))).save(folder / "base")
+    Assistant(Multimodal(SIZES).eval(), make_processor(SIZES, TextTokenizer.train(TEXTS, 320))).save(folder / "base")
     return folder
 
 
@@ -93,7 +100,6 @@ def test_it_leaves_factors_a_model_scores_pictures_and_a_report(extended: Path) 
     rope = model.config.decoder.rope
     assert isinstance(rope, LongRope)
     assert (rope.long_factor, rope.window, rope.original_window) == (factors.long, 512, 256)
-    assert rope.attention_factor() == 1.0  # short rows are those of the model before
     for name in ("factors", "search", "by_length", "needles"):
         assert (extended / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((extended / "summary.json").read_text())
@@ -103,6 +109,31 @@ def test_it_leaves_factors_a_model_scores_pictures_and_a_report(extended: Path) 
     ]  # fmt: skip
     for cells in summary["scores"].values():
         assert [(cell["length"], cell["count"]) for cell in cells] == [(384, 2), (512, 2)]
+
+
+def test_short_rows_are_those_of_the_model_before_to_the_last_bit(place: Path, extended: Path) -> None:
+    base = load_model(place / "base").model.eval()
+    rope = load_model(extended / "train" / "model").model.config.decoder.rope
+    assert base.config.decoder.rope.attention_factor() != 1.0 != rope.attention_factor(long=True)
+    ids, lengths = torch.arange(2 * 257).view(2, 257) % 320, torch.tensor([256, 257])
+    before = base(Batch(ids, lengths, Route((None, None))))
+    base.set_rope(rope)
+    after = base(Batch(ids, lengths, Route((None, None))))
+    assert torch.equal(before[0, :256], after[0, :256])
+    assert not torch.equal(before[1], after[1])
+
+
+def test_one_attention_factor_for_all_rows_is_written_for_transformers(
+    place: Path, extended: Path, tmp_path: Path
+) -> None:
+    base = load_model(place / "base").model.config.decoder.rope
+    with pytest.raises(ConfigError, match=r"modalora extend`: search\.short_temperature=same"):
+        read_factors(extended / "factors.json")[0].rope(base).to_hf()
+    search = {"population": 4, "iterations": 0, "short_temperature": "same"}
+    scores = {"documents": 1, "methods": ["yarn", "longrope2"], "lengths": [512]}
+    extend(settings(place, tmp_path / "out", training=None, search=search, scores=scores))
+    told = read_factors(tmp_path / "out" / "factors.json")[0].rope(base).to_hf()["rope_parameters"]
+    assert (told["short_factor"], "attention_factor" in told) == ([*SHORT], False)  # which follows from the windows
 
 
 def test_the_report_needs_no_other_file_and_shows_every_factor(extended: Path) -> None:
@@ -297,15 +328,31 @@ def test_altered_results_are_told(place: Path, extended: Path, tmp_path: Path) -
     with pytest.raises(ConfigError, match=r"yarn\.json was altered: it holds no whole grid; remove it"):
         extend(settings(place, out))
     (out / "search" / "outcome.json").write_text('{"loss": 1}')
-    with pytest.raises(ConfigError, match=r"outcome\.json was altered: it has no anchor, documents, .*; remove it"):
+    with pytest.raises(ConfigError, match=r"outcome\.json was altered: it has no anchor, best, .*; remove it"):
         extend(settings(place, out))
+
+
+def test_factors_that_no_search_found_are_not_told_with_its_perplexity(place: Path, copied: Path) -> None:
+    before = (copied / "factors.json").read_bytes()
+    fields = json.loads(before)
+    fields["factors"]["long"][-1] = 50.0
+    (copied / "factors.json").write_text(json.dumps(fields))
+    shutil.rmtree(copied / "scores")
+    shutil.rmtree(copied / "train")
+    with pytest.raises(
+        ConfigError, match=r"factors\.json was altered: its factors are not those that the search found .*; remove"
+    ):
+        extend(settings(place, copied))
+    (copied / "factors.json").unlink()
+    extend(settings(place, copied))
+    assert (copied / "factors.json").read_bytes() == before
 
 
 def test_another_model_under_the_same_name_is_noticed(place: Path, extended: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
-    processor = make_processor(tiny(), TextTokenizer.train(TEXTS, 320))
+    processor = make_processor(SIZES, TextTokenizer.train(TEXTS, 320))
     base = tmp_path / "base"
-    Assistant(Multimodal(tiny()).eval(), processor).save(base)
+    Assistant(Multimodal(SIZES).eval(), processor).save(base)
     out = tmp_path / "out"
     shutil.copytree(extended, out)
     fields = yaml.safe_load((out / "extend.yaml").read_text())

@@ -23,8 +23,9 @@ from modalora.longrope2.factors import (
     temperature_scale,
     write_factors,
 )
+from modalora.longrope2.methods import other_methods
 from modalora.models.sizes import phi4_mini, tiny, window_study
-from modalora.nn.rope import LongRope, Plain
+from modalora.nn.rope import LongRope, Plain, Rope, Yarn
 
 # The published LLaMA3-8B factors, 8,192 to 131,072 tokens, anchor 33 (nnScaler's example config).
 LLAMA3 = (
@@ -136,9 +137,47 @@ def test_factors_become_a_config_that_divides_the_frequencies() -> None:
 
 
 def test_one_temperature_for_both_is_written_as_other_libraries_read_it() -> None:
-    rope = replace(FOUND, short_temperature="su").rope(window_study().decoder.rope)
+    rope = replace(FOUND, short_scale=sqrt(1 + log(8) / log(128))).rope(window_study().decoder.rope)
     assert rope.mscale is None
     assert rope.attention_factor() == rope.attention_factor(long=True) == pytest.approx(1.1952, abs=5e-5)
+
+
+def test_phi4_mini_keeps_the_attention_factor_of_its_short_rows() -> None:
+    base = phi4_mini().decoder.rope
+    assert isinstance(base, LongRope)
+    same = Stretch.of(base, 128, 131_072)
+    rope = Factors.meeting(same, 31, base.long_factor[31:]).rope(base)
+    assert rope.mscale is None  # to the window that it has: the one factor of its file
+    rope = Factors.meeting(replace(same, target=262_144), 31, [64.0] * 17).rope(base)
+    assert rope.attention_factor() == base.attention_factor() == pytest.approx(1.1902, abs=5e-5)
+    assert rope.attention_factor(long=True) == pytest.approx(1.2247, abs=5e-5)  # sqrt(18 / 12)
+
+
+@pytest.mark.parametrize("short", [(1.0,) * 6, (1.1, 1.05, 1.2, 1.3, 1.5, 2.0)])
+@pytest.mark.parametrize("own", [{}, {"mscale": (1.07, 1.2)}, {"temperature": "yarn"}, {"regime": "short"}])
+def test_short_rows_keep_the_table_that_a_model_came_with(short: tuple[float, ...], own: dict[str, Any]) -> None:
+    base = LongRope(short_factor=short, long_factor=(2.0,) * 6, window=512, original_window=128, **own)
+    stretch = Stretch.of(base, 12, 1024)
+    found = [Factors.meeting(stretch, 2, [8.0] * 4), *other_methods(stretch).values()]
+    for rope in [factors.rope(base) for factors in found]:
+        assert torch.equal(rope.frequencies(12), base.frequencies(12))
+        assert rope.attention_factor() == base.attention_factor()
+        assert rope.switch == 128
+
+
+@pytest.mark.parametrize(
+    ("base", "told"),
+    [
+        (Yarn(factor=4.0, window=512, original_window=128), "kind 'yarn' was extended already, and tells no window"),
+        (
+            LongRope(short_factor=(1.0,) * 6, long_factor=(2.0,) * 6, window=512, original_window=128, regime="long"),
+            "regime='long' reads short rows by its long table",
+        ),
+    ],
+)
+def test_a_model_whose_short_rows_cannot_be_kept_is_refused(base: Rope, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        Stretch.of(base, 12, 1024)
 
 
 def test_factors_are_refused_by_a_model_of_another_window() -> None:
@@ -171,6 +210,7 @@ def broken(tmp_path: Path, **changes: Any) -> Path:
         ({"long": [1.0, 2.0]}, "short has 32 factors for 2 pairs"),
         ({"long": [2.0] + [1.0] * 31}, "long must not decrease"),
         ({"long": [0.0] * 32}, "long holds 0.0; a factor divides"),
+        ({"short_scale": 0}, "short_scale=0.0 must be above 0"),
         ({"long": [float("inf")] * 32}, "factors.long.0=inf: Input should be a finite number"),
         ({"long": "8"}, "factors.long='8'"),
         ({"anchor": 32}, "anchor=32 must be one of the pairs 0 .. 31"),
@@ -193,7 +233,7 @@ def test_a_malformed_file_is_refused_by_name_and_rule(tmp_path: Path, changes: d
         (None, "is missing"),
         ("{", "is not JSON"),
         ("[]", "must hold a JSON object"),
-        ("{}", "no factors file of format 1"),
+        ("{}", "no factors file of format 2"),
     ],
 )
 def test_what_is_no_factors_file_is_refused(tmp_path: Path, text: str | None, told: str) -> None:

@@ -131,6 +131,8 @@ def test_a_space_that_is_none_is_refused(stretch: Stretch, fields: dict[str, Any
 def test_a_population_smaller_than_the_anchors_is_refused() -> None:
     with pytest.raises(ConfigError, match="population=8 does not hold the 11 first candidates"):
         SPACES["found anchor"].first(np.random.default_rng(0), 8, 0.3)
+    with pytest.raises(ConfigError, match="population=8 does not hold the 11 first candidates"):
+        space_of(STUDY, SearchConfig(population=8))
 
 
 def test_seeds_belong_to_a_search_of_all_pairs() -> None:

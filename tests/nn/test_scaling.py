@@ -313,7 +313,24 @@ def test_attention_factors_of_a_longrope_file() -> None:
     [
         ({"rope_scaling": {"type": "xpos"}}, "rope_type='xpos' must be one of default, linear"),
         ({"rope_scaling": {"type": ["su"]}}, "rope_type="),
-        ({"rope_scaling": {**LONG, "factr": 2}}, "unknown key 'factr'"),
+        (
+            {"rope_scaling": {**LONG, "factr": 2}},
+            "unknown key 'factr'; .* this type has short_factor, long_factor, attention_factor, factor, short_ms",
+        ),
+        ({"rope_scaling": {**LONG, "regime": "long"}}, "unknown key 'regime'"),  # a setting of ours
+        ({"rope_scaling": {**LONG, "attention_factor": 0}}, r"attention_factor=0 must lie in \[1e-6, 1e6\]"),
+        ({"rope_scaling": {**LONG, "attention_factor": "1.0"}}, "attention_factor='1.0' must be a number, without"),
+        ({"rope_scaling": {**LONG, "long_factor": ["2.0"]}}, "long_factor='2.0' must be a number, without quotes"),
+        ({"rope_scaling": {**LONG, "short_factor": 1.0}}, "short_factor=1.0 must be a list of numbers, one per"),
+        ({"rope_theta": "10000"}, "rope_theta='10000' must be a number"),
+        ({"rope_theta": 0.5}, "config.json: rope parameters: rope_theta=0.5 must be above 1"),
+        ({"partial_rotary_factor": 2}, "partial_rotary_factor=2.0 must lie in"),
+        (
+            {"rope_scaling": LONG, "original_max_position_embeddings": 2048},
+            r"original_max_position_embeddings=2048 must lie in \(1, max_position_embeddings=1024\]",
+        ),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "attention_factor": 0.0}}, " attention_factor=0.0 must"),
+        ({"rope_scaling": {"rope_type": "yarn", "truncate": "maybe"}}, "truncate='maybe'"),
         ({"rope_scaling": {**LONG, "short_mscale": 1.0}}, "belong together"),
         ({"rope_scaling": {**LONG, "factor": "2"}}, "factor='2' must be a number"),
         ({"rope_scaling": {**LONG, "original_max_position_embeddings": 64}}, "is 64 within and 128 beside"),

@@ -25,6 +25,8 @@ class SearchConfig(Settings):
     crossover: float = Field(0.0, ge=0, le=1)  # share of the children that have two parents
     seed: int = Field(0, ge=0)  # of all that is random
     temperature: Literal["su", "yarn", "none"] = "su"  # of every candidate alike
+    # of rows within the trained window; own: as the model has it; same: that of longer rows, as transformers needs it
+    short_temperature: Literal["own", "same"] = "own"
     together: int = Field(4, ge=1)  # candidates that are judged in one call
     racing: bool = True  # drop a candidate once a part of the documents shows that it cannot become a parent
     race_from: int = Field(4, ge=2)  # documents read before the first look; each look doubles them

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import log, sqrt
-from statistics import stdev
+from math import log
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from modalora.assistant import Assistant
 from modalora.errors import ConfigError, DataError
 from modalora.evaluation.documents import passage
+from modalora.evaluation.intervals import mean_interval
 from modalora.evaluation.needle import answer_losses, plain_document
 from modalora.models.multimodal import Multimodal
 from modalora.nn.products import wide_products
@@ -71,8 +71,8 @@ class LengthBits:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of `bits` from the spread over passages, as of a normal mean: give 30 or more."""
-        return _normal_interval(self.each)
+        """95 % interval of `bits` from the spread over passages."""
+        return mean_interval(self.each)
 
     def as_json(self) -> dict[str, Any]:
         """Return plain values, with the interval."""
@@ -120,9 +120,4 @@ def bits_gained(one: LengthBits, other: LengthBits) -> tuple[float, float, float
     if len(one.each) != len(other.each) or one.tokens != other.tokens:
         raise DataError("bits_gained compares lengths of one bits_by_length; these have different passages")
     each = [more - less for less, more in zip(one.each, other.each, strict=True)]
-    return sum(each) / len(each), *_normal_interval(each)
-
-
-def _normal_interval(each: Sequence[float]) -> tuple[float, float]:
-    middle, reach = sum(each) / len(each), 1.96 * stdev(each) / sqrt(len(each))
-    return middle - reach, middle + reach
+    return sum(each) / len(each), *mean_interval(each)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import exp
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,16 @@ from modalora.disk import drafted, read_json, write_json
 from modalora.errors import ConfigError, DataError
 from modalora.evaluation.documents import make_documents, part_of_books
 from modalora.evaluation.needle import Document, Grid, measure_grid, plain_document
-from modalora.longrope2.factors import Factors, Provenance, Stretch, read_factors, write_factors
+from modalora.longrope2.factors import (
+    Factors,
+    Provenance,
+    Stretch,
+    read_factors,
+    temperature_scale,
+    write_factors,
+)
 from modalora.longrope2.judges import NeedleJudge, Surrogate
-from modalora.longrope2.methods import TITLES, other_methods, unscaled
+from modalora.longrope2.methods import TITLES, other_methods
 from modalora.longrope2.pictures import draw_by_length, draw_factors, draw_needles, draw_search
 from modalora.longrope2.report import as_page
 from modalora.longrope2.search import Outcome, search
@@ -62,7 +69,7 @@ _STAGES: dict[str, tuple[tuple[str, ...], str]] = {
 
 @dataclass(frozen=True)
 class Extension:
-    """What an extension has to work with. base: its rotary positions up to the window that it was trained on."""
+    """What an extension has to work with. base: the rotary positions that the model came with."""
 
     config: ExtendConfig
     folder: Path
@@ -71,11 +78,6 @@ class Extension:
     tokenizer: TextTokenizer
     base: Rope
     stretch: Stretch
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of one attention head."""
-        return self.model.config.decoder.head_dim
 
 
 def extend(
@@ -181,9 +183,11 @@ def _open(config: ExtendConfig, folder: Path, device: torch.device) -> Extension
         mixture=[SourceConfig(source="books")],  # a run needs one; none is opened
     )  # fmt: skip
     model, tokenizer, _ = open_start(start)
-    base = unscaled(model.config.decoder.rope)
+    base = model.config.decoder.rope
     stretch = Stretch.of(base, model.config.decoder.head_dim, config.target)
-    model.set_rope(base)
+    if config.search.short_temperature == "same":
+        scale = temperature_scale(config.search.temperature, stretch.ratio, stretch.window)
+        stretch = replace(stretch, short_scale=scale)
     return Extension(config, folder, device, _placed(model, config, device), tokenizer, base, stretch)
 
 
@@ -256,7 +260,17 @@ def _read_search(work: Extension, documents: Sequence[Document], say: Say) -> tu
             f"{told} was altered: it has no {', '.join(sorted(lacking))}; remove it, and the search goes on from its "
             "log"
         )
+    if found["best"] != _as_json(asdict(factors)):
+        raise ConfigError(
+            f"{target} was altered: its factors are not those that the search found ({told}); remove it, and the "
+            "search goes on from its log"
+        )
     return factors, found
+
+
+def _as_json(fields: Any) -> Any:
+    """Return fields as they will be read back."""
+    return json.loads(json.dumps(fields))
 
 
 def _hashes(documents: Sequence[Document]) -> tuple[str, ...]:
@@ -296,8 +310,7 @@ def _search(work: Extension, documents: Sequence[Document], say: Say) -> tuple[F
         fingerprints={"model": model, "documents": list(_hashes(documents))}, report=show,
         surrogate=Surrogate(work.model, documents) if config.proposals > 1 else None,
     )  # fmt: skip
-    found = json.loads(json.dumps(_outcome(outcome, documents)))  # as it will be read back
-    found = _with_others(work, documents, found)
+    found = _with_others(work, documents, _as_json(_outcome(outcome, documents)))
     if not ranks.is_first():
         return outcome.best, found
     settings = {"search": config.model_dump(mode="json"), "guide": work.config.guide.model_dump(mode="json")}
@@ -339,16 +352,17 @@ def _with_others(work: Extension, documents: Sequence[Document], found: dict[str
 
 def _others(work: Extension) -> dict[str, Factors]:
     config = work.config
-    found = other_methods(work.base, work.head_dim, config.target, config.search.temperature)
+    found = other_methods(work.stretch, config.search.temperature)
     return {name: factors for name, factors in found.items() if name in config.scores.methods}
 
 
-_TOLD = {"perplexity", "loss", "anchor", "first_stretched", "evaluations", "passes", "share_of_passes", "others",
-         "history", "documents"}  # fmt: skip
+_TOLD = {"best", "perplexity", "loss", "anchor", "first_stretched", "evaluations", "passes", "share_of_passes",
+         "others", "history", "documents"}  # fmt: skip
 
 
 def _outcome(outcome: Outcome, documents: Sequence[Document]) -> dict[str, Any]:
     return {
+        "best": asdict(outcome.best),
         "perplexity": exp(min(outcome.loss, 700.0)),
         "loss": outcome.loss,
         "anchor": outcome.best.anchor,
@@ -375,7 +389,7 @@ def _training(work: Extension, factors: Factors) -> RunConfig | None:
 
 def _check_training(work: Extension) -> None:
     """Open the data of the training, with factors that any search may find. Raises ConfigError, DataError."""
-    stand_in = other_methods(work.base, work.head_dim, work.config.target)["linear"]
+    stand_in = other_methods(work.stretch)["linear"]
     run = _training(work, stand_in)
     if run is not None and not _is_trained(work):
         check_settings(run)
@@ -460,7 +474,7 @@ def _summary(
         "trained": None if trained is None else str(trained),
         "search": {
             "measure": MEASURES[work.config.guide.score],
-            **{key: value for key, value in outcome.items() if key not in ("history", "documents")},
+            **{key: value for key, value in outcome.items() if key not in ("best", "history", "documents")},
         },
         "scores": {title: grid.as_json()["by_length"] for title, grid in grids.items()},
     }

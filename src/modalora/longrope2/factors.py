@@ -7,7 +7,7 @@ divisor [λ] above 1 stretches the period of its pair. Windows and periods are t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import ceil, inf, isfinite, log, pi
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +15,9 @@ from typing import Any, Literal
 from modalora.config import parse
 from modalora.disk import read_json, write_json
 from modalora.errors import CheckpointError, ConfigError
-from modalora.nn.rope import LongRope, Rope, su_temperature, yarn_temperature
+from modalora.nn.rope import LongRope, Plain, Rope, su_temperature, yarn_temperature
 
-FORMAT = 1
+FORMAT = 2
 Temperature = Literal["su", "yarn", "none"]
 
 
@@ -33,18 +33,40 @@ def temperature_scale(policy: Temperature, stretch: float, window: int) -> float
 
 
 def trained_window(rope: Rope) -> int:
-    """Return the window that a model had before LongRoPE's factors."""
-    return rope.original_window if isinstance(rope, LongRope) else rope.window
+    """Return the window that a model had before LongRoPE's factors.
+
+    Raises ConfigError for a model that was rescaled otherwise, and for one that reads no row by its short table.
+    """
+    if isinstance(rope, Plain):
+        return rope.window
+    if not isinstance(rope, LongRope):
+        raise ConfigError(
+            f"a model with rotary positions of kind {rope.kind!r} was extended already, and tells no window that it "
+            "was first trained on; start from the model before that"
+        )
+    if rope.regime == "long":
+        raise ConfigError(
+            "a model with regime='long' reads short rows by its long table, so an extension cannot keep them; start "
+            "from the model before that"
+        )
+    return rope.original_window
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stretch:
-    """The rotary positions of a trained model, and the window that it is to reach."""
+    """The rotary positions of a trained model, and the window that it is to reach.
+
+    short, short_scale: of rows within the trained window, divisors and what cos and sin are multiplied by. They differ
+    from 1 in a model that was extended before; what is searched divides plain frequencies all the same, which such a
+    model was trained with first.
+    """
 
     theta: float  # base of the frequencies [θ]
     pairs: int  # that turn, of a head [d / 2]
     window: int  # trained [L]
     target: int  # wanted [L']
+    short: tuple[float, ...] = ()  # (): all 1
+    short_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.theta <= 1 or self.pairs < 2 or self.window < 8:
@@ -57,8 +79,14 @@ class Stretch:
 
     @classmethod
     def of(cls, rope: Rope, head_dim: int, target: int) -> Stretch:
-        """Return the stretch of a model to a target window. Raises ConfigError where its window is as long already."""
-        return cls(theta=rope.theta, pairs=len(rope.frequencies(head_dim)), window=trained_window(rope), target=target)
+        """Return the stretch of a model to a target window.
+
+        Raises ConfigError where its window is as long already, or unknown.
+        """
+        found = cls(theta=rope.theta, pairs=len(rope.frequencies(head_dim)), window=trained_window(rope), target=target)
+        if not isinstance(rope, LongRope):
+            return found
+        return replace(found, short=rope.short_factor, short_scale=rope.attention_factor())
 
     @property
     def ratio(self) -> float:
@@ -91,7 +119,7 @@ class Factors:
 
     anchor: the pair from which on they are chosen one by one; below it they are an NTK base that meets the anchor's,
     so pair i has long[anchor] ^ (i / anchor). 0: all are chosen.
-    temperature: of rows beyond the trained window; short_temperature: of the others, "none" to keep them as trained.
+    temperature: of rows beyond the trained window. short, short_scale: as in Stretch.
     """
 
     anchor: int
@@ -100,7 +128,7 @@ class Factors:
     long: tuple[float, ...]
     short: tuple[float, ...] = ()  # (): all 1
     temperature: Temperature = "su"
-    short_temperature: Temperature = "none"
+    short_scale: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "short", self.short or (1.0,) * len(self.long))
@@ -109,8 +137,10 @@ class Factors:
                 raise ConfigError(f"{name} has {len(values)} factors for {len(self.long)} pairs; give one per pair")
             if bad := [value for value in values if not 0 < value < inf]:
                 raise ConfigError(f"{name} holds {bad[0]}; a factor divides a frequency and must be above 0")
-            if any(one > other for one, other in zip(values, values[1:], strict=False)):
-                raise ConfigError(f"{name} must not decrease from pair to pair: slow pairs are stretched the most")
+        if any(one > other for one, other in zip(self.long, self.long[1:], strict=False)):
+            raise ConfigError("long must not decrease from pair to pair: slow pairs are stretched the most")
+        if not 0 < self.short_scale < inf:
+            raise ConfigError(f"short_scale={self.short_scale} must be above 0; 1 leaves cos and sin as they are")
         if not 0 <= self.anchor < len(self.long):
             raise ConfigError(f"anchor={self.anchor} must be one of the pairs 0 .. {len(self.long) - 1}")
         if not 8 <= self.window < self.target:
@@ -120,7 +150,10 @@ class Factors:
     def meeting(cls, stretch: Stretch, anchor: int, tail: Sequence[float], temperature: Temperature = "su") -> Factors:
         """Return the factors whose pairs from the anchor on have the values of the tail."""
         long = (*below(anchor, tail[0]), *tail)
-        return cls(anchor=anchor, window=stretch.window, target=stretch.target, long=long, temperature=temperature)
+        return cls(
+            anchor=anchor, window=stretch.window, target=stretch.target, long=long, short=stretch.short,
+            temperature=temperature, short_scale=stretch.short_scale,
+        )  # fmt: skip
 
     @property
     def tail(self) -> tuple[float, ...]:
@@ -145,9 +178,8 @@ class Factors:
         window = trained_window(base)
         if window != self.window:
             raise ConfigError(f"these factors stretch a window of {self.window} tokens, and the model's is {window}")
-        ratio = self.target / self.window
-        scales = [temperature_scale(own, ratio, self.window) for own in (self.short_temperature, self.temperature)]
-        own = self.temperature == self.short_temperature == "su"
+        scale = temperature_scale(self.temperature, self.target / self.window, self.window)
+        is_one = self.temperature == "su" and self.short_scale == scale
         return LongRope(
             short_factor=self.short,
             long_factor=self.long,
@@ -155,7 +187,7 @@ class Factors:
             rotated=base.rotated,
             window=self.target,
             original_window=self.window,
-            mscale=None if own else (scales[0], scales[1]),  # None is what other libraries can read
+            mscale=None if is_one else (self.short_scale, scale),  # None is what other libraries can read
         )
 
 

@@ -6,9 +6,8 @@ share: a comparison in which only some have one would measure the temperature. S
 
 from __future__ import annotations
 
-from modalora.errors import ConfigError
 from modalora.longrope2.factors import Factors, Stretch, Temperature
-from modalora.nn.rope import Linear, LongRope, Ntk, Plain, Rope, ScalingLawNtk, Yarn, divisors
+from modalora.nn.rope import Linear, Ntk, Plain, Rope, ScalingLawNtk, Yarn, divisors
 
 TITLES = {
     "none": "no rescaling",
@@ -20,37 +19,21 @@ TITLES = {
 }
 
 
-def unscaled(base: Rope) -> Plain:
-    """Return the rotary positions that a model was trained with up to its original window.
-
-    Raises ConfigError for a model that was rescaled by other means than LongRoPE's.
-    """
-    if isinstance(base, LongRope):
-        return Plain(theta=base.theta, rotated=base.rotated, window=base.original_window)
-    if not isinstance(base, Plain):
-        raise ConfigError(
-            f"a model with rotary positions of kind {base.kind!r} was extended already, and tells no window that it "
-            "was first trained on; start from the model before that"
-        )
-    return base
-
-
-def other_methods(base: Rope, head_dim: int, target: int, temperature: Temperature = "su") -> dict[str, Factors]:
-    """Return the divisors of every method but LongRoPE2, by name. head_dim: channels of a head."""
-    plain = unscaled(base)
-    stretch = Stretch.of(plain, head_dim, target)
-    theta, rotated, window, ratio = plain.theta, plain.rotated, stretch.window, stretch.ratio
+def other_methods(stretch: Stretch, temperature: Temperature = "su") -> dict[str, Factors]:
+    """Return the divisors of every method but LongRoPE2, by name."""
+    theta, window, target, ratio = stretch.theta, stretch.window, stretch.target, stretch.ratio
     ropes: dict[str, Rope] = {
-        "none": plain,
-        "linear": Linear(theta=theta, rotated=rotated, window=target, factor=ratio),
-        "ntk": Ntk(theta=theta, rotated=rotated, window=target, factor=ratio),
-        "scaling_law_ntk": ScalingLawNtk(theta=theta, rotated=rotated, window=target, original_window=window),
-        "yarn": Yarn(theta=theta, rotated=rotated, window=target, factor=ratio, original_window=window),
+        "none": Plain(theta=theta, window=window),
+        "linear": Linear(theta=theta, window=target, factor=ratio),
+        "ntk": Ntk(theta=theta, window=target, factor=ratio),
+        "scaling_law_ntk": ScalingLawNtk(theta=theta, window=target, original_window=window),
+        "yarn": Yarn(theta=theta, window=target, factor=ratio, original_window=window),
     }
     found = {}
     for name, rope in ropes.items():
-        long = divisors(rope, head_dim, long=True).cummax(0).values  # float32 rounds equal ones apart
+        long = divisors(rope, 2 * stretch.pairs, long=True).cummax(0).values  # float32 rounds equal ones apart
         found[name] = Factors(
-            anchor=0, window=window, target=target, long=tuple(long.tolist()), temperature=temperature
-        )
+            anchor=0, window=window, target=target, long=tuple(long.tolist()), short=stretch.short,
+            temperature=temperature, short_scale=stretch.short_scale,
+        )  # fmt: skip
     return found

@@ -14,7 +14,6 @@ import torch
 from modalora.config import ExtendConfig, RunConfig
 from modalora.contracts import IGNORED, Batch, Route
 from modalora.longrope2.factors import Stretch
-from modalora.longrope2.methods import unscaled
 from modalora.longrope2.space import space_of
 from modalora.models.multimodal import Multimodal
 from modalora.training.flops import StepFlops
@@ -72,8 +71,7 @@ def plan_extension(config: ExtendConfig, machines: Sequence[tuple[str, int]], sh
     share: of a GPU's peak rate that is reached. Raises ConfigError, CheckpointError.
     """
     size, _ = read_size(config.init)
-    base = unscaled(size.decoder.rope)
-    stretch = Stretch.of(base, size.decoder.head_dim, config.target)
+    stretch = Stretch.of(size.decoder.rope, size.decoder.head_dim, config.target)
     space_of(stretch, config.search)
     with torch.device("meta"):
         model = Multimodal(size)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import takewhile
-from math import atan2, cos, exp, isfinite, pi, sin, sqrt
+from math import exp, isfinite, sqrt
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
@@ -26,6 +26,7 @@ from modalora.checkpoint.resume import locked
 from modalora.config import SearchConfig
 from modalora.disk import Journal, read_lines, step_of
 from modalora.errors import ConfigError, WorkError
+from modalora.evaluation.intervals import t_quantile
 from modalora.longrope2.factors import Factors
 from modalora.longrope2.space import Genome, Space
 from modalora.parallel import ranks
@@ -309,28 +310,26 @@ class _Search:
         """Mean nats over the documents read; over all of them for a parent."""
         return fmean(self.known[genome])
 
-    def _answers(self, calls: Sequence[_Call]) -> list[list[list[float]]]:
-        """Return what is said to each call. Ranks take turns; the log is the same as one process would write."""
-        found: list[list[list[float]]] = []
-        for call in calls:
-            if (said := self.log.replay(call)) is None:
-                break
-            found.append(said)
-        self.replayed += len(found)
+    def _answers(self, calls: Sequence[_Call]) -> Iterator[list[list[float]]]:
+        """Yield what is said to each call. Ranks take turns; the log is the same as one process would write."""
+        at = 0
+        while at < len(calls) and (known := self.log.replay(calls[at])) is not None:
+            at, self.replayed = at + 1, self.replayed + 1
+            yield known
         rank, world = ranks.place()
-        while len(found) < len(calls):
-            turn = calls[len(found) : len(found) + world]
+        while at < len(calls):
+            turn = calls[at : at + world]
             own = self._ask(turn[rank], alone=world == 1) if rank < len(turn) else None
             with ranks.explained():
                 told = ranks.gathered([own, self.stop.asked])
             for call, (said, _) in zip(turn, told, strict=False):
                 self.log.write(call, said)
-                found.append(said)
+                yield said
+            at += len(turn)
             if asked := max(number for _, number in told):
                 raise self._interrupted(asked)
             told_so_far = {"iteration": self.iteration, "iterations": self.config.iterations, **self._figures()}
             self.report({**told_so_far, "planned": self.planned, "remaining_seconds": self._remaining()})
-        return found
 
     def _ask(self, call: _Call, *, alone: bool) -> list[list[float]]:
         candidates = [self.space.factors(genome) for genome in call.genomes]
@@ -396,30 +395,7 @@ def is_worse(gaps: np.ndarray, total: int, error: float) -> bool:
     if count >= total:
         return bool(gaps.mean() > 0)
     spread = float(gaps.std(ddof=1)) * sqrt((1 - count / total) / count)
-    return bool(gaps.mean() > _t_quantile(1 - error, count - 1) * spread)
-
-
-def _t_quantile(probability: float, freedom: int) -> float:
-    """Student's t for a probability above a half, by halving an interval of its distribution."""
-    low, high = 0.0, 1.0
-    while _t_share(high, freedom) < 2 * probability - 1:
-        low, high = high, 2 * high
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_share(middle, freedom) < 2 * probability - 1 else (low, middle)
-    return high
-
-
-def _t_share(t: float, freedom: int) -> float:
-    """Return how much of Student's distribution lies within -t .. t (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-    angle, odd = atan2(t, sqrt(freedom)), freedom % 2
-    term = total = cos(angle) if odd else 1.0
-    for power in range(2 + odd, freedom, 2):
-        term *= cos(angle) ** 2 * (power - 1) / power
-        total += term
-    if freedom == 1:
-        total = 0.0
-    return 2 / pi * (angle + sin(angle) * total) if odd else sin(angle) * total
+    return bool(gaps.mean() > t_quantile(1 - error, count - 1) * spread)
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:

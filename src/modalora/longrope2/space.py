@@ -48,6 +48,11 @@ class Space:
         """
         return max(1, (self.highest - self.lowest) // 20)
 
+    def check(self, count: int) -> None:
+        """Refuse a population that does not hold the first candidates: seeds, or one of each anchor."""
+        if (given := len(self.seeds or self.anchors)) > count:
+            raise ConfigError(f"population={count} does not hold the {given} first candidates; raise it, or set anchor")
+
     def factors(self, genome: Genome) -> Factors:
         """Return the divisors of all pairs."""
         tail = [value / 100 for value in genome.tail]
@@ -104,12 +109,8 @@ class Space:
 
         Raises ConfigError where so many do not hold seeds and anchors.
         """
-        given = [*self.seeds, *(self.flat(anchor, rng) for anchor in self.anchors if not self.seeds)]
-        if len(given) > count:
-            raise ConfigError(
-                f"population={count} does not hold the {len(given)} first candidates; raise it, or set anchor"
-            )
-        found = dict.fromkeys(given)
+        self.check(count)
+        found = dict.fromkeys([*self.seeds, *(self.flat(anchor, rng) for anchor in self.anchors if not self.seeds)])
         for _ in range(100 * count):
             if len(found) == count:
                 break
@@ -142,6 +143,7 @@ def space_of(stretch: Stretch, config: SearchConfig, seeds: Sequence[Sequence[fl
     set; divisors from s to 2 s behind it. longrope: all pairs, from 1 to 1.25 s, starting from position interpolation,
     the NTK base, and the seeds: further vectors of one divisor per pair.
     Raises ConfigError for an anchor that is no pair, and for a window in which every pair turns.
+    So it does for a population of fewer than the anchors.
     """
     ratio, pairs = stretch.ratio, stretch.pairs
     temperature: Temperature = config.temperature
@@ -159,10 +161,12 @@ def space_of(stretch: Stretch, config: SearchConfig, seeds: Sequence[Sequence[fl
             "set anchor, or search every pair with space=longrope"
         )
     anchors = range(max(1, stretch.ten_turns), stretch.critical + 1) if config.anchor is None else (config.anchor,)
-    return Space(
+    space = Space(
         stretch=stretch, anchors=tuple(anchors), lowest=ceil(round(100 * ratio, 6)), highest=floor(200 * ratio),
         temperature=temperature,
     )  # fmt: skip
+    space.check(config.population)
+    return space
 
 
 def _on_grid(space: Space, values: Sequence[float]) -> Genome:

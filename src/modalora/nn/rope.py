@@ -8,6 +8,7 @@ x is (batch, time, heads, head_dim); angles are radians, in float32 whatever the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import log, sqrt
@@ -125,7 +126,8 @@ class LongRope(Base):
         if short != long:
             raise ConfigError(
                 f"mscale={self.mscale}: transformers multiplies short and long rows by one attention factor; train "
-                "with two equal ones, or stay with the layout 'modalora'"
+                "with two equal ones (`modalora extend`: search.short_temperature=same), or stay with the layout "
+                "'modalora'"
             )
         one = {} if self.mscale is None and self.temperature == "su" else {"attention_factor": short}
         lists = {"short_factor": list(self.short_factor), "long_factor": list(self.long_factor)}
@@ -289,7 +291,18 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 _TYPES: dict[str, Any] = {  # rope_type of transformers
     "default": Plain, "linear": Linear, "dynamic": DynamicNtk, "yarn": Yarn, "llama3": Llama3, "longrope": LongRope,
 }  # fmt: skip
-_YARN = {"attention_factor": "attention"}  # its keys that are called otherwise here
+_KEYS = {  # of each type, in its rotary object alone
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor", "attention_factor", "factor", "short_mscale", "long_mscale"),
+}
+_FILE = {  # what a file calls otherwise
+    "theta": "rope_theta", "rotated": "partial_rotary_factor", "window": "max_position_embeddings",
+    "original_window": "original_max_position_embeddings", "attention": "attention_factor",
+}  # fmt: skip
 
 
 def from_hf(fields: Mapping[str, Any], where: str = "config.json") -> Rope:
@@ -311,7 +324,11 @@ def from_hf(fields: Mapping[str, Any], where: str = "config.json") -> Rope:
         return found[0] if found else default
 
     window = _whole(fields.get("max_position_embeddings", 4096), "max_position_embeddings", place)
-    base = {"theta": taken("rope_theta", 10_000.0), "rotated": taken("partial_rotary_factor", 1.0), "window": window}
+    theta, rotated = (
+        _number(key, taken(key, default), place)
+        for key, default in (("rope_theta", 10_000.0), ("partial_rotary_factor", 1.0))
+    )
+    base = {"theta": theta, "rotated": rotated, "window": window}
     original = _whole(taken("original_max_position_embeddings", window), "original_max_position_embeddings", place)
     kind = inner.pop("rope_type", inner.get("type", "default"))
     inner.pop("type", None)
@@ -319,16 +336,45 @@ def from_hf(fields: Mapping[str, Any], where: str = "config.json") -> Rope:
         kind = "longrope"  # older names, which transformers reads alike
     if not isinstance(kind, str) or kind not in _TYPES:
         raise ConfigError(f"{place}: rope_type={kind!r:.60} must be one of {', '.join(_TYPES)}")
+    for key, value in inner.items():
+        _check(key, value, _KEYS[kind], place)
     if kind in ("yarn", "llama3", "longrope"):
         base["original_window"] = original
     if kind == "dynamic":
         base["original_window"] = window
     if kind == "yarn":
-        inner = {"factor": window / original} | {_YARN.get(key, key): value for key, value in inner.items()}
+        inner = {"factor": window / original, **inner}
+        inner["attention"] = inner.pop("attention_factor", None)
     if kind == "longrope":
         base["mscale"] = _mscale(inner, window, original, place)
-    found: Rope = parse(_TYPES[kind], {**base, **inner}, place)
+    try:
+        found: Rope = parse(_TYPES[kind], {**base, **inner}, place)
+    except ConfigError as error:  # told in the words of the file
+        told = re.sub(r"\b\w+(?==)", lambda key: _FILE.get(key[0], key[0]), str(error).removeprefix(place))
+        raise ConfigError(place + told) from None
     return replace(found, window=int(found.factor * window)) if isinstance(found, DynamicNtk) else found
+
+
+def _check(key: str, value: Any, known: Sequence[str], place: str) -> None:
+    """Refuse a key of a rotary object that its type does not have, and a value of another type than transformers'."""
+    if key not in known:
+        raise ConfigError(
+            f"{place}: unknown key {key!r}; beside rope_type, rope_theta, partial_rotary_factor and "
+            f"original_max_position_embeddings this type has {', '.join(known) or 'none'}"
+        )
+    if key in ("short_factor", "long_factor"):
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{place}: {key}={_short(value)} must be a list of numbers, one per rotated pair")
+        for one in value:
+            _number(key, one, place)
+    elif key != "truncate":
+        _number(key, value, place)
+
+
+def _number(key: str, value: Any, place: str) -> Any:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ConfigError(f"{place}: {key}={_short(value)} must be a number, without quotes")
+    return value
 
 
 def _whole(value: Any, key: str, place: str) -> int:
@@ -344,21 +390,17 @@ def _short(value: Any) -> str:
 
 def _mscale(inner: dict[str, Any], window: int, original: int, place: str) -> tuple[Any, Any] | None:
     """Take the attention factors out of a longrope object, or a stretch of its own; None: as the windows give."""
-    one, short, long, stretch = (
-        inner.pop(key, None) for key in ("attention_factor", "short_mscale", "long_mscale", "factor")
-    )
-    if one is not None:
-        return one, one
-    if short is not None and long is not None:
-        return short, long
-    if short is not None or long is not None:
+    scales = {key: inner.pop(key) for key in ("attention_factor", "short_mscale", "long_mscale") if key in inner}
+    stretch = inner.pop("factor", None)
+    for key, value in (scales | ({} if stretch is None else {"factor": stretch})).items():
+        if not 1e-6 <= value <= 1e6:
+            raise ConfigError(f"{place}: {key}={_short(value)} must lie in [1e-6, 1e6]")
+    if "attention_factor" in scales:
+        return (scales["attention_factor"],) * 2
+    if len(scales) == 1:
         raise ConfigError(f"{place}: short_mscale and long_mscale belong together; give both, or none")
+    if scales:
+        return scales["short_mscale"], scales["long_mscale"]
     if stretch is None or stretch == window / original:
         return None
-    if not isinstance(stretch, int | float) or isinstance(stretch, bool):
-        raise ConfigError(f"{place}: factor={_short(stretch)} must be a number")
-    if not 0 < stretch <= 1e6:
-        raise ConfigError(
-            f"{place}: factor={_short(stretch)} must lie in (0, 1e6]; it is the window as a multiple of the original"
-        )
     return (su_temperature(stretch, original),) * 2
