@@ -374,7 +374,7 @@ class Passages:
         place, inner = self.shelf.find(record)
         base = int(self._starts[place][inner])
         ids = self._ids[place][base + start : base + stop].tolist()
-        return Row(ids=ids, labels=list(ids), text=self.processor.tokenizer.decode(ids))
+        return Row(ids=ids, labels=list(ids))
 
     def messages(self, number: int) -> None:
         """Return None: text is no conversation."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from modalora.contracts import IGNORED, Batch, Media, Message, Route, Rule
 from modalora.errors import MediaError, ModaloraError, PromptError
 from modalora.processing.audio import AudioConfig
-from modalora.processing.chat import CALL, FORMATS, ChatFormat, Piece, as_text, render, render_raw
+from modalora.processing.chat import CALL, FORMATS, ChatFormat, Piece, render, render_raw
 from modalora.processing.image import ImageConfig
 from modalora.processing.tokenizer import END_OF_TEXT, TextTokenizer
 
@@ -45,7 +45,6 @@ class Row:
     media: list[tuple[str, dict[str, Tensor], int, int]] = field(
         default_factory=list
     )  # modality, features, start, tokens
-    text: str = ""
     sample: str = ""  # where a training row came from
     route: str | None = None  # the route that this row asks for; None: the one that `collate` is given
 
@@ -187,7 +186,6 @@ class Processor:
         for piece, (ids, times) in zip(pieces, spans, strict=True):
             row.ids += ids * times
             row.labels += ids if piece.trained else [IGNORED] * (len(ids) * times)
-        row.text = as_text(pieces)
         return row
 
     def _check_window(self, words: int, media: int) -> None:
@@ -236,7 +234,6 @@ class Processor:
             route=Route(tuple(adapters)),
             media=tuple(media),
             labels=labels,
-            texts=tuple(row.text for row in rows),
             samples=tuple(row.sample for row in rows),
         )
 
