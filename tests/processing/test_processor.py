@@ -181,7 +181,7 @@ def test_labels_are_the_assistants_words_and_their_end_and_nothing_else() -> Non
 
 def test_a_prompt_longer_than_the_window_is_refused_with_its_length() -> None:
     length = len(PROCESSOR.row(ROWS[3]).ids)
-    media = sum(tokens for *_, tokens in PROCESSOR.row(ROWS[3]).media)
+    media = sum(item.tokens for item in PROCESSOR.row(ROWS[3]).media)
     assert len(make(window=length).row(ROWS[3]).ids) == length
     told = (
         rf"the prompt is {length} tokens \({media} of them media\) and this model reads at most {length - 1}; "

@@ -169,7 +169,7 @@ def check_usable(row: Row, asked: str | None, context: Context) -> None:
 
 def check_route(row: Row, asked: str | None, processor: Processor) -> None:
     """Refuse a row whose media no route of the model takes. Raises RouteError."""
-    processor.router({kind for kind, *_ in row.media}, asked or "auto")
+    processor.router(row.kinds, asked or "auto")
 
 
 def check_length(tokens: int, most: int) -> None:

@@ -271,7 +271,7 @@ def _cells(context: Context, nlvr: float = 0.2, free: float = 0.32, towers: floa
         else:
             scene = free_scene(rng) if draw < nlvr + free else nlvr_like(rng, towers)
         row = context.processor.row([{"role": "user", "content": [{"type": "image", "image": scene.image}]}])
-        features = row.media[0][1]
+        features = row.media[0].features
         features.update(cells(scene.shapes, scene.image.size, features, image.patch))
         return row
 

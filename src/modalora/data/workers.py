@@ -89,8 +89,8 @@ def _shipped(made: int | Made) -> Any:
     """Turn tensors into arrays: between processes torch would send tensors as open files, of which there are few."""
     if isinstance(made, Row):
         made.media = [
-            (kind, cast(Any, {name: value.numpy() for name, value in features.items()}), start, tokens)
-            for kind, features, start, tokens in made.media
+            item._replace(features=cast(Any, {name: value.numpy() for name, value in item.features.items()}))
+            for item in made.media
         ]
     return made
 
@@ -99,7 +99,7 @@ def landed(made: Any) -> int | Made:
     """Return what a worker sent, arrays as tensors again."""
     if isinstance(made, Row):
         made.media = [
-            (kind, {name: torch.from_numpy(np.asarray(value)) for name, value in features.items()}, start, tokens)
-            for kind, features, start, tokens in made.media
+            item._replace(features={name: torch.from_numpy(np.asarray(value)) for name, value in item.features.items()})
+            for item in made.media
         ]
     return made

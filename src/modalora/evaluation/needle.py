@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from modalora.assistant import set_regime
 from modalora.contracts import Batch, Rotations, Route
@@ -258,9 +259,7 @@ def _answer_states(
         raise DataError("no documents were given; build at least one")
     device = model.decoder.embed_tokens.weight.device
     lengths = [len(document.ids) for document in documents]
-    padded = torch.zeros((len(documents), max(lengths)), dtype=torch.long)
-    for row, document in enumerate(documents):
-        padded[row, : lengths[row]] = torch.tensor(document.ids)
+    padded = pad_sequence([torch.tensor(document.ids) for document in documents], batch_first=True)
     batch = Batch(padded.to(device), torch.tensor(lengths, device=device), Route((adapter,) * len(documents)))
     rows = torch.tensor([row for row, document in enumerate(documents) for _ in document.answers], device=device)
     columns = torch.tensor([at for document in documents for at in document.answers], device=device)
