@@ -346,7 +346,7 @@ def test_the_check_and_training_refuse_the_same_rows(context: Context, tmp_path:
     source = write(tmp_path / "a.jsonl", *map(as_messages, (good, long)), untrained)
     context = replace(context, most=40)
     (found,) = check_data(context, [source])
-    reader = open_reader(context, [source], 0, most=40)
+    reader = open_reader(context, [source], 0)
     seen = {number: reader.look((0, number)) for number in range(3)}
     made = {number: reader.make((0, number)) for number in range(3)}
     bad = {one.line for one in found.bad}
@@ -397,7 +397,7 @@ def test_a_window_beyond_the_budget_is_a_bad_row_for_both(context: Context, tmp_
     source = SourceConfig(source="documents", window=512, options={"rows": "short", "path": str(path)})
     context = replace(context, most=64)
     (found,) = check_data(context, [source])
-    reader = open_reader(context, [source], 0, most=64)
+    reader = open_reader(context, [source], 0)
     (told,) = [one for one in (reader.look((0, number)) for number in range(2)) if isinstance(one, Bad)]
     assert (told.reason, told.mend) == (found.bad[0].reason, found.bad[0].mend)
     assert "tokens=64" in told.reason

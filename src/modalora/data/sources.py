@@ -115,19 +115,6 @@ def check_window(context: Context, of: str = "") -> None:
         )
 
 
-WINDOWED = ("books", "retrieval")  # sources whose rows are as long as the window
-CUT = (*WINDOWED, "documents", "codons", "genome_windows", "genome_repeats")  # those whose rows the window cuts
-
-
-# the media in the rows of each source here; of files, and of modalities' own sources, any
-MADE: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys((*CUT, "instruct"), ()),
-    **dict.fromkeys(("cells", "frames", "nlvr", "pictures"), ("image",)),
-    **dict.fromkeys(("digits", "sentences"), ("audio",)),
-    "seen_and_heard": ("image", "audio"),
-}
-
-
 @dataclass(frozen=True)
 class Bad:
     """A row that cannot be used, why, and what would mend it."""
@@ -391,18 +378,33 @@ def _conversations(context: Context, converse: Callable[[np.random.Generator], C
     return Conversations(context.processor, converse)
 
 
-SOURCES: dict[str, Callable[..., Draw]] = {
-    "books": _books,
-    "cells": _cells,
-    "codons": _codons,
-    "digits": _digits,
-    "frames": _frames,
-    "genome_repeats": _genome_repeats,
-    "genome_windows": _genome_windows,
-    "instruct": _instruct,
-    "nlvr": _nlvr,
-    "pictures": _pictures,
-    "retrieval": _retrieval,
-    "seen_and_heard": _seen_and_heard,
-    "sentences": _sentences,
+class Kind(NamedTuple):
+    """A source. draw: makes it, from a Context and its options. media: in its rows.
+
+    cut: whether the window cuts its rows. windowed: whether they are as long as it, which may then be its own.
+    """
+
+    draw: Callable[..., Draw]
+    media: tuple[str, ...] = ()
+    cut: bool = False
+    windowed: bool = False
+
+
+SOURCES = {
+    "books": Kind(_books, cut=True, windowed=True),
+    "cells": Kind(_cells, ("image",)),
+    "codons": Kind(_codons, cut=True),
+    "digits": Kind(_digits, ("audio",)),
+    "frames": Kind(_frames, ("image",)),
+    "genome_repeats": Kind(_genome_repeats, cut=True),
+    "genome_windows": Kind(_genome_windows, cut=True),
+    "instruct": Kind(_instruct),
+    "nlvr": Kind(_nlvr, ("image",)),
+    "pictures": Kind(_pictures, ("image",)),
+    "retrieval": Kind(_retrieval, cut=True, windowed=True),
+    "seen_and_heard": Kind(_seen_and_heard, ("image", "audio")),
+    "sentences": Kind(_sentences, ("audio",)),
 }
+CUT = {"documents", *(name for name, kind in SOURCES.items() if kind.cut)}
+# the media in the rows of each source; of files, and of modalities' own sources, any
+MADE = {"documents": (), **{name: kind.media for name, kind in SOURCES.items()}}

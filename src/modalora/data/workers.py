@@ -30,15 +30,13 @@ WORKER_ENDED = TrainingError(
 _READER: list[Reader] = []  # of a worker process
 
 
-def start_workers(
-    context: Context, sources: Sequence[SourceConfig], seed: int, tokens: int, count: int
-) -> ProcessPoolExecutor:
+def start_workers(context: Context, sources: Sequence[SourceConfig], seed: int, count: int) -> ProcessPoolExecutor:
     """Start so many processes that open the sources of a mixture.
 
     Raises ConfigError when a modality's functions cannot be told to another process.
     """
     try:
-        told = pickle.dumps((context, tuple(sources), seed, tokens))
+        told = pickle.dumps((context, tuple(sources), seed))
     except (AttributeError, TypeError, pickle.PicklingError) as error:
         raise ConfigError(
             f"workers={count}: what reads the rows cannot be sent to other processes ({error}); a modality's features "
