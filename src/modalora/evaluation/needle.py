@@ -83,11 +83,6 @@ def plain_document(ids: Sequence[int], *, scored: int | None = None, seed: int =
     return Document(tuple(ids), tuple(range(len(ids) - scored, len(ids))), (), seed, fingerprint(ids))
 
 
-def perplexity(losses: Tensor) -> float:
-    """Return exp of the mean over documents, for losses as `answer_losses` gives them: the search's fitness."""
-    return float(losses.double().mean().exp())
-
-
 @torch.no_grad()
 @wide_products()
 def answer_losses(
