@@ -83,7 +83,7 @@ def check_data(context: Context, sources: Sequence[SourceConfig], seed: int = 0)
         if isinstance(source, Corpus | Passages):
             one.read = [
                 f"{volume.records.path}: {len(volume.records)} records, read as {volume.form} because {volume.because}"
-                for volume in source.shelf.volumes
+                for volume in source.volumes.files
             ]
         if isinstance(source, ShortRows | LongRows):
             one.dropped, one.left_out = source.dropped, source.left_out

@@ -99,6 +99,11 @@ class Processor:
         """Modalities that a conversation may hold; those without a Medium are refused by name."""
         return tuple(dict.fromkeys((*_NOUNS, *self.media)))
 
+    @property
+    def further(self) -> tuple[str, ...]:
+        """Modalities beside image and audio."""
+        return tuple(kind for kind in self.media if kind not in _NOUNS)
+
     def __call__(self, conversations: Sequence[Sequence[Message]], *, route: str = "auto") -> Batch:
         """Return the batch from which the assistant goes on, one row per conversation.
 
