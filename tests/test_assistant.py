@@ -31,9 +31,10 @@ from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import tiny
 from modalora.nn.cache import KVCache
 from modalora.nn.lora import LoraConfig
-from modalora.processing.chat import as_text, render, render_raw
+from modalora.processing.chat import render, render_raw
 from modalora.processing.questions import question_messages
 from modalora.processing.tokenizer import END, TextTokenizer
+from small import as_text
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 100, 3), dtype=np.uint8))
 SOUND = (np.random.default_rng(1).standard_normal(6000).astype(np.float32) / 8, 8000)

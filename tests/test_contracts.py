@@ -20,7 +20,6 @@ def batch() -> Batch:
         route=Route(("vision", None, "speech")),
         media=(picture, sound),
         labels=torch.arange(12).view(3, 4) + 100,
-        texts=("a", "b", "c"),
     )
 
 
@@ -60,7 +59,6 @@ def test_select_takes_rows_in_the_order_given_and_cuts_the_padding() -> None:
     assert some.lengths.tolist() == [3, 2]
     assert some.route == Route(("speech", None))
     assert [(item.modality, item.row) for item in some.media] == [("audio", 0)]
-    assert some.texts == ("c", "b")
 
 
 def test_a_row_may_be_selected_twice() -> None:
@@ -79,7 +77,7 @@ def test_joined_puts_back_what_select_took_apart() -> None:
         assert torch.equal(joined.labels[row, :length], order.labels[row, :length])
         assert (joined.labels[row, length:] >= 100).logical_or(joined.labels[row, length:] == IGNORED).all()
     assert joined.input_ids.shape == (3, 4)
-    assert (joined.route, joined.texts, joined.samples) == (order.route, order.texts, ())
+    assert (joined.route, joined.samples) == (order.route, ())
     assert sorted((item.modality, item.row) for item in joined.media) == [("audio", 0), ("image", 1)]
     unlabelled = replace(whole, labels=None)
     assert Batch.joined([unlabelled, unlabelled]).labels is None

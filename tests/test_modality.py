@@ -861,13 +861,13 @@ def test_a_data_file_holds_a_modality_of_ones_own_as_a_content_part(tmp_path: Pa
     options = {"path": str(tmp_path / "rows.jsonl"), "shuffle": False, "tags": False}
     source = make_source(context, SourceConfig(source="files", options=options))
     row = source.row(0)
-    assert [(kind, tokens) for kind, _, _, tokens in row.media] == [("smell", 4)]
-    assert torch.equal(row.media[0][1]["notes"], sniff("abba", Sizes())[0]["notes"])
+    assert [(item.modality, item.tokens) for item in row.media] == [("smell", 4)]
+    assert torch.equal(row.media[0].features["notes"], sniff("abba", Sizes())[0]["notes"])
     whole = assistant.processor.row(json.loads(record(parts[0]))["messages"], answer=False)
     assert row.ids == whole.ids
     for number, told in ((1, "write the payload in the part"), (2, "lies outside"), (3, "audio, smell, image_url")):
         with pytest.raises(InputError, match=told):
             source.row(number)
-    media = {start: (kind, tokens) for kind, _, start, tokens in row.media}
+    media = {item.start: (item.modality, item.tokens) for item in row.media}
     found = spans(row.ids, media, assistant.processor.tokenizer)
     assert [span.kind for span in found if span.is_medium] == ["smell"]

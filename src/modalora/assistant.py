@@ -232,7 +232,7 @@ class Assistant:
         row = self.processor.row(messages)
         self.check_room(len(row.ids), settings.max_tokens)
         if not self.processor.compat:
-            self.processor.router({kind for kind, *_ in row.media}, route)
+            self.processor.router(row.kinds, route)
         return row
 
     def _answers(self, batch: Batch, settings: _Settings) -> list[Answer]:

@@ -235,7 +235,6 @@ class Batch:
     route: Route
     media: tuple[Media, ...] = ()
     labels: Tensor | None = None
-    texts: tuple[str, ...] = field(default=(), repr=False)  # the rendered prompts, for explanations
     samples: tuple[str, ...] = ()  # where each row came from, "SOURCE:NUMBER", for reports and for counting
 
     @property
@@ -256,13 +255,12 @@ class Batch:
             route=self.route.select(rows),
             media=tuple(media),
             labels=None if self.labels is None else self.labels[index, :time],
-            texts=tuple(self.texts[row] for row in rows) if self.texts else (),
             samples=tuple(self.samples[row] for row in rows) if self.samples else (),
         )
 
     @staticmethod
     def joined(batches: Sequence[Batch]) -> Batch:
-        """Return the rows of several batches as one; all have labels, texts and samples, or none has."""
+        """Return the rows of several batches as one; all have labels and samples, or none has."""
         time = max(batch.input_ids.shape[1] for batch in batches)
         starts = accumulate((len(batch.lengths) for batch in batches), initial=0)
         ids, labels = (
@@ -279,7 +277,6 @@ class Batch:
                 for item in batch.media
             ),
             labels=torch.cat(labels) if labels else None,
-            texts=tuple(text for batch in batches for text in batch.texts),
             samples=tuple(sample for batch in batches for sample in batch.samples),
         )
 

@@ -135,8 +135,8 @@ def test_whatever_is_said_and_shown_lengths_and_spans_are_whole(
     row = processor.row(messages, answer=False)
     check_row(row, tokens)
     placeholders = {TOKENIZER.control(token) for token in PLACEHOLDERS.values()}
-    assert sum(index in placeholders for index in row.ids) == sum(tokens for *_, tokens in row.media)
-    assert [kind for kind, *_ in row.media] == [
+    assert sum(index in placeholders for index in row.ids) == sum(item.tokens for item in row.media)
+    assert [item.modality for item in row.media] == [
         part[0] for parts, _ in turns for part in parts if not isinstance(part, str)
     ]
 
@@ -181,7 +181,7 @@ def test_a_source_may_have_limits_on_media_of_its_own(context: Context, tmp_path
     crops = [MediaConfig(max_crops=most) for most in (1, 6)]
     few, many = (make_source(context, config.model_copy(update={"media": media})) for media in crops)
     places = range(2)
-    (place,) = [number for number in places if few.row(number).media[0][0] == "image"]
+    (place,) = [number for number in places if few.row(number).media[0].modality == "image"]
     assert few.measure(place) == len(few.row(place).ids) < len(many.row(place).ids) == many.measure(place)
     assert few.row(1 - place).ids == make_source(context, config).row(1 - place).ids
     short = make_source(context, config.model_copy(update={"media": MediaConfig(max_seconds=1.5)}))
@@ -323,12 +323,12 @@ def test_a_span_that_is_not_whole_is_noticed(context: Context) -> None:
     asked = {"role": "user", "content": [{"type": "image", "image": picture()}]}
     row = context.processor.row([asked, {"role": "assistant", "content": "a"}], answer=False)
     check_row(row, len(row.ids))
-    kind, features, start, tokens = row.media[0]
-    for broken in (start - 1, start + 1):
-        row.media[0] = (kind, features, broken, tokens)
+    placed = row.media[0]
+    for broken in (placed.start - 1, placed.start + 1):
+        row.media[0] = placed._replace(start=broken)
         with pytest.raises(DataError, match="span of its image"):
             check_row(row, len(row.ids))
-    row.media[0] = (kind, features, start, tokens)
+    row.media[0] = placed
     row.labels = [IGNORED] * len(row.labels)
     with pytest.raises(DataError, match="no token of it is trained"):
         check_labels(row)
@@ -346,7 +346,7 @@ def test_the_check_and_training_refuse_the_same_rows(context: Context, tmp_path:
     source = write(tmp_path / "a.jsonl", *map(as_messages, (good, long)), untrained)
     context = replace(context, most=40)
     (found,) = check_data(context, [source])
-    reader = open_reader(context, [source], 0, most=40)
+    reader = open_reader(context, [source], 0)
     seen = {number: reader.look((0, number)) for number in range(3)}
     made = {number: reader.make((0, number)) for number in range(3)}
     bad = {one.line for one in found.bad}
@@ -397,7 +397,7 @@ def test_a_window_beyond_the_budget_is_a_bad_row_for_both(context: Context, tmp_
     source = SourceConfig(source="documents", window=512, options={"rows": "short", "path": str(path)})
     context = replace(context, most=64)
     (found,) = check_data(context, [source])
-    reader = open_reader(context, [source], 0, most=64)
+    reader = open_reader(context, [source], 0)
     (told,) = [one for one in (reader.look((0, number)) for number in range(2)) if isinstance(one, Bad)]
     assert (told.reason, told.mend) == (found.bad[0].reason, found.bad[0].mend)
     assert "tokens=64" in told.reason

@@ -12,7 +12,8 @@ import pytest
 
 from modalora.data.forms import FORMS, Options, control_tokens, detect, form_of, read_record, resolve
 from modalora.errors import DataError, PromptError
-from modalora.processing.chat import as_text, render
+from modalora.processing.chat import render
+from small import as_text
 
 ROOT = Path(__file__).parent
 OPTIONS = Options(ROOT)

@@ -30,7 +30,7 @@ from modalora.data.order import shuffled
 from modalora.data.packing import fill
 from modalora.data.quarantine import Quarantine
 from modalora.data.reader import make_source
-from modalora.data.sources import SOURCES, Context
+from modalora.data.sources import SOURCES, Context, Kind
 from modalora.errors import ConfigError, DataError, TrainingError
 from modalora.models.sizes import tiny
 from modalora.processing.tokenizer import TextTokenizer
@@ -386,12 +386,12 @@ def test_options_of_someone_elses_source_are_given_as_the_types_that_it_declares
     def source(context: Any, turns: int = 1, table: np.ndarray | None = None, more=None) -> Any:  # type: ignore[no-untyped-def]
         given.extend((turns, table, more))
 
-    monkeypatch.setitem(SOURCES, "theirs", source)
+    monkeypatch.setitem(SOURCES, "theirs", Kind(source))
     table = np.ones(2)
     make_source(context, SourceConfig(source="theirs", options={"turns": "3", "table": table, "more": "x"}))
     assert given == [3, table, "x"]
     for maker in (partial(source), lambda context, turns=1: given.append(turns)):
-        monkeypatch.setitem(SOURCES, "theirs", maker)
+        monkeypatch.setitem(SOURCES, "theirs", Kind(maker))
         make_source(context, SourceConfig(source="theirs", options={"turns": None}))
     assert given[3] is given[6] is None
 

@@ -1,18 +1,12 @@
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from stories import TEXTS
 
 from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import tiny
 from modalora.processing.tokenizer import TextTokenizer
-
-sys.path.insert(0, str(Path(__file__).parent))  # stories.py
-
-from stories import TEXTS
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,6 @@ from modalora.evaluation.needle import (
     fingerprint,
     make_grid,
     measure_grid,
-    perplexity,
     plain_document,
 )
 from modalora.generation.engine import generate
@@ -295,7 +294,6 @@ def test_losses_are_the_cross_entropy_of_the_answers_however_documents_are_batch
     mixed = [documents[one] for one in (3, 0, 5, 2, 1, 4)]
     torch.testing.assert_close(answer_losses(model, mixed).double(), told[[3, 0, 5, 2, 1, 4]], **close)
     assert not together.requires_grad
-    assert perplexity(together) == pytest.approx(float(told.mean().exp()), rel=1e-5)
     assert told.std() > 1e-2  # documents differ: a mix-up could not pass
 
 

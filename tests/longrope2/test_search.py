@@ -339,9 +339,11 @@ class Near(Hill):
         super().__init__()
         self.documents = 2
         self.first: list[Factors] = []
+        self.ranked = 0
 
     def losses(self, candidates: Sequence[Factors], documents: Sequence[int]) -> Tensor:
         self.first.append(candidates[0])
+        self.ranked += len(candidates) - 1
         return super().losses(candidates, documents)
 
 
@@ -349,7 +351,7 @@ def test_a_surrogate_chooses_which_proposals_are_judged(tmp_path: Path) -> None:
     config = SearchConfig(population=16, iterations=6, proposals=4, seed=1)
     near = Near()
     found = hill(config, surrogate=near, folder=tmp_path)
-    assert found.screened == 6 * 4 * 8
+    assert near.ranked == 6 * 4 * 8
     assert found.evaluations == 16 + 6 * 8
     plain = hill(config.model_copy(update={"proposals": 1}))
     assert found.loss < plain.loss

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from modalora.errors import PromptError
-from modalora.processing.chat import Piece, as_text, read_calls, render
+from modalora.processing.chat import Piece, read_calls, render
 from modalora.processing.tokenizer import TextTokenizer
+from small import as_text
 
 PNG = b"\x89PNG not really"
 

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from modalora.processing.chat import FORMATS, ChatFormat, Piece, as_text, render, render_raw
+from modalora.processing.chat import FORMATS, ChatFormat, Piece, render, render_raw
 from modalora.processing.processor import Processor
 from modalora.processing.tokenizer import CONTROL_TOKENS, Growing, TextTokenizer
+from small import as_text
 
 CORPUS = ["the quick brown fox jumps over the lazy dog; 123 apples.\n\nseven blue boxes, don't touch!  twice " * 6]
 PHI3 = ("<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>", "<|placeholder1|>")
@@ -83,8 +84,8 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
 def test_a_rendered_prompt_has_the_ids_of_the_whole_text(kind: str, number: int) -> None:
     words, chat = KINDS[kind]
     row = processor(words, chat).row(CONVERSATIONS[number])
-    whole = Tokenizer.from_str(words.definition)
-    assert row.ids == whole.encode(row.text, add_special_tokens=False).ids
+    told = as_text(render(CONVERSATIONS[number], chat=chat))
+    assert row.ids == Tokenizer.from_str(words.definition).encode(told, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -149,7 +150,7 @@ def test_words_that_a_fine_tune_added_are_words(kind: str) -> None:
         {"role": "assistant", "content": "fox"},
     ]
     row = processor(words, chat).row(messages)
-    told = row.text.replace("<|new|>", "")  # typed by a user it stays text
+    told = as_text(render(messages, chat=chat)).replace("<|new|>", "")  # typed by a user it stays text
     plain = processor(words, chat).row([{**messages[0], "content": "the ProteinX fox    jumps"}, messages[1]])
     assert plain.ids == whole.encode(told, add_special_tokens=False).ids
     for word in ("ProteinX", "fox", "    "):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import plain
 import pytest
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from modalora.errors import ConfigError, ShapeError
 from modalora.nn import recompute
 from modalora.science import evoformer
 from modalora.science.evoformer import UPDATES, Evoformer, EvoformerBlock, EvoformerConfig, tiny
-
-sys.path.insert(0, str(Path(__file__).parent))
-import plain
 
 # worst seen in float64 2e-14 over two blocks; a forgotten term changes 1e-2
 EXACT = {"atol": 1e-11, "rtol": 1e-11}

@@ -39,9 +39,7 @@ def text(step: int, rows: int = 4) -> Batch:
     """Counting by threes from a random start: easy to learn."""
     start = torch.randint(0, 60, (rows, 1), generator=torch.Generator().manual_seed(step))
     ids = (start + 3 * torch.arange(16)) % 60
-    return Batch(
-        input_ids=ids, lengths=torch.full((rows,), 16), route=Route((None,) * rows), labels=ids.clone(), texts=()
-    )
+    return Batch(input_ids=ids, lengths=torch.full((rows,), 16), route=Route((None,) * rows), labels=ids.clone())
 
 
 def mixed(step: int) -> Batch:

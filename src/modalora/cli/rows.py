@@ -62,10 +62,7 @@ class Rows:
 
     def suit(self, processor: Processor) -> None:
         """Read further modalities as this model does."""
-        from modalora.processing.tokenizer import PLACEHOLDERS
-
-        more = tuple(name for name in processor.media if name not in PLACEHOLDERS)
-        self.options = replace(self.options, more=more)
+        self.options = replace(self.options, more=processor.further)
 
     def read(self, number: int) -> list[Message]:
         """Return one, counted from 0. Raises DataError."""

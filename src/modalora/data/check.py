@@ -83,7 +83,7 @@ def check_data(context: Context, sources: Sequence[SourceConfig], seed: int = 0)
         if isinstance(source, Corpus | Passages):
             one.read = [
                 f"{volume.records.path}: {len(volume.records)} records, read as {volume.form} because {volume.because}"
-                for volume in source.shelf.volumes
+                for volume in source.volumes.files
             ]
         if isinstance(source, ShortRows | LongRows):
             one.dropped, one.left_out = source.dropped, source.left_out
@@ -100,7 +100,7 @@ def _look(found: Found, source: Source, number: int, context: Context, route: st
         row = source.row(number)
         check_row(row, measured)
         check_usable(row, route, context)
-        context.suits([(kind, features) for kind, features, *_ in row.media])
+        context.suits([(item.modality, item.features) for item in row.media])
         if isinstance(source, Corpus):
             record = source.record(number)
             messages, dropped = source.conversation(record)
@@ -112,18 +112,17 @@ def _look(found: Found, source: Source, number: int, context: Context, route: st
         return
     found.tokens.append(len(row.ids))
     found.trained += sum(label != IGNORED for label in row.labels[1:])
-    found.media.update(modality for modality, *_ in row.media)
+    found.media.update(item.modality for item in row.media)
 
 
 def check_row(row: Row, measured: int | None) -> None:
     """Check that the length and media spans of a row are whole. Raises DataError."""
     if measured is not None and measured != len(row.ids):
         raise DataError(f"its media's headers promise {measured} tokens and it has {len(row.ids)}; remove the cache")
-    for modality, _, start, tokens in row.media:
-        span = row.ids[start : start + tokens]
-        if (
-            len(span) != tokens
-            or len(set(span)) != 1
-            or any(label != IGNORED for label in row.labels[start : start + tokens])
-        ):
-            raise DataError(f"the span of its {modality} at token {start} is not whole; report this with the record")
+    for item in row.media:
+        place = slice(item.start, item.start + item.tokens)
+        span = row.ids[place]
+        if len(span) != item.tokens or len(set(span)) != 1 or any(label != IGNORED for label in row.labels[place]):
+            raise DataError(
+                f"the span of its {item.modality} at token {item.start} is not whole; report this with the record"
+            )

@@ -25,7 +25,7 @@ from modalora.data.text import token_stream
 from modalora.disk import drafted
 from modalora.errors import ConfigError, DataError, InputError, PromptError, listed
 from modalora.processing.processor import Row
-from modalora.processing.tokenizer import END_OF_TEXT, PLACEHOLDERS
+from modalora.processing.tokenizer import END_OF_TEXT
 
 Truncate = Literal["messages"]
 LISTED = 3  # broken records of a file that has no others
@@ -70,12 +70,11 @@ def open_corpus(
         raise ConfigError(f"form={form!r} must be auto or one of {', '.join(FORMS)}")
     if truncate is not None and truncate not in get_args(Truncate):
         raise ConfigError(f"truncate={truncate!r} must be 'messages', or left out")
-    more = tuple(name for name in context.processor.media if name not in PLACEHOLDERS)
     volumes: list[Volume] = []
     typed = "" if key[0] == SCORED else f"mixture.{key[1]}.options."  # which a scored source does not know
     for file in find_files(path):
         root = Path(media_root) if media_root else file if file.is_dir() else file.parent
-        options = Options(root, dict(rename or {}), prompt, tags, more, typed)
+        options = Options(root, dict(rename or {}), prompt, tags, context.processor.further, typed)
         volumes.append(_open_volume(file, context.cache, form, split, options))
     texts = [volume for volume in volumes if volume.form == "text"]
     if texts and len(texts) < len(volumes):
@@ -186,7 +185,7 @@ class Volumes:
     """Several files in one numbering, what is held out of it, and the order of each epoch."""
 
     def __init__(self, key: Key, volumes: Sequence[Volume], shuffle: bool, held_out: float) -> None:
-        self.key, self.volumes, self.shuffle, self.held_out = key, tuple(volumes), shuffle, held_out
+        self.key, self.files, self.shuffle, self.held_out = key, tuple(volumes), shuffle, held_out
         self._starts = np.cumsum([0, *(len(volume.records) for volume in volumes)])
 
     @property
@@ -202,7 +201,7 @@ class Volumes:
     def read(self, record: int) -> tuple[Volume, Fields]:
         """Return a record with its file. Raises DataError."""
         place, inner = self.find(record)
-        return self.volumes[place], self.volumes[place].records.read(inner)
+        return self.files[place], self.files[place].records.read(inner)
 
     def side(self, rows: int) -> range:
         """Return the places of those of so many rows that are trained on, or scored. Raises ConfigError for none."""
@@ -211,7 +210,7 @@ class Volumes:
         trained = rows - max(1, round(rows * self.held_out))
         if trained < 1:
             raise ConfigError(
-                f"held_out={self.held_out:g} of the {rows} rows in {self.volumes[0].records.path} leaves none to train "
+                f"held_out={self.held_out:g} of the {rows} rows in {self.files[0].records.path} leaves none to train "
                 "on; lower it, or give more rows"
             )
         return range(trained, rows) if self.key[0] == SCORED else range(trained)
@@ -228,25 +227,25 @@ class Volumes:
     def place(self, record: int) -> Place:
         """Return where a record stands."""
         place, inner = self.find(record)
-        records = self.volumes[place].records
+        records = self.files[place].records
         return Place(str(records.path), records.line(inner), records.key(inner) if isinstance(records, Tar) else "")
 
 
 class Corpus:
     """Conversations, a row per record."""
 
-    def __init__(self, context: Context, shelf: Volumes, truncate: Truncate | None) -> None:
-        """shelf: what open_corpus found in the files."""
-        self.shelf = shelf
-        self._setting = shelf.volumes[0].options.setting
+    def __init__(self, context: Context, volumes: Volumes, truncate: Truncate | None) -> None:
+        """volumes: what open_corpus found in the files."""
+        self.volumes = volumes
+        self._setting = volumes.files[0].options.setting
         self.processor, self.truncate = context.processor, truncate
         self.most = min(filter(None, (context.most, context.processor.window)))
-        self.rows: int = len(shelf.side(shelf.records))
-        self._lengths = _lengths(context, shelf.volumes, f"{truncate} {self.most}", shelf.records)
+        self.rows: int = len(volumes.side(volumes.records))
+        self._lengths = _lengths(context, volumes.files, f"{truncate} {self.most}", volumes.records)
 
     def record(self, number: int) -> int:
         """Return the record that a row is made of."""
-        return self.shelf.ordered(number, self.shelf.records)
+        return self.volumes.ordered(number, self.volumes.records)
 
     def measure(self, number: int) -> int:
         """Return the tokens of a row, from the cache, or from texts and headers of media. Raises InputError."""
@@ -272,11 +271,11 @@ class Corpus:
 
     def place(self, number: int) -> Place:
         """Return where a row comes from."""
-        return self.shelf.place(self.record(number))
+        return self.volumes.place(self.record(number))
 
     def conversation(self, record: int) -> tuple[list[dict[str, Any]], int]:
         """Return a record as messages, cut where that is asked for, and how many messages were cut off."""
-        volume, fields = self.shelf.read(record)
+        volume, fields = self.volumes.read(record)
         messages = read_record(fields, volume.form, volume.options)
         if self.truncate is None:
             return messages, 0
@@ -289,7 +288,7 @@ class Corpus:
 
     def unread(self, record: int) -> list[str]:
         """Return the fields of a record that its form does not read."""
-        volume, fields = self.shelf.read(record)
+        volume, fields = self.volumes.read(record)
         own = {name: before for before, name in volume.options.rename.items()}
         return [own.get(name, name) for name in FORMS[volume.form].unread(renamed(fields, volume.options))]
 
@@ -332,22 +331,22 @@ def _lengths(context: Context, volumes: Sequence[Volume], how: str, rows: int) -
 class Passages:
     """Windows of plain text. Each document ends with <|endoftext|>; no window reaches into the next."""
 
-    def __init__(self, context: Context, shelf: Volumes) -> None:
-        """shelf: what open_corpus found in the files."""
-        self.shelf = shelf
+    def __init__(self, context: Context, volumes: Volumes) -> None:
+        """volumes: what open_corpus found in the files."""
+        self.volumes = volumes
         self.processor = context.processor
         check_window(context)
         self.window = min(filter(None, (context.window, context.most)))
-        self._ids, sizes = zip(*(_tokenised(volume, context) for volume in shelf.volumes), strict=True)
+        self._ids, sizes = zip(*(_tokenised(volume, context) for volume in volumes.files), strict=True)
         self._sizes = np.concatenate(sizes)  # tokens per record, 0 for one that cannot be read
         self._starts = [np.cumsum([0, *own]) for own in sizes]
         windows = np.maximum(1, -(-self._sizes // self.window))  # of nearly one length each
         self._windows = np.concatenate(([0], np.cumsum(windows)))
-        self.rows: int = len(shelf.side(int(self._windows[-1])))
+        self.rows: int = len(volumes.side(int(self._windows[-1])))
 
     def _find(self, number: int) -> tuple[int, int]:
         """Return record and window of a row."""
-        place = self.shelf.ordered(number, int(self._windows[-1]))
+        place = self.volumes.ordered(number, int(self._windows[-1]))
         record = int(np.searchsorted(self._windows, place, side="right")) - 1
         return record, place - int(self._windows[record])
 
@@ -355,7 +354,7 @@ class Passages:
         """Return where in its text a window begins and ends, in tokens. Raises InputError for an unreadable record."""
         size = int(self._sizes[record])
         if not size:
-            volume, fields = self.shelf.read(record)
+            volume, fields = self.volumes.read(record)
             self.processor.tokenizer.encode(read_text(fields, volume.options))
             raise DataError("it could not be read before and can be now; remove the cache")
         count = int(self._windows[record + 1] - self._windows[record])
@@ -370,10 +369,10 @@ class Passages:
         """Return a window, all of it trained. Raises InputError for a record that cannot be read."""
         record, window = self._find(number)
         start, stop = self._cut(record, window)
-        place, inner = self.shelf.find(record)
+        place, inner = self.volumes.find(record)
         base = int(self._starts[place][inner])
         ids = self._ids[place][base + start : base + stop].tolist()
-        return Row(ids=ids, labels=list(ids), text=self.processor.tokenizer.decode(ids))
+        return Row(ids=ids, labels=list(ids))
 
     def messages(self, number: int) -> None:
         """Return None: text is no conversation."""
@@ -381,7 +380,7 @@ class Passages:
 
     def place(self, number: int) -> Place:
         """Return where a window comes from."""
-        return self.shelf.place(self._find(number)[0])
+        return self.volumes.place(self._find(number)[0])
 
 
 def _tokenised(volume: Volume, context: Context) -> tuple[np.ndarray, np.ndarray]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.random import Generator
 
 from modalora.data.genomes import Genome
 from modalora.data.organisms import AMINO, made_up
 from modalora.errors import ConfigError, DataError
 from modalora.science.codons import END, NUMBER, encode, reverse_complement, reverse_complement_ids
-
-Rng = np.random.Generator
 
 
 def _check_share(name: str, value: float) -> None:
@@ -34,7 +33,7 @@ class GeneRows:
         letters = [gene.letters for genome in genomes for gene in genome.genes]
         self.proteins = ["".join(AMINO[one[at : at + 3]] for at in range(0, len(one), 3)) for one in letters]
 
-    def __call__(self, rng: Rng) -> list[int]:
+    def __call__(self, rng: Generator) -> list[int]:
         """Return the ids of one window."""
         if rng.random() < self.made:
             ids = [END, *(NUMBER[codon] for codon in made_up(self.proteins, rng, self.window - 1))]
@@ -50,7 +49,7 @@ class GeneRows:
         start = int(rng.integers(0, len(ids) - self.window)) if rng.random() < 0.5 else 0
         return ids[start : start + self.window]
 
-    def _mixed(self, ids: list[int], rng: Rng) -> list[int]:
+    def _mixed(self, ids: list[int], rng: Generator) -> list[int]:
         return [END, *rng.permutation(ids[1:]).tolist()] if self.shuffled else ids
 
 
@@ -65,7 +64,7 @@ class WindowRows:
         sizes = np.array([len(one) for one in self.sequences], dtype=float)
         self.shares = sizes / sizes.sum()
 
-    def __call__(self, rng: Rng) -> list[int]:
+    def __call__(self, rng: Generator) -> list[int]:
         """Return the ids of one window."""
         letters = self.sequences[int(rng.choice(len(self.sequences), p=self.shares))]
         start = int(rng.integers(0, len(letters) - 3 * self.window + 1))
@@ -101,7 +100,7 @@ class RepeatRows:
         if window < 2 * least:
             raise DataError(f"a window of {window} codons has no room for two copies of {least}; make it longer")
 
-    def __call__(self, rng: Rng) -> list[int]:
+    def __call__(self, rng: Generator) -> list[int]:
         """Return the ids of one window."""
         ids = self.windows(rng)
         size = int(np.exp(rng.uniform(np.log(self.least), np.log(len(ids) // 2))))

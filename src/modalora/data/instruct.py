@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.random import Generator
 
 from modalora.data.numbers import DIGITS, number_words
 from modalora.data.questions import questions
@@ -17,10 +18,9 @@ from modalora.data.rows import Conversation, conversation, judged
 from modalora.data.scenes import COLORS, KINDS, SIZES, caption, free_scene, nlvr_like
 from modalora.data.speech import Clip, speech_questions
 from modalora.data.statements import nlvr_case, statement
-from modalora.data.text import check_length, window
+from modalora.data.text import check_stream, window
 from modalora.processing.tokenizer import TextTokenizer
 
-Rng = np.random.Generator
 Pair = tuple[str, str]
 
 _FACTS = (
@@ -59,13 +59,13 @@ _VALUES = (*COLORS, *KINDS, *SIZES, *DIGITS)  # what recall says of things
 LONGEST = 200  # ids of running text that a passage is cut from, at most
 
 
-def instruct(stream: np.ndarray, tokenizer: TextTokenizer) -> Callable[[Rng], Conversation]:
+def instruct(stream: np.ndarray, tokenizer: TextTokenizer) -> Callable[[Generator], Conversation]:
     """Return a source of text conversations. stream: token ids of running text, as token_stream gives them.
 
     Raises DataError when the text is shorter than a passage.
     """
-    check_length(stream, LONGEST)
-    makers: tuple[tuple[float, Callable[[Rng], Conversation]], ...] = (
+    check_stream(stream, LONGEST)
+    makers: tuple[tuple[float, Callable[[Generator], Conversation]], ...] = (
         (0.47, described_scene),
         (0.11, described_digits),
         (0.11, sums),
@@ -78,19 +78,11 @@ def instruct(stream: np.ndarray, tokenizer: TextTokenizer) -> Callable[[Rng], Co
     return lambda rng: makers[rng.choice(len(makers), p=shares)][1](rng)
 
 
-_TOLD = (
-    "count",
-    "color",
-    "presence",
-    "comparison",
-    "shape",
-    "size",
-    "list",
-    "tally",
-)  # what a caption settles; places in a picture it does not
+# what a caption settles; places in a picture it does not
+_TOLD = tuple("count color presence comparison shape size list tally".split())
 
 
-def described_scene(rng: Rng) -> Conversation:
+def described_scene(rng: Generator) -> Conversation:
     """Return questions about a scene given as its caption, and statements where it shows towers."""
     draw = rng.random()
     if draw < 0.5:
@@ -104,7 +96,7 @@ def described_scene(rng: Rng) -> Conversation:
     return conversation([], [(f"Picture: {caption(scene)}\n{question}", answer), *rest])
 
 
-def described_digits(rng: Rng) -> Conversation:
+def described_digits(rng: Generator) -> Conversation:
     """Return questions about a row of digits in words."""
     words = tuple(DIGITS[index] for index in rng.integers(10, size=int(rng.integers(1, 8))))
     pairs = speech_questions(Clip(np.zeros(1, dtype=np.float32), 8000, words), rng)[2:]
@@ -113,7 +105,7 @@ def described_digits(rng: Rng) -> Conversation:
     return conversation([], [(f"Digits: {' '.join(words)}\n{question}", answer), *rest])
 
 
-def sums(rng: Rng) -> Conversation:
+def sums(rng: Generator) -> Conversation:
     """Return sums and differences up to forty: among other small questions a model meets too few to learn them."""
     return conversation([], [_sum(rng) for _ in range(int(rng.integers(4, 13)))])
 
@@ -121,7 +113,7 @@ def sums(rng: Rng) -> Conversation:
 _REPEAT = ("Repeat: ", "Copy this: ", "Say this again: ")
 
 
-def repetition(stream: np.ndarray, tokenizer: TextTokenizer, rng: Rng) -> Conversation:
+def repetition(stream: np.ndarray, tokenizer: TextTokenizer, rng: Generator) -> Conversation:
     """Return passages to be said again, in order or shuffled: what makes a small model look back.
 
     A model that never met enough repetition cannot answer from its context at all.
@@ -136,7 +128,7 @@ def repetition(stream: np.ndarray, tokenizer: TextTokenizer, rng: Rng) -> Conver
     return conversation([], pairs)
 
 
-def recall(stream: np.ndarray, tokenizer: TextTokenizer, rng: Rng) -> Conversation:
+def recall(stream: np.ndarray, tokenizer: TextTokenizer, rng: Generator) -> Conversation:
     """Return a list of things with something said of each, and a question about most of them."""
     words = list(dict.fromkeys(word.lower() for word in _words(stream, tokenizer, rng, 40)))
     names = words[: int(rng.integers(1, 1 + max(1, min(10, len(words)))))]
@@ -151,7 +143,7 @@ def recall(stream: np.ndarray, tokenizer: TextTokenizer, rng: Rng) -> Conversati
     return conversation([], [(f"Remember: {given}\n{question}", answer), *rest])
 
 
-def story(stream: np.ndarray, tokenizer: TextTokenizer, rng: Rng) -> Conversation:
+def story(stream: np.ndarray, tokenizer: TextTokenizer, rng: Generator) -> Conversation:
     """Return a passage of a book as question and what follows it as answer."""
     ids = window(stream, LONGEST, rng)
     cut = int(rng.integers(25, 80))
@@ -160,7 +152,7 @@ def story(stream: np.ndarray, tokenizer: TextTokenizer, rng: Rng) -> Conversatio
     return conversation([], [(asked + before, after.strip())])
 
 
-def _small(stream: np.ndarray, tokenizer: TextTokenizer, rng: Rng) -> Pair:
+def _small(stream: np.ndarray, tokenizer: TextTokenizer, rng: Generator) -> Pair:
     draw = rng.random()
     if draw < 0.30:
         return _sum(rng)
@@ -175,7 +167,7 @@ def _small(stream: np.ndarray, tokenizer: TextTokenizer, rng: Rng) -> Pair:
     return str(rng.choice(asked)), answer
 
 
-def _sum(rng: Rng) -> Pair:
+def _sum(rng: Generator) -> Pair:
     one, two = int(rng.integers(0, 21)), int(rng.integers(0, 21))
     if rng.random() < 0.4:
         one, two = max(one, two), min(one, two)
@@ -187,7 +179,7 @@ def _sum(rng: Rng) -> Pair:
     return f"What is {one} {sign} {two}?", str(value)
 
 
-def _count(rng: Rng) -> Pair:
+def _count(rng: Generator) -> Pair:
     draw = rng.random()
     low = int(rng.integers(0, 15))
     high = low + int(rng.integers(1, 6))
@@ -204,7 +196,7 @@ def _count(rng: Rng) -> Pair:
     return f"Say {word} {number_words(times)} times.", " ".join([word] * times)
 
 
-def _copy(words: Sequence[str], rng: Rng) -> Pair:
+def _copy(words: Sequence[str], rng: Generator) -> Pair:
     draw = rng.random()
     text = " ".join(words)
     if draw < 0.5:
@@ -216,7 +208,7 @@ def _copy(words: Sequence[str], rng: Rng) -> Pair:
     return f"How many words are in: {text}", number_words(len(words))
 
 
-def _words(stream: np.ndarray, tokenizer: TextTokenizer, rng: Rng, most: int = 8) -> list[str]:
+def _words(stream: np.ndarray, tokenizer: TextTokenizer, rng: Generator, most: int = 8) -> list[str]:
     ids = window(stream, 128, rng)
     words = [word for word in tokenizer.decode(ids[:96]).split() if word.isalpha()][1:-1]
     return words[: int(rng.integers(2, most + 1))] or ["yes"]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -87,7 +87,8 @@ class Mixture:
         self.rows, self.tokens, self.accumulate = rows, tokens, accumulate
         self.seed, self.steps, self.rank, self.world, self.scored = seed, steps, rank, world, scored
         self.quarantine = quarantine or Quarantine()
-        self.reader = open_reader(context, sources, seed, tokens)
+        context = replace(context, most=tokens)
+        self.reader = open_reader(context, sources, seed)
         for config, source in zip(sources, self.reader.sources, strict=True):
             if config.epochs is not None and source.rows is None:
                 raise ConfigError(
@@ -104,7 +105,7 @@ class Mixture:
         self._lengths: dict[Name, int] = {}
         self._rows: dict[Name, Row] = {}  # made already, as measuring needed them
         self._ahead: deque[Future[Planned]] = deque()
-        self._pool = start_workers(context, sources, seed, tokens, workers) if workers else None
+        self._pool = start_workers(context, sources, seed, workers) if workers else None
         self._planner = ThreadPoolExecutor(1, "plan") if workers else None
 
     def take(self) -> list[Batch]:

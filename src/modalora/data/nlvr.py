@@ -44,13 +44,12 @@ class NlvrRow:
 def nlvr_scenes(folder: Path, split: str) -> list[NlvrRow]:
     """Return the pictures and sentences of a split ("train" or "validation") from folder/nlvr/{split}.parquet.
 
-    The folder nlvr itself may be given too. Raises DataError when the file is missing or a record is wrong.
+    Raises DataError when the file is missing or a record is wrong.
     """
-    names = [folder / "nlvr" / f"{split}.parquet", folder / f"{split}.parquet"]
-    found = next((name for name in names if name.is_file()), None)
-    if found is None:
+    found = folder / "nlvr" / f"{split}.parquet"
+    if not found.is_file():
         raise DataError(
-            f"no NLVR split {split!r}: {names[0]} is missing; it must be a table with the columns {', '.join(_COLUMNS)}"
+            f"no NLVR split {split!r}: {found} is missing; it must be a table with the columns {', '.join(_COLUMNS)}"
         )
     try:
         rows: list[dict[str, Any]] = load_arrow().parquet.read_table(found, columns=_COLUMNS).to_pylist()

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.random import Generator
 
 from modalora.science.codons import CODONS
-
-Rng = np.random.Generator
 
 _FORWARD = "KNKNTTTTRSRSIIMIQHQHPPPPRRRRLLLLEDEDAAAAGGGGVVVV*Y*YSSSS*CWCLFLF"  # of the codons in order; NCBI table 11
 AMINO = dict(zip(CODONS, _FORWARD, strict=True))
@@ -21,7 +20,7 @@ SWISS_PROT = dict(zip("ALGVESIKRDTPNQFYMHCW", (
 ), strict=True))  # fmt: skip
 
 
-def usage(rng: Rng) -> dict[str, tuple[list[str], np.ndarray]]:
+def usage(rng: Generator) -> dict[str, tuple[list[str], np.ndarray]]:
     """Return the codons of each amino acid and their shares in one made-up organism.
 
     The organism prefers G and C at the third place, or A and T, as real ones do; other preferences are small.
@@ -34,7 +33,7 @@ def usage(rng: Rng) -> dict[str, tuple[list[str], np.ndarray]]:
     return {amino: (codons, shares / shares.sum()) for amino, (codons, shares) in made.items()}
 
 
-def made_up(proteins: Sequence[str], rng: Rng, length: int) -> list[str]:
+def made_up(proteins: Sequence[str], rng: Generator, length: int) -> list[str]:
     """Return codons of a made-up organism: real proteins, changed here and there, or random ones, in its own codons."""
     own = usage(rng)
     letters, shares = list(SWISS_PROT), np.array(list(SWISS_PROT.values()))

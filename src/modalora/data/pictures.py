@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import numpy as np
+from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFont
 
 from modalora.data.numbers import NUMBERS
@@ -36,7 +36,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
 
 
-def word_picture(rng: np.random.Generator) -> tuple[Image.Image, list[tuple[str, str]]]:
+def word_picture(rng: Generator) -> tuple[Image.Image, list[tuple[str, str]]]:
     """Return a rendered common word or number of up to four digits, and (question, answer) pairs about it.
 
     The text is drawn as the answer gives it, lower case or digits.
@@ -61,7 +61,7 @@ def word_picture(rng: np.random.Generator) -> tuple[Image.Image, list[tuple[str,
     return image, pairs
 
 
-def chart_picture(rng: np.random.Generator) -> tuple[Image.Image, list[tuple[str, str]]]:
+def chart_picture(rng: Generator) -> tuple[Image.Image, list[tuple[str, str]]]:
     """Return a chart of two to five labelled bars of different colours, and (question, answer) pairs about it."""
     roll = dice(rng)
     bars = roll.randint(2, 5)

@@ -72,7 +72,7 @@ def _payloads(messages: Sequence[Message]) -> list[tuple[str, Any]]:
 
 def _spans(row: Row, processor: Processor) -> list[Span]:
     """Return a row as spans, cut where media, control tokens or labels begin and end."""
-    media = {start: (kind, tokens) for kind, _, start, tokens in row.media}
+    media = {item.start: (item.modality, item.tokens) for item in row.media}
     return list(spans(row.ids, media, processor.tokenizer, [label != IGNORED for label in row.labels]))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import NamedTuple
 
-import numpy as np
+from numpy.random import Generator
 
 from modalora.data.numbers import NUMBERS
 from modalora.data.picks import (
@@ -45,7 +45,7 @@ class Question(NamedTuple):
 
 def kind_questions(
     scene: Scene,
-    rng: np.random.Generator,
+    rng: Generator,
     count: int,
     kinds: Sequence[str] = QUESTION_KINDS,
 ) -> list[Question]:
@@ -74,7 +74,7 @@ def kind_questions(
 
 def questions(
     scene: Scene,
-    rng: np.random.Generator,
+    rng: Generator,
     count: int,
     kinds: Sequence[str] = QUESTION_KINDS,
 ) -> list[tuple[str, str]]:

@@ -23,7 +23,6 @@ from modalora.data.sources import (
     MADE,
     SCORED,
     SOURCES,
-    WINDOWED,
     Bad,
     Context,
     Drawn,
@@ -88,11 +87,12 @@ def make_source(context: Context, config: SourceConfig, key: Key = (0, 0)) -> So
             return _windowed(config, open_corpus(context, key, **_options(config, open_corpus)))
         if config.source == "documents":
             return open_documents(context, key, **_options(config, open_documents))
-        maker = SOURCES.get(config.source) or modality.source(config.source)
+        kind = SOURCES.get(config.source)
+        maker = kind.draw if kind else modality.source(config.source)
         if maker is None:
             known = ", ".join(sorted(("documents", "files", *SOURCES)))
             raise ConfigError(f"unknown source {config.source!r}; known are {known}, and MODALITY.SOURCE")
-        if config.window and config.source not in WINDOWED:
+        if config.window and not (kind and kind.windowed):
             raise _no_window(config)
         return Drawn(maker(context, **_options(config, maker)), key)
     except TypeError as error:
@@ -169,7 +169,7 @@ def check_usable(row: Row, asked: str | None, context: Context) -> None:
 
 def check_route(row: Row, asked: str | None, processor: Processor) -> None:
     """Refuse a row whose media no route of the model takes. Raises RouteError."""
-    processor.router({kind for kind, *_ in row.media}, asked or "auto")
+    processor.router(row.kinds, asked or "auto")
 
 
 def check_length(tokens: int, most: int) -> None:
@@ -268,9 +268,8 @@ def key_of(seed: int, place: int) -> Key:
     return (seed, 0 if seed == SCORED else place)
 
 
-def open_reader(context: Context, sources: Sequence[SourceConfig], seed: int, most: int = 0) -> Reader:
+def open_reader(context: Context, sources: Sequence[SourceConfig], seed: int) -> Reader:
     """Open every source. Raises ConfigError, DataError."""
-    context = replace(context, most=most)
     opened = [make_source(context, source, key_of(seed, place)) for place, source in enumerate(sources)]
     routes = [source.route for source in sources]
     return Reader(opened, source_names(sources), routes, context)

@@ -12,14 +12,13 @@ from collections.abc import Callable
 from math import exp, log
 
 import numpy as np
+from numpy.random import Generator
 
 from modalora.errors import ConfigError
 from modalora.processing.tokenizer import TextTokenizer
 
-Rng = np.random.Generator
-
 # Draws a distance between the nearest and the farthest that a row has room for.
-DISTANCES: dict[str, Callable[[Rng, int, int], int]] = {
+DISTANCES: dict[str, Callable[[Generator, int, int], int]] = {
     "rare": lambda rng, near, far: int(exp(rng.uniform(log(near), log(far + 1)))),  # log-uniform: long ones are rare
     "uniform": lambda rng, near, far: int(rng.integers(near, far + 1)),
     "long": lambda rng, near, far: int(rng.integers(max(near, far // 2), far + 1)),  # the far half alone
@@ -56,7 +55,9 @@ class Phrases:
         return [self.asks, key]
 
 
-def facts_row(text: np.ndarray, phrases: Phrases, rng: Rng, distances: str, most: int) -> tuple[list[int], list[int]]:
+def facts_row(
+    text: np.ndarray, phrases: Phrases, rng: Generator, distances: str, most: int
+) -> tuple[list[int], list[int]]:
     """Return the ids of a row as long as `text` and where its answers stand.
 
     text: ids to put facts into, which cover what is there. most: facts of a row at most. Facts that nobody asks for
@@ -88,7 +89,7 @@ def facts_row(text: np.ndarray, phrases: Phrases, rng: Rng, distances: str, most
     return ids.tolist(), sorted(answers)
 
 
-def copy_row(text: np.ndarray, rng: Rng, distances: str) -> list[int]:
+def copy_row(text: np.ndarray, rng: Generator, distances: str) -> list[int]:
     """Return ids as many as `text`: a passage of it, half the time with its words shuffled, again and again.
 
     Each word stands as far behind its last mention as the passage is long.

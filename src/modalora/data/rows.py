@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.random import Generator
 from torch import Tensor
 
 from modalora.contracts import IGNORED, Message
@@ -23,7 +24,6 @@ from modalora.data.scenes import COLORS, KINDS, SIZES, Scene, Shape, caption, ce
 from modalora.data.speech import TRANSCRIBE, Clip, digit_string, speech_questions
 from modalora.data.statements import nlvr_case, statement
 
-Rng = np.random.Generator
 Pairs = Sequence[tuple[str, str]]
 Conversation = list[Message]
 
@@ -45,7 +45,7 @@ def judged(sentence: str, truth: bool) -> tuple[str, str]:
     return sentence + TRUE_OR_FALSE, "true" if truth else "false"
 
 
-def scene_conversation(scene: Scene, rng: Rng, turns: int) -> Conversation:
+def scene_conversation(scene: Scene, rng: Generator, turns: int) -> Conversation:
     """Return questions, statements or a caption about a scene."""
     draw = rng.random()
     if draw < 0.15:
@@ -57,7 +57,7 @@ def scene_conversation(scene: Scene, rng: Rng, turns: int) -> Conversation:
     return conversation([("image", scene.image)], pairs)
 
 
-def drawn_picture(rng: Rng, turns: int, ask: Sequence[str] | None = None, towers: float = 0.6) -> Conversation:
+def drawn_picture(rng: Generator, turns: int, ask: Sequence[str] | None = None, towers: float = 0.6) -> Conversation:
     """Return a conversation about a generated picture: NLVR-like or free scenes, words, charts, or a written case.
 
     ask: kinds of questions; where given there are only such questions, about scenes. towers: their share of those in
@@ -78,7 +78,7 @@ def drawn_picture(rng: Rng, turns: int, ask: Sequence[str] | None = None, towers
     return scene_conversation(scene, rng, turns)
 
 
-def real_scene(row: NlvrRow, rng: Rng, turns: int, ask: Sequence[str] | None = None) -> Conversation:
+def real_scene(row: NlvrRow, rng: Generator, turns: int, ask: Sequence[str] | None = None) -> Conversation:
     """Return a conversation about a real NLVR picture that opens with its human sentence, or only asks such kinds."""
     scene = row.scene
     if ask is not None:
@@ -88,7 +88,7 @@ def real_scene(row: NlvrRow, rng: Rng, turns: int, ask: Sequence[str] | None = N
     return conversation([("image", scene.image)], [judged(row.sentence, row.label), *rest])
 
 
-def heard_digits(rows: Sequence[Clip], rng: Rng, most: int = 7, *, transcribe_only: bool = False) -> Conversation:
+def heard_digits(rows: Sequence[Clip], rng: Generator, most: int = 7, *, transcribe_only: bool = False) -> Conversation:
     """Return a conversation about one to `most` spoken digits, the transcription among the questions."""
     clip = digit_string(rows, rng, 1, most)
     pairs = speech_questions(clip, rng)
@@ -113,7 +113,7 @@ SAME_NUMBER = (
 
 
 def number_and_picture(
-    scene: Scene, digits: dict[str, list[Clip]], rng: Rng, *, augmented: bool = True, turns: int = 1
+    scene: Scene, digits: dict[str, list[Clip]], rng: Generator, *, augmented: bool = True, turns: int = 1
 ) -> Conversation:
     """Return a picture with a spoken digit, asked whether that many things are shown; yes and no equally often.
 
@@ -145,7 +145,7 @@ def number_and_picture(
     return conversation([("image", scene.image), ("audio", (clip.wave, clip.rate))], pairs)
 
 
-def frames(scenes: Sequence[Scene], rng: Rng, turns: int, *, tallies: bool = False) -> Conversation:
+def frames(scenes: Sequence[Scene], rng: Generator, turns: int, *, tallies: bool = False) -> Conversation:
     """Return several pictures with questions about one of them, by its number, or about which has the most of a colour.
 
     Scenes in the manner of NLVR or free, at least two. With tallies one turn counts a colour in each of them.
@@ -167,7 +167,7 @@ def frames(scenes: Sequence[Scene], rng: Rng, turns: int, *, tallies: bool = Fal
     return conversation([("image", scene.image) for scene in scenes], [(str(q), str(a)) for q, a in asked])
 
 
-def _tally(scenes: Sequence[Scene], rng: Rng) -> Pairs:
+def _tally(scenes: Sequence[Scene], rng: Generator) -> Pairs:
     """Return a request to count a colour that is shown in each picture; none where there are too many of all."""
     by_color = {
         color: [sum(shape.color == color for shape in scene.shapes) for scene in scenes]
@@ -185,7 +185,7 @@ def _tally(scenes: Sequence[Scene], rng: Rng) -> Pairs:
 ASKED = "What was asked?"
 
 
-def spoken_question(scene: Scene, bank: dict[str, list[Clip]], rng: Rng, turns: int = 1) -> Conversation | None:
+def spoken_question(scene: Scene, bank: dict[str, list[Clip]], rng: Generator, turns: int = 1) -> Conversation | None:
     """Return a picture with a question that is only spoken, or None when the bank has no question for the scene.
 
     Further turns ask for the words that were spoken, and about the picture.

@@ -15,6 +15,7 @@ from math import cos, pi, sin
 from random import Random
 
 import numpy as np
+from numpy.random import Generator
 from PIL import Image, ImageDraw
 
 KINDS = ("circle", "square", "triangle", "star", "diamond")
@@ -84,7 +85,7 @@ def are_towers(shapes: Iterable[Shape]) -> bool:
     return all(shape.size == "medium" and shape.kind == "square" and shape.x % BOX_STEP == 50 for shape in shapes)
 
 
-def dice(rng: np.random.Generator) -> Random:
+def dice(rng: Generator) -> Random:
     """Return a fast source of single choices that depends on nothing but the generator's state."""
     return Random(int(rng.integers(1 << 62)))
 
@@ -131,14 +132,14 @@ def draw_nlvr(shapes: Iterable[Shape]) -> Image.Image:
     return image
 
 
-def nlvr_like(rng: np.random.Generator, towers: float = 0.6) -> Scene:
+def nlvr_like(rng: Generator, towers: float = 0.6) -> Scene:
     """Return a scene that looks like one of NLVR's; towers is the share of scenes that show towers (really 0.67)."""
     roll = dice(rng)
     shapes = nlvr_shapes(roll, roll.random() < towers)
     return Scene(draw_nlvr(shapes), shapes, len(BOX_NAMES))
 
 
-def free_scene(rng: np.random.Generator) -> Scene:
+def free_scene(rng: Generator) -> Scene:
     """Return a scene of one to six shapes that do not overlap, on a canvas of 112 to 400 (mostly 240) pixels a side."""
     roll = dice(rng)
     most = 400 if roll.random() < 0.1 else 240  # large canvases cost many tokens

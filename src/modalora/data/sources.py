@@ -5,14 +5,13 @@ Every source gives rows by number: a row depends on the seed, the source and its
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
+from numpy.random import Generator
 
 from modalora.contracts import Message
 from modalora.data.genome_rows import GeneRows, RepeatRows, WindowRows
@@ -33,9 +32,9 @@ from modalora.data.rows import (
     spoken_question,
 )
 from modalora.data.scenes import free_scene, nlvr_like
-from modalora.data.speech import Clip, spoken_digits
-from modalora.data.text import check_length, recurring_window, token_stream, window
-from modalora.data.variation import augment, mask_bands
+from modalora.data.speech import by_text, spoken_digits
+from modalora.data.text import check_stream, recurring_window, token_stream, window
+from modalora.data.variation import augment
 from modalora.data.voices import digit_voices, question_voices, sentence_voices
 from modalora.errors import ConfigError, DataError, InputError
 from modalora.processing.processor import Processor, Row
@@ -43,7 +42,7 @@ from modalora.science.codons import definition, targets
 
 Key = tuple[int, int]  # seed of the run, place of the source in the mixture
 SCORED = 1 << 63  # in the place of a seed, where no run has one: rows that are scored, the same in every run
-Draw = Callable[[np.random.Generator], Row]
+Draw = Callable[[Generator], Row]
 Held = Sequence[tuple[str, Mapping[str, Any]]]  # the media of a row: modality and features of each
 
 
@@ -115,19 +114,6 @@ def check_window(context: Context, of: str = "") -> None:
         )
 
 
-WINDOWED = ("books", "retrieval")  # sources whose rows are as long as the window
-CUT = (*WINDOWED, "documents", "codons", "genome_windows", "genome_repeats")  # those whose rows the window cuts
-
-
-# the media in the rows of each source here; of files, and of modalities' own sources, any
-MADE: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys((*CUT, "instruct"), ()),
-    **dict.fromkeys(("cells", "frames", "nlvr", "pictures"), ("image",)),
-    **dict.fromkeys(("digits", "sentences"), ("audio",)),
-    "seen_and_heard": ("image", "audio"),
-}
-
-
 @dataclass(frozen=True)
 class Bad:
     """A row that cannot be used, why, and what would mend it."""
@@ -153,7 +139,7 @@ class Drawn:
     key: Key
     rows: int | None = None
 
-    def _rng(self, number: int) -> np.random.Generator:
+    def _rng(self, number: int) -> Generator:
         seed, place = self.key
         return np.random.default_rng((seed, 2, place, number))  # 2: no other stream of the run begins so
 
@@ -183,9 +169,9 @@ def bad_row(error: InputError, sample: str, source: Source, number: int) -> Bad:
 
 def _books(context: Context, split: str = "train", recurring: float = 0.0) -> Draw:
     stream = token_stream(context.folder, split, context.processor.tokenizer, context.cache)
-    check_length(stream, context.window)
+    check_stream(stream, context.window)
 
-    def draw(rng: np.random.Generator) -> Row:
+    def draw(rng: Generator) -> Row:
         if rng.random() < recurring:
             ids = recurring_window(stream, context.window, rng)
         else:
@@ -195,18 +181,16 @@ def _books(context: Context, split: str = "train", recurring: float = 0.0) -> Dr
     return draw
 
 
-def _retrieval(
-    context: Context, distances: str = "uniform", facts: float = 0.5, most: int = 12, split: str = "train"
-) -> Draw:
+def _retrieval(context: Context, distances: str = "uniform", most: int = 12, split: str = "train") -> Draw:
     if distances not in DISTANCES:
         raise ConfigError(f"distances={distances!r} of source 'retrieval' must be one of {', '.join(DISTANCES)}")
     tokenizer = context.processor.tokenizer
     stream, phrases = token_stream(context.folder, split, tokenizer, context.cache), Phrases(tokenizer)
-    check_length(stream, context.window)
+    check_stream(stream, context.window)
 
-    def draw(rng: np.random.Generator) -> Row:
+    def draw(rng: Generator) -> Row:
         text = np.array(window(stream, context.window, rng))
-        if rng.random() < facts:
+        if rng.random() < 0.5:
             ids, _ = facts_row(text, phrases, rng, distances, most)
         else:
             ids = copy_row(text, rng, distances)
@@ -224,8 +208,8 @@ def _genomes(context: Context, files: Sequence[str] | None, without: Sequence[st
     return read_genomes(context.folder, context.cache, [name for name in names if name not in without])
 
 
-def _codon_rows(make: Callable[[np.random.Generator], list[int]]) -> Draw:
-    def draw(rng: np.random.Generator) -> Row:
+def _codon_rows(make: Callable[[Generator], list[int]]) -> Draw:
+    def draw(rng: Generator) -> Row:
         ids = make(rng)
         return Row(ids=ids, labels=targets(ids))
 
@@ -258,20 +242,20 @@ def _genome_repeats(
     return _codon_rows(RepeatRows(genomes, context.window, inverted=inverted, least=least))
 
 
-def _cells(context: Context, nlvr: float = 0.2, free: float = 0.32, towers: float = 0.4) -> Draw:
+def _cells(context: Context, towers: float = 0.4) -> Draw:
     real = nlvr_scenes(context.folder, "train")
     image = context.processor.image
     if image is None:
         raise ConfigError("source 'cells' needs a model with a picture encoder")
 
-    def draw(rng: np.random.Generator) -> Row:
+    def draw(rng: Generator) -> Row:
         draw = rng.random()
-        if draw < nlvr:
+        if draw < 0.2:
             scene = real[rng.integers(len(real))].scene
         else:
-            scene = free_scene(rng) if draw < nlvr + free else nlvr_like(rng, towers)
+            scene = free_scene(rng) if draw < 0.52 else nlvr_like(rng, towers)
         row = context.processor.row([{"role": "user", "content": [{"type": "image", "image": scene.image}]}])
-        features = row.media[0][1]
+        features = row.media[0].features
         features.update(cells(scene.shapes, scene.image.size, features, image.patch))
         return row
 
@@ -292,7 +276,7 @@ def _frames(context: Context, turns: int = 4, most: int = 3, tallies: bool = Fal
         raise ConfigError(f"most={most} pictures of source 'frames' must lie in 2 .. 12")
     real = nlvr_scenes(context.folder, "train")
 
-    def converse(rng: np.random.Generator) -> Conversation:
+    def converse(rng: Generator) -> Conversation:
         count = int(rng.integers(2, most + 1))
         scenes = [real[rng.integers(len(real))].scene if rng.random() < 0.5 else free_scene(rng) for _ in range(count)]
         return frames(scenes, rng, turns, tallies=tallies)
@@ -304,26 +288,16 @@ def _digits(
     context: Context,
     transcribe_only: bool = False,
     without: str | None = None,
-    real: int = 2,
     most: int = 7,
-    masks: int = 0,
 ) -> Draw:
-    rows = real * spoken_digits(context.folder, "train", without=without) + digit_voices(context.cache)
-    draw = _conversations(context, lambda rng: heard_digits(rows, rng, most, transcribe_only=transcribe_only))
-
-    def masked(rng: np.random.Generator) -> Row:
-        row = draw(rng)
-        features = row.media[0][1]
-        features["mel"] = torch.from_numpy(mask_bands(features["mel"].numpy(), rng, masks))
-        return row
-
-    return masked if masks else draw
+    rows = 2 * spoken_digits(context.folder, "train", without=without) + digit_voices(context.cache)
+    return _conversations(context, lambda rng: heard_digits(rows, rng, most, transcribe_only=transcribe_only))
 
 
 def _sentences(context: Context) -> Draw:
     clips = sentence_voices(context.cache)
 
-    def converse(rng: np.random.Generator) -> Conversation:
+    def converse(rng: Generator) -> Conversation:
         clip = clips[rng.integers(len(clips))]
         return heard_sentence(replace(clip, wave=augment(clip.wave, clip.rate, rng)))
 
@@ -333,15 +307,11 @@ def _sentences(context: Context) -> Draw:
 def _seen_and_heard(
     context: Context, spoken: float = 0.25, turns: int = 1, without: str | None = None, wide: bool = False
 ) -> Draw:
-    digits: dict[str, list[Clip]] = defaultdict(list)
-    for clip in 2 * spoken_digits(context.folder, "train", without=without) + digit_voices(context.cache):
-        digits[clip.words[0]].append(clip)
-    bank: dict[str, list[Clip]] = defaultdict(list)
-    for clip in sentence_voices(context.cache) + (question_voices(context.cache) if wide else []):
-        bank[clip.text].append(clip)
+    digits = by_text(2 * spoken_digits(context.folder, "train", without=without) + digit_voices(context.cache))
+    bank = by_text(sentence_voices(context.cache) + (question_voices(context.cache) if wide else []))
     real = nlvr_scenes(context.folder, "train")
 
-    def converse(rng: np.random.Generator) -> Conversation:
+    def converse(rng: Generator) -> Conversation:
         draw = rng.random()
         scene = real[rng.integers(len(real))].scene if draw < 0.4 else nlvr_like(rng) if draw < 0.8 else free_scene(rng)
         asked = spoken_question(scene, bank, rng, turns) if rng.random() < spoken else None
@@ -357,13 +327,13 @@ def _instruct(context: Context) -> Draw:
 
 
 def _asking(
-    ask: Sequence[str] | None, converse: Callable[[np.random.Generator], Conversation]
-) -> Callable[[np.random.Generator], Conversation]:
+    ask: Sequence[str] | None, converse: Callable[[Generator], Conversation]
+) -> Callable[[Generator], Conversation]:
     """Check the kinds of questions asked for, and draw again where a scene gives rise to none of them."""
     if ask is not None and (not ask or not set(ask) <= set(QUESTION_KINDS)):
         raise ConfigError(f"ask: {list(ask)} must name some of the kinds {', '.join(QUESTION_KINDS)}")
 
-    def draw(rng: np.random.Generator) -> Conversation:
+    def draw(rng: Generator) -> Conversation:
         for _ in range(_TRIES):
             if made := converse(rng):
                 return made
@@ -380,29 +350,44 @@ class Conversations:
     """Draws conversations and makes rows of them."""
 
     processor: Processor
-    converse: Callable[[np.random.Generator], Conversation]
+    converse: Callable[[Generator], Conversation]
 
-    def __call__(self, rng: np.random.Generator) -> Row:
+    def __call__(self, rng: Generator) -> Row:
         """Return one row."""
         return self.processor.row(self.converse(rng), answer=False)
 
 
-def _conversations(context: Context, converse: Callable[[np.random.Generator], Conversation]) -> Conversations:
+def _conversations(context: Context, converse: Callable[[Generator], Conversation]) -> Conversations:
     return Conversations(context.processor, converse)
 
 
-SOURCES: dict[str, Callable[..., Draw]] = {
-    "books": _books,
-    "cells": _cells,
-    "codons": _codons,
-    "digits": _digits,
-    "frames": _frames,
-    "genome_repeats": _genome_repeats,
-    "genome_windows": _genome_windows,
-    "instruct": _instruct,
-    "nlvr": _nlvr,
-    "pictures": _pictures,
-    "retrieval": _retrieval,
-    "seen_and_heard": _seen_and_heard,
-    "sentences": _sentences,
+class Kind(NamedTuple):
+    """A source. draw: makes it, from a Context and its options. media: in its rows.
+
+    cut: whether the window cuts its rows. windowed: whether they are as long as it, which may then be its own.
+    """
+
+    draw: Callable[..., Draw]
+    media: tuple[str, ...] = ()
+    cut: bool = False
+    windowed: bool = False
+
+
+SOURCES = {
+    "books": Kind(_books, cut=True, windowed=True),
+    "cells": Kind(_cells, ("image",)),
+    "codons": Kind(_codons, cut=True),
+    "digits": Kind(_digits, ("audio",)),
+    "frames": Kind(_frames, ("image",)),
+    "genome_repeats": Kind(_genome_repeats, cut=True),
+    "genome_windows": Kind(_genome_windows, cut=True),
+    "instruct": Kind(_instruct),
+    "nlvr": Kind(_nlvr, ("image",)),
+    "pictures": Kind(_pictures, ("image",)),
+    "retrieval": Kind(_retrieval, cut=True, windowed=True),
+    "seen_and_heard": Kind(_seen_and_heard, ("image", "audio")),
+    "sentences": Kind(_sentences, ("audio",)),
 }
+CUT = {"documents", *(name for name, kind in SOURCES.items() if kind.cut)}
+# the media in the rows of each source; of files, and of modalities' own sources, any
+MADE = {"documents": (), **{name: kind.media for name, kind in SOURCES.items()}}

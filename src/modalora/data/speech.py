@@ -38,11 +38,6 @@ class Clip:
     words: tuple[str, ...]
     speaker: str = ""
 
-    @property
-    def seconds(self) -> float:
-        """Duration."""
-        return len(self.wave) / self.rate
-
     @cached_property
     def text(self) -> str:
         """The words, one space apart."""
@@ -73,6 +68,14 @@ def spoken_digits(folder: Path, split: str, *, without: str | None = None, only:
             wave, rate = read_wave(audio)
             clips.append(Clip(wave, rate, (DIGITS[digit],), speaker))
     return clips
+
+
+def by_text(clips: Sequence[Clip]) -> dict[str, list[Clip]]:
+    """Return clips by what is said in them."""
+    found: dict[str, list[Clip]] = {}
+    for clip in clips:
+        found.setdefault(clip.text, []).append(clip)
+    return found
 
 
 def read_wave(data: bytes) -> tuple[np.ndarray, int]:

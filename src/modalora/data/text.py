@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from numpy.random import Generator
 
 from modalora.data.files import cached, load_arrow
 from modalora.errors import DataError
@@ -48,7 +49,7 @@ def token_stream(folder: Path, split: str, tokenizer: TextTokenizer, cache: Path
     return np.asarray(np.load(cached(books_file(folder, split), cache, f"-{key}.npy", make), mmap_mode="r"))
 
 
-def check_length(stream: np.ndarray, length: int) -> None:
+def check_stream(stream: np.ndarray, length: int) -> None:
     """Refuse a text that has no window of `length` ids. Raises DataError."""
     if len(stream) < length:
         raise DataError(
@@ -57,16 +58,16 @@ def check_length(stream: np.ndarray, length: int) -> None:
         )
 
 
-def window(stream: np.ndarray, length: int, rng: np.random.Generator) -> list[int]:
+def window(stream: np.ndarray, length: int, rng: Generator) -> list[int]:
     """Return a random window of `length` ids. Raises DataError when the stream is shorter."""
-    check_length(stream, length)
+    check_stream(stream, length)
     # the last start is drawn where it is the only one: a bound one higher would move half of the draws of earlier runs
     start = int(rng.integers(0, max(1, len(stream) - length)))
     ids: list[int] = stream[start : start + length].tolist()
     return ids
 
 
-def recurring_window(stream: np.ndarray, length: int, rng: np.random.Generator) -> list[int]:
+def recurring_window(stream: np.ndarray, length: int, rng: Generator) -> list[int]:
     """Return `length` ids in which a few passages, some with their words shuffled, come again and again.
 
     Natural text repeats itself too seldom for a small model to learn in few tokens that a context can be looked up.

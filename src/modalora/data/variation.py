@@ -9,7 +9,6 @@ Roelands, ICASSP 1993) sets the duration. What a channel does to the sound is on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -18,31 +17,27 @@ from numpy import fft
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.random import Generator
 
-
-@dataclass(frozen=True, kw_only=True)
-class Variation:
-    """How far `augment` may go: a (low, high) range is drawn from evenly, a chance is the share of clips changed."""
-
-    voice_chance: float = 0.85  # clips whose pitch and formants change
-    pitch: tuple[float, float] = (0.75, 1.35)  # factor of pitch, drawn in the logarithm
-    formants: tuple[float, float] = (0.82, 1.25)  # factor of the formants where they move apart from the pitch
-    formants_chance: float = 0.5  # else the formants go with the pitch, as plain resampling does
-    tempo: tuple[float, float] = (0.75, 1.35)  # factor of the speed where it is drawn apart from the pitch
-    tempo_chance: float = 0.6  # else a higher pitch is faster, as plain resampling does
-    silence: tuple[float, float] = (0.0, 0.3)  # seconds before, and again after
-    silence_chance: float = 0.6
-    channel_chance: float = 0.7  # clips with tilt, equaliser and band limits
-    tilt_db: tuple[float, float] = (-4.0, 4.0)  # dB per octave around 1 kHz, at most 3 octaves of it
-    equaliser_db: float = 6.0  # each of seven bands moves by at most this much
-    bottom_hz: tuple[float, float] = (20.0, 350.0)  # corner of the high-pass
-    top_hz: tuple[float, float] = (1_900.0, 8_000.0)  # corner of the low-pass
-    reverb_chance: float = 0.25
-    reverb_seconds: tuple[float, float] = (0.08, 0.5)  # time to fall by 60 dB
-    peak_db: tuple[float, float] = (-26.0, -0.5)  # level of the loudest sample
-    clipping_chance: float = 0.08
-    noise_chance: float = 0.7
-    noise_db: tuple[float, float] = (5.0, 45.0)  # signal over noise
-    offset_chance: float = 0.2  # a constant (DC) of up to 2 % of the peak
+# How far `augment` may go: a (low, high) range is drawn from evenly, a chance is the share of clips changed.
+VOICE_CHANCE = 0.85  # clips whose pitch and formants change
+PITCH = (0.75, 1.35)  # factor of pitch, drawn in the logarithm
+FORMANTS = (0.82, 1.25)  # factor of the formants where they move apart from the pitch
+FORMANTS_CHANCE = 0.5  # else the formants go with the pitch, as plain resampling does
+TEMPO = (0.75, 1.35)  # factor of the speed where it is drawn apart from the pitch
+TEMPO_CHANCE = 0.6  # else a higher pitch is faster, as plain resampling does
+SILENCE = (0.0, 0.3)  # seconds before, and again after
+SILENCE_CHANCE = 0.6
+CHANNEL_CHANCE = 0.7  # clips with tilt, equaliser and band limits
+TILT_DB = (-4.0, 4.0)  # dB per octave around 1 kHz, at most 3 octaves of it
+EQUALISER_DB = 6.0  # each of seven bands moves by at most this much
+BOTTOM_HZ = (20.0, 350.0)  # corner of the high-pass
+TOP_HZ = (1_900.0, 8_000.0)  # corner of the low-pass
+REVERB_CHANCE = 0.25
+REVERB_SECONDS = (0.08, 0.5)  # time to fall by 60 dB
+PEAK_DB = (-26.0, -0.5)  # level of the loudest sample
+CLIPPING_CHANCE = 0.08
+NOISE_CHANCE = 0.7
+NOISE_DB = (5.0, 45.0)  # signal over noise
+OFFSET_CHANCE = 0.2  # a constant (DC) of up to 2 % of the peak
 
 
 def resample(wave: np.ndarray, rate: float, target: float) -> np.ndarray:
@@ -101,21 +96,18 @@ def augment(wave: np.ndarray, rate: int, rng: Generator) -> np.ndarray:
 
     The result is finite, in [-1, 1], and at most 1 / min(pitch, tempo) times longer plus the silences.
     """
-    drawn = Variation()
     wave = np.asarray(wave, dtype=np.float32)
-    if rng.random() < drawn.voice_chance:
-        wave = _revoice(wave, rate, rng, drawn)
-    if rng.random() < drawn.silence_chance:
-        before, after = rng.uniform(*drawn.silence, size=2) * rate
+    if rng.random() < VOICE_CHANCE:
+        wave = _revoice(wave, rate, rng)
+    if rng.random() < SILENCE_CHANCE:
+        before, after = rng.uniform(*SILENCE, size=2) * rate
         wave = np.pad(wave, (int(before), int(after)))
-    return _transmit(wave, rate, rng, drawn)
+    return _transmit(wave, rate, rng)
 
 
-def _revoice(wave: np.ndarray, rate: int, rng: Generator, drawn: Variation) -> np.ndarray:
-    pitch, formants, tempo = (
-        float(np.exp(rng.uniform(*np.log(r)))) for r in (drawn.pitch, drawn.formants, drawn.tempo)
-    )
-    apart, timed = rng.random() < drawn.formants_chance, rng.random() < drawn.tempo_chance
+def _revoice(wave: np.ndarray, rate: int, rng: Generator) -> np.ndarray:
+    pitch, formants, tempo = (float(np.exp(rng.uniform(*np.log(r)))) for r in (PITCH, FORMANTS, TEMPO))
+    apart, timed = rng.random() < FORMANTS_CHANCE, rng.random() < TEMPO_CHANCE
     length = len(wave) / (tempo if timed else pitch)
     wave = resample(wave, rate * pitch, rate)
     if apart and abs(formants / pitch - 1) > 0.03:
@@ -124,16 +116,16 @@ def _revoice(wave: np.ndarray, rate: int, rng: Generator, drawn: Variation) -> n
     return stretch(wave, rate, factor) if timed and abs(factor - 1) > 0.03 else wave
 
 
-def _transmit(wave: np.ndarray, rate: int, rng: Generator, drawn: Variation) -> np.ndarray:
-    length, reverb = len(wave), rng.random() < drawn.reverb_chance
-    tail = rng.uniform(*drawn.reverb_seconds) if reverb else 0.0
+def _transmit(wave: np.ndarray, rate: int, rng: Generator) -> np.ndarray:
+    length, reverb = len(wave), rng.random() < REVERB_CHANCE
+    tail = rng.uniform(*REVERB_SECONDS) if reverb else 0.0
     size = -(-(length + round(tail * rate) + 1) // 1024) * 1024  # few sizes, all quick to transform
     octaves = _octaves(size, rate)
     spectrum = fft.rfft(wave, size)
-    if rng.random() < drawn.channel_chance:
-        gain_db = np.clip(octaves, -3.0, 3.0) * rng.uniform(*drawn.tilt_db)
-        gain_db += np.interp(octaves, np.arange(-3, 4), rng.uniform(-1, 1, size=7) * drawn.equaliser_db)
-        bottom, top = (np.log2(rng.uniform(*r) / 1000) for r in (drawn.bottom_hz, drawn.top_hz))
+    if rng.random() < CHANNEL_CHANCE:
+        gain_db = np.clip(octaves, -3.0, 3.0) * rng.uniform(*TILT_DB)
+        gain_db += np.interp(octaves, np.arange(-3, 4), rng.uniform(-1, 1, size=7) * EQUALISER_DB)
+        bottom, top = (np.log2(rng.uniform(*r) / 1000) for r in (BOTTOM_HZ, TOP_HZ))
         steep = rng.choice((6.0, 12.0, 24.0, 48.0), size=2)  # dB per octave outside the band
         gain_db -= steep[0] * np.maximum(bottom - octaves, 0.0) + steep[1] * np.maximum(octaves - top, 0.0)
         spectrum *= 10 ** (np.clip(gain_db, -80.0, 40.0) / 20)
@@ -143,35 +135,19 @@ def _transmit(wave: np.ndarray, rate: int, rng: Generator, drawn: Variation) -> 
         echo *= rng.uniform(0.1, 0.9) / np.sqrt(np.square(echo).sum() + 1e-9)
         spectrum *= 1.0 + fft.rfft(echo, size)
     wave = fft.irfft(spectrum, size)[:length]
-    wave *= 10 ** (rng.uniform(*drawn.peak_db) / 20) / (np.abs(wave).max(initial=0.0) + 1e-6)
+    wave *= 10 ** (rng.uniform(*PEAK_DB) / 20) / (np.abs(wave).max(initial=0.0) + 1e-6)
     peak = float(np.abs(wave).max(initial=0.0))
-    if rng.random() < drawn.clipping_chance:
+    if rng.random() < CLIPPING_CHANCE:
         wave = np.clip(wave, *(np.array((-1, 1)) * peak * rng.uniform(0.2, 0.8)))
-    if rng.random() < drawn.noise_chance:
+    if rng.random() < NOISE_CHANCE:
         loud = wave[np.abs(wave) > 0.05 * peak]
         level = np.sqrt(np.square(loud).mean()) if len(loud) else 1e-3
         noise = _noise(size, octaves, np.abs(spectrum), rng)[:length]
         noise /= np.sqrt(np.square(noise).mean()) + 1e-9
-        wave += noise * level * 10 ** (-rng.uniform(*drawn.noise_db) / 20)
-    if rng.random() < drawn.offset_chance:
+        wave += noise * level * 10 ** (-rng.uniform(*NOISE_DB) / 20)
+    if rng.random() < OFFSET_CHANCE:
         wave += rng.uniform(-0.02, 0.02) * peak
     return np.clip(wave, -1.0, 1.0).astype(np.float32)
-
-
-def mask_bands(mel: np.ndarray, rng: Generator, bands: int = 2, widest: int = 12, longest: int = 6) -> np.ndarray:
-    """Return log-mel features (frames, mels) with a few bands of channels and one stretch of frames at their mean.
-
-    What is left must do: SpecAugment (Park et al., Interspeech 2019).
-    """
-    mel, mean = mel.copy(), mel.mean()
-    for _ in range(bands):
-        width = int(rng.integers(0, widest + 1))
-        start = int(rng.integers(0, mel.shape[1] - width + 1))
-        mel[:, start : start + width] = mean
-    width = int(rng.integers(0, min(longest, len(mel) // 4) + 1))
-    start = int(rng.integers(0, len(mel) - width + 1))
-    mel[start : start + width] = mean
-    return mel
 
 
 @lru_cache(maxsize=256)

@@ -16,6 +16,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+from numpy.random import Generator
 
 from modalora.data.numbers import DIGITS, number_words
 from modalora.data.scenes import BOX_NAMES
@@ -104,9 +105,7 @@ def voice_bank(
     return _read_bank(path)
 
 
-def _synthesise(
-    texts: Sequence[str], voices: Sequence[Voice], takes: int | None, rng: np.random.Generator
-) -> list[Clip]:
+def _synthesise(texts: Sequence[str], voices: Sequence[Voice], takes: int | None, rng: Generator) -> list[Clip]:
     clips: list[Clip] = []
     for text in texts:
         chosen = range(len(voices)) if takes is None else rng.choice(len(voices), takes, replace=False)

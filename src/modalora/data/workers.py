@@ -30,15 +30,13 @@ WORKER_ENDED = TrainingError(
 _READER: list[Reader] = []  # of a worker process
 
 
-def start_workers(
-    context: Context, sources: Sequence[SourceConfig], seed: int, tokens: int, count: int
-) -> ProcessPoolExecutor:
+def start_workers(context: Context, sources: Sequence[SourceConfig], seed: int, count: int) -> ProcessPoolExecutor:
     """Start so many processes that open the sources of a mixture.
 
     Raises ConfigError when a modality's functions cannot be told to another process.
     """
     try:
-        told = pickle.dumps((context, tuple(sources), seed, tokens))
+        told = pickle.dumps((context, tuple(sources), seed))
     except (AttributeError, TypeError, pickle.PicklingError) as error:
         raise ConfigError(
             f"workers={count}: what reads the rows cannot be sent to other processes ({error}); a modality's features "
@@ -89,8 +87,8 @@ def _shipped(made: int | Made) -> Any:
     """Turn tensors into arrays: between processes torch would send tensors as open files, of which there are few."""
     if isinstance(made, Row):
         made.media = [
-            (kind, cast(Any, {name: value.numpy() for name, value in features.items()}), start, tokens)
-            for kind, features, start, tokens in made.media
+            item._replace(features=cast(Any, {name: value.numpy() for name, value in item.features.items()}))
+            for item in made.media
         ]
     return made
 
@@ -99,7 +97,7 @@ def landed(made: Any) -> int | Made:
     """Return what a worker sent, arrays as tensors again."""
     if isinstance(made, Row):
         made.media = [
-            (kind, {name: torch.from_numpy(np.asarray(value)) for name, value in features.items()}, start, tokens)
-            for kind, features, start, tokens in made.media
+            item._replace(features={name: torch.from_numpy(np.asarray(value)) for name, value in item.features.items()})
+            for item in made.media
         ]
     return made

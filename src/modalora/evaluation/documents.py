@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
+from numpy.random import Generator
 
 from modalora.config.extend import MOST_DISTRACTORS, MOST_NEEDLES
 from modalora.data.retrieval import Phrases
@@ -33,7 +34,6 @@ _STREAMS: dict[Part, int] = {"search": 101, "evaluation": 102, "tasks": 103, "ex
 _MOST = 100_000  # documents of one seed
 # What ends a sentence, closing quotes and line ends with it; an empty line ends one too.
 _END = re.compile(r"[.!?][\"'”’)]*(?=\s)\n*|\n{2,}")
-_Rng = np.random.Generator
 
 
 def part_of_books(folder: Path, part: Literal["search", "evaluation"]) -> list[str]:
@@ -87,7 +87,7 @@ class Style(Protocol):
         """Return what stands before the text."""
         ...
 
-    def facts(self, rng: _Rng, part: Part, count: int, text: Sequence[int]) -> list[Fact]:
+    def facts(self, rng: Generator, part: Part, count: int, text: Sequence[int]) -> list[Fact]:
         """Return facts about different things, none of which the text names. Raises DataError when too few can be."""
         ...
 
@@ -105,7 +105,7 @@ class Digits:
         what = "A secret number is" if facts == 1 else f"{facts} secret numbers are"
         return start + self.tokenizer.encode(f"{what} hidden in this text, and asked for at its end. Remember.\n\n")
 
-    def facts(self, rng: _Rng, part: Part, count: int, text: Sequence[int]) -> list[Fact]:
+    def facts(self, rng: Generator, part: Part, count: int, text: Sequence[int]) -> list[Fact]:
         """Return facts of different names and numbers."""
         plain = self.tokenizer.decode(text)
         names = [name for name in draw_names(rng, part, 2 * count) if name not in plain][:count]
@@ -135,7 +135,7 @@ class Words:
         """Return nothing: the rows that such a model reads start anywhere in a book."""
         return []
 
-    def facts(self, rng: _Rng, part: Part, count: int, text: Sequence[int]) -> list[Fact]:
+    def facts(self, rng: Generator, part: Part, count: int, text: Sequence[int]) -> list[Fact]:
         """Return facts of different keys; values come again only where there are fewer of them than facts."""
         words = self.phrases
         taken = {other for one, other in zip(text, text[1:], strict=False) if one == words.states}
@@ -251,7 +251,7 @@ def _document(
     return Document(tuple(ids), tuple(answers), tuple(depths[one] for one in asked), seed, fingerprint(ids))
 
 
-def passage(tokenizer: TextTokenizer, texts: Sequence[str], tokens: int, rng: _Rng) -> tuple[list[int], list[int]]:
+def passage(tokenizer: TextTokenizer, texts: Sequence[str], tokens: int, rng: Generator) -> tuple[list[int], list[int]]:
     """Return this many ids of running text that end with a sentence, and the places behind each of its sentences.
 
     Raises DataError when no text is so long.

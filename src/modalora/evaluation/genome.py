@@ -12,6 +12,7 @@ from math import log
 
 import numpy as np
 import torch
+from numpy.random import Generator
 
 from modalora.contracts import Batch, Route
 from modalora.data.genome_rows import repeat
@@ -21,7 +22,6 @@ from modalora.models.multimodal import Multimodal
 from modalora.nn.products import wide_products
 from modalora.science.codons import CODONS, END, clean, encode, reverse_complement
 
-Rng = np.random.Generator
 Document = Sequence[int]
 
 
@@ -141,7 +141,7 @@ def _masked(document: Document, bits: np.ndarray) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------- documents
 
 
-def document_of(genome: Genome, rng: Rng | None = None) -> list[int]:
+def document_of(genome: Genome, rng: Generator | None = None) -> list[int]:
     """Return the genes of a genome as one document, an END before, between and behind them.
 
     rng: puts the codons of each gene into any order, the control: usage stays, order goes.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
+from numpy.random import Generator
 
 from modalora.errors import DataError
 
@@ -54,7 +54,7 @@ def most_names(part: Part) -> int:
     return len(_ADJECTIVES) * len(_NOUNS[part])
 
 
-def draw_names(rng: np.random.Generator, part: Part, count: int) -> list[str]:
+def draw_names(rng: Generator, part: Part, count: int) -> list[str]:
     """Return this many different names, such as "quiet-lantern". Raises DataError when there are not so many."""
     nouns, most = _NOUNS[part], most_names(part)
     if count > most:
@@ -63,7 +63,7 @@ def draw_names(rng: np.random.Generator, part: Part, count: int) -> list[str]:
     return [f"{_ADJECTIVES[one // len(nouns)]}-{nouns[one % len(nouns)]}" for one in chosen.tolist()]
 
 
-def draw_numbers(rng: np.random.Generator, count: int, digits: int = 7) -> list[str]:
+def draw_numbers(rng: Generator, count: int, digits: int = 7) -> list[str]:
     """Return this many different numbers of so many digits, none of which begins with 0."""
     lowest: int = 10 ** (digits - 1)
     return [str(lowest + one) for one in rng.choice(9 * lowest, size=count, replace=False).tolist()]
@@ -73,7 +73,7 @@ _ONSETS: Sequence[str] = "b d f g k l m n p r s t v z".split()
 _VOWELS: Sequence[str] = "a e i o u".split()
 
 
-def draw_words(rng: np.random.Generator, count: int) -> list[str]:
+def draw_words(rng: Generator, count: int) -> list[str]:
     """Return this many different made-up words of six letters, such as "bakelo". Raises DataError beyond 343,000."""
     kinds = len(_ONSETS) * len(_VOWELS)
     if count > kinds**3:

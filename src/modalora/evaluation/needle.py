@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from modalora.assistant import set_regime
 from modalora.contracts import Batch, Rotations, Route
@@ -80,11 +81,6 @@ def plain_document(ids: Sequence[int], *, scored: int | None = None, seed: int =
     """Return running text as a document of which the last `scored` tokens count; None: all that have one before."""
     scored = len(ids) - 1 if scored is None else scored
     return Document(tuple(ids), tuple(range(len(ids) - scored, len(ids))), (), seed, fingerprint(ids))
-
-
-def perplexity(losses: Tensor) -> float:
-    """Return exp of the mean over documents, for losses as `answer_losses` gives them: the search's fitness."""
-    return float(losses.double().mean().exp())
 
 
 @torch.no_grad()
@@ -258,9 +254,7 @@ def _answer_states(
         raise DataError("no documents were given; build at least one")
     device = model.device
     lengths = [len(document.ids) for document in documents]
-    padded = torch.zeros((len(documents), max(lengths)), dtype=torch.long)
-    for row, document in enumerate(documents):
-        padded[row, : lengths[row]] = torch.tensor(document.ids)
+    padded = pad_sequence([torch.tensor(document.ids) for document in documents], batch_first=True)
     batch = Batch(padded.to(device), torch.tensor(lengths, device=device), Route((adapter,) * len(documents)))
     rows = torch.tensor([row for row, document in enumerate(documents) for _ in document.answers], device=device)
     columns = torch.tensor([at for document in documents for at in document.answers], device=device)

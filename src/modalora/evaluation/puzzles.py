@@ -18,14 +18,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.random import Generator
 
 from modalora.errors import DataError
 from modalora.evaluation.names import Part, draw_names, draw_numbers, draw_words, most_names
 
 HOPS = 4  # times that a number is handed on
 COMMON = 10  # words that come more often than the others
-
-_Rng = np.random.Generator
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,7 @@ class Sized:
 class Task:
     """make: (generator, texts, tokens to fill, whose names) -> puzzle. score: see ruler.py:score_answer."""
 
-    make: Callable[[_Rng, Sequence[str], int, Part], Sized]
+    make: Callable[[Generator, Sequence[str], int, Part], Sized]
     score: Literal["all", "part"] = "all"
     needs_text: bool = False
 
@@ -71,11 +70,11 @@ _CALM = (
 _SENTENCE_END = re.compile(r"[.!?][\"'”’)]*\s*$")
 
 
-def _repeated(rng: _Rng, texts: Sequence[str], length: int) -> list[str]:
+def _repeated(rng: Generator, texts: Sequence[str], length: int) -> list[str]:
     return [_CALM[one % len(_CALM)] for one in range(length)]
 
 
-def _book(rng: _Rng, texts: Sequence[str], length: int) -> list[str]:
+def _book(rng: Generator, texts: Sequence[str], length: int) -> list[str]:
     if not texts:
         raise DataError("this task hides things in running text and none was given; give a text, or leave it out")
     text = texts[int(rng.integers(len(texts)))]
@@ -88,14 +87,17 @@ def _told(name: str, number: str) -> str:
 
 
 def _hidden(
-    lines_of: Callable[[_Rng, Sequence[str], int], list[str]] | None, keys: int = 1, values: int = 1, asked: int = 1
-) -> Callable[[_Rng, Sequence[str], int, Part], Sized]:
+    lines_of: Callable[[Generator, Sequence[str], int], list[str]] | None,
+    keys: int = 1,
+    values: int = 1,
+    asked: int = 1,
+) -> Callable[[Generator, Sequence[str], int, Part], Sized]:
     """Return a maker: `keys` names with `values` numbers each, `asked` of which are asked for.
 
     lines_of: what surrounds them; None: other names with numbers.
     """
 
-    def make(rng: _Rng, texts: Sequence[str], length: int, part: Part) -> Sized:
+    def make(rng: Generator, texts: Sequence[str], length: int, part: Part) -> Sized:
         others = 0 if lines_of else min(length // 12, most_names(part) - keys)  # a line has twelve tokens and more
         names = draw_names(rng, part, keys + others)
         numbers = draw_numbers(rng, keys * values + others)
@@ -149,7 +151,7 @@ def listed(words: Sequence[str]) -> str:
 # ------------------------------------------------------------------------------------------------- tracing and counting
 
 
-def _variables(rng: _Rng, texts: Sequence[str], length: int, part: Part) -> Sized:
+def _variables(rng: Generator, texts: Sequence[str], length: int, part: Part) -> Sized:
     lines = _repeated(rng, texts, length)
     names: list[str] = []
     while len(names) < HOPS + 1:
@@ -171,7 +173,7 @@ def _variables(rng: _Rng, texts: Sequence[str], length: int, part: Part) -> Size
     return Sized(1, 5, len(lines), at)
 
 
-def _common_words(rng: _Rng, texts: Sequence[str], length: int, part: Part) -> Sized:
+def _common_words(rng: Generator, texts: Sequence[str], length: int, part: Part) -> Sized:
     often, seldom = (30, 3) if length >= 4096 else (6 if length >= 512 else 3, 1)
     words = draw_words(rng, COMMON + length // 4)
     order = int(rng.integers(2**32))
@@ -196,7 +198,7 @@ def zipf_counts(total: int, kinds: int) -> list[int]:
     return [max(1, round(total * share)) for share in (shares / shares.sum()).tolist()]
 
 
-def _frequent_words(rng: _Rng, texts: Sequence[str], length: int, part: Part) -> Sized:
+def _frequent_words(rng: Generator, texts: Sequence[str], length: int, part: Part) -> Sized:
     words = draw_words(rng, max(8, length // 50))
     order = int(rng.integers(2**32))
 

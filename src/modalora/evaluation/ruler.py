@@ -7,7 +7,7 @@ it contains the reference in whatever case; and prompt and answer together take 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 from zlib import crc32
@@ -222,7 +222,7 @@ class Report:
         return reached
 
     def as_json(self, threshold: float = THRESHOLD) -> dict[str, Any]:
-        """Return plain values; `from_json` reads them."""
+        """Return plain values."""
         cells = [
             {**dataclasses.asdict(cell), "score": cell.score, "low": cell.interval[0], "high": cell.interval[1]}
             for cell in self.cells
@@ -230,12 +230,6 @@ class Report:
         averages = [{"length": length, "score": score} for length, score in self.averages.items()]
         effective = self.effective_length(threshold)
         return {"cells": cells, "averages": averages, "threshold": threshold, "effective_length": effective}
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Report:
-        """Return the report that `as_json` wrote."""
-        names = [field.name for field in dataclasses.fields(TaskCell)]
-        return cls(tuple(TaskCell(**{name: cell[name] for name in names}) for cell in fields["cells"]))
 
 
 def run_tasks(

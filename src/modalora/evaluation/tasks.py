@@ -10,6 +10,7 @@ from typing import Any
 
 import jiwer
 import numpy as np
+from numpy.random import Generator
 
 from modalora.assistant import Assistant
 from modalora.contracts import Message
@@ -18,7 +19,7 @@ from modalora.data.nlvr import nlvr_scenes
 from modalora.data.questions import kind_questions
 from modalora.data.rows import TRUE_OR_FALSE, Conversation, frames, number_and_picture, spoken_question
 from modalora.data.scenes import free_scene
-from modalora.data.speech import TRANSCRIBE, Clip, digit_string, spoken_digits
+from modalora.data.speech import TRANSCRIBE, Clip, by_text, digit_string, spoken_digits
 from modalora.evaluation.intervals import wilson
 from modalora.processing.questions import question_messages
 from modalora.processing.tokenizer import TextTokenizer
@@ -117,9 +118,7 @@ def nlvr_sentences(folder: Path) -> list[Case]:
 def numbers_and_pictures(folder: Path, count: int) -> list[Case]:
     """A recorded digit and a real picture: is it the number of some shapes? Yes and no equally often."""
     rng = np.random.default_rng(0)
-    digits: dict[str, list[Clip]] = {}
-    for clip in spoken_digits(folder, "validation"):
-        digits.setdefault(clip.words[0], []).append(clip)
+    digits = by_text(spoken_digits(folder, "validation"))
     scenes = [row.scene for row in nlvr_scenes(folder, "validation")]
     cases = []
     for number in range(count):
@@ -131,9 +130,7 @@ def numbers_and_pictures(folder: Path, count: int) -> list[Case]:
 def spoken_questions(folder: Path, clips: Sequence[Clip], count: int) -> list[Case]:
     """A real picture and a clip that asks something about it, with no word of text; fewer where few clips fit."""
     rng = np.random.default_rng(0)
-    bank: dict[str, list[Clip]] = {}
-    for clip in clips:
-        bank.setdefault(clip.text, []).append(clip)
+    bank = by_text(clips)
     rows = nlvr_scenes(folder, "validation")
     made = (spoken_question(rows[place % len(rows)].scene, bank, rng) for place in range(20 * count))
     return list(islice((_first(messages) for messages in made if messages), count))
@@ -173,6 +170,6 @@ def _heard(question: str, clip: Clip) -> list[Message]:
     return question_messages(question, audio=(clip.wave, clip.rate))
 
 
-def _questions(scene: Any, rng: np.random.Generator) -> Iterator[Case]:
+def _questions(scene: Any, rng: Generator) -> Iterator[Case]:
     for made in kind_questions(scene, rng, len(KINDS), KINDS):
         yield Case(question_messages(made.question, scene.image), made.answer, made.kind)

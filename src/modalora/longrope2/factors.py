@@ -93,10 +93,6 @@ class Stretch:
         """How many times longer the target is [s]."""
         return self.target / self.window
 
-    def period(self, pair: int) -> float:
-        """Return the tokens of a full turn of a pair [T]."""
-        return 2 * pi * self.theta ** (pair / self.pairs)
-
     @property
     def critical(self) -> int:
         """The first pair that completes no full turn in the trained window [d_tcd / 2]; `pairs` or more: all do."""

@@ -78,7 +78,7 @@ def plan_extension(config: ExtendConfig, machines: Sequence[tuple[str, int]], sh
     forward = StepFlops(model, (), decodes=True)
     answers = config.guide.needles * (_ANSWER if config.guide.style == "digits" else 1)
     scored = config.target if config.guide.score == "text" else answers
-    document = forward.of([_rows(config.target, 1, scored)])
+    document = forward.of([_row(config.target, scored)])
     search = config.search
     evaluations = search.population + search.iterations * (search.population // 2)
     plain = evaluations * config.guide.documents * document
@@ -87,7 +87,7 @@ def plan_extension(config: ExtendConfig, machines: Sequence[tuple[str, int]], sh
     trained, short = (0.0, 0.0) if run is None else _training(model, run, stretch)
     lengths = config.score_lengths(stretch.window)
     subjects = len(config.scores.methods) + 2 * (run is not None)
-    scores = subjects * config.scores.documents * sum(forward.of([_rows(length, 1, answers)]) for length in lengths)
+    scores = subjects * config.scores.documents * sum(forward.of([_row(length, answers)]) for length in lengths)
     hours = []
     for machine, count in machines:
         rate = machine_rate(machine, "bf16", share) * count * 3600
@@ -114,12 +114,11 @@ def plan_extension(config: ExtendConfig, machines: Sequence[tuple[str, int]], sh
     )
 
 
-def _rows(length: int, rows: int, scored: int) -> Batch:
-    """Return blank rows of which the last tokens are scored."""
-    labels = torch.full((rows, length), IGNORED)
+def _row(length: int, scored: int) -> Batch:
+    """Return a blank row of which the last tokens are scored."""
+    labels = torch.full((1, length), IGNORED)
     labels[:, -min(scored, length - 1) :] = 0
-    ids = torch.zeros((rows, length), dtype=torch.long)
-    return Batch(ids, torch.full((rows,), length), Route((None,) * rows), labels=labels)
+    return Batch(torch.zeros_like(labels), torch.tensor([length]), Route((None,)), labels=labels)
 
 
 def _training(model: Multimodal, run: RunConfig, stretch: Stretch) -> tuple[float, float]:
@@ -135,7 +134,7 @@ def _training(model: Multimodal, run: RunConfig, stretch: Stretch) -> tuple[floa
         again = attention / 2  # of the two products forward, one is made again in tiles: keys times queries
         if run.recompute:
             again += 2 * step.decoder * size + attention
-        return step.of([_rows(size, 1, size)]) + again
+        return step.of([_row(size, size)]) + again
 
     per_token = sum(share * of_row(size) / size for size, share in shares)
     short = sum(share for size, share in shares if size <= stretch.window)

@@ -54,7 +54,7 @@ class Outcome:
 
     best: the candidate of the lowest loss, mean nats over all documents. parents: the last ones and their losses, best
     first. evaluations: candidates judged, wholly or until they were dropped. passes: candidates times documents read.
-    screened: proposals that a surrogate ranked. history: figures of each iteration, the first population's at 0.
+    history: figures of each iteration, the first population's at 0.
     """
 
     best: Factors
@@ -62,7 +62,6 @@ class Outcome:
     parents: tuple[tuple[Factors, float], ...]
     evaluations: int
     passes: int
-    screened: int
     history: tuple[Mapping[str, Any], ...]
 
 
@@ -190,7 +189,7 @@ class _Search:
         self.parents: list[Genome] = []
         self.keep = config.population // 2
         self.planned = config.population + config.iterations * self.keep
-        self.iteration = self.passes = self.screened = 0
+        self.iteration = self.passes = 0
         self.history: list[dict[str, Any]] = []
         self.started, self.replayed = time.monotonic(), 0
 
@@ -209,7 +208,6 @@ class _Search:
             parents=tuple((self.space.factors(own), self._loss(own)) for own in self.parents),
             evaluations=len(self.known),
             passes=self.passes,
-            screened=self.screened,
             history=tuple(self.history),
         )
 
@@ -254,7 +252,6 @@ class _Search:
         found: dict[Genome, float] = {}
         for call, losses in zip(calls, self._answers(calls), strict=True):
             found |= {own: fmean(row) for own, row in zip(call.genomes[1:], losses[1:], strict=True)}
-        self.screened += len(found)
         return found
 
     def _select(self, children: Sequence[Genome], guesses: Mapping[Genome, float] | None) -> None:

@@ -10,12 +10,11 @@ from dataclasses import dataclass, replace
 from math import ceil, floor
 
 import numpy as np
+from numpy.random import Generator
 
 from modalora.config import SearchConfig
 from modalora.errors import ConfigError
 from modalora.longrope2.factors import Factors, Stretch, Temperature
-
-Rng = np.random.Generator
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,26 +57,19 @@ class Space:
         tail = [value / 100 for value in genome.tail]
         return Factors.meeting(self.stretch, genome.anchor, tail, self.temperature)
 
-    def holds(self, genome: Genome) -> bool:
-        """Tell whether a candidate keeps the rules."""
-        tail = genome.tail
-        rises = all(one <= other for one, other in zip(tail, tail[1:], strict=False))
-        fits = genome.anchor in self.anchors and len(tail) == self.stretch.pairs - genome.anchor
-        return fits and rises and self.lowest <= tail[0] and tail[-1] <= self.highest
-
-    def flat(self, anchor: int, rng: Rng) -> Genome:
+    def flat(self, anchor: int, rng: Generator) -> Genome:
         """Return one divisor for all pairs from the anchor on: the paper's first candidates."""
         value = int(rng.integers(self.lowest, self.highest + 1))
         return Genome(anchor, (value,) * (self.stretch.pairs - anchor))
 
-    def sample(self, rng: Rng) -> Genome:
+    def sample(self, rng: Generator) -> Genome:
         """Return a candidate made from none other: a random anchor, and a slope between two random divisors, moved."""
         anchor = int(rng.choice(self.anchors))
         first, last = sorted(rng.integers(self.lowest, self.highest + 1, size=2).tolist())
         slope = np.linspace(first, last, self.stretch.pairs - anchor).round().astype(int)
         return Genome(anchor, self._moved(slope.tolist(), rng, 1.0))
 
-    def mutate(self, parent: Genome, rng: Rng, probability: float) -> Genome:
+    def mutate(self, parent: Genome, rng: Generator, probability: float) -> Genome:
         """Return a child: each divisor is drawn anew with the probability, near its neighbours, and so is the anchor.
 
         Every other child has a run of neighbouring divisors shifted by one amount instead, as single ones alone would
@@ -94,7 +86,7 @@ class Space:
         change = self._moved(tail, rng, probability) if rng.random() < 0.5 else self._shifted(tail, rng)
         return Genome(anchor, change)
 
-    def cross(self, one: Genome, other: Genome, rng: Rng) -> Genome:
+    def cross(self, one: Genome, other: Genome, rng: Generator) -> Genome:
         """Return a child that has the anchor of one of two parents, and each divisor of either."""
         anchor = int(rng.choice((one.anchor, other.anchor)))
         tail = []
@@ -104,7 +96,7 @@ class Space:
             tail.append(owner.tail[pair - owner.anchor])
         return Genome(anchor, tuple(sorted(tail)))
 
-    def first(self, rng: Rng, count: int, probability: float) -> list[Genome]:
+    def first(self, rng: Generator, count: int, probability: float) -> list[Genome]:
         """Return a first population: the seeds, every anchor once, then random slopes and mutants by turns.
 
         Raises ConfigError where so many do not hold seeds and anchors.
@@ -119,13 +111,13 @@ class Space:
             found[self.sample(rng) if len(found) % 2 and not self.seeds else child] = None
         return [*found]
 
-    def _shifted(self, tail: list[int], rng: Rng) -> tuple[int, ...]:
+    def _shifted(self, tail: list[int], rng: Generator) -> tuple[int, ...]:
         first, last = sorted(rng.integers(0, len(tail), size=2).tolist())
         by = int(rng.integers(1, 4 * self.reach + 1)) * int(rng.choice((-1, 1)))
         moved = [value + by if first <= at <= last else value for at, value in enumerate(tail)]
         return tuple(sorted(min(max(value, self.lowest), self.highest) for value in moved))
 
-    def _moved(self, tail: list[int], rng: Rng, probability: float) -> tuple[int, ...]:
+    def _moved(self, tail: list[int], rng: Generator, probability: float) -> tuple[int, ...]:
         chosen = rng.random(len(tail)) < probability
         chosen[int(rng.integers(len(tail)))] = True  # at least one
         bounds = [self.lowest, *tail, self.highest]
@@ -136,12 +128,12 @@ class Space:
         return tuple(sorted(tail))
 
 
-def space_of(stretch: Stretch, config: SearchConfig, seeds: Sequence[Sequence[float]] = ()) -> Space:
+def space_of(stretch: Stretch, config: SearchConfig) -> Space:
     """Return the space that settings name.
 
     longrope2: anchors from the first pair of fewer than ten turns to the first of fewer than one, or the one that is
-    set; divisors from s to 2 s behind it. longrope: all pairs, from 1 to 1.25 s, starting from position interpolation,
-    the NTK base, and the seeds: further vectors of one divisor per pair.
+    set; divisors from s to 2 s behind it. longrope: all pairs, from 1 to 1.25 s, starting from position interpolation
+    and the NTK base.
     Raises ConfigError for an anchor that is no pair, and for a window in which every pair turns.
     So it does for a population of fewer than the anchors.
     """
@@ -149,10 +141,8 @@ def space_of(stretch: Stretch, config: SearchConfig, seeds: Sequence[Sequence[fl
     temperature: Temperature = config.temperature
     if config.space == "longrope":
         whole = Space(stretch=stretch, anchors=(0,), lowest=100, highest=floor(125 * ratio), temperature=temperature)
-        known = [[ratio] * pairs, [ratio ** (pair / (pairs - 1)) for pair in range(pairs)], *seeds]
+        known = [[ratio] * pairs, [ratio ** (pair / (pairs - 1)) for pair in range(pairs)]]
         return replace(whole, seeds=tuple(dict.fromkeys(_on_grid(whole, values) for values in known)))
-    if seeds:
-        raise ConfigError("seeds are for space=longrope; longrope2 starts from every anchor")
     if config.anchor is not None and config.anchor >= pairs:
         raise ConfigError(f"anchor={config.anchor} must be one of the pairs 1 .. {pairs - 1}")
     if config.anchor is None and stretch.critical >= pairs:
@@ -170,7 +160,5 @@ def space_of(stretch: Stretch, config: SearchConfig, seeds: Sequence[Sequence[fl
 
 
 def _on_grid(space: Space, values: Sequence[float]) -> Genome:
-    if len(values) != space.stretch.pairs:
-        raise ConfigError(f"a seed has {len(values)} divisors for {space.stretch.pairs} pairs; give one per pair")
     whole = np.clip(np.round(np.array(values) * 100).astype(int), space.lowest, space.highest)
     return Genome(0, tuple(np.maximum.accumulate(whole).tolist()))

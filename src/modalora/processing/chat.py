@@ -295,19 +295,6 @@ def _joined(pieces: Sequence[Piece]) -> list[Piece]:
     return joined
 
 
-def as_text(pieces: Sequence[Piece]) -> str:
-    """Return the prompt as it is shown to people; media as numbered tags."""
-    shown: list[str] = []
-    counts: dict[str, int] = {}
-    for piece in pieces:
-        if piece.kind not in ("text", "control"):
-            counts[piece.kind] = counts.get(piece.kind, 0) + 1
-            shown.append(f"<|{piece.kind}_{counts[piece.kind]}|>")
-        else:
-            shown.append(piece.value)
-    return "".join(shown)
-
-
 def _content(content: Any, where: str, trained: bool, kinds: Collection[str]) -> list[Piece]:
     if isinstance(content, str):
         return [Piece("text", content, trained)] if content else []

@@ -6,15 +6,16 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from modalora.contracts import IGNORED, Batch, Media, Message, Route, Rule
 from modalora.errors import MediaError, ModaloraError, PromptError
 from modalora.processing.audio import AudioConfig
-from modalora.processing.chat import CALL, FORMATS, ChatFormat, Piece, as_text, render, render_raw
+from modalora.processing.chat import CALL, FORMATS, ChatFormat, Piece, render, render_raw
 from modalora.processing.image import ImageConfig
 from modalora.processing.tokenizer import END_OF_TEXT, TextTokenizer
 
@@ -36,18 +37,29 @@ class Medium:
     count: Callable[[Any, Any], int] | None = None
 
 
+class Placed(NamedTuple):
+    """A medium of a row: its features, and the span of tokens that it fills."""
+
+    modality: str
+    features: dict[str, Tensor]
+    start: int
+    tokens: int
+
+
 @dataclass
 class Row:
     """One conversation as tokens; media keep their spans."""
 
     ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
-    media: list[tuple[str, dict[str, Tensor], int, int]] = field(
-        default_factory=list
-    )  # modality, features, start, tokens
-    text: str = ""
+    media: list[Placed] = field(default_factory=list)
     sample: str = ""  # where a training row came from
     route: str | None = None  # the route that this row asks for; None: the one that `collate` is given
+
+    @property
+    def kinds(self) -> set[str]:
+        """The modalities that it holds."""
+        return {item.modality for item in self.media}
 
 
 class Processor:
@@ -86,6 +98,11 @@ class Processor:
     def kinds(self) -> tuple[str, ...]:
         """Modalities that a conversation may hold; those without a Medium are refused by name."""
         return tuple(dict.fromkeys((*_NOUNS, *self.media)))
+
+    @property
+    def further(self) -> tuple[str, ...]:
+        """Modalities beside image and audio."""
+        return tuple(kind for kind in self.media if kind not in _NOUNS)
 
     def __call__(self, conversations: Sequence[Sequence[Message]], *, route: str = "auto") -> Batch:
         """Return the batch from which the assistant goes on, one row per conversation.
@@ -179,7 +196,7 @@ class Processor:
             else:
                 features, times = self._read(piece.kind, piece.value)
                 ids = [self.media[piece.kind].placeholder[1]]
-                row.media.append((piece.kind, features, at, times))
+                row.media.append(Placed(piece.kind, features, at, times))
             spans.append((ids, times))
             words += len(ids) if piece.kind in ("control", "text") else 0
             at += len(ids) * times
@@ -187,7 +204,6 @@ class Processor:
         for piece, (ids, times) in zip(pieces, spans, strict=True):
             row.ids += ids * times
             row.labels += ids if piece.trained else [IGNORED] * (len(ids) * times)
-        row.text = as_text(pieces)
         return row
 
     def _check_window(self, words: int, media: int) -> None:
@@ -212,31 +228,19 @@ class Processor:
 
         route: "auto", "none" or an adapter, for the rows that do not ask for one themselves.
         """
-        pad = self.tokenizer.control(END_OF_TEXT)
-        lengths = torch.tensor([len(row.ids) for row in rows])
-        time = int(lengths.max())
-        ids = torch.full((len(rows), time), pad)
-        labels = torch.full((len(rows), time), IGNORED) if labelled else None
         media: list[Media] = []
         adapters: list[str | None] = []
-        everywhere = _modalities(rows)
+        everywhere = {kind for row in rows for kind in row.kinds}
         for number, row in enumerate(rows):
-            ids[number, : len(row.ids)] = torch.tensor(row.ids)
-            if labels is not None:
-                labels[number, : len(row.ids)] = torch.tensor(row.labels)
-            rule = self.router(everywhere if self.compat == "official" else _modalities([row]), row.route or route)
+            rule = self.router(everywhere if self.compat == "official" else row.kinds, row.route or route)
             adapters.append(rule.adapter)
-            media += [
-                Media(modality, features, number, start, tokens, rule.branches[modality])
-                for modality, features, start, tokens in row.media
-            ]
+            media += [Media(**item._asdict(), row=number, branch=rule.branches[item.modality]) for item in row.media]
         return Batch(
-            input_ids=ids,
-            lengths=lengths,
+            input_ids=_padded([row.ids for row in rows], self.tokenizer.control(END_OF_TEXT)),
+            lengths=torch.tensor([len(row.ids) for row in rows]),
             route=Route(tuple(adapters)),
             media=tuple(media),
-            labels=labels,
-            texts=tuple(row.text for row in rows),
+            labels=_padded([row.labels for row in rows], IGNORED) if labelled else None,
             samples=tuple(row.sample for row in rows),
         )
 
@@ -255,6 +259,10 @@ def _told(kind: str) -> Iterator[None]:
         ) from error
 
 
+def _padded(rows: Sequence[list[int]], value: int) -> Tensor:
+    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=value)
+
+
 def _whole(kind: str, tokens: Any) -> int:
     if isinstance(tokens, bool) or not isinstance(tokens, Integral) or tokens < 1:
         raise MediaError(
@@ -262,7 +270,3 @@ def _whole(kind: str, tokens: Any) -> int:
             "of at least 1, or raise MediaError for what holds nothing"
         )
     return int(tokens)
-
-
-def _modalities(rows: Sequence[Row]) -> set[str]:
-    return {modality for row in rows for modality, *_ in row.media}

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from random import Random
 
-import numpy as np
+from numpy.random import Generator
 
 from modalora.data.scenes import BOX_NAMES, Scene, dice, draw_nlvr, nlvr_shapes
 from modalora.data.statements.boxes import COUNTS, OF_TOWERS, SCATTERED
@@ -36,16 +36,20 @@ def _worn(roll: Random, sentence: str) -> str:
     return sentence[0].lower() + sentence[1:] if draw < 0.35 else sentence[0].upper() + sentence[1:]
 
 
+def _templates(towers: bool) -> Sequence[Template]:
+    return (*TOWERS, *OF_TOWERS) if towers else SCATTERED
+
+
 def draw_statement(roll: Random, towers: bool, templates: Sequence[Template] = ()) -> Statement:
     """Return a sentence about towers or scattered shapes, with its test."""
-    template = roll.choice(templates or ((*TOWERS, *OF_TOWERS) if towers else SCATTERED))
+    template = roll.choice(templates or _templates(towers))
     made = template(roll)
     while towers and _NOT_OF_TOWERS.search(made.sentence):
         made = template(roll)
     return Statement(_worn(roll, made.sentence), made.holds)
 
 
-def statement(scene: Scene, rng: np.random.Generator) -> tuple[str, bool]:
+def statement(scene: Scene, rng: Generator) -> tuple[str, bool]:
     """Return a sentence about the scene and whether it is true, true and false equally often.
 
     A free scene has no boxes, so it only gets sentences that count shapes (of NLVR's kinds and colours).
@@ -53,9 +57,9 @@ def statement(scene: Scene, rng: np.random.Generator) -> tuple[str, bool]:
     roll = dice(rng)
     target = roll.random() < 0.5
     boxes = by_box(scene.shapes, scene.boxes)
-    templates: Sequence[Template] = COUNTS if scene.boxes == 1 else ()
+    templates = COUNTS if scene.boxes == 1 else _templates(scene.towers)
     for _ in range(4):  # a sort of sentence first, so that the true ones are not all of the easily true sorts
-        template = roll.choice(templates or ((*TOWERS, *OF_TOWERS) if scene.towers else SCATTERED))
+        template = roll.choice(templates)
         for _ in range(30):
             made = draw_statement(roll, scene.towers, (template,))
             if made.holds(boxes) == target:
@@ -63,7 +67,7 @@ def statement(scene: Scene, rng: np.random.Generator) -> tuple[str, bool]:
     return made.sentence, made.holds(boxes)
 
 
-def nlvr_case(rng: np.random.Generator, towers: float = 0.6) -> tuple[Scene, str, bool]:
+def nlvr_case(rng: Generator, towers: float = 0.6) -> tuple[Scene, str, bool]:
     """Return a sentence with a scene in the manner of NLVR for which it is true or false, equally often.
 
     The scene is sought to fit the sentence, not the reverse: so a sentence tells nothing about its own truth.
