@@ -27,35 +27,24 @@ from modalora.contracts import Batch, Route
 from modalora.disk import read_json, write_json
 from modalora.errors import CheckpointError, ConfigError, ModaloraError, PromptError, RouteError
 from modalora.generation import engine
-from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import tiny
 from modalora.nn.cache import KVCache
 from modalora.nn.lora import LoraConfig
 from modalora.processing.chat import render, render_raw
 from modalora.processing.questions import question_messages
 from modalora.processing.tokenizer import END, TextTokenizer
-from small import as_text
+from small import as_text, shaken
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 100, 3), dtype=np.uint8))
 SOUND = (np.random.default_rng(1).standard_normal(6000).astype(np.float32) / 8, 8000)
 WORDS = "seven blue boxes touch the wall, and the quick brown fox jumps over the lazy dog; how many are there? " * 4
 
 
-def moved(seed: int = 0) -> Multimodal:
-    """Tiny, and moved away from its first values, so that what it says depends on all that it read."""
-    torch.manual_seed(seed)
-    model = Multimodal(tiny())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = TextTokenizer.train([WORDS], 320)
     folder = tmp_path_factory.mktemp("models") / "small"
-    assistant = Assistant(moved(), make_processor(tiny(), tokenizer), notes={"trained": "never"})
+    assistant = Assistant(shaken(), make_processor(tiny(), tokenizer), notes={"trained": "never"})
     assistant.save(folder)
     return folder
 

@@ -40,6 +40,7 @@ from modalora.nn.lora import LoraConfig
 from modalora.processing.questions import question_messages
 from modalora.processing.spans import spans
 from modalora.processing.tokenizer import TextTokenizer
+from small import shaken
 
 WORDS = "seven blue boxes touch the wall, and the quick brown fox jumps over the lazy dog; how many are there? " * 4
 TOKENIZER = TextTokenizer.train([WORDS], 320)
@@ -102,18 +103,8 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     return
 
 
-def moved(model: Multimodal) -> Multimodal:
-    """Return the model with nothing at its first value, so that all that is read shows."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
-
-
 def base() -> Assistant:
-    torch.manual_seed(0)
-    return Assistant(moved(Multimodal(tiny())), make_processor(tiny(), TOKENIZER))
+    return Assistant(shaken(), make_processor(tiny(), TOKENIZER))
 
 
 def smelling() -> Assistant:

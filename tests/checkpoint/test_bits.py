@@ -18,14 +18,12 @@ from modalora.checkpoint.write import convert, save_model
 from modalora.contracts import Batch, Route
 from modalora.disk import read_json, write_json
 from modalora.errors import CheckpointError, RouteError
-from modalora.models.decoder import DecoderConfig, Phi3Small
 from modalora.models.multimodal import ModelConfig, Multimodal
 from modalora.models.sizes import tiny
 from modalora.nn.lora import LoraConfig
-from modalora.nn.mask import BlockSparse
-from modalora.nn.rope import Plain
 from modalora.processing.chat import FORMATS
 from modalora.processing.tokenizer import TextTokenizer
+from small import SMALL, fox
 
 ADAPTER = "adapter_model.safetensors"
 TEXT = ModelConfig(decoder=tiny().decoder)
@@ -33,7 +31,7 @@ TEXT = ModelConfig(decoder=tiny().decoder)
 
 @pytest.fixture(scope="module")
 def words() -> TextTokenizer:
-    return TextTokenizer.train(["the quick brown fox jumps over the lazy dog. " * 9], 320)
+    return fox()
 
 
 def moved(config: ModelConfig, adapter: LoraConfig | None = None, seed: int = 0) -> Multimodal:
@@ -211,15 +209,6 @@ def test_a_sum_in_bfloat16_is_composed_in_float32() -> None:
         wanted = linear.lora_B["mine"].double() @ linear.lora_A["mine"].double() * 1.4
         found = linear.lora_B["part"].double() @ linear.lora_A["part"].double()
         assert (found - wanted).norm() < 1e-6 * wanted.norm()  # rounded to bf16 it is 2e-3
-
-
-SMALL = ModelConfig(
-    decoder=DecoderConfig(
-        vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, rope=Plain(theta=1e6, window=512),
-        phi3_small=Phi3Small(blocks=BlockSparse(block=4, local=2, stride=3), hidden_tokens=(7, 9)),
-    )
-)  # fmt: skip
 
 
 def test_phi3_small_adapters_have_the_published_names_and_rows(tmp_path: Path, words: TextTokenizer) -> None:

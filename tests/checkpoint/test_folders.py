@@ -24,16 +24,15 @@ from modalora.models.multimodal import ModelConfig, Multimodal
 from modalora.models.sizes import tiny
 from modalora.nn.lora import LoraConfig
 from modalora.nn.packed import can_pack
-from modalora.processing.tokenizer import TextTokenizer
+from small import fox
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     """Return a bf16 model in a published layout."""
-    words = TextTokenizer.train(["the quick brown fox jumps over the lazy dog. " * 9], 320)
     torch.manual_seed(0)
     model = Multimodal(ModelConfig(decoder=tiny().decoder)).bfloat16()
-    save_model(model, words, tmp_path / "base", layout="phi3")
+    save_model(model, fox(), tmp_path / "base", layout="phi3")
     write_json(tmp_path / "base" / "special_tokens_map.json", {"pad_token": "<|endoftext|>"})
     return tmp_path / "base"
 

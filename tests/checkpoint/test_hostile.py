@@ -26,7 +26,7 @@ from modalora.checkpoint.write import save_model
 from modalora.errors import CheckpointError, ConfigError, InputError
 from modalora.models.multimodal import ModelConfig, Multimodal
 from modalora.models.sizes import tiny
-from modalora.processing.tokenizer import TextTokenizer
+from small import fox
 
 
 def header(fields: object, data: bytes = b"", length: int | None = None) -> bytes:
@@ -232,8 +232,7 @@ print(peak() - before)
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    words = TextTokenizer.train(["the quick brown fox " * 9], 320)
-    save_model(Multimodal(ModelConfig(decoder=tiny().decoder)), words, tmp_path / "m", layout="phi3")
+    save_model(Multimodal(ModelConfig(decoder=tiny().decoder)), fox(), tmp_path / "m", layout="phi3")
     return tmp_path / "m"
 
 
@@ -300,8 +299,7 @@ OWN: list[tuple[dict[str, object], str]] = [
 @pytest.mark.parametrize(("change", "told"), OWN)
 def test_a_config_of_our_own_names_what_there_is(tmp_path: Path, change: dict[str, object], told: str) -> None:
     torch.manual_seed(0)
-    words = TextTokenizer.train(["the quick brown fox " * 9], 320)
-    save_model(Multimodal(ModelConfig(decoder=tiny().decoder)), words, tmp_path / "m")
+    save_model(Multimodal(ModelConfig(decoder=tiny().decoder)), fox(), tmp_path / "m")
     path = tmp_path / "m" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises((CheckpointError, ConfigError), match=told):
@@ -337,11 +335,10 @@ def test_the_links_of_a_hugging_face_cache_are_followed(folder: Path, tmp_path: 
 @pytest.fixture
 def native(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    words = TextTokenizer.train(["the quick brown fox " * 9], 320)
     sizes = tiny()
     assert sizes.speech is not None
     sizes = replace(sizes, speech=replace(sizes.speech, segment=500))
-    save_model(Multimodal(sizes), words, tmp_path / "m", layout="phi4_multimodal")
+    save_model(Multimodal(sizes), fox(), tmp_path / "m", layout="phi4_multimodal")
     return tmp_path / "m"
 
 

@@ -21,20 +21,20 @@ from modalora.checkpoint.write import convert, save_model
 from modalora.contracts import Batch, Route
 from modalora.disk import read_json, write_json
 from modalora.errors import CheckpointError, ConfigError
-from modalora.models.decoder import DecoderConfig, Phi3Small
+from modalora.models.decoder import Phi3Small
 from modalora.models.multimodal import ModelConfig, Multimodal
 from modalora.models.sizes import phi4_mini, phi4_multimodal, tiny
 from modalora.nn.dense import Product
 from modalora.nn.lora import LoraConfig
-from modalora.nn.mask import BlockSparse
 from modalora.nn.rope import LongRope, Plain
 from modalora.processing.chat import FORMATS
 from modalora.processing.tokenizer import RANKS, TextTokenizer
+from small import SMALL, fox, shaken
 
 
 @pytest.fixture(scope="module")
 def words() -> TextTokenizer:
-    return TextTokenizer.train(["the quick brown fox jumps over the lazy dog; seven blue boxes. " * 4], 320)
+    return fox()
 
 
 def sizes(config: ModelConfig) -> ModelConfig:
@@ -48,22 +48,6 @@ def sizes(config: ModelConfig) -> ModelConfig:
     )
 
 
-def moved(config: ModelConfig, seed: int = 0) -> Multimodal:
-    torch.manual_seed(seed)
-    model = Multimodal(config).eval()
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            tensor.add_(0.1 * torch.randn_like(tensor))
-    return model
-
-
-SMALL = ModelConfig(
-    decoder=DecoderConfig(
-        vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, rope=Plain(theta=1e6, window=512),
-        phi3_small=Phi3Small(blocks=BlockSparse(block=4, local=2, stride=3), hidden_tokens=(7, 9)),
-    )
-)  # fmt: skip
 TEXT = ModelConfig(decoder=replace(tiny().decoder, tie_word_embeddings=False, sliding_window=100))
 
 
@@ -79,7 +63,7 @@ TEXT = ModelConfig(decoder=replace(tiny().decoder, tie_word_embeddings=False, sl
 def test_every_tensor_keeps_its_bits_on_every_way(
     config: ModelConfig, way: tuple[str, ...], words: TextTokenizer, tmp_path: Path
 ) -> None:
-    model = moved(config)
+    model = shaken(config)
     save_model(model, words, tmp_path / "0", chat=FORMATS["phi3-small" if config is SMALL else "phi4"])
     before = model.state_dict()
     for step, layout in enumerate(way, start=1):
@@ -240,15 +224,15 @@ def test_a_layout_that_cannot_hold_a_model_is_refused_and_nothing_written(words:
         "llama": "layout='llama' is unknown",
     }.items():
         with pytest.raises(ConfigError, match=told):
-            save_model(moved(tiny()), words, tmp_path / "other", layout=layout)
-    alone = moved(replace(tiny(), adapters={}))
+            save_model(shaken(tiny()), words, tmp_path / "other", layout=layout)
+    alone = shaken(replace(tiny(), adapters={}))
     with pytest.raises(ConfigError, match="has none; choose a layout that holds this model: modalora$"):
         save_model(alone, words, tmp_path / "other", layout="phi4mm")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_third_adapter_and_further_stop_ids_survive_every_way(words: TextTokenizer, tmp_path: Path) -> None:
-    model = moved(sizes(tiny()))
+    model = shaken(sizes(tiny()))
     model.add_adapter("mine", LoraConfig(r=2, lora_alpha=4))
     with torch.no_grad():
         for linear in model.decoder.routed().values():
@@ -269,7 +253,7 @@ def test_a_third_adapter_and_further_stop_ids_survive_every_way(words: TextToken
 
 @pytest.fixture
 def official(words: TextTokenizer, tmp_path: Path) -> Path:
-    save_model(moved(sizes(tiny())), words, tmp_path / "official", layout="phi4mm")
+    save_model(shaken(sizes(tiny())), words, tmp_path / "official", layout="phi4mm")
     return tmp_path / "official"
 
 
@@ -307,7 +291,7 @@ def test_names_with_marks_of_checkpoint_wrappers_are_read(official: Path) -> Non
 def test_names_as_wrappers_and_bare_models_save_them_are_read(
     rename: Callable[[str], str], tied: bool, words: TextTokenizer, tmp_path: Path
 ) -> None:
-    model = moved(replace(TEXT, decoder=replace(TEXT.decoder, tie_word_embeddings=tied)))
+    model = shaken(replace(TEXT, decoder=replace(TEXT.decoder, tie_word_embeddings=tied)))
     save_model(model, words, tmp_path / "m", layout="phi3")
     tensors = load_file(tmp_path / "m" / "model.safetensors")
     save_file({rename(name): tensor for name, tensor in tensors.items()}, tmp_path / "m" / "model.safetensors")
@@ -329,7 +313,7 @@ def test_a_model_with_split_matrices_is_told_as_such(words: TextTokenizer, tmp_p
             for kind, part in zip("qkv", fused.split((64, 32, 32)), strict=True):
                 tensors[name.replace("qkv", kind)] = part.clone()
 
-    save_model(moved(TEXT), words, tmp_path / "m", layout="phi3")
+    save_model(shaken(TEXT), words, tmp_path / "m", layout="phi3")
     rewrite(tmp_path / "m", split)
     with pytest.raises(
         CheckpointError,
@@ -360,7 +344,7 @@ def test_half_precision_is_kept_and_mapped_not_copied(official: Path) -> None:
 
 
 def test_shards_and_their_index_must_agree(words: TextTokenizer, tmp_path: Path) -> None:
-    save_model(moved(TEXT), words, tmp_path / "m", layout="phi3", shard_bytes=60_000)
+    save_model(shaken(TEXT), words, tmp_path / "m", layout="phi3", shard_bytes=60_000)
     folder = tmp_path / "m"
     shards = sorted(folder.glob("model-*.safetensors"))
     assert len(shards) > 2
@@ -461,7 +445,7 @@ def test_a_phi3_small_that_was_not_published_is_refused(change: dict[str, Any], 
 @pytest.fixture
 def published_small(tmp_path: Path, words: TextTokenizer) -> Path:
     """A small Phi-3-small whose folder has the published keys, and ranks in place of a tokenizer.json."""
-    save_model(moved(replace(SMALL, decoder=replace(SMALL.decoder, vocab_size=400))), words, tmp_path / "m",
+    save_model(shaken(replace(SMALL, decoder=replace(SMALL.decoder, vocab_size=400))), words, tmp_path / "m",
                layout="phi3small", chat=FORMATS["phi3-small"])  # fmt: skip
     written = read_json(tmp_path / "m" / "config.json")
     keys = "vocab_size hidden_size ff_intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
@@ -526,7 +510,7 @@ def test_a_phi3_small_without_the_tokens_that_tell_it_is_refused(published_small
 
 
 def test_placeholders_are_those_of_the_tokenizer(words: TextTokenizer, tmp_path: Path) -> None:
-    save_model(moved(sizes(tiny())), words, tmp_path / "m", layout="phi4_multimodal")
+    save_model(shaken(sizes(tiny())), words, tmp_path / "m", layout="phi4_multimodal")
     fields = read_json(tmp_path / "m" / "config.json")
     assert fields["audio_config"]["audio_token_id"] == words.control("<|endoftext11|>")
     fields["vision_config"]["image_token_id"] = 5
@@ -544,14 +528,14 @@ def test_untrained_adapters_of_a_model_come_back(words: TextTokenizer, tmp_path:
 def test_a_chat_format_that_would_be_lost_is_refused(words: TextTokenizer, tmp_path: Path) -> None:
     own = replace(FORMATS["phi4"], default_system="Your name is Phi, an expert.")
     with pytest.raises(ConfigError, match="cannot express this chat format"):
-        save_model(moved(TEXT), words, tmp_path / "m", layout="phi3", chat=own)
+        save_model(shaken(TEXT), words, tmp_path / "m", layout="phi3", chat=own)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_packing_gives_the_same_bits_and_is_refused_in_float32(words: TextTokenizer, tmp_path: Path) -> None:
     from modalora.nn.packed import can_pack
 
-    save_model(moved(TEXT), words, tmp_path / "m")
+    save_model(shaken(TEXT), words, tmp_path / "m")
     with pytest.raises(ConfigError, match="pack rearranges bfloat16"):
         load_model(tmp_path / "m", pack=True)
     plain = load_model(tmp_path / "m", dtype=torch.bfloat16).model
@@ -561,7 +545,7 @@ def test_packing_gives_the_same_bits_and_is_refused_in_float32(words: TextTokeni
     batch = Batch(torch.arange(20)[None], torch.tensor([20]), Route((None,)))
     with torch.inference_mode():
         assert torch.equal(packed(batch), plain(batch))
-    save_model(moved(tiny()), words, tmp_path / "whole")
+    save_model(shaken(tiny()), words, tmp_path / "whole")
     plain, whole = (load_model(tmp_path / "whole", dtype=torch.bfloat16, pack=pack).model for pack in (False, True))
     features = {"image": {"pixels": torch.randn(2, 3, 56, 56), "mask": torch.ones(2, 4, 4, dtype=torch.bool)}}
     features["image"]["grid"] = torch.tensor([1, 1])

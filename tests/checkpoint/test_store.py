@@ -20,26 +20,19 @@ from modalora.checkpoint.write import save_model
 from modalora.disk import digest, read_json, write_json
 from modalora.errors import CheckpointError, ConfigError, WorkError
 from modalora.models.multimodal import Multimodal
-from modalora.models.sizes import tiny
 from modalora.nn.quantised import to_int8
 from modalora.processing.tokenizer import TextTokenizer
+from small import fox, shaken
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> TextTokenizer:
-    return TextTokenizer.train(
-        ["the quick brown fox jumps over the lazy dog; seven blue boxes touch the wall. " * 4], 320
-    )
+    return fox()
 
 
 @pytest.fixture(scope="module")
 def model() -> Multimodal:
-    torch.manual_seed(0)
-    model = Multimodal(tiny())
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            tensor.add_(0.1 * torch.randn_like(tensor))
-    return model
+    return shaken()
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from modalora.cli.chat import Session
 from modalora.errors import WorkError
 from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import tiny
-from modalora.processing.tokenizer import TextTokenizer
+from small import fox
 
 SCENE, DIGITS = BUNDLED / "demo" / "scene.png", BUNDLED / "demo" / "digits.wav"
 WINDOW = 2048  # of the tiny model
@@ -30,7 +30,7 @@ Run = Callable[..., tuple[int, str, str]]
 def session() -> Session:
     """A session with a tiny model that was never trained, as at a terminal."""
     made = Session(
-        Assistant(Multimodal(tiny()).eval(), make_processor(tiny(), TextTokenizer.train(["a few words " * 9], 320))),
+        Assistant(Multimodal(tiny()).eval(), make_processor(tiny(), fox())),
         {"max_tokens": 4, "temperature": 0.0, "seed": 0},
     )
     made.terminal = True

@@ -17,7 +17,7 @@ from modalora.checkpoint.find import BUNDLED, find_model
 from modalora.checkpoint.write import save_model
 from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import tiny
-from modalora.processing.tokenizer import TextTokenizer
+from small import fox
 
 DEMO = BUNDLED / "demo"
 SCENE, DIGITS = str(DEMO / "scene.png"), str(DEMO / "digits.wav")
@@ -66,8 +66,7 @@ def test_route_explain_names_the_adapter(
 def test_route_explain_tells_the_rotary_table_and_where_it_changes(
     run: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
-    words = TextTokenizer.train(["seven blue boxes touch the wall. " * 9], 320)
-    save_model(Multimodal(tiny()), words, tmp_path / "long")  # original window 256
+    save_model(Multimodal(tiny()), fox(), tmp_path / "long")  # original window 256
     ask = ("route", "explain", str(tmp_path / "long"), "z" * 240, "--max-tokens", "40")
     code, out, _ = run(*ask)
     assert code == 0

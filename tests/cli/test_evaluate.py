@@ -11,10 +11,10 @@ from modalora.assistant import Assistant, load, make_processor
 from modalora.checkpoint.adapters import save_adapter
 from modalora.evaluation import ruler
 from modalora.evaluation.needle import Grid
-from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import tiny
 from modalora.nn.lora import LoraConfig
 from modalora.processing.tokenizer import TextTokenizer
+from small import shaken
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -22,13 +22,8 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def small(tmp_path: Path) -> str:
     """A model with two rotary tables, which switches at 256 tokens."""
-    torch.manual_seed(0)
-    model = Multimodal(tiny()).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
     letters = TextTokenizer.train(["The miller went home; his dog was tired."], 320)
-    Assistant(model, make_processor(tiny(), letters)).save(tmp_path / "tiny")
+    Assistant(shaken(), make_processor(tiny(), letters)).save(tmp_path / "tiny")
     return str(tmp_path / "tiny")
 
 

@@ -12,8 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import pyarrow as arrow
-import pyarrow.parquet as parquet
 import pytest
 from rich.progress import Progress, TaskID
 from safetensors import SafetensorError
@@ -21,6 +19,7 @@ from safetensors import SafetensorError
 from modalora.checkpoint.files import seal
 from modalora.checkpoint.resume import locked
 from modalora.config.recipes import RECIPES
+from small import write_books
 
 Run = Callable[..., tuple[int, str, str]]
 SAVED_WITHIN_SECONDS = 5  # at nano size; this model is smaller, the machine may be busy
@@ -32,9 +31,7 @@ def command(tmp_path: Path) -> list[str]:
     text = "".join(
         f"The {word} went home on day {day}.\n\n" for day in range(200) for word in ("cat", "dog", "old man")
     )
-    (tmp_path / "books").mkdir()
-    table = arrow.table({"name": ["one"], "title": ["One"], "text": [text]})
-    parquet.write_table(table, tmp_path / "books" / "train.parquet")
+    write_books(tmp_path, text)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"{{init: tiny, output: {tmp_path / 'run'}, train: [decoder], mixture: [{{source: books}}], rows: 2, "

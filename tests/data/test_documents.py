@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
-import pyarrow as arrow
-import pyarrow.parquet as parquet
 import pytest
 
 from modalora.assistant import make_processor
@@ -16,6 +16,7 @@ from modalora.errors import ConfigError, DataError
 from modalora.models.sizes import tiny
 from modalora.processing.processor import Processor
 from modalora.processing.tokenizer import END_OF_TEXT, TextTokenizer
+from small import write_books
 
 PARAGRAPHS = [f"The {word} went home on day {day}, and stayed." for day in range(60) for word in ("cat", "old dog")]
 BOOKS = ["\n\n".join(PARAGRAPHS[:70]), "\n\n".join([*PARAGRAPHS[70:], "An end."])]
@@ -29,10 +30,8 @@ def processor() -> Processor:
 @pytest.fixture(scope="module")
 def context(processor: Processor, tmp_path_factory: pytest.TempPathFactory) -> Context:
     folder = tmp_path_factory.mktemp("books")
-    (folder / "books").mkdir()
-    table = arrow.table({"name": ["a", "b"], "title": ["A", "B"], "text": BOOKS})
-    parquet.write_table(table, folder / "books" / "train.parquet")
-    parquet.write_table(table.select(["text"]), folder / "texts.parquet")
+    write_books(folder, *BOOKS)
+    shutil.copy(folder / "books" / "train.parquet", folder / "texts.parquet")
     return Context(folder, folder / "cache", processor, window=64)
 
 

@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyarrow import parquet
 
 from modalora.assistant import make_processor
 from modalora.config import RunConfig, SourceConfig, parse
@@ -34,6 +32,7 @@ from modalora.data.sources import SOURCES, Context, Kind
 from modalora.errors import ConfigError, DataError, TrainingError
 from modalora.models.sizes import tiny
 from modalora.processing.tokenizer import TextTokenizer
+from small import write_books
 
 STORY = (
     "Once upon a time seven blue boxes stood by the wall, and the quick brown fox jumps over every one of them. " * 30
@@ -44,9 +43,7 @@ TOKENIZER = TextTokenizer.train([STORY], 320)
 @pytest.fixture
 def context(tmp_path: Path) -> Context:
     folder = tmp_path / "data"
-    (folder / "books").mkdir(parents=True)
-    table = {"name": ["a"], "title": ["A"], "text": [STORY]}
-    parquet.write_table(pyarrow.table(table), folder / "books" / "train.parquet")
+    write_books(folder, STORY)
     return Context(folder, tmp_path / "cache", make_processor(tiny(), TOKENIZER), window=40)
 
 

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from stories import TEXTS
 
 from modalora.models.multimodal import Multimodal
-from modalora.models.sizes import tiny
 from modalora.processing.tokenizer import TextTokenizer
+from small import shaken
 
 
 @pytest.fixture(scope="session")
@@ -24,9 +23,4 @@ def letters() -> TextTokenizer:
 @pytest.fixture(scope="session")
 def model() -> Multimodal:
     """Weights so large that positions and rotary tables matter."""
-    torch.manual_seed(0)
-    made = Multimodal(tiny()).eval()
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return made
+    return shaken()

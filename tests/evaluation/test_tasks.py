@@ -29,10 +29,10 @@ from modalora.evaluation.tasks import (
     spoken_questions,
     text_questions,
 )
-from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import tiny
 from modalora.processing.processor import Row
 from modalora.processing.tokenizer import TextTokenizer
+from small import shaken
 
 TEXT = "Seven blue boxes touch the wall — and the quick brown fox jumps over the lazy dog; 東京, isn't it? "
 
@@ -146,13 +146,8 @@ def test_a_score_of_nothing_is_zero() -> None:
 
 @pytest.fixture(scope="module")
 def assistant() -> Assistant:
-    torch.manual_seed(0)
-    model = Multimodal(tiny())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
     tokenizer = TextTokenizer.train([TEXT * 4], 320)
-    return Assistant(model.eval(), make_processor(tiny(), tokenizer))
+    return Assistant(shaken(), make_processor(tiny(), tokenizer))
 
 
 @torch.no_grad()

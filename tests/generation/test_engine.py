@@ -23,6 +23,7 @@ from modalora.nn.cache import KVCache
 from modalora.nn.rope import DynamicNtk
 from modalora.processing.processor import Processor
 from modalora.processing.tokenizer import TextTokenizer
+from small import shaken
 
 GREEDY = Sampling()
 WORDS = "seven blue boxes touch the wall, and the quick brown fox jumps over the lazy dog; how many are there? " * 4
@@ -158,15 +159,12 @@ def test_at_least_one_token_must_be_asked_for() -> None:
 
 @pytest.fixture(scope="module")
 def model() -> Multimodal:
-    """Tiny, and moved away from its first values, so that what it says depends on all that it read."""
-    torch.manual_seed(0)
-    model = Multimodal(tiny())
+    model = shaken()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
             if "qkv_proj.weight" in name:
                 parameter.mul_(4)  # attention that is sharp, so that a key turned by the wrong table shows
-    return model.eval()
+    return model
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as arrow
-import pyarrow.parquet as parquet
 import pytest
 import torch
 import yaml
@@ -33,6 +31,7 @@ from modalora.models.sizes import tiny
 from modalora.nn.rope import LongRope
 from modalora.processing.tokenizer import TextTokenizer
 from modalora.training.plan import plan_run
+from small import write_books
 
 Run = Callable[..., tuple[int, str, str]]
 WORDS = "the old man went home with a small dog and never came back to see what was left of it".split()
@@ -54,11 +53,8 @@ SIZES = replace(TINY, decoder=replace(TINY.decoder, rope=replace(TINY.decoder.ro
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder and books."""
     folder = tmp_path_factory.mktemp("place")
-    (folder / "books").mkdir()
     for split in ("train", "validation"):
-        names = [str(number) for number in range(len(TEXTS))]
-        table = arrow.table({"name": names, "title": names, "text": TEXTS})
-        parquet.write_table(table, folder / "books" / f"{split}.parquet")
+        write_books(folder, *TEXTS, split=split)
     torch.manual_seed(0)
     Assistant(Multimodal(SIZES).eval(), make_processor(SIZES, TextTokenizer.train(TEXTS, 320))).save(folder / "base")
     return folder

@@ -12,14 +12,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow
 import pytest
-from pyarrow import parquet
 from torch.distributed.run import get_args_parser
 
 from modalora.checkpoint.store import load_model
 from modalora.config import load_run
 from modalora.training.run import run_recipe
+from small import write_books
 
 RECIPE = """
 init: tiny
@@ -38,10 +37,8 @@ SECONDS = 120  # a process loads torch for seconds on a busy machine
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("launch")
-    (folder / "books").mkdir()
     text = "\n\n".join(f"The {word} comes and the {word} goes." for word in ("sun", "moon", "rain", "wind") * 20)
-    table = pyarrow.table({"name": ["one"], "title": ["One"], "text": [text]})
-    parquet.write_table(table, folder / "books" / "train.parquet")
+    write_books(folder, text)
     (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
     return folder
 

@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as arrow
-import pyarrow.parquet as parquet
 import pytest
 import torch
 from torch import Tensor
@@ -23,6 +21,7 @@ from modalora.models.multimodal import Multimodal
 from modalora.nn.rope import LongRope, Plain
 from modalora.training.run import run_recipe
 from modalora.training.start import open_context
+from small import write_books
 
 ORIGINAL, WINDOW = 32, 128
 FACTORS = (1.0, 1.5, 2.0, 3.0, 4.0, 8.0)
@@ -110,8 +109,7 @@ def test_a_long_row_counts_its_positions_on_and_masks_nothing_but_the_future() -
 @pytest.fixture
 def books(tmp_path: Path) -> Path:
     text = "\n\n".join(f"The {word} went home on day {day}." for day in range(200) for word in ("cat", "old man"))
-    (tmp_path / "books").mkdir()
-    parquet.write_table(arrow.table({"name": ["a"], "title": ["A"], "text": [text]}), tmp_path / "books/train.parquet")
+    write_books(tmp_path, text)
     return tmp_path
 
 

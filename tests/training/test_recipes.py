@@ -26,6 +26,7 @@ from modalora.processing.audio import log_mel
 from modalora.processing.tokenizer import TextTokenizer
 from modalora.training.run import run_recipe
 from modalora.training.start import open_start
+from small import fox, write_books
 
 PATHS = sorted(RECIPES.glob("*.yaml"))
 EXTENSIONS = [path for path in PATHS if is_extension(path)]
@@ -168,9 +169,7 @@ def test_the_recipe_of_mixed_windows_runs_at_a_tiny_size(tmp_path: Path) -> None
         texts = [f"{name} " + " ".join(f"word{(text * step) % 97}" for step in range(words)) for text in range(40)]
         (tmp_path / name).mkdir()
         parquet.write_table(arrow.table({"text": texts}), tmp_path / name / "texts.parquet")
-    (tmp_path / "books").mkdir()
-    book = " ".join(f"word{number}" for number in range(97))
-    parquet.write_table(arrow.table({"text": [book * 4]}), tmp_path / "books" / "train.parquet")  # for the tokenizer
+    write_books(tmp_path, 4 * " ".join(f"word{number}" for number in range(97)))  # for the tokenizer
     small = [
         "init=tiny", "steps=3", "tokens=768", "accumulate=2", "threads=1", "log_every=1", f"data={tmp_path}",
         f"output={tmp_path / 'out'}", f"cache={tmp_path / 'cache'}", "rope.window=768", "rope.original_window=256",
@@ -191,9 +190,7 @@ def test_the_base_recipe_runs_from_books_to_a_model_folder(tmp_path: Path) -> No
     text = "".join(
         f"The {word} went home on day {day}.\n\n" for day in range(200) for word in ("cat", "dog", "old man")
     )
-    (tmp_path / "books").mkdir()
-    table = arrow.table({"name": ["one"], "title": ["One"], "text": [text]})
-    parquet.write_table(table, tmp_path / "books" / "train.parquet")
+    write_books(tmp_path, text)
     small = [
         "init=tiny",
         "steps=2",
@@ -241,7 +238,7 @@ def test_a_decoder_is_not_taken_from_a_model_of_other_tokens(tmp_path: Path) -> 
 
 
 def test_adapters_come_along_with_the_decoder_they_were_trained_on(tmp_path: Path) -> None:
-    words = TextTokenizer.train(["the quick brown fox jumps over the lazy dog. " * 8], 320)
+    words = fox()
     for seed, name in enumerate(("one", "two")):
         torch.manual_seed(seed)
         save_model(Multimodal(tiny()), words, tmp_path / name)

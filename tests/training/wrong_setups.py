@@ -17,9 +17,9 @@ from modalora.contracts import IGNORED, Batch
 from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import tiny
 from modalora.parallel.engine import Single
-from modalora.processing.tokenizer import TextTokenizer
 from modalora.training.loop import train
 from modalora.training.run import run_recipe
+from small import fox
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def other_base(folder: Path, data: Steps) -> None:
 
 def other_base_by_recipe(folder: Path, data: Steps) -> None:
     """The same through `take:` of a recipe."""
-    tokenizer = TextTokenizer.train(["the quick brown fox jumps over the lazy dog; seven blue boxes. " * 4], 320)
+    tokenizer = fox()
     for name, seed in (("one", 1), ("two", 2)):
         torch.manual_seed(seed)
         save_model(Multimodal(tiny()), tokenizer, folder / name)
