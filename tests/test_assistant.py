@@ -588,6 +588,11 @@ def test_an_explanation_says_what_every_token_is(assistant: Assistant) -> None:
     assert (told["spans"][0]["start"], told["spans"][-1]["stop"]) == (0, told["tokens"])
     assert (told["spans"][1]["start"], told["spans"][1]["stop"]) == (sound.start, sound.start + sound.tokens)
     assert (told["spans"][3]["start"], told["spans"][3]["stop"]) == (picture.start, picture.start + picture.tokens)
+    assert assistant.explain(messages) == [told]
+    assert assistant.explain("z" * 260) == [text]
+    assert assistant.explain("z", route="speech")[0]["adapter"] == "speech"
+    with pytest.raises(ConfigError, match="route='none' would change nothing: a Batch has its routes"):
+        assistant.explain(batch, route="none")
     assert (text["modalities"], text["adapter"], text["scale"], text["rope"]) == (["text"], None, None, "long")
 
 
@@ -796,6 +801,12 @@ def test_folders_of_a_run_say_where_model_and_adapter_are(assistant: Assistant, 
     save_adapter(assistant.model, "vision", run / "mine-lora")
     with pytest.raises(CheckpointError, match="run is the folder of a run; give the model in it, .*run/model"):
         modalora.load(run)
+    state = run / "resume" / "00000100"
+    state.mkdir(parents=True)
+    for name in ("state.json", "manifest.json"):
+        (state / name).write_text("{}")
+    with pytest.raises(CheckpointError, match="00000100 is a state from which training goes on, no model; .*run/model"):
+        modalora.load(state)
     with pytest.raises(CheckpointError, match=r"mine-lora is an adapter, not a model; .* --adapter mine=.*mine-lora"):
         modalora.load(run / "mine-lora")
     with pytest.raises(CheckpointError, match="run is no adapter but holds some; give .*run/mine-lora"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from modalora.data.mixture import Mixture
 from modalora.data.reader import make_source
 from modalora.data.sources import Context
 from modalora.disk import read_json, write_json
-from modalora.errors import CheckpointError, ConfigError, InputError, ModaloraError, PromptError, RouteError
+from modalora.errors import CheckpointError, ConfigError, InputError, ModaloraError, PromptError, RouteError, ShapeError
 from modalora.modality import Modality
 from modalora.models.multimodal import ModelConfig, Multimodal, part_of
 from modalora.models.router import ROUTES
@@ -40,6 +40,7 @@ from modalora.nn.lora import LoraConfig
 from modalora.processing.questions import question_messages
 from modalora.processing.spans import spans
 from modalora.processing.tokenizer import TextTokenizer
+from modalora.training.fresh import whiten_projectors
 from small import shaken
 
 WORDS = "seven blue boxes touch the wall, and the quick brown fox jumps over the lazy dog; how many are there? " * 4
@@ -799,6 +800,54 @@ def test_a_route_that_is_not_its_own_to_give_is_refused() -> None:
     config: ModelConfig = replace(tiny(), encoders={"smell": Sizes()})
     with pytest.raises(ConfigError, match="a route for image that is not its own to give"):
         modality.routes(config)
+
+
+def fails(tokens: list[Tensor]) -> Any:
+    raise KeyError("notes")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            lambda tokens: tokens[:-1],
+            "gave a list .torch.float32 .4, 16.. for 2 item.s.; return a list of float tensors",
+        ),
+        (lambda tokens: None, "gave a NoneType for 2 item"),
+        (lambda tokens: iter(tokens), "gave a list_iterator for 2 item"),
+        (lambda tokens: [one[:, :5] for one in tokens], r"4, 5\], .* return .* \(tokens, 16\) each"),
+        (lambda tokens: [one[None] for one in tokens], "float32 .1, 4, 16., torch.float32 .1, 2, 16.. for 2"),
+        (lambda tokens: [one.long() for one in tokens], "int64"),
+        (lambda tokens: [one.numpy() for one in tokens], "a list .a ndarray, a ndarray. for 2"),
+        (lambda tokens: [one[:-1] for one in tokens], "smell gave 3 features for 4 placeholder tokens"),
+        (fails, "fails with KeyError: 'notes'; mend it, or the features"),
+    ],
+)
+def test_an_encoder_that_fails_or_gives_something_else_is_named(
+    tmp_path: Path, change: Callable[[list[Tensor]], Any], told: str
+) -> None:
+    assistant = smelling()
+    encoder = assistant.model.encoders["smell"]
+    own = encoder.forward
+    encoder.forward = lambda items: change([one.detach() for one in own(items)])
+    batch = assistant.processor([question_messages("?", media={"smell": notes}) for notes in ("abba", "ab")])
+    with pytest.raises(ShapeError, match=told) as caught:
+        assistant.model(batch)
+    assert isinstance(caught.value.__cause__, KeyError) == (change is fails)
+    if "placeholder" not in told:
+        source = SourceConfig(source="smell.whiffs")
+        rows = Mixture(context(assistant, tmp_path), [source], rows=2, accumulate=1, seed=0)
+        with pytest.raises(ShapeError, match="the encoder of the modality 'smell'"):
+            whiten_projectors(assistant.model, "smell", ["smell.*"], rows)
+
+
+def test_an_encoder_may_return_one_tensor_or_other_floats() -> None:
+    assistant = smelling()
+    asked = [question_messages("?", media={"smell": notes}) for notes in ("abba", "cdde")]
+    batch = assistant.processor(asked)
+    logits = assistant.model(batch)
+    assistant.model.encoders["smell"].register_forward_hook(lambda module, given, out: torch.stack(out).double())
+    assert torch.equal(assistant.model(batch), logits)
 
 
 # ------------------------------------------------------------------------------------------------------------- training

@@ -17,6 +17,7 @@ import torch
 
 import modalora
 from modalora import modality
+from modalora.checkpoint.adapters import save_adapter
 from modalora.errors import CheckpointError, ConfigError
 from modalora.processing.questions import question_messages
 from modalora.scaffold import new_package
@@ -178,6 +179,51 @@ def test_a_modality_of_a_file_is_read_by_other_processes_too(
     own.write_text(own.read_text().replace("    features=features,", "    features=lambda *both: features(*both),"))
     code, _, err = run("train", "package/recipe.yaml", *settings, "output=runs/again")
     assert (code, "workers=1: what reads the rows cannot be sent to other processes" in err) == (2, True)
+
+
+@pytest.fixture
+def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the adapters of two modalities that nano lacks, each with its encoder, and a series."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("motion", "pulse"):
+        new_package(name, tmp_path / name)
+        modality.load_file(tmp_path / name / f"modalora_{name}.py")
+        nano = modalora.load("nano")
+        nano.add_modality(name)
+        save_adapter(nano.model, name, tmp_path / f"{name}-lora")
+    Path("series.txt").write_text("1 2 3 4")
+    return tmp_path
+
+
+def test_a_composed_adapter_is_used_beside_the_encoder_that_its_part_brought(two: Path, run: Run) -> None:
+    motion = ["--adapter", "motion=motion-lora"]
+    code, out, _ = run("adapter", "compose", "nano", "motion+vision@0.5", "both", *motion)
+    assert (code, "the encoder of motion stays in motion-lora: rows with motion need that beside it" in out) == (
+        0,
+        True,
+    )
+    asked = ["ask", "nano", "?", "--media", "motion=series.txt", "--max-tokens", "2"]
+    code, out, err = run(*asked, *motion, "--adapter", "mine=both", "--route", "mine", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["route"]["adapter"] == "mine"
+    code, _, err = run(*asked, "--adapter", "motion=both")
+    assert (code, err.strip()) == (
+        2,
+        (
+            "modalora: --media motion=... cannot be read: this model reads image, audio; name one of them, or give the "
+            "model or the --adapter that brings the encoder of motion"
+        ),
+    )
+
+
+def test_an_idle_adapter_is_told_a_route_that_idles_no_other(two: Path, run: Run) -> None:
+    both = ["--adapter", "motion=motion-lora", "--adapter", "pulse=pulse-lora"]
+    asked = ["ask", "nano", "?", "--media", "motion=series.txt", "--max-tokens", "2", *both]
+    code, _, err = run(*asked)
+    assert (code, "--adapter pulse=... would change nothing" in err, "add --route pulse, or" in err) == (2, True, True)
+    assert run(*asked, "--route", "pulse")[0] == 0
+    code, _, err = run("ask", "nano", "Hello", *both)
+    assert (code, err.endswith("does not use it for rows of text; leave the adapter out\n")) == (2, True)
 
 
 @pytest.mark.parametrize("name", ["image", "Motion", "text", "a-b"])

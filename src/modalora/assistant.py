@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Integral
@@ -273,16 +273,16 @@ class Assistant:
         stop: str | Sequence[str] = (),
         switch: Switch = "crossing",
         **sampling: Any,
-    ) -> Iterator[str]:
+    ) -> Generator[str]:
         """Return the answer in pieces of whole characters as they come; the pieces together are `ask`'s text.
 
-        Arguments and errors as for `ask`; what is wrong with them is told at once.
+        `close` ends it early.         Arguments and errors as for `ask`; what is wrong with them is told at once.
         """
         settings = self._settings(max_tokens, stop, switch, sampling, 1)
         row = self._row(conversation(question, image, audio, media), route, settings)
         return self._pieces(self.processor.collate([row], route=route, labelled=False).to(self.device), settings)
 
-    def _pieces(self, batch: Batch, settings: _Settings) -> Iterator[str]:
+    def _pieces(self, batch: Batch, settings: _Settings) -> Generator[str]:
         growing, text, sent = Growing(self.processor.tokenizer), "", ""
         held_back = max((len(word) for word in settings.stop), default=1) - 1  # a stop string may have begun
         for token in self._generate(batch, settings):
@@ -302,11 +302,24 @@ class Assistant:
         batch = self.processor([conversation(messages)], route=route).to(self.device)
         return self.model(batch)[0].float()
 
-    def explain(self, batch: Batch, *, max_tokens: int = 128, switch: Switch = "crossing") -> list[dict[str, Any]]:
+    def explain(
+        self,
+        asked: str | Sequence[Message] | Batch,
+        *,
+        route: str | None = None,
+        max_tokens: int = 128,
+        switch: Switch = "crossing",
+    ) -> list[dict[str, Any]]:
         """Return per row: adapter and scale, projector branches, rotary table, and what each token range is.
 
-        max_tokens, switch: of the answer that would follow, which decide the table.
+        asked: a question, messages, or a Batch, which has its routes. route: "auto" unless given. max_tokens, switch:
+        of the answer that would follow, which decide the table.
         """
+        if isinstance(asked, Batch) and route is not None:
+            raise ConfigError(
+                f"route={route!r:.40} would change nothing: a Batch has its routes; give it to the processor"
+            )
+        batch = asked if isinstance(asked, Batch) else self.processor([conversation(asked)], route=route or "auto")
         return [self._explain(batch, row, max_tokens, switch) for row in range(len(batch.input_ids))]
 
     def explain_official(self, batch: Batch) -> list[dict[str, Any] | None]:

@@ -38,6 +38,7 @@ SPARE = "<|endofprompt|>"  # a control token of Phi's vocabularies that no chat 
 _TAKEN = (
     "text", "control", "image_url", "input_audio",  # kinds of pieces and parts
     "vision", "speech", "auto", "none", "adapter", "decoder", "objective",  # routes and parts of a model
+    "drop", "route", "system", "retry", "reset", "save", "help", "exit",  # commands of chat
     "yes", "no", "on", "off", "y", "n", "true", "false", "null",  # what YAML reads as something else
 )  # fmt: skip
 

@@ -74,6 +74,23 @@ def test_one_flipped_bit_is_found_and_its_tensor_named(
         assert f"{name} is not what it was" in err
 
 
+def test_an_adapter_is_verified_on_a_base_that_lacks_what_stood_beside_it(run: Run, base: tuple[Path, Path]) -> None:
+    model, lora = base
+    certificate = json.loads((lora / CERTIFICATE).read_text())
+    frozen = len(certificate["frozen"])
+    beside = ("decoder.layers.0.mlp.down_proj.lora_A.idle", "encoders.smell.table.weight")
+    certificate["frozen"] |= dict.fromkeys(beside, "0" * 64)
+    (lora / CERTIFICATE).write_text(json.dumps(certificate))
+    code, out, err = run("adapter", "verify", str(model), str(lora))
+    told = "; this model lacks adapter.idle, smell.encoder, beside which the adapter was trained\n"
+    assert (code, err, f"preserved  {frozen} frozen tensors" in out, told in out) == (0, "", True, True)
+    for name in ("decoder.layers.9.mlp.down_proj.weight", "encoders.image.more.weight"):  # parts that the base has
+        more = certificate["frozen"] | {name: "0" * 64}
+        (lora / CERTIFICATE).write_text(json.dumps(certificate | {"frozen": more}))
+        code, _, err = run("adapter", "verify", str(model), str(lora))
+        assert (code, f"not the base that was certified: {name} is missing" in err) == (2, True)
+
+
 def test_a_model_without_a_certificate_says_so(run: Run, base: tuple[Path, Path]) -> None:
     for folder in base:
         (folder / CERTIFICATE).unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,8 +16,9 @@ import pytest
 import modalora
 from modalora.assistant import Assistant, make_processor
 from modalora.checkpoint.find import BUNDLED
-from modalora.cli.chat import Session
-from modalora.errors import WorkError
+from modalora.cli.chat import HELP, Session
+from modalora.errors import ConfigError, WorkError
+from modalora.modality import check_name
 from modalora.models.multimodal import Multimodal
 from modalora.models.sizes import tiny
 from small import fox
@@ -217,6 +219,22 @@ def test_a_file_of_a_further_modality_is_saved_as_rows_of_training_name_it(
 def test_what_names_or_holds_nothing_is_refused(session: Session, take: Take, line: str, told: str) -> None:
     assert take(line).startswith(f"! {told}")
     assert session.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "url", ["https://example.com/a.png", "'https://example.com/a.png'", "data:image/png;base64,AA"]
+)
+def test_a_url_is_told_as_it_was_written(take: Take, url: str) -> None:
+    bare = url.strip("'")
+    assert take(f"/image {url}") == f"! {bare!r} is a URL, and /image takes a file; download it and give its path\n"
+
+
+def test_no_modality_takes_the_name_of_a_command() -> None:
+    commands = set(re.findall(r"(?<!\S)/([a-z]+)", HELP)) - {"image", "audio", "dna"}
+    assert commands >= {"save", "system", "exit", "help"}
+    for name in commands:
+        with pytest.raises(ConfigError, match=f"'{name}' cannot name a modality"):
+            check_name(name)
 
 
 def test_a_second_conversation_is_appended(session: Session, take: Take, tmp_path: Path) -> None:

@@ -226,7 +226,9 @@ def test_a_link_to_itself_is_a_path_like_any_that_cannot_be_opened(tmp_path: Pat
         ("alpaca", pair(audio={"array": [10**400]}), "array of an audio is"),
         ("alpaca", pair(instruction="<video>\nWhat?"), "the tag <video>, and no video is read; .* tags=false"),
         ("alpaca", pair(instruction="<|video_1|>What?", images=["1"]), r"the tag <\|video_1\|>, and no video"),
+        ("alpaca", pair(output=" \n\u3000"), "the assistant's, is empty or blank"),
         ("alpaca", pair(instruction=""), "message 1, the user's, is empty"),
+        ("alpaca", pair(instruction="   "), "message 1, the user's, is empty or blank"),
         ("alpaca", pair(history=[["", "c"]], images=["1"], instruction="", input="<image>"),
          "message 1, the user's, is empty"),
         ("messages", {"messages": [SAID[1], SAID[2], {"role": "user", "content": []}, SAID[2]]},
@@ -337,12 +339,18 @@ def test_tools_beside_the_turns_are_those_of_the_system_message(record: dict[str
 
 def test_tools_join_the_system_message_that_there_is() -> None:
     turns = [("system", "Be brief."), ("human", "Hi"), ("gpt", "Ho")]
-    talk = {"conversations": [{"from": name, "value": words} for name, words in turns], "tools": "[]"}
-    assert read_record(talk, "sharegpt", OPTIONS)[0] == {"role": "system", "content": "Be brief.", "tools": "[]"}
+    talk = {"conversations": [{"from": name, "value": words} for name, words in turns], "tools": '[{"name":"f"}]'}
+    system = {"role": "system", "content": "Be brief."}
+    assert read_record(talk, "sharegpt", OPTIONS)[0] == {**system, "tools": '[{"name":"f"}]'}
+    assert read_record({**talk, "tools": "[]"}, "sharegpt", OPTIONS)[0] == system
+    assert read_record({"messages": SAID[1:3], "tools": "[]"}, "messages", OPTIONS) == SAID[1:3]
+    alone = {"messages": [{"role": "system", "content": None, "tools": "[]"}, *SAID[1:3]]}
+    with pytest.raises(DataError, match="the content of message 1 is missing"):
+        read_record(alone, "messages", OPTIONS)
     both = {"messages": [{"role": "system", "content": "", "tools": TOOLS}, *SAID[1:3]], "tools": TOOLS}
     with pytest.raises(DataError, match="tools beside its turns and in its system message; keep one"):
         read_record(both, "messages", OPTIONS)
-    with pytest.raises(DataError, match="message 1 has tools=5; give a list of definitions"):
+    with pytest.raises(DataError, match="it has tools=5; give a list of definitions"):
         read_record({"messages": SAID[1:3], "tools": 5}, "messages", OPTIONS)
 
 

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from modalora.config import MeshConfig, OptimConfig, RunConfig, SourceConfig
 from modalora.contracts import BLANK, IGNORED, Batch
-from modalora.errors import CheckpointError, ConfigError, TrainingError
+from modalora.errors import CheckpointError, ConfigError, ShapeError, TrainingError
 from modalora.models.multimodal import Multimodal, recompute
 from modalora.models.sizes import tiny
 from modalora.nn.gate import gate
@@ -513,3 +513,9 @@ def wait_in_vain() -> str:
 def test_a_process_that_does_not_come_is_told(ranks: Ranks) -> None:
     told, _ = ranks(2, wait_in_vain)
     assert "process 0 waited for another, which does not answer" in told
+
+
+def test_a_process_that_ends_while_an_encoder_is_gathered_is_told() -> None:
+    told = "the encoder of the modality 'smell' fails with RuntimeError: [pair.cc:534] Connection closed by peer"
+    with pytest.raises(TrainingError, match="waited for another, which has ended"), explained():
+        raise ShapeError(told)

@@ -346,6 +346,8 @@ def spoiled(value: float) -> np.ndarray:
         ),
         (encode(np.zeros(8_000), 2_000, "WAV"), "sample rate of 2000 Hz, and it must lie in 4000"),
         (encode(spoiled(np.nan), 16_000, "WAV", "FLOAT"), "NaN or infinite"),
+        (b"RIFF\x24\0\0\0WEBPVP8 ", "is not a sound file"),
+        (b"RIFF\x24\0\0\0WAVEfmt ", "damaged or cut short"),
         ("nowhere/x.wav", "'nowhere/x.wav' does not exist"),
         ("https://example.com/x.wav", "is a URL"),
         (17, "an audio was given as int"),

@@ -266,8 +266,32 @@ def test_calls_that_were_read_can_be_written_again() -> None:
 
 def test_a_system_message_may_hold_tools_alone() -> None:
     for content in ("", None):
-        messages = [{"role": "system", "content": content, "tools": "[]"}, {"role": "user", "content": "Hi"}]
-        assert as_text(render(messages, answer=False)) == "<|system|><|tool|>[]<|/tool|><|end|><|user|>Hi<|end|>"
+        messages = [{"role": "system", "content": content, "tools": TOOLS}, {"role": "user", "content": "Hi"}]
+        assert as_text(render(messages, answer=False)) == f"<|system|><|tool|>{TOOLS}<|/tool|><|end|><|user|>Hi<|end|>"
+
+
+@pytest.mark.parametrize("none", [None, [], {}, "", "[]", "null"])
+def test_no_tools_are_none_in_json_too(none: Any) -> None:
+    messages = [{"role": "system", "content": "Hi", "tools": none}]
+    assert as_text(render(messages, answer=False)) == "<|system|>Hi<|end|>"
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        *("bad", " ", "5", '"add"', '{"a": 1}', '["add"]', "[" * 100_000, '[{"name": 3}]', '[{"function": "add"}]'),
+        *([1], ["add"], {"a": 1}, {"name": ""}, [{"name": "add"}, {"function": {}}], True),
+    ],
+)
+def test_tools_that_define_none_are_refused(tools: Any) -> None:
+    with pytest.raises(PromptError, match="message 1 has tools=.*; give a list of definitions with a name each, or"):
+        render([{"role": "system", "content": "Hi", "tools": tools}])
+
+
+@pytest.mark.parametrize("tools", [TOOLS, ' [ {"function":{"name":"add"}} ]\n', '{"name": "add"}'])
+def test_tools_in_json_keep_their_bytes(tools: str) -> None:
+    messages = [{"role": "system", "content": "Hi", "tools": tools}]
+    assert as_text(render(messages, answer=False)) == f"<|system|>Hi<|tool|>{tools}<|/tool|><|end|>"
 
 
 def test_calls_and_tools_that_would_be_lost_are_refused() -> None:
@@ -288,7 +312,7 @@ def test_calls_and_tools_that_would_be_lost_are_refused() -> None:
         ),
         (
             {"role": "system", "content": "", "tools": 5},
-            "message 1 has tools=5; give a list of definitions, or its JSON",
+            "message 1 has tools=5; give a list of definitions with a name each, or its JSON",
         ),
         ({"content": [{**text("Hi"), "image": PNG}]}, "message 1, part 1 has 'image', which is not read"),
         ({"content": [{**image(), "url": "other"}]}, r"part 1 has 'url', .*\(read here: type, image\)"),
@@ -326,7 +350,7 @@ def test_what_openai_parts_say_of_their_media_must_hold() -> None:
 
 
 def test_tools_that_json_cannot_hold_are_refused() -> None:
-    system = {"role": "system", "content": "", "tools": [{"since": datetime.date(2026, 1, 1)}]}
+    system = {"role": "system", "content": "", "tools": [{"name": "f", "since": datetime.date(2026, 1, 1)}]}
     with pytest.raises(PromptError, match=r"message 1 has tools that JSON cannot hold .*; write them as a string"):
         render([system, *user("Hi")])
 

@@ -371,6 +371,8 @@ def test_fast_preparation_refuses_and_accepts_what_the_exact_one_does() -> None:
         (png_header(13_000, 8_000), "13000x8000 pixels, and at most 50,000,000"),
         (png_header(100, 100), "damaged or cut short"),
         (half("PNG"), "damaged or cut short"),
+        (b"RIFF\x24\0\0\0WAVEfmt ", "is not an image Pillow can read"),
+        (b"RIFF\x24\0\0\0WEBPVP8 ", "damaged or cut short"),
         (half("JPEG"), "damaged or cut short"),
         (half("TIFF"), "damaged or cut short|not an image"),
         (half("WEBP"), "damaged or cut short|not an image"),

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 from modalora.checkpoint.adapters import CONFIG as ADAPTER
+from modalora.checkpoint.files import MANIFEST
+from modalora.checkpoint.resume import STATE
 from modalora.errors import CheckpointError, ConfigError, listed
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
@@ -50,6 +52,11 @@ def _check_model_folder(path: Path) -> None:
         raise CheckpointError(f"{gguf[0]} is GGUF, which is not read; {_ORIGINAL}")
     if (path / "model" / "config.json").is_file() and not (path / "config.json").exists():
         raise CheckpointError(f"{path} is the folder of a run; give the model in it, {path / 'model'}")
+    if (path / STATE).is_file() and (path / MANIFEST).is_file() and not (path / "config.json").exists():
+        model = path.absolute().parents[1] / "model"
+        raise CheckpointError(
+            f"{path} is a state from which training goes on, no model; a run ends with one in {model}"
+        )
 
 
 def check_adapter_folder(path: Path) -> None:

@@ -122,6 +122,8 @@ def compose(
     from modalora.checkpoint.adapters import save_adapter
     from modalora.checkpoint.card import read_card
     from modalora.checkpoint.sums import compose as add_up
+    from modalora.contracts import terms
+    from modalora.modality import brought_by
 
     assistant = open_model(model, adapter, modality_file)
     taken = assistant.model.adapters
@@ -132,6 +134,10 @@ def compose(
         base = None
     save_adapter(assistant.model, name, target, base=base)
     print(f"wrote {target}: {route} as one adapter of rank {config.r}")
+    folders = dict(one.split("=", 1) for one in adapter or [])
+    for part, _ in terms(route):
+        for kind in brought_by(assistant.model.config, part):
+            print(f"the encoder of {kind} stays in {folders.get(part, model)}: rows with {kind} need that beside it")
 
 
 @adapters.command()

@@ -269,6 +269,8 @@ def _path(name: str, command: str) -> Path:
         name = name[1:-1]
     if not name or "\0" in name:
         raise PromptError(f"{command} {name!r} names no file; write {command} and the path of one")
+    if "://" in name or name.startswith("data:"):  # Path would make "//" one
+        raise PromptError(f"{name!r:.80} is a URL, and {command} takes a file; download it and give its path")
     try:
         return Path(name).expanduser()
     except RuntimeError as error:

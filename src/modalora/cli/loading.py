@@ -37,29 +37,39 @@ def unused(
 ) -> list[str]:
     """Return the names of the adapters, "NAME=FOLDER" each, that no row of these modalities uses by this route.
 
-    kinds: None for rows of whatever modalities.
+    One that brought a modality of the rows is used by any route. kinds: None for rows of whatever modalities.
     """
     from modalora import modality
     from modalora.contracts import terms
 
-    rules = modality.routes(assistant.model.config).items() if route == "auto" else ()
+    config = assistant.model.config
+    rules = modality.routes(config).items() if route == "auto" else ()
     used = {rule.adapter for held, rule in rules if kinds is None or held == frozenset(kinds)}
     if route not in ("auto", "none"):
         used |= {name for name, _ in terms(route)}
-    return [name for name in (one.partition("=")[0] for one in adapters or []) if name not in used]
+    read = set(config.encoders if kinds is None else kinds)
+    names = [one.partition("=")[0] for one in adapters or []]
+    return [name for name in names if name not in used and not read.intersection(modality.brought_by(config, name))]
 
 
 def check_used(
     assistant: Assistant, adapters: Sequence[str] | None, route: str, kinds: Collection[str] | None = None
 ) -> None:
-    """Refuse adapters that would be loaded and change nothing. Raises ConfigError."""
+    """Refuse media that the model does not read, and adapters that would change nothing. Raises ConfigError."""
     from modalora.errors import ConfigError
 
+    reads = assistant.processor.media
+    if foreign := [kind for kind in kinds or () if kind not in (*reads, "image", "audio")]:
+        raise ConfigError(
+            f"--media {foreign[0]}=... cannot be read: this model reads {', '.join(reads) or 'text'}; name one of "
+            f"them, or give the model or the --adapter that brings the encoder of {foreign[0]}"
+        )
     if left := unused(assistant, adapters, route, kinds):
         rows = "such rows" if kinds is None else f"rows of {' + '.join(sorted(kinds)) or 'text'}"
+        add = "" if unused(assistant, adapters, left[0], kinds) else f"add --route {left[0]}, or "
         raise ConfigError(
-            f"--adapter {left[0]}=... would change nothing: --route {route} does not use it for {rows}; add --route "
-            f"{left[0]}, or leave the adapter out"
+            f"--adapter {left[0]}=... would change nothing: --route {route} does not use it for {rows}; {add}leave "
+            "the adapter out"
         )
 
 

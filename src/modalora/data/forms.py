@@ -18,7 +18,7 @@ import numpy as np
 
 from modalora.data.files import Fields
 from modalora.errors import DataError, PromptError
-from modalora.processing.chat import check_message, decode_base64, read_call, read_part
+from modalora.processing.chat import check_message, decode_base64, read_call, read_part, read_tools
 from modalora.processing.tokenizer import CONTROL_TOKENS, PLACEHOLDERS
 
 Messages = list[dict[str, Any]]
@@ -127,7 +127,9 @@ def read_record(fields: Fields, form: str, options: Options) -> Messages:
     messages = _with_media(messages, fields, options)
     for number, message in enumerate(messages, start=1):
         if message["role"] == "user" and _is_empty(message["content"]):
-            raise DataError(f"message {number}, the user's, is empty; put a question there, or drop the record")
+            raise DataError(
+                f"message {number}, the user's, is empty or blank; put a question there, or drop the record"
+            )
     return messages
 
 
@@ -211,13 +213,14 @@ def _messages(fields: Fields, options: Options) -> Messages:
         check_message(turn, what)
         _check_media(turn, what)
         content = turn.get("content")
+        tools = turn["tools"] if read_tools(turn.get("tools"), what) else None
+        given = {key: one for key, one in (("tools", tools), ("tool_calls", turn.get("tool_calls"))) if one}
         if isinstance(content, list):
             _check_order(content, seen, what)
             content = [_part(part, f"{what}, part {place}", options) for place, part in enumerate(content, start=1)]
         else:
-            content = "" if content is None and (turn.get("tool_calls") or turn.get("tools")) else content
+            content = "" if content is None and given else content
             content = _string(content, f"the content of {what}")
-        given = {key: turn[key] for key in ("tools", "tool_calls") if turn.get(key)}
         made.append({"role": turn["role"], "content": content, **given, **_loss(turn, what)})
     return _with_tools(made, fields)
 
@@ -231,16 +234,14 @@ def _check_media(turn: Fields, what: str) -> None:
 
 def _with_tools(messages: Messages, fields: Fields) -> Messages:
     """Put the tools that stand beside the turns into the system message, which is made where there is none."""
-    if not fields.get("tools"):
+    if not read_tools(fields.get("tools"), "it"):
         return messages
     system, rest = {"role": "system", "content": ""}, messages
     if messages[0]["role"] == "system":
         system, rest = messages[0], messages[1:]
     if system.get("tools"):
         raise DataError("it has tools beside its turns and in its system message; keep one of them")
-    system = {**system, "tools": fields["tools"]}
-    check_message(system, "message 1")
-    return [system, *rest]
+    return [{**system, "tools": fields["tools"]}, *rest]
 
 
 def _check_order(parts: Sequence[Any], seen: Counter[str], what: str) -> None:
@@ -394,7 +395,7 @@ def _check_turns(messages: Messages) -> None:
         if role == "assistant" and number > 1 and messages[number - 2]["role"] == "assistant":
             raise DataError(f"messages {number - 1} and {number} are both the assistant's; join them")
         if role == "assistant" and _is_empty(message["content"]) and not message.get("tool_calls"):
-            raise DataError(f"message {number}, the assistant's, is empty; give an answer or drop the record")
+            raise DataError(f"message {number}, the assistant's, is empty or blank; give an answer or drop the record")
     spoken = [message for message in messages if message["role"] == "assistant"]
     if not spoken:
         raise DataError("it has no assistant's message, so nothing in it is trained; add an answer")
@@ -407,9 +408,9 @@ def _check_turns(messages: Messages) -> None:
 
 
 def _is_empty(content: Any) -> bool:
-    return not content or (
-        not isinstance(content, str) and all(part["type"] == "text" and not part["text"] for part in content)
-    )
+    if isinstance(content, str):
+        return not content.strip()
+    return all(part["type"] == "text" and not part["text"].strip() for part in content)
 
 
 # ----------------------------------------------------------------------------------------------------- media

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from modalora.contracts import IGNORED, NOWHERE, Batch, Cache, Cut, Media, Rotations, Route, Step
-from modalora.errors import ConfigError, ModaloraError, ShapeError
+from modalora.errors import ConfigError, ModaloraError, ShapeError, listed
 from modalora.models.decoder import Decoder, DecoderConfig, DecoderLayer
 from modalora.models.speech import ConformerBlock, SpeechConfig
 from modalora.models.vision import VisionConfig, VisionLayer
@@ -176,6 +176,39 @@ class Multimodal(nn.Module):
         features, rows, columns = self._features(batch)
         return hidden.index_put((rows, columns), features.to(hidden.dtype))
 
+    def encode(self, modality: str, items: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+        """Return what a modality's encoder makes of features, (tokens, hidden_size) each, as its projectors read it.
+
+        Raises ShapeError where an encoder from elsewhere fails, or gives anything else.
+        """
+        encoder, given = self.encoders[modality], [dict(item) for item in items]
+        if modality in MODALITIES:
+            found: list[Tensor] = encoder(given)
+            return found
+        who = f"the encoder of the modality {modality!r}"
+        try:
+            told = encoder(given)
+        except (ModaloraError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # it is someone else's code
+            raise ShapeError(
+                f"{who} fails with {type(error).__name__}: {' '.join(str(error).split()):.200}; mend it, or the "
+                "features that it is given"
+            ) from error
+        width = self.config.modalities[modality].hidden_size
+        if not (
+            isinstance(told, list | tuple | Tensor)
+            and len(told) == len(items)
+            and all(isinstance(one, Tensor) and one.is_floating_point() for one in told)
+            and all(one.ndim == 2 and one.shape[1] == width for one in told)
+        ):
+            raise ShapeError(
+                f"{who} gave {_shown(told)} for {len(items)} item(s); return a list of float tensors, (tokens, {width})"
+                " each"
+            )
+        dtype = next(self.projectors.get_submodule(modality).parameters()).dtype
+        return [one.to(dtype) for one in told]
+
     def _features(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return what media become, (tokens, width), and the row and column of each of these tokens, (tokens,).
 
@@ -187,11 +220,11 @@ class Multimodal(nn.Module):
         features: list[Tensor] = []
         rows: list[Tensor] = []
         columns: list[Tensor] = []
-        for name, encoder in self.encoders.items():
+        for name in self.encoders:
             items = [item for item in batch.media if item.modality == name]
             if not items:
                 continue
-            encoded = encoder([dict(item.features) for item in items])
+            encoded = self.encode(name, [item.features for item in items])
             by_branch: dict[str, list[int]] = defaultdict(list)
             for index, item in enumerate(items):
                 if len(encoded[index]) != item.tokens:
@@ -344,6 +377,14 @@ def _found(places: Tensor | None, tokens: Tensor) -> tuple[Tensor, Tensor | slic
     at = places[tokens]
     here = (at != NOWHERE).nonzero().squeeze(1)  # looked up once, and known where nothing else has numbers (plan)
     return at[here], here
+
+
+def _shown(told: object) -> str:
+    """Return in words what an encoder gave."""
+    if isinstance(told, Tensor):
+        return f"{told.dtype} {list(told.shape)}"
+    held = f" [{listed([_shown(one) for one in told], 2, ', ')}]" if isinstance(told, list | tuple) else ""
+    return f"a {type(told).__name__}{held}"
 
 
 def make_encoder(modality: str, sizes: EncoderConfig) -> nn.Module:

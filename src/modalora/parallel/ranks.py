@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from modalora.errors import ConfigError, TrainingError
+from modalora.errors import ConfigError, ShapeError, TrainingError
 from modalora.parallel.stops import STORE
 
 NOTHING_TO_OFFLOAD = "offload moves what a GPU holds to the CPU; with device=cpu it is there: leave offload out"
@@ -69,7 +69,7 @@ def explained() -> Iterator[None]:
     """Turn what a collective meets when another process hangs or has died into a TrainingError."""
     try:
         yield
-    except RuntimeError as error:  # which is what gloo and NCCL raise
+    except (RuntimeError, ShapeError) as error:  # what gloo and NCCL raise, and what an encoder makes of it
         told = str(error).splitlines()[0]
         if any(words in told for words in ("Timed out", "timed out", "timeout")):
             raise TrainingError(

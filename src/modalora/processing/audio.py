@@ -215,7 +215,7 @@ def _sound_file(name: str, data: bytes) -> soundfile.SoundFile:
     try:
         return soundfile.SoundFile(_Tape(data))
     except (soundfile.LibsndfileError, RuntimeError, ValueError, TypeError) as error:
-        known = data[:4] in (b"RIFF", b"fLaC", b"OggS")
+        known = data[:4] in (b"fLaC", b"OggS") or data[:4] + data[8:12] == b"RIFFWAVE"
         what = "starts like a sound file but is damaged or cut short" if known else "is not a sound file"
         raise MediaError(
             f"{name} {what} (first bytes {data[:12]!r}); give a whole WAV, FLAC, OGG or MP3 file"

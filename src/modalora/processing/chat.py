@@ -84,7 +84,8 @@ def render(
         pieces += [Piece("control", f"<|{role}|>"), Piece("text", chat.after_role, trained)]
         calls = message.get("tool_calls")
         content = message.get("content")
-        said = "" if content is None and (calls or message.get("tools")) else content
+        tools = read_tools(message.get("tools"), where)
+        said = "" if content is None and (calls or tools) else content
         pieces.extend(_content(said, where, trained, kinds))
         if calls:
             told = [_call(call, f"{where}, call {place}") for place, call in enumerate(calls, start=1)]
@@ -94,10 +95,8 @@ def render(
                 Piece("text", written, trained),
                 Piece("control", CALL_END, trained),
             ]
-        if role == "system" and message.get("tools"):
-            tools = message["tools"]
-            text = tools if isinstance(tools, str) else _as_json(tools, "tools", where)
-            pieces += [Piece("control", "<|tool|>"), Piece("text", text), Piece("control", "<|/tool|>")]
+        if tools:
+            pieces += [Piece("control", "<|tool|>"), Piece("text", tools), Piece("control", "<|/tool|>")]
         pieces += [Piece("control", END, trained), Piece("text", chat.after_end)]
     if answer:
         pieces += [Piece("control", ASSISTANT), Piece("text", chat.after_role)]
@@ -119,10 +118,29 @@ def check_message(message: Any, where: str) -> None:
         raise PromptError(f"{where} has tool_calls={calls!r:.40}; give a list of calls, as OpenAI's API does")
     for place, call in enumerate(calls or (), start=1):
         _call(call, f"{where}, call {place}")
-    if (tools := message.get("tools")) and role != "system":
+    if read_tools(message.get("tools"), where) and role != "system":
         raise PromptError(f"{where} has tools, which the system message holds; move them there")
-    if tools and not isinstance(tools, str | list | tuple | Mapping):
-        raise PromptError(f"{where} has tools={tools!r:.40}; give a list of definitions, or its JSON as a string")
+
+
+def read_tools(tools: Any, where: str) -> str:
+    """Return the text by which a model knows its tools, "" for none. Raises PromptError for what defines none.
+
+    tools: a list of definitions, or one alone, with a name each, as they are or under "function"; or their JSON, whose
+    bytes are kept.
+    """
+    told = tools
+    if isinstance(tools, str):
+        with suppress(ValueError, RecursionError):  # told below, as it was given
+            told = json.loads(tools)
+    if not told:
+        return ""
+    for one in told if isinstance(told, list | tuple) else [told]:
+        function = one.get("function", one) if isinstance(one, Mapping) else None
+        if not (isinstance(function, Mapping) and isinstance(function.get("name"), str) and function["name"]):
+            raise PromptError(
+                f"{where} has tools={tools!r:.60}; give a list of definitions with a name each, or its JSON as a string"
+            )
+    return tools if isinstance(tools, str) else _as_json(tools, "tools", where)
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:

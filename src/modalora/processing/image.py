@@ -181,7 +181,8 @@ def _read_header(name: str, data: bytes, config: ImageConfig) -> Image.Image:
             f"{name} has {count} pixels, and at most {config.max_pixels:,} are read; scale it down"
         ) from error
     except Exception as error:  # hostile headers fail in many ways
-        known = data.startswith((b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*"))
+        marks = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+        known = data.startswith(marks) or data[:4] + data[8:12] == b"RIFFWEBP"  # RIFF alone may be a WAV
         what = "starts like a picture but is damaged or cut short" if known else "is not an image Pillow can read"
         raise MediaError(
             f"{name} {what} (first bytes {data[:8]!r}); "

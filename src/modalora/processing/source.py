@@ -61,7 +61,9 @@ def read_source(source: str | Path | bytes, noun: str, max_bytes: int) -> tuple[
         name = repr(str(source))
         if re.match(r"data:|[a-z][a-z\d+.-]+:/", str(source), re.IGNORECASE):  # Path makes "//" one
             short = name if len(name) <= 80 else name[:76] + "...'"
-            raise MediaError(f"{short} is a URL, and {noun} sources are files or bytes; load it and give its bytes")
+            raise MediaError(
+                f"{short} is a URL, and {noun} sources are files or bytes; download it, and give path or bytes"
+            )
         try:
             status = Path(source).stat()
         except FileNotFoundError as error:

@@ -75,7 +75,8 @@ def whiten_projectors(
     encoder = model.encoders[modality].to(device)  # and no more: the decoder may be too large before it is quantised
     given_features = [{name: value.to(device) for name, value in item.features.items()} for item in media]
     trains = encoder.training
-    features = torch.cat(encoder.eval()(given_features))
+    encoder.eval()
+    features = torch.cat(model.encode(modality, given_features))
     encoder.train(trains)
     mean, deviation = features.mean(0), features.std(0).clamp(min=1e-3)
     for projector in chosen:

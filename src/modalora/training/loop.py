@@ -331,7 +331,9 @@ class _Loop:
                 losses = self._losses(batch, labels, number, last=number + 1 == len(levelled))
             except ShapeError as error:
                 rows = ", ".join(row_name(batch, number, row) for row in range(len(batch.lengths)))
-                raise ShapeError(f"step {self.progress.step + 1}, one of the rows {rows:.300}: {error}") from None
+                raise ShapeError(
+                    f"step {self.progress.step + 1}, one of the rows {rows:.300}: {error}"
+                ) from error.__cause__
             told.append(losses.by_row(len(batch.lengths)))
         for number, (batch, shares) in enumerate(zip(levelled, told, strict=True)):
             self._note(batch, number, shares, found, own)
