@@ -11,16 +11,18 @@ import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from toys import Steps, assert_same_bits, fresh, mixed, settings, weights
 
 from modalora.checkpoint.files import seal
-from modalora.checkpoint.resume import newest, states
+from modalora.checkpoint.resume import begin, newest, states
 from modalora.contracts import Batch
 from modalora.disk import read_json, write_json
 from modalora.errors import CheckpointError, ConfigError, TrainingError
@@ -246,6 +248,17 @@ def test_a_disk_that_fails_at_any_sync_keeps_the_state_before(
     go_on(tmp_path, whole)
 
 
+def test_a_state_that_could_not_be_written_behind_training_ends_the_run_at_the_next(tmp_path: Path) -> None:
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    run = steps(tmp_path, save_in_background=True)
+    with pytest.raises(TrainingError, match="the state of step 2 could not be written"):
+        train(run, fresh(), data(), engine=At("save", 1, full))
+    assert lines(tmp_path / "metrics.jsonl")[-1]["step"] == 4
+    assert list((tmp_path / "resume").iterdir()) == []
+
+
 @pytest.fixture(scope="module")
 def cut_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was stopped after step 4, with the states of steps 2 and 4."""
@@ -253,6 +266,25 @@ def cut_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.raises(Interrupted):
         train(steps(folder), fresh(), data(), engine=At("update", 4, ask(signal.SIGTERM)))
     return folder
+
+
+def test_a_state_that_is_written_late_is_of_its_own_step(
+    tmp_path: Path, cut_once: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    behind = Event()
+
+    def late(draft: Path) -> None:
+        assert behind.wait(60)
+        begin(draft)
+
+    monkeypatch.setattr("modalora.training.states.begin", late)
+    run = steps(tmp_path, save_in_background=True, keep=9)
+    train(run, fresh(), data(), engine=At("update", 4, behind.set))  # step 3 is over then
+    now, then = (folder / "resume" / "00000002" for folder in (tmp_path, cut_once))
+    for name in ("weights", "optimizer", "random-00000"):
+        assert_same_bits(*(load_file(folder / f"{name}.safetensors") for folder in (now, then)))
+    told, wanted = (read_json(folder / "state.json") for folder in (now, then))
+    assert (told["progress"], told["data"]) == (wanted["progress"], wanted["data"])
 
 
 @pytest.fixture
