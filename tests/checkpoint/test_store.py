@@ -111,6 +111,18 @@ def test_a_model_may_be_read_in_another_dtype(folder: Path, model: Multimodal) -
         assert torch.equal(back[name], tensor.bfloat16())
 
 
+def test_a_network_runs_in_the_dtype_of_most_of_its_numbers(folder: Path) -> None:
+    def store(tensors: dict[str, torch.Tensor]) -> None:
+        for name in tensors:  # 45,056 numbers in 3 tensors; 37,184 in 11 stay float32
+            if name.startswith("decoder.") and name.endswith(("embed_tokens.weight", "gate_up_proj.weight")):
+                tensors[name] = tensors[name].bfloat16()
+
+    change_tensors(folder, store)
+    network = load_model(folder).model
+    assert network.decoder.norm.weight.dtype == torch.bfloat16
+    assert network.encoders["image"].tower.patch_embedding.weight.dtype == torch.float32
+
+
 def test_int8_is_within_half_a_scale_and_a_quarter_of_the_size(
     tmp_path: Path, folder: Path, model: Multimodal, tokenizer: TextTokenizer
 ) -> None:

@@ -316,6 +316,17 @@ def test_a_missing_or_stale_part_of_a_state_is_noticed(cut: Path, name: str) -> 
     train(steps(cut), fresh(), data())
 
 
+def test_a_state_of_fewer_bits_is_noticed(cut: Path) -> None:
+    last = states(cut)[-1]
+    tensors = load_file(last / "optimizer.safetensors")
+    name = next(name for name in tensors if name.endswith("exp_avg"))
+    notes = {"run": read_json(last / "state.json")["run"], "step": "4"}
+    write_whole(last / "optimizer", {**tensors, name: tensors[name].bfloat16()}, notes)
+    reseal(last)
+    with pytest.raises(CheckpointError, match=rf"{name} is \[.*\] of torch.bfloat16, not \[.*\] of torch.float32"):
+        train(steps(cut), fresh(), data())
+
+
 @pytest.mark.parametrize("key", ["run", "step", "world", "settings", "rate", "progress", "data", "frozen"])
 def test_a_missing_field_of_a_state_is_noticed(cut: Path, key: str) -> None:
     last = states(cut)[-1]
