@@ -304,6 +304,19 @@ def test_memory_is_given_back_whatever_else_is_mapped(tmp_path: Path) -> None:
     assert torch.equal(tensor, torch.arange(5000))
 
 
+def test_the_name_of_a_new_folder_is_on_the_disk_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there: list[tuple[int, bool]] = []
+    real = os.fsync
+
+    def synced(handle: int) -> None:
+        there.append((os.fstat(handle).st_ino, (tmp_path / "new").exists()))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    write_folder(tmp_path / "new", lambda draft: write_json(draft / "a.json", {}))
+    assert there[-1] == (tmp_path.stat().st_ino, True)
+
+
 def test_nothing_half_written_is_left_when_the_writer_fails(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "folder"
 

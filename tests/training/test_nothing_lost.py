@@ -259,6 +259,29 @@ def test_a_state_that_could_not_be_written_behind_training_ends_the_run_at_the_n
     assert list((tmp_path / "resume").iterdir()) == []
 
 
+def test_a_state_is_there_once_its_lines_are_on_the_disk_and_is_there_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[int | str] = []
+    real, rename = os.fsync, Path.rename
+
+    def synced(handle: int) -> None:
+        done.append(os.fstat(handle).st_ino)
+        real(handle)
+
+    def renamed(path: Path, target: Path) -> Path:
+        done.append(target.name)
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    train(steps(tmp_path, steps=2), fresh(), data())
+    sealed = done.index("00000002")
+    for name in ("metrics.jsonl", "ledger.jsonl"):
+        assert (tmp_path / name).stat().st_ino in done[:sealed], name
+    assert (tmp_path / "resume").stat().st_ino in done[sealed:]
+
+
 @pytest.fixture(scope="module")
 def cut_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was stopped after step 4, with the states of steps 2 and 4."""
