@@ -450,6 +450,17 @@ def test_under_another_name_its_rows_find_it_too(tmp_path: Path) -> None:
     assert read_json(tmp_path / "again" / CONFIG)["modules_to_save"] == ["encoders.smell", "projectors.smell"]
 
 
+def test_merged_under_another_name_it_is_saved_and_read_again(tmp_path: Path) -> None:
+    save_adapter(smelling().model, "nose", tmp_path / "nose")
+    assistant = base()
+    assistant.load_adapter(tmp_path / "nose", "mine")
+    merge(assistant.model, "mine")
+    assistant.save(tmp_path / "model")
+    again = modalora.load(tmp_path / "model")
+    assert (dict(again.model.config.adapters), dict(again.model.config.aliases)) == ({}, {})
+    assert torch.equal(again.logits("How many boxes?"), assistant.logits("How many boxes?"))
+
+
 def test_half_a_modality_is_refused_and_the_model_stays(tmp_path: Path) -> None:
     save_adapter(smelling().model, "nose", tmp_path / "nose")
     tensors = load_file(tmp_path / "nose" / WEIGHTS)
@@ -485,6 +496,17 @@ def test_what_a_folder_brings_frozen_is_compared_with_the_folder_itself(tmp_path
         save_file(changed, tmp_path / "nose" / WEIGHTS, {"format": "pt"})
         code, _, err = run("adapter", "verify", str(tmp_path / "model"), str(tmp_path / "nose"))
         assert (code, f"{part} is not what it was" in err) == (2, True)
+
+
+def test_a_base_that_has_the_modality_is_compared_as_it_is(tmp_path: Path, run: Any) -> None:
+    assistant = smelling()
+    trained = {name for name, _ in assistant.model.named_parameters() if part_of(name) == "adapter.nose"}
+    save_adapter(assistant.model, "nose", tmp_path / "nose", preservation(assistant.model, trained))
+    with torch.no_grad():
+        assistant.model.get_parameter("encoders.smell.table.weight").add_(1)
+    assistant.save(tmp_path / "model")
+    code, _, err = run("adapter", "verify", str(tmp_path / "model"), str(tmp_path / "nose"))
+    assert (code, "encoders.smell.table.weight is not what it was" in err) == (2, True)
 
 
 def with_module(tmp_path: Path, tensors: dict[str, Tensor], modules: list[str]) -> Path:

@@ -91,6 +91,14 @@ def test_an_adapter_is_verified_on_a_base_that_lacks_what_stood_beside_it(run: R
         assert (code, f"not the base that was certified: {name} is missing" in err) == (2, True)
 
 
+def test_a_changed_file_that_no_network_reads_is_found_by_the_manifest(run: Run, base: tuple[Path, Path]) -> None:
+    path = base[0] / "tokenizer.json"
+    path.write_bytes(path.read_bytes() + b"\n")  # says the same
+    for arguments in ((str(base[0]), str(base[1])), (str(base[0]),)):
+        code, out, err = run("adapter", "verify", *arguments)
+        assert (code, out, "tokenizer.json" in err) == (2, "", True)
+
+
 def test_a_model_without_a_certificate_says_so(run: Run, base: tuple[Path, Path]) -> None:
     for folder in base:
         (folder / CERTIFICATE).unlink()

@@ -25,6 +25,7 @@ from modalora.data.files.texts import parse_json
 from modalora.data.sources import Context
 from modalora.errors import DataError
 from modalora.models.sizes import tiny
+from modalora.processing.chat import FORMATS
 from modalora.processing.tokenizer import TextTokenizer
 
 RECORDS: list[dict[str, Any]] = [
@@ -143,7 +144,7 @@ def test_an_index_is_made_once_and_anew_when_the_file_changes(tmp_path: Path, na
     assert again.read(149) == RECORDS[149]
     own = [file for file in (cache / "files").iterdir() if file.name.startswith(path.name)]
     assert len(own) == len({file.suffixes[-1] for file in own})  # what was of the old file is gone
-    status = path.stat()
+    status, made = path.stat(), dict.fromkeys((cache / "files").iterdir(), 0)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     open_records(path, cache)
     assert not made.keys() & set((cache / "files").iterdir())
@@ -230,6 +231,31 @@ def test_the_splits_of_one_folder_share_no_cache(tmp_path: Path) -> None:
     for name, own in said.items():
         corpus = open_corpus(context, (0, 0), str(tmp_path / "saved"), split=name, shuffle=False)
         assert [words.decode(corpus.row(number).ids) for number in range(corpus.rows)] == own
+
+
+def test_tokenizers_and_chat_formats_share_no_cache(tmp_path: Path) -> None:
+    said = "what is learnt from "
+    write(tmp_path / "text.jsonl", [{"text": said * 9}])
+    write(tmp_path / "pairs.jsonl", [{"instruction": said, "output": said * 5}])
+    found = []
+    for learnt, chat in (("zzz ", "phi4"), (said, "phi4"), (said, "phi3")):
+        processor = make_processor(tiny(), TextTokenizer.train([learnt * 99], 320), FORMATS[chat])
+        context = Context(tmp_path, tmp_path / "cache", processor, window=400)
+        texts, pairs = (open_corpus(context, (0, 0), str(tmp_path / f"{name}.jsonl")) for name in ("text", "pairs"))
+        assert texts.row(0).text == said * 9
+        found.append((texts.measure(0), pairs.measure(0)))
+        assert found[-1] == (len(texts.row(0).ids), len(pairs.row(0).ids))
+    (text, pair), (fewer, shorter), (same, longer) = found
+    assert text > fewer == same
+    assert pair > shorter < longer
+
+
+def test_fields_of_other_names_share_no_cache(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"one": "first", "two": "second"}])
+    context = Context(tmp_path, tmp_path / "cache", make_processor(tiny(), TextTokenizer.train(["words"], 320)), 40)
+    for name, said in (("one", "first"), ("two", "second")):
+        corpus = open_corpus(context, (0, 0), str(path), form="text", rename={name: "text"})
+        assert corpus.row(0).text == said
 
 
 # ----------------------------------------------------------------------------------------------------- poison

@@ -127,6 +127,11 @@ def test_an_interval_covers_the_mean_and_narrows_with_more_groups() -> None:
     assert high - low < few_high - few_low
 
 
+def test_long_genes_weigh_more_in_the_interval_as_in_the_mean() -> None:
+    mean, low, high = scores.mean_interval([np.zeros(90), np.ones(10)] * 10)
+    assert (mean, low < mean < high < 0.3) == (0.1, True)  # the mean of genes' own means is 0.5
+
+
 def test_the_longest_inverted_repeat_is_found_to_the_letter() -> None:
     draw = np.random.default_rng(5)
 

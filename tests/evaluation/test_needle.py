@@ -32,6 +32,7 @@ from modalora.evaluation.names import draw_names, draw_numbers, draw_words
 from modalora.evaluation.needle import (
     Document,
     Grid,
+    Probe,
     answer_losses,
     ask_probes,
     fingerprint,
@@ -161,6 +162,26 @@ def test_every_depth_is_asked_for_equally_often_and_in_no_fixed_order(tokenizer:
         asked = [depth for document in made if len(document.ids) == length for depth in document.depths]
         assert [asked.count(depth) for depth in depths] == [8] * 5
     assert len({document.depths for document in made}) > 5
+
+
+def test_needles_of_one_document_and_the_next_take_turns_at_the_depths(tokenizer: TextTokenizer) -> None:
+    made = make_documents(
+        tokenizer, TEXTS, 2, length=500, part="search", style="words", depths=(0.0, 0.3, 0.6, 1.0), needles=2
+    )
+    assert [sorted(document.depths) for document in made] == [[0.0, 0.3], [0.6, 1.0]]
+
+
+def test_a_text_that_names_a_thing_is_asked_about_others(tokenizer: TextTokenizer) -> None:
+    def drawn(text: str) -> list[str]:
+        facts = Digits(tokenizer).facts(np.random.default_rng(0), "search", 4, tokenizer.encode(text))
+        return [found for fact in facts for found in TOLD.findall(tokenizer.decode(fact.ids))]
+
+    free = drawn("Nobody.")
+    (name, _), (_, number), *_ = free
+    told = drawn(f"It was the {name}, and {number} of them.")
+    assert len(told) == 4
+    assert name not in {own for own, _ in told}
+    assert number not in {own for _, own in told}
 
 
 def test_the_same_seed_gives_the_same_documents_and_another_seed_none_of_them(tokenizer: TextTokenizer) -> None:
@@ -379,15 +400,22 @@ def test_a_grid_counts_by_length_and_depth_and_survives_json(model: Multimodal, 
         make_grid("reference", [])
 
 
+def test_a_length_weighs_each_question_alike() -> None:
+    asked = [(0.0, 1.0), (0.0, 3.0), (0.0, 5.0), (1.0, 11.0)]
+    grid = make_grid("reference", [Probe(350, depth, True, nats, 7) for depth, nats in asked])
+    assert [cell.nats for cell in grid.cells] == [3.0, 11.0]
+    assert [cell.nats for cell in grid.by_length] == [5.0]
+
+
 def test_regimes_are_measured_side_by_side_and_the_model_keeps_its_own(
     model: Multimodal, letters: TextTokenizer
 ) -> None:
     made = grid_documents(letters, TEXTS, [250, 300], 2, part="evaluation", depths=[0.5])
-    set_regime(model, "short")
+    set_regime(model, "long")
     try:
         reference, long, short = measure_grid(model, made, regimes=("reference", "long", "short"))
-        assert model.config.decoder.rope.regime == "short"
-        assert model.decoder.config.rope.regime == "short"
+        assert model.config.decoder.rope.regime == "long"
+        assert model.decoder.config.rope.regime == "long"
     finally:
         set_regime(model, "reference")
     assert [grid.regime for grid in (reference, long, short)] == ["reference", "long", "short"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,10 +14,12 @@ from torch import Tensor, nn
 from toys import Steps, fresh, mixed, settings, text
 
 from modalora.config import OptimConfig
+from modalora.contracts import Batch
 from modalora.errors import ConfigError, ModaloraError, TrainingError
 from modalora.parallel.engine import Single
 from modalora.training.audit import AUDITED, bit_sum
 from modalora.training.loop import train
+from modalora.training.signals import Interrupted
 from wrong_setups import WRONG, Wrong, mixed_data
 
 
@@ -67,6 +71,20 @@ def test_a_part_that_never_has_rows_fails_the_run_at_its_end(tmp_path: Path) -> 
     never = Steps(lambda step: [mixed(step).select([0, 1])])
     with pytest.raises(TrainingError, match=r"adapter.speech trains, and in 8 steps no labelled row reached it"):
         train(settings(tmp_path, "adapter.*", steps=8), fresh(), never)
+
+
+@pytest.mark.parametrize("cut", [1, AUDITED + 2])  # adapter.speech is reached, but not judged yet; it is judged
+def test_what_was_seen_of_a_part_before_a_run_was_cut_counts_behind_it(tmp_path: Path, cut: int) -> None:
+    run = settings(tmp_path, "adapter.*", steps=2 * (AUDITED + 2))
+
+    def first(step: int) -> list[Batch]:
+        if step == cut:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return [mixed(step)]
+
+    with pytest.raises(Interrupted, match=f"stopped after step {cut};"):
+        train(run, fresh(), Steps(first))
+    assert train(run, fresh(), Steps(lambda step: [mixed(step).select([0, 1])]))["step"] == run.steps
 
 
 class Clip(Single):

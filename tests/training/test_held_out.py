@@ -84,7 +84,8 @@ def test_scoring_changes_no_bit_of_the_training(tmp_path: Path, precision: str) 
 
 def test_the_score_is_the_mean_loss_of_all_labels_as_the_model_will_be_used(tmp_path: Path) -> None:
     model, seen = fresh(), list[dict[str, Any]]()
-    last = train(settings(tmp_path, *PARTS, **EVAL), model, Steps(data), seen.append, held_out=Held())
+    run = settings(tmp_path, *PARTS, **EVAL, dropout={"audio.encoder": 0.5})
+    last = train(run, model, Steps(data), seen.append, held_out=Held())
     assert not model.training
     values, rows = [], []
     with torch.no_grad():
@@ -292,6 +293,12 @@ def test_windows_of_text_are_held_out_too(start: Path) -> None:
     tokens = sum(len(own.row(at).ids) for own in (trained, scored) for at in range(own.rows or 0))
     everything = make_source(context, source.model_copy(update={"options": {"path": str(start / "text.txt")}}), (0, 0))
     assert tokens == sum(len(everything.row(at).ids) for at in range(everything.rows or 0))
+
+
+def test_a_share_of_less_than_a_row_holds_one(start: Path) -> None:
+    (source,) = keeping(recipe(start), 0.01).mixture
+    context = open_context(recipe(start))
+    assert [make_source(context, source, key).rows for key in ((0, 0), (SCORED, 0))] == [39, 1]
 
 
 def test_a_share_that_leaves_no_row_is_refused(start: Path) -> None:

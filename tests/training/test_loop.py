@@ -314,6 +314,25 @@ def test_muon_has_matrices_between_hidden_states_alone() -> None:
     assert not any("lora_" in name or "head" in name for name in muon)
 
 
+def test_weights_of_matrices_alone_decay_and_the_last_rate_scale_of_a_part_counts() -> None:
+    scales = {"image.*": 1.0, "image.encoder": 0.1, "adapter.vision": 0.5, "adapter.*": 2.0}
+    optim = OptimConfig(name="muon", weight_decay=0.3, lr_scale=scales)
+    optimizer = Optimizer(freeze(fresh(), ["decoder", "adapter.vision", "image.*"]), optim, 10)
+    found = {
+        optimizer.names[id(own)]: (type(part).__name__, group["weight_decay"], group["factor"])
+        for part in optimizer.parts
+        for group in part.param_groups
+        for own in group["params"]
+    }
+    layer = "decoder.layers.0"
+    assert found[f"{layer}.input_layernorm.weight"] == ("AdamW", 0.0, 1.0)
+    assert found[f"{layer}.self_attn.o_proj.weight"] == ("Muon", 0.3, 1.0)
+    assert found[f"{layer}.self_attn.o_proj.lora_A.vision"] == ("AdamW", 0.3, 2.0)
+    tower = "encoders.image.tower.layers.0.self_attn.k_proj"
+    assert (found[f"{tower}.bias"], found[f"{tower}.weight"]) == (("AdamW", 0.0, 0.1), ("Muon", 0.3, 0.1))
+    assert {own[2] for name, own in found.items() if name.startswith("projectors.")} == {1.0}
+
+
 def test_threads_of_a_run_are_its_own(tmp_path: Path) -> None:
     before, seen = torch.get_num_threads(), list[int]()
     for threads in (before + 1, 0):

@@ -11,16 +11,18 @@ import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from toys import Steps, assert_same_bits, fresh, mixed, settings, weights
 
 from modalora.checkpoint.files import seal
-from modalora.checkpoint.resume import newest, states
+from modalora.checkpoint.resume import begin, newest, states
 from modalora.contracts import Batch
 from modalora.disk import read_json, write_json
 from modalora.errors import CheckpointError, ConfigError, TrainingError
@@ -246,6 +248,40 @@ def test_a_disk_that_fails_at_any_sync_keeps_the_state_before(
     go_on(tmp_path, whole)
 
 
+def test_a_state_that_could_not_be_written_behind_training_ends_the_run_at_the_next(tmp_path: Path) -> None:
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    run = steps(tmp_path, save_in_background=True)
+    with pytest.raises(TrainingError, match="the state of step 2 could not be written"):
+        train(run, fresh(), data(), engine=At("save", 1, full))
+    assert lines(tmp_path / "metrics.jsonl")[-1]["step"] == 4
+    assert list((tmp_path / "resume").iterdir()) == []
+
+
+def test_a_state_is_there_once_its_lines_are_on_the_disk_and_is_there_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[int | str] = []
+    real, rename = os.fsync, Path.rename
+
+    def synced(handle: int) -> None:
+        done.append(os.fstat(handle).st_ino)
+        real(handle)
+
+    def renamed(path: Path, target: Path) -> Path:
+        done.append(target.name)
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    train(steps(tmp_path, steps=2), fresh(), data())
+    sealed = done.index("00000002")
+    for name in ("metrics.jsonl", "ledger.jsonl"):
+        assert (tmp_path / name).stat().st_ino in done[:sealed], name
+    assert (tmp_path / "resume").stat().st_ino in done[sealed:]
+
+
 @pytest.fixture(scope="module")
 def cut_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was stopped after step 4, with the states of steps 2 and 4."""
@@ -253,6 +289,25 @@ def cut_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.raises(Interrupted):
         train(steps(folder), fresh(), data(), engine=At("update", 4, ask(signal.SIGTERM)))
     return folder
+
+
+def test_a_state_that_is_written_late_is_of_its_own_step(
+    tmp_path: Path, cut_once: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    behind = Event()
+
+    def late(draft: Path) -> None:
+        assert behind.wait(60)
+        begin(draft)
+
+    monkeypatch.setattr("modalora.training.states.begin", late)
+    run = steps(tmp_path, save_in_background=True, keep=9)
+    train(run, fresh(), data(), engine=At("update", 4, behind.set))  # step 3 is over then
+    now, then = (folder / "resume" / "00000002" for folder in (tmp_path, cut_once))
+    for name in ("weights", "optimizer", "random-00000"):
+        assert_same_bits(*(load_file(folder / f"{name}.safetensors") for folder in (now, then)))
+    told, wanted = (read_json(folder / "state.json") for folder in (now, then))
+    assert (told["progress"], told["data"]) == (wanted["progress"], wanted["data"])
 
 
 @pytest.fixture
@@ -282,6 +337,17 @@ def test_a_missing_or_stale_part_of_a_state_is_noticed(cut: Path, name: str) -> 
     (last / file).write_bytes(kept)
     reseal(last)
     train(steps(cut), fresh(), data())
+
+
+def test_a_state_of_fewer_bits_is_noticed(cut: Path) -> None:
+    last = states(cut)[-1]
+    tensors = load_file(last / "optimizer.safetensors")
+    name = next(name for name in tensors if name.endswith("exp_avg"))
+    notes = {"run": read_json(last / "state.json")["run"], "step": "4"}
+    write_whole(last / "optimizer", {**tensors, name: tensors[name].bfloat16()}, notes)
+    reseal(last)
+    with pytest.raises(CheckpointError, match=rf"{name} is \[.*\] of torch.bfloat16, not \[.*\] of torch.float32"):
+        train(steps(cut), fresh(), data())
 
 
 @pytest.mark.parametrize("key", ["run", "step", "world", "settings", "rate", "progress", "data", "frozen"])

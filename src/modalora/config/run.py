@@ -62,7 +62,7 @@ class OptimConfig(Settings):
     final_lr_ratio: float = Field(0.1, ge=0, le=1)  # share of lr that a decay reaches one step behind the last
     # longest gradient of a step, others are scaled down; .inf: none
     clip_norm: float = Field(1.0, gt=0, allow_inf_nan=True)
-    # part -> factor on lr
+    # part, with * for any text -> factor on lr; of several that fit a part the last counts
     lr_scale: dict[str, Annotated[float, Field(ge=0, le=MOST_RATE)]] = Field(default_factory=dict)
     state_bits: Literal[8, 16, 32] = 32  # of each of AdamW's two moments; 8 and 16 are for name: adamw
 

@@ -94,7 +94,6 @@ class Tables:
         for place, number in enumerate(document):
             if number < len(CODONS):
                 bits[place] = -np.log2(seen[number] / seen.sum())
-                seen = seen.copy() if place == 0 else seen
                 seen[number] += 1
         return bits
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from modalora.contracts import BLANK, IGNORED, Batch
+from modalora.contracts import BLANK, IGNORED, NOWHERE, Batch, Media
 from modalora.data.rows import COUNTED, MOST_COUNTED
 from modalora.data.sources import Held, any_media
 from modalora.errors import ConfigError, DataError
@@ -98,8 +98,10 @@ class Ctc(nn.Module):
     def forward(self, model: Multimodal, batch: Batch) -> Losses:
         """Return one loss per row, divided by its target length. Each row holds one sound and one answer."""
         assert batch.labels is not None
-        encoded = model.encoders["audio"]([dict(item.features) for item in batch.media])
-        rows = torch.tensor([item.row for item in batch.media])
+        media, encoded = _encoded(model, batch, "audio")
+        if not media:
+            return _no_losses(self, encoded)
+        rows = torch.tensor([item.row for item in media])
         lengths = torch.tensor([len(features) for features in encoded])
         logits = self.head(nn.utils.rnn.pad_sequence(encoded)).float()
         targets = [row[row != IGNORED][:-1] for row in batch.labels[rows]]  # without the end tag
@@ -148,10 +150,13 @@ class Cells(nn.Module):
 
         Few cells hold anything, and all else is read from them: they weigh more.
         """
-        features = torch.cat(model.encoders["image"]([dict(item.features) for item in batch.media]))
-        rows = torch.cat([torch.full((item.tokens,), item.row) for item in batch.media])
-        cells = torch.cat([item.features["cells"] for item in batch.media])
-        counts = torch.cat([item.features["counts"] for item in batch.media]).flatten(1)
+        media, encoded = _encoded(model, batch, "image")
+        if not media:
+            return _no_losses(self, encoded)
+        features = torch.cat(encoded)
+        rows = torch.cat([torch.full((item.tokens,), item.row) for item in media])
+        cells = torch.cat([item.features["cells"] for item in media])
+        counts = torch.cat([item.features["counts"] for item in media]).flatten(1)
         real = (cells[:, 0] != IGNORED).nonzero().squeeze(1)  # places: a plan has no mask on tensors without values
         features = features[real]
         in_cell = _token_losses(self.cells(features).unflatten(-1, (self.ATTRIBUTES, self.CLASSES)), cells[real])
@@ -173,6 +178,21 @@ def _check_rows(batch: Batch, check: Callable[[Held], None]) -> None:
             check([(item.modality, item.features) for item in batch.media if item.row == row])
         except DataError as error:
             raise DataError(f"row {sample}: {error}") from None
+
+
+def _encoded(model: Multimodal, batch: Batch, modality: str) -> tuple[list[Media], list[Tensor]]:
+    """Return the media of rows and what each becomes; where there are none, what other ranks wait for, if anything."""
+    if not batch.media:
+        return [], []
+    encoded = model.encoders[modality]([dict(item.features) for item in batch.media])
+    own = [place for place, item in enumerate(batch.media) if item.row != NOWHERE]
+    return [batch.media[place] for place in own], [encoded[place] for place in own] or list(encoded)
+
+
+def _no_losses(head: nn.Module, encoded: Sequence[Tensor]) -> Losses:
+    """Return what is lost where a blank row stands in for bad ones: nothing, with gradients of zeros."""
+    reached = torch.cat([own.flatten().float() for own in (*head.parameters(), *encoded)])
+    return Losses(reached[:0], torch.zeros(0, dtype=torch.long))
 
 
 def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
