@@ -836,6 +836,7 @@ def fails(tokens: list[Tensor]) -> Any:
             "gave a list .torch.float32 .4, 16.. for 2 item.s.; return a list of float tensors",
         ),
         (lambda tokens: None, "gave a NoneType for 2 item"),
+        (lambda tokens: tokens[0].sum(), "gave torch.float32 .. for 2 item"),
         (lambda tokens: iter(tokens), "gave a list_iterator for 2 item"),
         (lambda tokens: [one[:, :5] for one in tokens], r"4, 5\], .* return .* \(tokens, 16\) each"),
         (lambda tokens: [one[None] for one in tokens], "float32 .1, 4, 16., torch.float32 .1, 2, 16.. for 2"),

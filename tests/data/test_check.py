@@ -80,7 +80,9 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 MEDIA = st.tuples(st.just("image"), st.integers(20, 200), st.integers(20, 200)) | st.tuples(
     st.just("audio"), st.integers(1200, 20_000), st.sampled_from((8_000, 11_025, 16_000, 44_100))
 )
-TURNS = st.lists(st.tuples(st.lists(TEXTS | MEDIA, min_size=1, max_size=4), TEXTS.filter(bool)), min_size=1, max_size=4)
+TURNS = st.lists(
+    st.tuples(st.lists(TEXTS | MEDIA, min_size=1, max_size=4), TEXTS.filter(str.strip)), min_size=1, max_size=4
+)
 
 
 def conversation(turns: list[tuple[list[Any], str]]) -> dict[str, Any]:
@@ -95,7 +97,10 @@ def conversation(turns: list[tuple[list[Any], str]]) -> dict[str, Any]:
                 words += f"<{part[0]}>"
                 made = picture(*part[1:]) if part[0] == "image" else sound(*part[1:])
                 record[f"{part[0]}s"].append(made)
-        record["messages"] += [{"role": "user", "content": words or "?"}, {"role": "assistant", "content": answer}]
+        record["messages"] += [
+            {"role": "user", "content": words if words.strip() else "?"},
+            {"role": "assistant", "content": answer},
+        ]
     return record
 
 
@@ -359,7 +364,7 @@ def test_rows_that_the_objective_cannot_take_are_bad(recipe: Path, run: Run) -> 
     assert code == 1
     (found,) = json.loads(out)
     told = {bad["line"]: bad["reason"].rpartition("the row holds ")[2] for bad in found["bad"]}
-    assert told == {1: "text alone", 2: "image", 4: "message 2, the assistant's, is empty"}
+    assert told == {1: "text alone", 2: "image", 4: "message 2, the assistant's, is empty or blank"}
     assert found["bad"][0]["mend"] == "give it other rows, or leave objective out"
 
 

@@ -288,7 +288,7 @@ def test_tools_that_define_none_are_refused(tools: Any) -> None:
         render([{"role": "system", "content": "Hi", "tools": tools}])
 
 
-@pytest.mark.parametrize("tools", [TOOLS, ' [ {"function":{"name":"add"}} ]\n', '{"name": "add"}'])
+@pytest.mark.parametrize("tools", [TOOLS, ' [ {"function":{"name":"add"}} ]\n', '{"name": "add", "function": null}'])
 def test_tools_in_json_keep_their_bytes(tools: str) -> None:
     messages = [{"role": "system", "content": "Hi", "tools": tools}]
     assert as_text(render(messages, answer=False)) == f"<|system|>Hi<|tool|>{tools}<|/tool|><|end|>"

@@ -197,7 +197,7 @@ class Multimodal(nn.Module):
             ) from error
         width = self.config.modalities[modality].hidden_size
         if not (
-            isinstance(told, list | tuple | Tensor)
+            (isinstance(told, list | tuple) or (isinstance(told, Tensor) and told.ndim == 3))
             and len(told) == len(items)
             and all(isinstance(one, Tensor) and one.is_floating_point() for one in told)
             and all(one.ndim == 2 and one.shape[1] == width for one in told)

@@ -135,7 +135,7 @@ def read_tools(tools: Any, where: str) -> str:
     if not told:
         return ""
     for one in told if isinstance(told, list | tuple) else [told]:
-        function = one.get("function", one) if isinstance(one, Mapping) else None
+        function = (one.get("function") or one) if isinstance(one, Mapping) else None
         if not (isinstance(function, Mapping) and isinstance(function.get("name"), str) and function["name"]):
             raise PromptError(
                 f"{where} has tools={tools!r:.60}; give a list of definitions with a name each, or its JSON as a string"
