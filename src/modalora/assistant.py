@@ -276,7 +276,7 @@ class Assistant:
     ) -> Generator[str]:
         """Return the answer in pieces of whole characters as they come; the pieces together are `ask`'s text.
 
-        `close` ends it early.         Arguments and errors as for `ask`; what is wrong with them is told at once.
+        `close` ends it early. Arguments and errors as for `ask`; what is wrong with them is told at once.
         """
         settings = self._settings(max_tokens, stop, switch, sampling, 1)
         row = self._row(conversation(question, image, audio, media), route, settings)
