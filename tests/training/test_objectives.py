@@ -139,7 +139,9 @@ def test_rows_that_turned_out_bad_train_nothing_and_stop_nothing(
     assert last["loss"] == 0
 
 
-@pytest.mark.parametrize(("objective", "modality", "branch"), [("ctc", "audio", "speech"), ("cells", "image", "vision")])
+@pytest.mark.parametrize(
+    ("objective", "modality", "branch"), [("ctc", "audio", "speech"), ("cells", "image", "vision")]
+)
 def test_what_is_encoded_for_other_ranks_alone_has_no_loss_and_gradients_of_zeros(
     objective: str, modality: str, branch: str
 ) -> None:
