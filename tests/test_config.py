@@ -237,11 +237,13 @@ def test_start_and_folder_of_a_chain_are_set_for_the_chain(tmp_path: Path) -> No
 def test_settings_of_a_stage_may_name_the_folder_of_the_chain(tmp_path: Path) -> None:
     chain = chain_files(tmp_path)
     second = "{recipe: two.yaml, set: {init: '{output}/one/model', take: {'*': '{output}/x'}}}"
-    stages = f"stages: [{{recipe: one.yaml}}, {second}]\n"
+    rows = "{mixture: [{source: files, options: {path: ['{output}/a.jsonl']}}]}"
+    stages = f"stages: [{{recipe: one.yaml, set: {rows}}}, {second}]\n"
     chain.write_text(f"init: tiny\noutput: out\n{stages}")
     for output in ("out", "runs/mine"):
         one, two = load_stages(chain, [f"output={output}"]).runs.values()
         assert (two.init, two.take, one.output) == (f"{output}/one/model", {"*": f"{output}/x"}, f"{output}/one")
+        assert one.mixture[0].options == {"path": [f"{output}/a.jsonl"]}
     nano = load_stages(RECIPES / "chain-nano.yaml", ["output=runs/mine"]).runs
     assert not any("chain-nano" in str(run) for run in nano.values())
     assert load_stages(chain, ["init=nano"]).start == "nano"
@@ -348,6 +350,8 @@ def test_a_setting_that_holds_itself_is_refused(recipe: Callable[[Any], Path]) -
         ("output=1e5", "output=100000.0: Input should be a valid string; put it into quotes"),
         ("mixture.\u00b2.weight=1", "nothing can be set at"),
         ("optim.betas=[0.999, 0.99]", None),
+        ("optim={betas: [0.9, 0.99], state_bits: 16}", None),
+        ("optim={betas: [0.9, 0.991], state_bits: 16}", r"betas\[1\]=0.991 moves a bf16 moment by less"),
         ("optim={betas: [0.999, 0.99], state_bits: 16}", r"betas\[0\]=0.999 moves a first moment of 16 bits"),
         ("optim={betas: [0.97, 0.99], state_bits: 8}", r"betas\[0\]=0.97 .*use 0.95 or less"),
         ("optim.fitted={lr: 1, tokens: 1, exponent: 1000}", "optim.fitted gives a rate of inf"),

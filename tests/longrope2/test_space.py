@@ -49,6 +49,23 @@ def test_every_candidate_keeps_the_rules(space: Space, seed: int, probability: f
         one, other = child, mixed
 
 
+@given(a_space, some.integers(0, 2**32))
+def test_a_child_of_two_has_each_divisor_of_a_parent_s_same_pair(space: Space, seed: int) -> None:
+    pairs, lowest = space.stretch.pairs, space.lowest
+    rng = np.random.default_rng(seed)
+    # divisors that tell pair and parent, and rise with the pair whoever they are of
+    one, other = (
+        Genome(anchor, tuple(lowest + 2 * pair + parent for pair in range(anchor, pairs)))
+        for parent, anchor in enumerate((space.anchors[0], space.anchors[-1]))
+    )
+    child = space.cross(one, other, rng)
+    assert child.anchor in (one.anchor, other.anchor)
+    for pair in range(child.anchor, pairs):
+        parent = (child.tail[pair - child.anchor] - lowest) - 2 * pair
+        assert parent in (0, 1)
+        assert pair >= (one, other)[parent].anchor
+
+
 @pytest.mark.parametrize("probability", [0.1, 0.3, 1.0])
 def test_a_mutant_is_rarely_its_parent(probability: float) -> None:
     # it may be: a divisor drawn anew can come out as it was, and a shift can end at a bound

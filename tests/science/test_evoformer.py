@@ -236,6 +236,39 @@ def test_dropout_drops_whole_rows_and_columns_and_only_in_training() -> None:
     assert block.eval()._dropped(x, 0.5, shared=1) is x
 
 
+@pytest.mark.parametrize(
+    ("name", "axis", "kept"),
+    [
+        ("msa_row", 1, 1.25),
+        ("triangle_outgoing", 1, 2.0),
+        ("triangle_incoming", 1, 2.0),
+        ("triangle_starting", 1, 2.0),
+        ("triangle_ending", 2, 2.0),
+    ],
+)
+def test_each_update_drops_at_its_own_rate_and_the_ending_node_whole_columns(
+    name: str, axis: int, kept: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, given = EvoformerBlock(replace(tiny(), msa_dropout=0.2, pair_dropout=0.5)).double().train(), inputs(tiny())
+    monkeypatch.setattr(block.get_submodule(name), "forward", lambda x, *others: torch.ones_like(x))
+    msa, pair = block(given["msa"], given["pair"], None, None)  # fresh, the others add nothing
+    added = msa - given["msa"] if name == "msa_row" else pair - given["pair"]
+    torch.testing.assert_close(added, added.narrow(axis, 0, 1).expand_as(added))
+    other = 3 - axis
+    assert not torch.allclose(added, added.narrow(other, 0, 1).expand_as(added))
+    assert {round(value, 6) for value in added.unique().tolist()} == {0.0, kept}
+
+
+def test_gates_begin_open_and_what_pairs_tell_attention_at_unit_scale() -> None:
+    stack = Evoformer(replace(tiny(), pair_width=256))
+    gates = [module for name, module in stack.named_modules() if name.rpartition(".")[2].startswith("gate")]
+    assert gates
+    assert all(bool((gate.bias == 1).all()) and not gate.weight.any() for gate in gates)
+    for row in (module for module in stack.modules() if isinstance(module, evoformer.RowAttention)):
+        told = row.pair_bias(torch.randn(4000, 256))
+        assert 0.8 < float(told.detach().std()) < 1.2  # drawn from some hundred weights; nn.Linear's own start: 0.58
+
+
 def test_a_fresh_block_leaves_both_representations_as_they_are() -> None:
     given = inputs(tiny())  # the published start: every residual update is zero
     msa, pair, _ = Evoformer(tiny()).double().eval()(**given)
