@@ -21,9 +21,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from modalora.config import MeshConfig
 from modalora.contracts import Batch
 from modalora.errors import ConfigError
+from modalora.models.decoder import DecoderLayer
 from modalora.models.multimodal import Multimodal, part_of
 from modalora.nn.attend import attend
-from modalora.nn.lora import RoutedLinear
 from modalora.nn.mask import Mask
 from modalora.parallel.engine import NONE, Snapshot, Updates, Whole
 from modalora.parallel.files import read
@@ -116,11 +116,17 @@ class Zero:
         self.adam = optimizer.parts[0]
         moments = optimizer.state()
         self.adam.state.clear()
-        if self.stage == 3:  # an adapter's matrices are gathered with their Linear
-            deepspeed.utils.set_z3_leaf_modules(self.task, [RoutedLinear])
+        if self.stage == 3:
+            # gathered at once: which norms a layer makes again in the backward pass (Made) depends on the rows
+            deepspeed.utils.set_z3_leaf_modules(self.task, [DecoderLayer])
+            for layer in self.model.decoder.layers:
+                layer.register_forward_pre_hook(_with_gradient)
             head = self.model.decoder.output
             deepspeed.zero.register_external_parameter(self.task, head.weight)  # losses read it
         self.engine, *_ = deepspeed.initialize(model=self.task, optimizer=self.adam, config=self.settings)
+        if self.stage == 3:
+            for encoder in self.model.encoders.values():
+                _join_items(encoder)
         self._take(moments)
 
     def _take(self, moments: Mapping[str, Tensor]) -> None:
@@ -284,6 +290,28 @@ class _Task(nn.Module):
         self.losses = self.objective.forward(self.model, batch)  # its answer is nothing that hooks know
         values: Tensor = self.losses.values
         return values
+
+
+def _with_gradient(layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Let a layer's input have a gradient: by that DeepSpeed tells that those of the parameters are made."""
+    hidden, *rest = given
+    return (hidden if hidden.requires_grad else hidden.detach().requires_grad_(), *rest)
+
+
+def _join_items(encoder: nn.Module) -> None:
+    """Let an encoder, whose hooks are in place, return all items in one tensor, which is cut behind the hooks.
+
+    DeepSpeed gathers before the backward pass once for each tensor, and ranks have unlike numbers of items.
+    """
+    plain, sizes = encoder.forward, list[int]()
+
+    def forward(items: list[dict[str, Tensor]]) -> Tensor:
+        found = plain(items)
+        sizes[:] = map(len, found)
+        return torch.cat(found)
+
+    encoder.forward = forward  # type: ignore[method-assign]
+    encoder.register_forward_hook(lambda module, given, joined: list(joined.split(sizes)))
 
 
 @dataclass(frozen=True)
