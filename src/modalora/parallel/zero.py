@@ -7,6 +7,7 @@ world size reads them, and none of DeepSpeed's own checkpoints, which are pickle
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -310,7 +311,7 @@ def _join_items(encoder: nn.Module) -> None:
         sizes[:] = map(len, found)
         return torch.cat(found)
 
-    encoder.forward = forward  # type: ignore[method-assign]
+    encoder.forward = forward
     encoder.register_forward_hook(lambda module, given, joined: list(joined.split(sizes)))
 
 
@@ -349,6 +350,8 @@ def _deepspeed(device: torch.device) -> Any:
         raise ConfigError(
             "engine=zero needs DeepSpeed; pip install -e '.[deepspeed]' in your clone, or use engine=fsdp"
         ) from None
+    # it calls collectives by the names that torch is about to drop
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     # or the first run on a CPU waits minutes for a compiler; torch's own collectives do as well
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
