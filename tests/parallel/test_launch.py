@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ log_every: 1
 precision: fp32
 optim: {warmup_steps: 1}
 """
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="pip install -e '.[deepspeed]'")
 SECONDS = 120  # a process loads torch for seconds on a busy machine
 
 
@@ -190,6 +192,26 @@ def test_a_process_that_fails_first_gives_its_exit_code_though_others_are_ended(
     code, _, err = end(command(place, "two", 1, "--processes", "2", "seed=5"))
     assert (code, "is the finished model of a run with other settings (seed)" in err) == (2, True), err
     assert "out of memory" not in err
+
+
+@pytest.mark.parametrize(
+    ("engine", "advice"),
+    [
+        ("fsdp", "lower optim.lr, mend the data, or go on with nonfinite=skip"),
+        pytest.param("zero3", "lower optim.lr or mend the data", marks=needs_deepspeed),
+    ],
+)
+def test_what_all_processes_meet_is_told_once_and_is_the_last_word(place: Path, engine: str, advice: str) -> None:
+    far = ["optim.lr=1000", "optim.eps=1e-30", "optim.clip_norm=.inf", f"engine={engine}"]
+    code, _, err = end(command(place, f"far {engine}", 40, "--processes", "2", *far))
+    assert code == 1, err
+    told = err.splitlines()[-1]
+    assert re.match(
+        r"modalora: step \d+: the .* is nan; not finite is the gradient of decoder\..* and \d+ more", told
+    ), err
+    assert told.endswith(f"; weights are as before it; {advice}")
+    assert err.count("modalora: ") == 1, err
+    assert "Warning" not in err
 
 
 def test_processes_end_when_the_one_that_started_them_is_killed(place: Path) -> None:

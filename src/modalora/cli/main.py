@@ -12,6 +12,7 @@ from modalora import __version__
 from modalora.cli import adapter, ask, chat, convert, data, demo, doctor, evaluate, extend, inspect, plan, route, train
 from modalora.cli.recipes import names_of
 from modalora.errors import ModaloraError
+from modalora.parallel.stops import is_said
 
 app = typer.Typer(
     name="modalora",
@@ -68,7 +69,8 @@ def main() -> None:
     try:
         app()
     except ModaloraError as error:
-        print(f"modalora: {error}", file=sys.stderr)
+        if not is_said(str(error)):
+            print(f"modalora: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt as stopped:
         print(f"modalora: {str(stopped) or 'interrupted'}", file=sys.stderr)

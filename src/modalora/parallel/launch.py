@@ -7,6 +7,7 @@ machines, torchrun itself is started on each (examples/launch/), with the addres
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -116,6 +117,11 @@ def launch(arguments: Sequence[str], processes: int) -> int:
             logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs")),
             shutdown_timeout=GRACE_SECONDS,
         )
+        for name in list(logging.root.manager.loggerDict):
+            if name.startswith(
+                "torch.distributed.elastic"
+            ):  # processes tell why they fail, and _explain who was killed
+                logging.getLogger(name).setLevel(logging.CRITICAL)
         try:
             elastic_launch(config, sys.executable)("-m", "modalora.cli.main", *arguments)
         except SignalException as stopped:

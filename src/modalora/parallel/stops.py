@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"  # the interface of processes on one machine
@@ -36,6 +38,18 @@ def tell_training() -> None:
 def tell_stopped() -> None:
     """Tell the launcher, if there is one, that this process has saved what there was to save."""
     _tell("stopped")
+
+
+def is_said(line: str) -> bool:
+    """Tell whether another process of this launcher has asked so of the same line and says it: many fail alike."""
+    if STORE in os.environ and is_one_of_many():
+        own = Path(os.environ[STORE]).with_name(f"said-{hashlib.sha256(line.encode()).hexdigest()}")
+        with suppress(FileNotFoundError):  # the launcher is gone
+            try:
+                own.touch(exist_ok=False)
+            except FileExistsError:
+                return True
+    return False
 
 
 def end_with_launcher() -> None:

@@ -7,6 +7,7 @@ world size reads them, and none of DeepSpeed's own checkpoints, which are pickle
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,9 +22,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from modalora.config import MeshConfig
 from modalora.contracts import Batch
 from modalora.errors import ConfigError
+from modalora.models.decoder import DecoderLayer
 from modalora.models.multimodal import Multimodal, part_of
 from modalora.nn.attend import attend
-from modalora.nn.lora import RoutedLinear
 from modalora.nn.mask import Mask
 from modalora.parallel.engine import NONE, Snapshot, Updates, Whole
 from modalora.parallel.files import read
@@ -116,11 +117,17 @@ class Zero:
         self.adam = optimizer.parts[0]
         moments = optimizer.state()
         self.adam.state.clear()
-        if self.stage == 3:  # an adapter's matrices are gathered with their Linear
-            deepspeed.utils.set_z3_leaf_modules(self.task, [RoutedLinear])
+        if self.stage == 3:
+            # gathered at once: which norms a layer makes again in the backward pass (Made) depends on the rows
+            deepspeed.utils.set_z3_leaf_modules(self.task, [DecoderLayer])
+            for layer in self.model.decoder.layers:
+                layer.register_forward_pre_hook(_with_gradient)
             head = self.model.decoder.output
             deepspeed.zero.register_external_parameter(self.task, head.weight)  # losses read it
         self.engine, *_ = deepspeed.initialize(model=self.task, optimizer=self.adam, config=self.settings)
+        if self.stage == 3:
+            for encoder in self.model.encoders.values():
+                _join_items(encoder)
         self._take(moments)
 
     def _take(self, moments: Mapping[str, Tensor]) -> None:
@@ -286,6 +293,28 @@ class _Task(nn.Module):
         return values
 
 
+def _with_gradient(layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Let a layer's input have a gradient: by that DeepSpeed tells that those of the parameters are made."""
+    hidden, *rest = given
+    return (hidden if hidden.requires_grad else hidden.detach().requires_grad_(), *rest)
+
+
+def _join_items(encoder: nn.Module) -> None:
+    """Let an encoder, whose hooks are in place, return all items in one tensor, which is cut behind the hooks.
+
+    DeepSpeed gathers before the backward pass once for each tensor, and ranks have unlike numbers of items.
+    """
+    plain, sizes = encoder.forward, list[int]()
+
+    def forward(items: list[dict[str, Tensor]]) -> Tensor:
+        found = plain(items)
+        sizes[:] = map(len, found)
+        return torch.cat(found)
+
+    encoder.forward = forward
+    encoder.register_forward_hook(lambda module, given, joined: list(joined.split(sizes)))
+
+
 @dataclass(frozen=True)
 class _DeepSpeedCut:
     """Tokens shared by DeepSpeed's own Ulysses; it has no ring.
@@ -321,6 +350,8 @@ def _deepspeed(device: torch.device) -> Any:
         raise ConfigError(
             "engine=zero needs DeepSpeed; pip install -e '.[deepspeed]' in your clone, or use engine=fsdp"
         ) from None
+    # it calls collectives by the names that torch is about to drop
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     # or the first run on a CPU waits minutes for a compiler; torch's own collectives do as well
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

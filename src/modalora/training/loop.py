@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -395,13 +395,19 @@ class _Loop:
         """Return what is wrong with a step's loss or gradient, if it is not finite."""
         if isfinite(outcome.loss) and isfinite(norm):
             return None
-        weights = not_finite(self.model.state_dict().items())
-        gradients = not_finite((name, own.grad) for name, own in self.trained.items())
-        rows = outcome.bad_rows
+        weights = self._not_finite(self.model.state_dict(keep_vars=True), self.engine.local)
+        gradients = self._not_finite(self.trained, self.engine.gradient)
+        rows = outcome.bad_rows or None
         if not rows and self.engine.world == 1:
             rows = guilty_rows(micro, self.trained, lambda batch: self._again(batch, outcome.labels))
         what, value = ("gradient", norm) if isfinite(outcome.loss) else ("loss", outcome.loss)
         return Fault(what, value, weights, gradients, rows)
+
+    def _not_finite(self, held: Mapping[str, Any], numbers: Callable[[Any], Tensor | None]) -> tuple[str, ...]:
+        """Return the names of those of which any process has a NaN or an infinity."""
+        own = not_finite((name, numbers(tensor)) for name, tensor in held.items())
+        anywhere = self.engine.totals(dict.fromkeys(own, 1.0))
+        return tuple(name for name in held if name in anywhere)
 
     def _again(self, batch: Batch, labels: float) -> None:
         if self.objective.count(batch):
@@ -415,7 +421,7 @@ class _Loop:
         skips = run.nonfinite == "skip" and progress.skipped_in_row + 1 < run.nonfinite_most
         if self.log.events:
             event = {"step": progress.step + 1, "event": "skipped" if skips else "stopped", "what": fault.what}
-            lists = {"weights": fault.weights[:8], "gradients": fault.gradients[:8], "rows": fault.rows}
+            lists = {"weights": fault.weights[:8], "gradients": fault.gradients[:8], "rows": fault.rows or ()}
             self.log.events.write({**event, **{key: list(names) for key, names in lists.items()}})
         if skips:
             progress.skipped += 1
@@ -427,7 +433,13 @@ class _Loop:
             raise TrainingError(
                 f"{told}; {run.nonfinite_most} steps in a row were so, and nonfinite_most allows no more"
             )
-        raise TrainingError(f"{told}; lower optim.lr, mend the data, or go on with nonfinite=skip")
+        ways = (
+            "lower optim.lr or mend the data"
+            if run.engine != "fsdp"
+            # ZeRO drops no step
+            else ("lower optim.lr, mend the data, or go on with nonfinite=skip")
+        )
+        raise TrainingError(f"{told}; {ways}")
 
     def _update(self, outcome: _Outcome, norms: _Norms) -> None:
         """Change the weights, and note the figures of the step."""

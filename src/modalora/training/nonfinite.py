@@ -22,14 +22,14 @@ class Fault:
 
     what: "loss" or "gradient". weights: tensors of the model that hold a value that is not finite: the cause, if there
     are any. gradients: trained tensors whose gradient is not finite, in the order of the model. rows: the samples that
-    bring it about, each on its own; none when only their sum does.
+    bring it about, each on its own; none when only their sum does, None when it was not looked for.
     """
 
     what: str
     value: float
     weights: tuple[str, ...]
     gradients: tuple[str, ...]
-    rows: tuple[str, ...]
+    rows: tuple[str, ...] | None
 
     def __str__(self) -> str:
         told = [f"the {self.what} is {self.value}"]
@@ -39,7 +39,7 @@ class Fault:
             told.append(f"not finite is the gradient of {listed(self.gradients, 1)}")
         if self.rows:
             told.append(f"from the rows {listed(self.rows, between=', ')}")
-        else:
+        elif self.rows is not None:
             told.append("no single row brings it about")
         return "; ".join(told)
 
