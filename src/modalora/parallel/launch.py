@@ -118,9 +118,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
             shutdown_timeout=GRACE_SECONDS,
         )
         for name in list(logging.root.manager.loggerDict):
-            if name.startswith(
-                "torch.distributed.elastic"
-            ):  # processes tell why they fail, and _explain who was killed
+            if name.startswith("torch.distributed.elastic"):  # processes say why they fail, _explain who was killed
                 logging.getLogger(name).setLevel(logging.CRITICAL)
         try:
             elastic_launch(config, sys.executable)("-m", "modalora.cli.main", *arguments)

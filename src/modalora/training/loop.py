@@ -433,12 +433,9 @@ class _Loop:
             raise TrainingError(
                 f"{told}; {run.nonfinite_most} steps in a row were so, and nonfinite_most allows no more"
             )
-        ways = (
-            "lower optim.lr or mend the data"
-            if run.engine != "fsdp"
-            # ZeRO drops no step
-            else ("lower optim.lr, mend the data, or go on with nonfinite=skip")
-        )
+        ways = "lower optim.lr or mend the data"  # ZeRO drops no step
+        if run.engine == "fsdp":
+            ways = "lower optim.lr, mend the data, or go on with nonfinite=skip"
         raise TrainingError(f"{told}; {ways}")
 
     def _update(self, outcome: _Outcome, norms: _Norms) -> None:
