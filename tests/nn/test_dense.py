@@ -66,7 +66,7 @@ def test_bf16_has_gradients_near_those_of_float32(activation: Activation) -> Non
     told = torch.autograd.grad(exact(given := x.float().requires_grad_()).square().sum(), (given, exact.weight))
     for one, other in zip(found, told, strict=True):
         assert one.dtype == torch.bfloat16
-        assert float((one.float() - other).norm() / other.norm()) < 0.02  # some roundings of 2 ** -9
+        assert float((one.float() - other).norm() / other.norm()) < 0.01  # some roundings of 2 ** -9: seen 0.004
 
 
 def test_convolutions_are_products_of_channels_that_come_last() -> None:
