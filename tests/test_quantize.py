@@ -128,3 +128,10 @@ def test_memory_of_the_linears_falls_and_restoring_brings_every_bit_back(tmp_pat
 def test_other_bits_are_refused() -> None:
     with pytest.raises(ConfigError, match="bits=3 must be 16, 8 or 4"):
         quantize(nano().model, 3)
+
+
+def test_no_quantised_matrix_asks_for_a_gradient() -> None:
+    model = Multimodal(tiny())
+    assert all(linear.weight.requires_grad for linear in model.decoder.routed().values())
+    quantize(model, 8)
+    assert not any(linear.weight.requires_grad for linear in model.decoder.routed().values())

@@ -109,6 +109,17 @@ def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits_
     assert sample(below, [[]], sampling, [torch.Generator()]).tolist() == [0]
 
 
+def test_the_repetition_penalty_divides_a_logit_below_1_too() -> None:
+    sampling = Sampling(repetition_penalty=2.0)
+    for other, chosen in ((0.3, 1), (0.2, 0)):  # the seen 0.5 becomes 0.25
+        assert sample(torch.tensor([[0.5, other]]), [[0]], sampling, [torch.Generator()]).tolist() == [chosen]
+
+
+def test_a_logit_that_the_repetition_penalty_makes_huge_is_drawn() -> None:
+    sampling = Sampling(temperature=0.1, repetition_penalty=1e-40)
+    assert sample(torch.tensor([[5.0, 9.0]]), [[0]], sampling, [torch.Generator()]).tolist() == [0]
+
+
 def test_the_repetition_penalty_leaves_the_given_logits_alone() -> None:
     logits = torch.tensor([[2.0, 1.1]])
     sample(logits, [[0]], Sampling(repetition_penalty=2.0), [torch.Generator()])

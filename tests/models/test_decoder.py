@@ -16,6 +16,7 @@ from modalora.models.decoder import Decoder, DecoderConfig
 from modalora.models.multimodal import ModelConfig, Multimodal
 from modalora.models.sizes import phi4_mini, tiny
 from modalora.nn.cache import KVCache
+from modalora.nn.lora import LoraConfig
 from modalora.nn.rope import DynamicNtk
 
 # float32 over two layers of width 64: worst seen 1e-6; a bf16 slip (1e-2) must fail
@@ -271,3 +272,22 @@ def test_a_config_whose_factors_do_not_fit_its_heads_is_refused() -> None:
             num_key_value_heads=2,
             rope=tiny().decoder.rope,
         )
+
+
+def test_every_linear_of_an_adapter_has_its_dropout_and_its_scaling(make_model: Callable[..., Multimodal]) -> None:
+    decoder = make_model().decoder
+    decoder.add_adapter("own", LoraConfig(r=4, lora_alpha=8, lora_dropout=0.3, use_rslora=True))
+    own = [linear.adapters["own"] for linear in decoder.routed().values()]
+    assert len(own) == 8
+    assert {(config.lora_dropout, config.scaling) for config in own} == {(0.3, 4.0)}  # 8 / sqrt(4)
+
+
+def test_the_token_behind_a_window_no_longer_sees_the_first(make_model: Callable[..., Multimodal]) -> None:
+    config = replace(tiny().decoder, num_hidden_layers=1, sliding_window=6)
+    decoder = make_model(ModelConfig(decoder=config)).decoder
+    hidden = torch.randn(1, 7, 64)
+    other = torch.cat((torch.randn(1, 1, 64), hidden[:, 1:]), dim=1)
+    with torch.no_grad():
+        away = (decoder(hidden, step([7])) - decoder(other, step([7]))).abs().amax(-1)[0]
+    assert float(away[6]) == 0
+    assert float(away[:6].min()) > 1e-4

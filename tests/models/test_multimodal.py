@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 
 import modalora
-from modalora.contracts import Batch
+from modalora.contracts import Batch, Route
 from modalora.errors import ShapeError
 from modalora.models.multimodal import ModelConfig, Multimodal, parameter_counts, part_of
 from modalora.models.sizes import phi4_multimodal, tiny
 from modalora.nn.attend import BACKENDS
+from modalora.nn.rope import Plain
 
 KINDS = ("text", "image + speech", "speech", "image", "text", "speech", "image")
 # float32 over the whole tiny model; worst seen 4e-7 in logits, 2e-7 in gradients; a bf16 slip (1e-2) must fail
@@ -298,3 +299,34 @@ def test_reading_on_with_a_cache_equals_reading_anew(make_model: Model, make_bat
             ids = torch.cat((own.input_ids, new[:, row][None]), dim=1)
             told = model(replace(own, input_ids=ids, lengths=torch.tensor([length + 3])))[0, length - 1 :]
             torch.testing.assert_close(torch.stack([step[row] for step in logits]), told, **TOLERANCE)
+
+
+def test_a_row_read_token_by_token_beyond_the_room_of_its_cache_equals_the_row_at_once(make_model: Model) -> None:
+    model, ids = make_model(), torch.randint(0, 320, (1, 150))
+    batch = Batch(ids, torch.tensor([150]), Route((None,)))
+    with torch.no_grad():
+        cache = model.new_cache(1)  # a prompt of 5 has room for 69, then 138, then 276
+        logits = [model.read(replace(batch, input_ids=ids[:, :5], lengths=torch.tensor([5])), cache)]
+        logits += [model.read_next(ids[:, at], batch.route, cache) for at in range(5, 150)]
+        torch.testing.assert_close(torch.cat(logits), model(batch)[0, 4:], **TOLERANCE)
+
+
+def test_a_model_with_another_rope_is_the_one_built_with_it(make_model: Model, make_batch: Rows) -> None:
+    rope = Plain(theta=500.0, rotated=0.75, window=512)
+    model, batch = make_model(), make_batch(["text", "image"])
+    built = make_model(replace(tiny(), decoder=replace(tiny().decoder, rope=rope)))
+    with torch.no_grad():
+        before = model(batch)
+        model.set_rope(rope)
+        assert torch.equal(model(batch), built(batch))
+        assert not torch.equal(model(batch), before)
+
+
+def test_networks_added_to_a_bf16_model_are_bf16(make_model: Model) -> None:
+    model = make_model().bfloat16()
+    projector = model.add_branch("image", "more")
+    sizes = tiny().speech
+    assert sizes is not None
+    model.add_modality("echo", sizes)
+    for network in (projector, model.encoders["echo"], model.projectors["echo"]):
+        assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}

@@ -111,6 +111,15 @@ def test_it_equals_an_independent_float64_model(model: Multimodal) -> None:
         torch.testing.assert_close(step[0].double(), told[at], atol=2e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_losses_are_those_of_logits_without_the_hidden_tokens(model: Multimodal) -> None:
+    torch.manual_seed(2)
+    hidden, targets = 3 * torch.randn(9, HEADS * DIM), torch.tensor([0, 1, 2, 4, 5, 16, 18, 30, 39])
+    told = torch.nn.functional.cross_entropy(model.decoder.head(hidden), targets, reduction="none")
+    # float32 sums of 40 terms; two tokens more add 0.03
+    torch.testing.assert_close(model.decoder.losses(hidden, targets), told, atol=1e-5, rtol=1e-5)
+
+
 def test_any_heads_in_a_row_as_many_as_the_stride_see_every_block() -> None:
     at = torch.arange(60)
     seen = BLOCKS.seen(at[None], at, HEADS)[0] & (at[None] <= at[:, None])

@@ -172,6 +172,18 @@ def test_a_padded_row_is_what_it_is_alone(causal: bool, dtype: torch.dtype) -> N
             torch.testing.assert_close(both[row, :n], alone[0], atol=bound, rtol=0)
 
 
+def test_a_padded_row_has_its_own_biases() -> None:
+    q, k, v = (torch.randn(2, 2, 9, heads, 8) for heads in (4, 2, 2))
+    key_bias, pair_bias = torch.randn(2, 2, 9), torch.randn(2, 4, 9, 9)
+    lengths = torch.tensor([[9, 4], [6, 7]])
+    both = attend(q, k, v, mask=Mask(padded=lengths), key_bias=key_bias, pair_bias=pair_bias)
+    for entry, row in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        n = int(lengths[entry, row])
+        own = (x[entry : entry + 1, row, :n] for x in (q, k, v))
+        biases = {"key_bias": key_bias[entry, row, None, :n], "pair_bias": pair_bias[entry, None, :, :n, :n]}
+        torch.testing.assert_close(both[entry, row, :n], attend(*own, mask=Mask(), **biases)[0], **TOLERANCE)
+
+
 def test_offsets_place_the_queries_behind_what_a_cache_holds() -> None:
     q, k, v = (torch.randn(1, 6, 2, 8) for _ in range(3))
     whole = attend(q, k, v, mask=Mask(causal=True))
@@ -185,6 +197,12 @@ def test_heads_that_do_not_divide_and_unknown_backends_are_refused() -> None:
         attend(q, k, k, mask=Mask())
     with pytest.raises(ConfigError, match="'flash' is unknown; known are eager, sdpa"):
         attend(k, k, k, mask=Mask(), backend="flash")
+
+
+def test_sdpa_refuses_pair_biases_that_some_rows_share() -> None:
+    q = torch.randn(2, 3, 4, 2, 8)
+    with pytest.raises(ConfigError, match="'sdpa' cannot do a pair bias for groups of rows; these can: eager, block"):
+        attend(q, q, q, mask=Mask(), pair_bias=torch.randn(2, 2, 4, 4), backend="sdpa")
 
 
 @pytest.mark.parametrize("backend", PLAIN)

@@ -255,6 +255,26 @@ def test_a_row_whose_every_key_is_hidden_is_zero_and_the_others_do_not_notice(ba
 
 
 @pytest.mark.parametrize("backend", OWN)
+def test_the_log_sum_exp_of_a_row_without_keys_is_minus_infinity(backend: str) -> None:
+    q = torch.randn(2, 5, 2, 8, device=DEVICE if backend == "fused" else "cpu")
+    mask = Mask(lengths=torch.tensor([0, 5], device=q.device))
+    _, lse = attend(q, q, q, mask=mask, return_lse=True, backend=backend)
+    assert bool((lse[0] == -torch.inf).all())
+    assert bool(lse[1].isfinite().all())
+
+
+@pytest.mark.parametrize("backend", ["eager", "blockwise"])
+def test_the_log_sum_exp_of_bf16_is_float32(backend: str) -> None:
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, 50, 2, 16).bfloat16() for _ in range(2))
+    _, lse = attend(q, k, k, mask=Mask(), scale=0.02, return_lse=True, backend=backend)
+    assert lse.dtype == torch.float32
+    told = 0.02 * torch.einsum("bthd,bkhd->bthk", q.double(), k.double())
+    # logits near 0.1 are rounded to 2e-4, and 50 of them are averaged; a sum near 4 in bf16 would be off by 8e-3
+    torch.testing.assert_close(lse.double(), told.logsumexp(-1), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("backend", OWN)
 def test_values_that_are_all_the_same_come_out_and_stop_all_gradients_of_logits(backend: str) -> None:
     case = plain()
     v = case.tensors[2]

@@ -27,13 +27,13 @@ def test_rows_of_unequal_length_go_on_where_each_ended() -> None:
 def test_it_grows_and_keeps_what_it_held() -> None:
     cache = KVCache(layers=2, batch=1)
     held = []
-    for number in range(20):
+    for number in range(200):  # room for 65, 130 and 260
         held.append(float(number))
         for layer in range(2):
             keys, _ = cache.write(layer, numbered(1, 1, number + 100 * layer), numbered(1, 1, 0))
             assert keys[0, :, 0, 0].tolist() == [value + 100 * layer for value in held]
         cache.advance(torch.tensor([1]))
-    assert cache.lengths.tolist() == [20]
+    assert cache.lengths.tolist() == [200]
 
 
 def test_select_keeps_rows_in_the_order_given() -> None:

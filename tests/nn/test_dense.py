@@ -56,6 +56,19 @@ def test_training_goes_through_both(activation: Activation) -> None:
     assert dense.weight.grad is not None
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_bf16_has_gradients_near_those_of_float32(activation: Activation) -> None:
+    dense, exact = layer(activation), layer(activation).float()
+    x = torch.randn(9, 72).bfloat16()
+    found = torch.autograd.grad(
+        dense(given := x.clone().requires_grad_()).float().square().sum(), (given, dense.weight)
+    )
+    told = torch.autograd.grad(exact(given := x.float().requires_grad_()).square().sum(), (given, exact.weight))
+    for one, other in zip(found, told, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert float((one.float() - other).norm() / other.norm()) < 0.01  # some roundings of 2 ** -9: seen 0.004
+
+
 def test_convolutions_are_products_of_channels_that_come_last() -> None:
     torch.manual_seed(0)
     one, two = Pointwise1d(6, 4, 1), Pointwise2d(2, 5, 3, 2, 1, activation="relu")

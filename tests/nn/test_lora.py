@@ -211,3 +211,19 @@ def test_dropout_meets_the_same_entries_forward_and_backward() -> None:
 def test_sizes_outside_their_bounds_are_refused(fields: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(fields))):
         LoraConfig(**{"r": 4, "lora_alpha": 8, **fields})
+
+
+def test_names_of_modules_are_met_whole_from_their_end() -> None:
+    name = "model.layers.0.mlp.gate_up_proj"
+    for end, is_met in (("up_proj", False), ("gate_up_proj", True), ("mlp.gate_up_proj", True), (name, True)):
+        assert LoraConfig(r=4, lora_alpha=8, target_modules=(end,)).targets(name) is is_met
+        config = LoraConfig(r=4, lora_alpha=8, rank_pattern={end: 2}, alpha_pattern={end: 3})
+        assert (config.at(name).r, config.at(name).lora_alpha) == ((2, 3) if is_met else (4, 8))
+
+
+def test_a_quantised_linear_still_gives_the_rows_that_tell_matrices_apart() -> None:
+    layer = linear()
+    told = layer.some_rows()
+    assert told.shape == (4, 16)
+    layer.quantize(8)
+    assert torch.equal(layer.some_rows(), told)

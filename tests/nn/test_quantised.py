@@ -40,6 +40,15 @@ def test_nf4_takes_the_nearest_level_of_its_block() -> None:
     assert 0.07 < float((found - given).std()) < 0.11
 
 
+def test_zeros_stay_zeros_under_a_scale_above_zero() -> None:
+    given = matrix()
+    given[3] = 0
+    for kind in (Int8, Nf4):
+        kept = kind(given)
+        assert not kept.expand(torch.float32)[3].any()
+        assert float(kept.scales.min()) > 0
+
+
 def test_bits_are_what_they_are_called() -> None:
     given = matrix()
     for kind, bits in ((Int8, 8 + 16 / 256), (Nf4, 4 + 16 / 64)):

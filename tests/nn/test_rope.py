@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from modalora.errors import ConfigError, ShapeError
 from modalora.models.sizes import phi4_mini
-from modalora.nn.rope import LongRope, Plain, is_long, rotate, rotation
+from modalora.nn.rope import LongRope, Plain, is_long, rotate, rotation, tables
 
 PHI = phi4_mini().decoder.rope
 
@@ -68,6 +68,15 @@ def test_the_table_switches_above_the_original_window_and_per_row() -> None:
     cos, _ = rotation(PHI, 128, positions, torch.tensor([[True], [False]]))
     assert torch.equal(cos[0, 3], table(3, long=True)[0])
     assert torch.equal(cos[1, 3], table(3, long=False)[0])
+
+
+def test_each_table_has_its_own_attention_factor() -> None:
+    rope = LongRope(short_factor=(1.0,) * 4, long_factor=(2.0,) * 4, window=64, original_window=16, mscale=(1.0, 1.2))
+    long = torch.tensor([[False], [True]])
+    cos, _ = rotation(rope, 8, torch.zeros(2, 1, dtype=torch.long), long)
+    told = torch.tensor([1.0, 1.2])
+    assert torch.equal(cos[:, 0], told[:, None].expand(2, 4))
+    assert torch.equal(tables(rope, 8, [16, 17]).scale, told)
 
 
 @settings(deadline=None, max_examples=40)

@@ -90,7 +90,7 @@ class Subsampling(nn.Module):
             x, lengths = _silenced(x, lengths)
             x = depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             x = pointwise(x)
-        return _silenced(x, lengths)[0]
+        return x
 
 
 class SpeechMLP(nn.Module):
