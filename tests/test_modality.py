@@ -136,6 +136,16 @@ def test_pictures_and_sound_are_rows_of_the_same_kind() -> None:
     }
 
 
+def test_pictures_and_sound_are_prepared_in_the_sizes_of_their_networks() -> None:
+    config = tiny()
+    assert config.vision is not None
+    assert config.speech is not None
+    config = replace(config, vision=replace(config.vision, max_crops=5), speech=replace(config.speech, mels=40))
+    image, audio = (modality.media(config, TOKENIZER)[name].settings for name in ("image", "audio"))
+    assert (image.crop, image.patch, image.max_crops) == (56, 14, 5)
+    assert audio.mels == 40
+
+
 def test_adding_a_modality_leaves_every_other_row_as_it_was_to_the_bit() -> None:
     plain, added = base(), smelling()
     for messages in (

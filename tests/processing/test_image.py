@@ -273,6 +273,19 @@ def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
     np.testing.assert_array_equal(np.asarray(open_image(integers, CONFIG))[..., 1].ravel(), np.arange(256))
 
 
+def test_sixteen_bits_are_rounded_to_the_nearest_of_eight() -> None:
+    levels = np.array([[128, 129, 385, 386, 65406, 65407]], dtype=np.uint16)
+    opened = open_image(encode(Image.fromarray(levels.repeat(8, 0).repeat(2, 1)), "PNG"), CONFIG)
+    assert np.asarray(opened)[0, ::2, 0].tolist() == [0, 1, 1, 2, 254, 255]
+
+
+def test_the_transparent_level_of_sixteen_bits_becomes_white() -> None:
+    levels = np.array([1000, 1001], dtype=np.uint16).repeat(64).reshape(8, 16)
+    opened = open_image(encode(Image.fromarray(levels), "PNG", transparency=1000), CONFIG)
+    assert opened.getpixel((0, 0)) == (255, 255, 255)
+    assert opened.getpixel((0, 7)) == (4, 4, 4)
+
+
 def test_grey_levels_beyond_sixteen_bits_and_float_pixels_are_refused() -> None:
     with pytest.raises(MediaError, match="from 70000 to 70000, and they must lie in 0 to 65535"):
         open_image(Image.fromarray(np.full((9, 9), 70_000, dtype=np.int32)), CONFIG)
@@ -340,6 +353,13 @@ def test_fast_preparation_of_a_picture_of_whole_crops_is_the_exact_one(columns: 
     assert torch.equal(fast[1:], exact[1:])
     # the view of the whole is scaled before its bytes become numbers, not after: rounded elsewhere
     torch.testing.assert_close(fast[0], exact[0], rtol=0, atol=1e-6)
+
+
+def test_fast_preparation_of_an_opened_photo_takes_what_was_painted_on_it() -> None:
+    picture = Image.open(io.BytesIO(encode(Image.new("RGB", (60, 40), "red"), "JPEG")))
+    picture.paste("blue", (0, 0, 60, 40))
+    exact, fast = (read_image(picture, ImageConfig(crop=56, fast=fast))[0]["pixels"] for fast in (False, True))
+    assert fast[1, :, 0, 0].tolist() == exact[1, :, 0, 0].tolist() == [-1, -1, 1]
 
 
 def test_fast_preparation_refuses_and_accepts_what_the_exact_one_does() -> None:
