@@ -460,6 +460,14 @@ def test_under_another_name_its_rows_find_it_too(tmp_path: Path) -> None:
     assert read_json(tmp_path / "again" / CONFIG)["modules_to_save"] == ["encoders.smell", "projectors.smell"]
 
 
+def test_added_with_an_adapter_of_another_name_its_rows_take_that() -> None:
+    model = shaken()
+    modality.add(model, "smell", adapter="mine")
+    assert tuple(model.config.adapters) == ("vision", "speech", "mine")
+    batch = make_processor(model.config, TOKENIZER)([ASKED, question_messages("Which?", PICTURE)])
+    assert batch.route.adapters == ("mine", "vision")
+
+
 def test_merged_under_another_name_it_is_saved_and_read_again(tmp_path: Path) -> None:
     save_adapter(smelling().model, "nose", tmp_path / "nose")
     assistant = base()
@@ -831,6 +839,19 @@ def test_a_route_that_is_not_its_own_to_give_is_refused() -> None:
     modality.register(replace(SMELL, routes={**SMELL.routes, frozenset({"image"}): Rule(adapter="nose")}))
     config: ModelConfig = replace(tiny(), encoders={"smell": Sizes()})
     with pytest.raises(ConfigError, match="a route for image that is not its own to give"):
+        modality.routes(config)
+
+
+def test_two_modalities_that_disagree_about_rows_of_both_are_refused() -> None:
+    both = frozenset({"smell", "taste"})
+    for name in ("smell", "taste"):
+        own = {
+            frozenset({name}): Rule(adapter=name, branches={name: "plain"}),
+            both: Rule(adapter=name, branches={"smell": "plain", "taste": "plain"}),
+        }
+        modality.register(replace(SMELL, name=name, routes=own))
+    config: ModelConfig = replace(tiny(), encoders={"smell": Sizes(), "taste": Sizes()})
+    with pytest.raises(ConfigError, match=r"'taste' .* a route for smell \+ taste .* that another modality gives"):
         modality.routes(config)
 
 
