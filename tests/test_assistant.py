@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,12 @@ def test_a_batch_may_be_smaller_than_what_is_asked(assistant: Assistant) -> None
     for rows in (0, True, "2"):
         with pytest.raises(ConfigError, match=f"rows={rows!r} must be a whole number of at least 1, such as 16"):
             assistant.ask_many(asked, rows=rows)
+
+
+def test_as_the_released_code_does_one_picture_routes_all_that_is_asked(folder: Path) -> None:
+    official = modalora.load(folder, compat="official")
+    found = official.ask_many(["Hi", question_messages("Which?", PICTURE)], max_tokens=1, rows=1)
+    assert [answer.route["adapter"] for answer in found] == ["vision"] * 2
 
 
 def test_each_conversation_may_have_its_own_seed(assistant: Assistant) -> None:
@@ -289,6 +296,7 @@ def test_a_stop_string_does_not_end_an_answer_within_a_character(assistant: Assi
         (["boxes"], "seven blue "),
         ("boxes", "seven blue "),
         (["wall", "blue"], "seven "),
+        (["x", "o"], "seven blue b"),  # "ox" is a token
         (["e box"], "seven blu"),
         (["seven"], ""),
         (["absent"], "seven blue boxes touch é the wall"),
@@ -628,6 +636,12 @@ def test_a_saved_model_says_the_same(assistant: Assistant, tmp_path: Path) -> No
     assert not (tmp_path / "other").exists()
 
 
+def test_the_tokens_that_end_an_answer_are_saved(assistant: Assistant, tmp_path: Path) -> None:
+    assistant.stop_ids |= {assistant.processor.tokenizer.control("<|user|>")}
+    assistant.save(tmp_path / "model")
+    assert modalora.load(tmp_path / "model").stop_ids == assistant.stop_ids
+
+
 def test_a_model_may_be_loaded_in_bfloat16(folder: Path) -> None:
     half = modalora.load(folder, dtype="bfloat16")
     assert {parameter.dtype for parameter in half.model.parameters()} == {torch.bfloat16}
@@ -669,6 +683,16 @@ def test_a_new_adapter_changes_no_bit_of_the_other_routes(assistant: Assistant, 
     before = [assistant.logits(messages) for messages in asked]
     assistant.load_adapter(tmp_path / "style", "style")
     assert all(torch.equal(one, assistant.logits(messages)) for one, messages in zip(before, asked, strict=True))
+
+
+def test_pictures_are_prepared_as_fast_after_an_adapter_came(
+    folder: Path, assistant: Assistant, tmp_path: Path
+) -> None:
+    save_adapter(assistant.model, "vision", tmp_path / "sight")
+    fast = modalora.load(folder, fast_images=True)
+    fast.load_adapter(tmp_path / "sight", "style")
+    assert assistant.processor.image is not None
+    assert fast.processor.image == replace(assistant.processor.image, fast=True)
 
 
 def test_an_adapter_takes_the_dtype_of_its_model(folder: Path, assistant: Assistant, tmp_path: Path) -> None:
@@ -879,6 +903,12 @@ def test_the_scale_is_what_the_matrices_are_multiplied_by(assistant: Assistant) 
     assistant = Assistant(assistant.model, make_processor(assistant.model.config, assistant.processor.tokenizer))
     (linear, *_) = [own for own in assistant.model.decoder.routed().values() if "mine" in own.adapters]
     assert assistant.ask("Hi", route="mine", max_tokens=1).route["scale"] == linear.adapters["mine"].scaling == 0.25
+
+
+def test_the_scale_of_a_sum_has_its_weights(assistant: Assistant) -> None:
+    (told,) = assistant.explain("Hi", route="vision+speech@0.7")
+    alone = [assistant.explain("Hi", route=name)[0]["scale"] for name in ("vision", "speech")]
+    assert told["scale"] == [alone[0], 0.7 * alone[1]]
 
 
 def test_raw_prompts_take_control_tokens_of_any_form_and_no_bare_placeholder(assistant: Assistant) -> None:

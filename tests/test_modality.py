@@ -136,6 +136,16 @@ def test_pictures_and_sound_are_rows_of_the_same_kind() -> None:
     }
 
 
+def test_pictures_and_sound_are_prepared_in_the_sizes_of_their_networks() -> None:
+    config = tiny()
+    assert config.vision is not None
+    assert config.speech is not None
+    config = replace(config, vision=replace(config.vision, max_crops=5), speech=replace(config.speech, mels=40))
+    image, audio = (modality.media(config, TOKENIZER)[name].settings for name in ("image", "audio"))
+    assert (image.crop, image.patch, image.max_crops) == (56, 14, 5)
+    assert audio.mels == 40
+
+
 def test_adding_a_modality_leaves_every_other_row_as_it_was_to_the_bit() -> None:
     plain, added = base(), smelling()
     for messages in (
@@ -448,6 +458,14 @@ def test_under_another_name_its_rows_find_it_too(tmp_path: Path) -> None:
     assert torch.equal(modalora.load(tmp_path / "model").logits(ASKED), assistant.logits(ASKED))
     save_adapter(other.model, "mine", tmp_path / "again")  # its modality goes with it under any name
     assert read_json(tmp_path / "again" / CONFIG)["modules_to_save"] == ["encoders.smell", "projectors.smell"]
+
+
+def test_added_with_an_adapter_of_another_name_its_rows_take_that() -> None:
+    model = shaken()
+    modality.add(model, "smell", adapter="mine")
+    assert tuple(model.config.adapters) == ("vision", "speech", "mine")
+    batch = make_processor(model.config, TOKENIZER)([ASKED, question_messages("Which?", PICTURE)])
+    assert batch.route.adapters == ("mine", "vision")
 
 
 def test_merged_under_another_name_it_is_saved_and_read_again(tmp_path: Path) -> None:
@@ -821,6 +839,19 @@ def test_a_route_that_is_not_its_own_to_give_is_refused() -> None:
     modality.register(replace(SMELL, routes={**SMELL.routes, frozenset({"image"}): Rule(adapter="nose")}))
     config: ModelConfig = replace(tiny(), encoders={"smell": Sizes()})
     with pytest.raises(ConfigError, match="a route for image that is not its own to give"):
+        modality.routes(config)
+
+
+def test_two_modalities_that_disagree_about_rows_of_both_are_refused() -> None:
+    both = frozenset({"smell", "taste"})
+    for name in ("smell", "taste"):
+        own = {
+            frozenset({name}): Rule(adapter=name, branches={name: "plain"}),
+            both: Rule(adapter=name, branches={"smell": "plain", "taste": "plain"}),
+        }
+        modality.register(replace(SMELL, name=name, routes=own))
+    config: ModelConfig = replace(tiny(), encoders={"smell": Sizes(), "taste": Sizes()})
+    with pytest.raises(ConfigError, match=r"'taste' .* a route for smell \+ taste .* that another modality gives"):
         modality.routes(config)
 
 

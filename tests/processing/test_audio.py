@@ -299,6 +299,12 @@ def test_a_stream_that_does_not_state_its_length_is_read() -> None:
     assert len(wave) == 8_000
 
 
+def test_a_streamed_au_is_read() -> None:
+    data = encode(tones(8_000, 16_000), 16_000, "AU", "PCM_16")
+    wave, _ = open_audio(data[:8] + b"\xff\xff\xff\xff" + data[12:], CONFIG)
+    assert len(wave) == 8_000
+
+
 # refusals
 
 
@@ -379,6 +385,14 @@ def spoiled(value: float) -> np.ndarray:
 def test_what_is_no_usable_sound_is_refused_in_one_message(source: object, message: str) -> None:
     with pytest.raises(MediaError, match=message):
         open_audio(source, CONFIG)  # type: ignore[arg-type]
+
+
+def test_a_cut_wav_with_an_odd_chunk_before_its_samples_is_refused() -> None:
+    place = WAV.index(b"data")
+    noted = WAV[:place] + b"note" + struct.pack("<I", 3) + b"hey\0" + WAV[place:]
+    assert len(open_audio(noted, CONFIG)[0]) == 16_000
+    with pytest.raises(MediaError, match="cut short: 2 bytes that its header promises are missing"):
+        open_audio(noted[:-2], CONFIG)
 
 
 def test_two_hours_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,6 +244,7 @@ def said(text: str) -> list[int]:
         ("<|tool_call|>fox(3)<|/tool_call|>", "", ["fox(3)"]),
         ("<|tool_call|>[]<|/tool_call|>", "", ["[]"]),
         ('<|tool_call|>[{"name": "ad', "", ['[{"name": "ad']),
+        (f"<|tool_call|>{ADD}<|/tool_call|><|tool_call|>fox", "", ["add", "fox"]),
         ("fox<|tool_call|>", "fox", [""]),
         ("fox<|/tool_call|>", "fox", []),
         (f"<|tool_call|>{ADD.replace('1', 'NaN')}<|/tool_call|>", "", [ADD.replace("1", "NaN")]),  # JSON has none

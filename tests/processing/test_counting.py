@@ -11,11 +11,11 @@ import pytest
 import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from modalora.contracts import subsampled
 from modalora.errors import MediaError
-from modalora.processing.audio import AudioConfig, count_audio_tokens, log_mel, open_audio
+from modalora.processing.audio import AudioConfig, count_audio_tokens, log_mel, open_audio, read_audio
 from modalora.processing.image import ImageConfig, count_image_tokens, image_features, open_image
 
 SMALL, LARGE = ImageConfig(crop=56, patch=14, max_crops=6), ImageConfig()
@@ -51,6 +51,20 @@ def test_a_picture_has_the_tokens_that_its_header_tells(
     assert outcome(lambda: count_image_tokens(data, config)) == features
 
 
+def test_a_png_that_is_turned_in_a_raw_profile_is_counted_as_it_is_read() -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    told = PngImagePlugin.PngInfo()
+    told.add_text("Raw profile type exif", f"\nexif\n{len(exif.tobytes()):8}\n{exif.tobytes().hex()}\n")
+    tokens = []
+    for options in ({}, {"pnginfo": told}):
+        file = io.BytesIO()
+        Image.new("RGB", (300, 60), "red").save(file, "PNG", **options)
+        tokens.append(image_features(open_image(file.getvalue(), SMALL), SMALL)[1])
+        assert count_image_tokens(file.getvalue(), SMALL) == tokens[-1]
+    assert tokens[0] != tokens[1]
+
+
 def test_a_png_is_counted_without_its_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.BytesIO()
     Image.new("RGB", (200, 100), "red").save(file, "PNG")
@@ -77,6 +91,21 @@ def test_a_sound_has_the_frames_that_its_header_tells(samples: int, rate: int, k
     config = AudioConfig()
     tokens = outcome(lambda: subsampled(len(log_mel(*open_audio(source, config)))))
     assert outcome(lambda: count_audio_tokens(source, config)) == tokens
+
+
+def test_a_resampled_sound_is_counted_by_the_nearest_sample() -> None:
+    file = io.BytesIO()
+    # 1679.8 samples at 16 kHz: with 1680 there are nine frames, which are two tokens
+    soundfile.write(file, np.zeros(4_630), 44_100, format="WAV")
+    assert read_audio(file.getvalue(), AudioConfig())[1] == 2
+    assert count_audio_tokens(file.getvalue(), AudioConfig()) == 2
+
+
+def test_a_sound_beyond_the_limit_is_refused_from_its_header() -> None:
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(16_000), 16_000, format="WAV")
+    with pytest.raises(MediaError, match="lasts 1.0 s, and at most 0.5 s are read"):
+        count_audio_tokens(file.getvalue(), AudioConfig(max_seconds=0.5))
 
 
 def test_what_is_missing_or_cut_short_is_refused_from_the_header(tmp_path: Path) -> None:

@@ -273,6 +273,19 @@ def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
     np.testing.assert_array_equal(np.asarray(open_image(integers, CONFIG))[..., 1].ravel(), np.arange(256))
 
 
+def test_sixteen_bits_are_rounded_to_the_nearest_of_eight() -> None:
+    levels = np.array([[128, 129, 385, 386, 65406, 65407]], dtype=np.uint16)
+    opened = open_image(encode(Image.fromarray(levels.repeat(8, 0).repeat(2, 1)), "PNG"), CONFIG)
+    assert np.asarray(opened)[0, ::2, 0].tolist() == [0, 1, 1, 2, 254, 255]
+
+
+def test_the_transparent_level_of_sixteen_bits_becomes_white() -> None:
+    levels = np.array([1000, 1001], dtype=np.uint16).repeat(64).reshape(8, 16)
+    opened = open_image(encode(Image.fromarray(levels), "PNG", transparency=1000), CONFIG)
+    assert opened.getpixel((0, 0)) == (255, 255, 255)
+    assert opened.getpixel((0, 7)) == (4, 4, 4)
+
+
 def test_grey_levels_beyond_sixteen_bits_and_float_pixels_are_refused() -> None:
     with pytest.raises(MediaError, match="from 70000 to 70000, and they must lie in 0 to 65535"):
         open_image(Image.fromarray(np.full((9, 9), 70_000, dtype=np.int32)), CONFIG)
@@ -340,6 +353,17 @@ def test_fast_preparation_of_a_picture_of_whole_crops_is_the_exact_one(columns: 
     assert torch.equal(fast[1:], exact[1:])
     # the view of the whole is scaled before its bytes become numbers, not after: rounded elsewhere
     torch.testing.assert_close(fast[0], exact[0], rtol=0, atol=1e-6)
+
+
+def test_fast_preparation_of_an_opened_photo_takes_what_became_of_it() -> None:
+    data = encode(Image.new("RGB", (60, 40), "red"), "JPEG")
+    painted, grey = Image.open(io.BytesIO(data)), Image.open(io.BytesIO(data))
+    painted.paste("blue", (0, 0, 60, 40))
+    grey.draft("L", grey.size)  # Pillow is to decode it so
+    config = ImageConfig(crop=56, fast=True)
+    assert read_image(painted, config)[0]["pixels"][1, :, 0, 0].tolist() == [-1, -1, 1]
+    red, green, blue = read_image(grey, config)[0]["pixels"][1, :, 0, 0].tolist()
+    assert red == green == blue
 
 
 def test_fast_preparation_refuses_and_accepts_what_the_exact_one_does() -> None:

@@ -18,6 +18,7 @@ from modalora.contracts import IGNORED, Batch, subsampled
 from modalora.errors import MediaError, PromptError, RouteError
 from modalora.models.router import route
 from modalora.processing.audio import AudioConfig, log_mel, read_audio
+from modalora.processing.chat import FORMATS
 from modalora.processing.image import ImageConfig, image_features, read_image
 from modalora.processing.processor import Medium, Processor, Row
 from modalora.processing.tokenizer import TextTokenizer
@@ -177,6 +178,24 @@ def test_labels_are_the_assistants_words_and_their_end_and_nothing_else() -> Non
     assert batch.labels[0].tolist() == row.labels
     assert batch.labels[1].tolist() == [1, 2, *[IGNORED] * (len(row.ids) - 2)]
     assert batch.route.adapters == ("vision", None)
+
+
+def test_the_newline_behind_an_answer_is_no_label() -> None:
+    row = make(chat=FORMATS["phi3"]).row([*user("it?"), {"role": "assistant", "content": "blue"}], answer=False)
+    newline = TOKENIZER.encode("\n")
+    answer = [*TOKENIZER.encode("\nblue"), CONTROL("<|end|>")]
+    assert row.ids[-len(answer) - 1 :] == [*answer, *newline]
+    assert row.labels[-len(answer) - 1 :] == [*answer, IGNORED]
+
+
+def test_a_picture_in_an_answer_is_no_label() -> None:
+    said = [{"type": "text", "text": "blue"}, {"type": "image", "image": PICTURE}, {"type": "text", "text": "box"}]
+    row = PROCESSOR.row([*user("it?"), {"role": "assistant", "content": said}], answer=False)
+    (picture,) = row.media
+    blue, box = TOKENIZER.encode("blue"), TOKENIZER.encode("box")
+    assert picture.tokens > 1
+    assert row.labels[picture.start - len(blue) :] == [*blue, *[IGNORED] * picture.tokens, *box, CONTROL("<|end|>")]
+    assert len(row.labels) == len(row.ids)
 
 
 def test_a_prompt_longer_than_the_window_is_refused_with_its_length() -> None:

@@ -160,6 +160,18 @@ def test_words_that_a_fine_tune_added_are_words(kind: str) -> None:
     assert words.encode_many(["a fox", "ProteinX"]) == [words.encode("a fox"), words.encode("ProteinX")]
 
 
+def test_control_tokens_may_take_the_spaces_before_them() -> None:
+    given, chat = KINDS["o200k"]
+    fields = json.loads(given.definition)
+    for token in fields["added_tokens"]:
+        token["lstrip"] = token["content"] == "<|end|>"
+    words = TextTokenizer(json.dumps(fields))
+    row = processor(words, chat).row([{"role": "user", "content": " the fox  "}])
+    whole = Tokenizer.from_str(words.definition)
+    assert row.ids == whole.encode("<|user|> the fox  <|end|><|assistant|>", add_special_tokens=False).ids
+    assert words.decode(row.ids) == " the fox"
+
+
 def test_raw_prompts_are_the_only_way_to_write_control_tokens() -> None:
     words, chat = KINDS["o200k"]
     prompt = "<|user|>the fox<|end|><|assistant|>"

@@ -50,6 +50,14 @@ def test_control_tokens_take_the_last_ids_in_the_published_order() -> None:
     assert TOKENIZER.vocab_size == 340
 
 
+def test_the_last_id_is_the_highest_though_ids_are_missing_before_it() -> None:
+    fields = json.loads(TOKENIZER.definition)
+    word = max(fields["model"]["vocab"], key=fields["model"]["vocab"].get)
+    fields["model"]["vocab"][word] = 500
+    words = TextTokenizer(json.dumps(fields))
+    assert (words.vocab_size, words.last_id) == (340, 500)
+
+
 def test_decoding_leaves_control_tokens_out() -> None:
     ids = [TOKENIZER.control("<|user|>"), *TOKENIZER.encode("seven"), TOKENIZER.control(END)]
     assert TOKENIZER.decode(ids) == "seven"

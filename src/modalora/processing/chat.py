@@ -301,12 +301,12 @@ def render_raw(
 
 
 def _joined(pieces: Sequence[Piece]) -> list[Piece]:
-    """Join neighbouring text that a loss treats alike, as one stretch is tokenised otherwise than two."""
+    """Join neighbouring text, which a loss treats alike, as one stretch is tokenised otherwise than two."""
     joined: list[Piece] = []
     for piece in pieces:
         if piece.kind != "text":
             joined.append(piece)
-        elif joined and joined[-1].kind == "text" and joined[-1].trained == piece.trained:
+        elif joined and joined[-1].kind == "text":
             joined[-1] = Piece("text", joined[-1].value + piece.value, piece.trained)
         elif piece.value:
             joined.append(piece)
